@@ -1,0 +1,48 @@
+"""The errors that ultrarag raises: every message names the thing, whose it is, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UltraragError(Exception):
+    """Base of all errors raised on purpose; the command line prints its message without a traceback."""
+
+
+class UsageError(UltraragError, ValueError):
+    """An argument or flag has a value that cannot be used."""
+
+
+class DataError(UltraragError, ValueError):
+    """Input rows, corpora or qrels cannot be used; names file and line."""
+
+
+class PluginError(UltraragError):
+    """A plugin is missing, broken, incomplete, or answered wrongly; names plugin and hook."""
+
+
+class CheckpointError(UltraragError):
+    """A checkpoint is incomplete, damaged, or does not give the vectors it should."""
+
+
+class TrainingError(UltraragError):
+    """Training had to stop: a non-finite loss, a model that did not move, an impossible set-up."""
+
+
+class FingerprintError(UltraragError):
+    """A query vector and an index come from different models."""
+
+
+class IndexStateError(UltraragError):
+    """A live index cannot do what was asked in the state it is in (locked, damaged, no such generation)."""
+
+
+class GateError(UltraragError):
+    """A new generation was refused because it is worse or fails a sanity check; carries the numbers."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

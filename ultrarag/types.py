@@ -1,0 +1,215 @@
+"""The four things that pass between the parts: Embeddings, Example, Passage, Hit.
+
+Nothing here imports torch: an `Embeddings` holds torch tensors in training and numpy arrays in serving, and
+works on both through the operators that they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+
+#: What a text is to the model; some models prefix queries or passages with an instruction.
+Kind = Literal["query", "passage"]
+
+#: The heads a model may have, in the order in which they are reported.
+HEADS = ("dense", "sparse", "colbert", "scores")
+
+
+@dataclass
+class Sparse:
+    """Lexical weights of a batch: each row lists distinct token ids in ascending order, padded at the end."""
+
+    #: (batch, tokens) int64; PAD_ID where a row has fewer distinct ids than the longest
+    ids: Any
+    #: (batch, tokens) float; 0 where `ids` is PAD_ID
+    weights: Any
+
+    PAD_ID = -1
+
+    def to_dicts(self) -> list[dict[int, float]]:
+        """Return one `{token id: weight}` per row, without the zero weights."""
+        ids, weights = _numpy(self.ids), _numpy(self.weights)
+        return [
+            {int(i): float(w) for i, w in zip(row_ids, row_weights, strict=True) if i >= 0 and w > 0}
+            for row_ids, row_weights in zip(ids, weights, strict=True)
+        ]
+
+
+@dataclass
+class Embeddings:
+    """What an adapter makes of a batch of texts: one optional field per head, equal in their first dimension.
+
+    Fields are torch tensors while training (differentiable) and numpy arrays when they come from
+    `Encoder.encode`.
+    """
+
+    #: (batch, dim)
+    dense: Any = None
+    #: token ids and weights, each (batch, tokens)
+    sparse: Sparse | None = None
+    #: (batch, tokens, dim); zero where `mask` is 0
+    colbert: Any = None
+    #: (batch, tokens): 1 for the tokens that `colbert` holds, 0 for padding
+    mask: Any = None
+    #: (batch,): a cross-encoder's relevance of each (query, passage) pair
+    scores: Any = None
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that are present."""
+        return tuple(name for name in HEADS if getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        for array in self.arrays():
+            return int(array.shape[0])
+        return 0
+
+    def arrays(self) -> Iterator[Any]:
+        """Yield every array held, in a fixed order."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Sparse):
+                yield value.ids
+                yield value.weights
+            elif value is not None:
+                yield value
+
+    def map(self, function: Callable[[Any], Any]) -> Embeddings:
+        """Return Embeddings with `function` applied to every array held."""
+        changes: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Sparse):
+                changes[item.name] = Sparse(function(value.ids), function(value.weights))
+            elif value is not None:
+                changes[item.name] = function(value)
+        return replace(self, **changes)
+
+    def __getitem__(self, index: Any) -> Embeddings:
+        """Return the rows that `index` (a slice, or an array of row numbers) selects."""
+        if isinstance(index, int):
+            raise TypeError("index Embeddings with a slice or an array of row numbers, not one integer")
+        return self.map(lambda array: array[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> Embeddings:
+        """Move torch tensors as `Tensor.to` does; integer ids keep their dtype."""
+
+        def move(tensor: Any) -> Any:
+            if tensor.is_floating_point():
+                return tensor.to(*args, **kwargs)
+            return tensor.to(**{k: v for k, v in kwargs.items() if k != "dtype"}) if kwargs else tensor
+
+        return self.map(move)
+
+    def detach(self) -> Embeddings:
+        """Return the same tensors cut from the graph."""
+        return self.map(lambda tensor: tensor.detach())
+
+    def numpy(self) -> Embeddings:
+        """Return numpy arrays (floats as float32)."""
+        return self.map(_numpy)
+
+    @staticmethod
+    def cat(parts: Sequence[Embeddings]) -> Embeddings:
+        """Concatenate along the batch; token dimensions are padded to the longest part.
+
+        Raises:
+            ValueError: when `parts` is empty or the parts hold different heads.
+        """
+        if not parts:
+            raise ValueError("cannot concatenate no Embeddings")
+        if len({part.heads for part in parts}) > 1:
+            raise ValueError(f"parts hold different heads: {[part.heads for part in parts]}")
+        first = parts[0]
+        return Embeddings(
+            dense=None if first.dense is None else _cat([p.dense for p in parts]),
+            sparse=None
+            if first.sparse is None
+            else Sparse(
+                _cat_padded([p.sparse.ids for p in parts], Sparse.PAD_ID),  # type: ignore[union-attr]
+                _cat_padded([p.sparse.weights for p in parts], 0),  # type: ignore[union-attr]
+            ),
+            colbert=None if first.colbert is None else _cat_padded([p.colbert for p in parts], 0),
+            mask=None if first.mask is None else _cat_padded([p.mask for p in parts], 0),
+            scores=None if first.scores is None else _cat([p.scores for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One validated row of training data."""
+
+    query: str
+    pos: tuple[str, ...]
+    neg: tuple[str, ...] = ()
+    #: teacher's scores, as long as `pos` / `neg`
+    pos_scores: tuple[float, ...] | None = None
+    neg_scores: tuple[float, ...] | None = None
+    #: instruction for this row's query, in place of the run's
+    prompt: str | None = None
+    type: str = "normal"
+    #: "file:line" it was read from
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text of the corpus."""
+
+    id: str
+    text: str
+    title: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str:
+        """What is encoded: title, newline, text; the text alone where there is no title."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage found for a query."""
+
+    id: str
+    score: float
+    passage: Passage
+    #: the score of each head (or retriever) before fusion
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def _numpy(array: Any) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array
+    tensor = array.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+def _cat(arrays: Sequence[Any]) -> Any:
+    if isinstance(arrays[0], np.ndarray):
+        return np.concatenate(arrays)
+    import torch
+
+    return torch.cat(list(arrays))
+
+
+def _cat_padded(arrays: Sequence[Any], value: float) -> Any:
+    longest = max(array.shape[1] for array in arrays)
+    return _cat([pad_tokens(array, longest, value) for array in arrays])
+
+
+def pad_tokens(array: Any, length: int, value: float) -> Any:
+    """Pad dimension 1 of an array, (batch, tokens, ...), at its end to `length` with `value`."""
+    missing = length - array.shape[1]
+    if missing <= 0:
+        return array
+    shape = (array.shape[0], missing, *array.shape[2:])
+    if isinstance(array, np.ndarray):
+        return np.concatenate([array, np.full(shape, value, array.dtype)], axis=1)
+    import torch
+
+    return torch.cat([array, array.new_full(shape, value)], dim=1)
