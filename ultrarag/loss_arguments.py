@@ -13,7 +13,7 @@ KD_LOSS_TYPES = ("kl_div", "m3_kd_loss")
 
 @dataclass(frozen=True)
 class LossArguments:
-    """The settings of a loss: the run's, and (last two) the batch's, which the trainer sets with `dataclasses.replace`.
+    """The settings of a loss: the run's, and (the last two) the batch's, set by `dataclasses.replace`.
 
     Names, defaults and meaning are those of FlagEmbedding 1.4.2's command line.
 
