@@ -48,9 +48,7 @@ class LossArguments:
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
         if self.kd_loss_type not in KD_LOSS_TYPES:
-            raise UsageError(
-                f"kd_loss_type is '{self.kd_loss_type}'; it must be one of {', '.join(KD_LOSS_TYPES)}"
-            )
+            raise UsageError(f"kd_loss_type is '{self.kd_loss_type}'; it must be one of {', '.join(KD_LOSS_TYPES)}")
         if self.group_size is not None and self.group_size < 1:
             raise UsageError(f"group_size is {self.group_size}; it must be at least 1")
         object.__setattr__(self, "mrl_dims", tuple(self.mrl_dims))
@@ -68,6 +66,4 @@ def _check_mrl(use_mrl: bool, dims: tuple[int, ...]) -> None:
     if bad:
         raise UsageError(f"mrl_dims holds {bad[0]!r}; it must be whole numbers above 0, such as 64 128 256")
     if use_mrl and not dims:
-        raise UsageError(
-            "use_mrl needs mrl_dims, the numbers of dimensions to train, such as --mrl_dims 64 128 256"
-        )
+        raise UsageError("use_mrl needs mrl_dims, the numbers of dimensions to train, such as --mrl_dims 64 128 256")
