@@ -1,0 +1,42 @@
+# Needs python3 (3.11 or later, or PYTHON=...) and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+# Extra arguments for the command behind a target: make test ARGS="-k ir -x"
+ARGS ?=
+
+.PHONY: help demo test lint bench venv
+
+help:
+	@echo "make demo    fine-tune a small model on Python's documentation and show what it gained (four minutes)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make bench   measure speed, memory and quality"
+
+demo: venv
+	$(BIN)/python -m ultrarag.demo $(ARGS)
+
+test: venv
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+venv: $(VENV)/.ready
+
+# The stamp comes last, so an interrupted set-up is taken up again; a .venv without a working pip is made anew.
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or later is needed: make PYTHON=...")'
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { echo "Making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "Installing $(TORCH) (1 of 2)"
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	@echo "Installing ultrarag and what its tests need (2 of 2; about 50 packages, a minute or more)"
+	$(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip check
+	@touch $@
