@@ -1,4 +1,4 @@
-"""The four things that pass between the parts: Embeddings, Example, Passage, Hit.
+"""The things that pass between the parts: Embeddings, EncoderSettings, Example, Passage, Hit.
 
 Nothing here imports torch: an `Embeddings` holds torch tensors in training and numpy arrays in serving, and
 works on both through the operators that they share.
@@ -7,7 +7,7 @@ works on both through the operators that they share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -137,6 +137,49 @@ class Embeddings:
             mask=None if first.mask is None else _cat_padded([p.mask for p in parts], 0),
             scores=None if first.scores is None else _cat([p.scores for p in parts]),
         )
+
+
+@dataclass
+class EncoderSettings:
+    """What turns hidden states into vectors besides the weights; part of the manifest and of the fingerprint.
+
+    An adapter's `load` may set `model.settings` to what the checkpoint declares; None means undeclared.
+    """
+
+    #: the heads whose weights are there
+    heads: tuple[str, ...] = ("dense",)
+    #: cls, mean, last_token or weighted_mean
+    pooling: str | None = None
+    #: dense and ColBERT vectors have unit length
+    normalize: bool | None = None
+    query_instruction: str = ""
+    #: `str.format` template of instruction and query
+    query_format: str = "{}{}"
+    passage_instruction: str = ""
+    passage_format: str = "{}{}"
+    #: tokens, special ones included; longer texts are cut, and counted
+    query_max_length: int | None = None
+    passage_max_length: int | None = None
+
+    def render(self, text: str, kind: Kind, instruction: str | None = None) -> str:
+        """Return `text` with the instruction of its kind (or `instruction`) in the declared format."""
+        declared = self.query_instruction if kind == "query" else self.passage_instruction
+        template = self.query_format if kind == "query" else self.passage_format
+        chosen = declared if instruction is None else instruction
+        return template.format(chosen, text) if chosen else text
+
+    def max_length(self, kind: Kind) -> int | None:
+        """Return the token limit of texts of this kind."""
+        return self.query_max_length if kind == "query" else self.passage_max_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "heads": list(self.heads)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderSettings:
+        """Read what `to_dict` wrote; unknown names are an error (the manifest is from a newer version)."""
+        return cls(**{**values, "heads": tuple(values.get("heads", ("dense",)))})
 
 
 @dataclass(frozen=True)

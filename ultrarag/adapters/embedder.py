@@ -1,0 +1,334 @@
+"""Embedder: a transformers backbone with a pooled dense vector and bge-m3's two optional heads.
+
+The adapters `bgem3` and `bge` are two ways of loading it. State-dict keys: `backbone.*`, `dense_layers.*`,
+`colbert_linear.*`, `sparse_linear.*`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultrarag.adapters.pooling import METHODS, first_token, pool
+from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, read_declaration, write_declaration
+from ultrarag.errors import CheckpointError, UsageError, did_you_mean
+from ultrarag.packing import hidden_states
+from ultrarag.types import Embeddings, EncoderSettings, Sparse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ultrarag.hookspecs import Features, LoadOptions
+
+#: Heads and the file that holds each one's weights, as FlagEmbedding names them.
+HEAD_FILES = {"colbert": "colbert_linear.pt", "sparse": "sparse_linear.pt"}
+#: Activations of sentence-transformers' Dense module that are known here.
+_ACTIVATIONS = {"Tanh": nn.Tanh, "Identity": nn.Identity, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
+
+
+class Embedder(nn.Module):
+    """Backbone, pooling and heads; `encode` is the one forward for training and serving."""
+
+    def __init__(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.dense_layers = nn.ModuleList()
+        self.colbert_linear: nn.Linear | None = None
+        self.sparse_linear: nn.Linear | None = None
+
+    @property
+    def config(self) -> Any:
+        """The backbone's transformers configuration."""
+        return self.backbone.config
+
+    def encode(self, features: Features) -> Embeddings:
+        """Return the heads that `features["heads"]` asks for (all that there are, if it does not)."""
+        heads = features.get("heads") or self.settings.heads
+        hidden = hidden_states(self.backbone, features)
+        mask = features["attention_mask"]
+        result = Embeddings()
+        if "dense" in heads:
+            result.dense = self._dense(hidden, mask)
+        if "sparse" in heads:
+            result.sparse = self._sparse(hidden, features["input_ids"], mask)
+        if "colbert" in heads:
+            result.colbert, result.mask = self._colbert(hidden, mask)
+        return result
+
+    def _dense(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        vector = pool(hidden, mask, self.settings.pooling or "cls")
+        for layer in self.dense_layers:
+            vector = layer(vector)
+        return F.normalize(vector, dim=-1) if self.settings.normalize else vector
+
+    def _sparse(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Sparse:
+        """ReLU(w h + b) per token, the largest per distinct token id; special tokens have none."""
+        linear = self._head("sparse", self.sparse_linear)
+        weights = torch.relu(linear(hidden)).squeeze(-1)
+        special = torch.tensor(self._special_ids(), device=ids.device)
+        keep = mask.bool() & ~torch.isin(ids, special)
+        return distinct_tokens(ids, weights, keep)
+
+    def _colbert(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """One vector per token but the first (CLS); padding is zero and masked."""
+        linear = self._head("colbert", self.colbert_linear)
+        rows = torch.arange(mask.shape[0], device=mask.device)
+        mask = mask.clone()
+        mask[rows, first_token(mask)] = 0
+        vectors = linear(hidden[:, 1:]) * mask[:, 1:, None].to(hidden.dtype)
+        return (F.normalize(vectors, dim=-1) if self.settings.normalize else vectors), mask[:, 1:]
+
+    def _head(self, name: str, linear: nn.Linear | None) -> nn.Linear:
+        if linear is None:
+            raise CheckpointError(
+                f"the head '{name}' has no weights: {HEAD_FILES[name]} is not in the checkpoint; "
+                "fine-tune with --unified_finetuning to train it, or ask for other heads"
+            )
+        return linear
+
+    def _special_ids(self) -> list[int]:
+        """cls, eos, pad and unk; a BERT tokenizer has no eos, and its sep stands for it."""
+        names = ("cls_token_id", "eos_token_id", "sep_token_id", "pad_token_id", "unk_token_id")
+        found = {getattr(self.tokenizer, name, None) for name in names}
+        return sorted(token for token in found if token is not None)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in backward (--gradient_checkpointing)."""
+        self.backbone.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=options.get("activation_checkpointing_kwargs")
+        )
+
+
+def distinct_tokens(ids: Tensor, weights: Tensor, keep: Tensor) -> Sparse:
+    """Keep each row's largest weight per token id.
+
+    Args:
+        ids, weights: (batch, tokens); keep: (batch, tokens) bool, the positions that count.
+
+    Returns:
+        Sparse of the same shape: distinct ids ascending, then padding. Differentiable in `weights`.
+    """
+    ids = torch.where(keep, ids, torch.iinfo(ids.dtype).max)
+    by_weight = weights.detach().argsort(dim=1, descending=True, stable=True)
+    order = by_weight.gather(1, ids.gather(1, by_weight).argsort(dim=1, stable=True))
+    ids, weights = ids.gather(1, order), weights.gather(1, order)
+    first = torch.ones_like(keep)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    first &= ids != torch.iinfo(ids.dtype).max
+    front = (~first).to(torch.int8).argsort(dim=1, stable=True)
+    ids, weights, first = ids.gather(1, front), weights.gather(1, front), first.gather(1, front)
+    width = max(1, int(first.sum(1).max()))
+    first = first[:, :width]
+    return Sparse(
+        torch.where(first, ids[:, :width], Sparse.PAD_ID),
+        torch.where(first, weights[:, :width], weights.new_zeros(())),
+    )
+
+
+def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Embedder:
+    """Load a backbone and whatever the files beside it declare.
+
+    Args:
+        heads: the heads that the adapter knows; those with weights (or, in training, asked for) are loaded.
+
+    Raises:
+        CheckpointError: weights that the backbone needs are missing or do not fit.
+        UsageError: an option that the model cannot follow.
+    """
+    folder = Path(path)
+    declared = read_declaration(folder)
+    backbone = _load_backbone(folder / (declared.transformer if declared else ""), options)
+    tokenizer = _load_tokenizer(folder / (declared.transformer if declared else ""), options)
+    settings = _settings(declared, options)
+    model = Embedder(backbone, tokenizer, settings)
+    for name in declared.dense if declared else []:
+        model.dense_layers.append(_load_dense(folder / name))
+    settings.heads = _load_heads(model, folder, options, heads)
+    return model
+
+
+def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModel
+
+    remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
+    config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
+    backbone, report = AutoModel.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
+    )
+    missing = sorted(report["missing_keys"])
+    if all(key.startswith("pooler.") for key in missing):
+        if missing:
+            backbone.pooler = None  # random weights that nothing uses would still be saved and hashed
+        return backbone
+    raise CheckpointError(
+        f"{folder}: the weights lack {len(missing)} tensors that a {type(backbone).__name__} needs, "
+        f"first '{missing[0]}'; the checkpoint is incomplete or of another architecture"
+    )
+
+
+def _load_tokenizer(folder: Path, options: LoadOptions) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        options.tokenizer_name or folder,
+        use_fast=options.use_fast_tokenizer,
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.cache_dir,
+        token=options.token,
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _settings(declared: ModulesDeclaration | None, options: LoadOptions) -> EncoderSettings:
+    declared = declared or ModulesDeclaration(normalize=True)
+    pooling = options.pooling or declared.pooling or "cls"
+    if pooling not in METHODS:
+        raise UsageError(
+            f"sentence_pooling_method '{pooling}' is unknown{did_you_mean(pooling, METHODS)} "
+            f"(one of {', '.join(METHODS)})"
+        )
+    prompts = declared.prompts
+    default = prompts.get(declared.default_prompt or "", "")
+    return EncoderSettings(
+        pooling=pooling,
+        normalize=declared.normalize if options.normalize is None else options.normalize,
+        query_instruction=prompts.get("query", default),
+        passage_instruction=prompts.get("passage", prompts.get("document", default)),
+        query_max_length=declared.max_length,
+        passage_max_length=declared.max_length,
+    )
+
+
+def _load_dense(folder: Path) -> nn.Sequential:
+    """One Dense module of sentence-transformers: linear, then activation."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    activation = str(values.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
+    if activation not in _ACTIVATIONS:
+        raise CheckpointError(f"{folder}: activation '{activation}' is not one of {', '.join(_ACTIVATIONS)}")
+    linear = nn.Linear(values["in_features"], values["out_features"], bias=values.get("bias", True))
+    weights = _load_tensors(folder / "model.safetensors", folder / "pytorch_model.bin")
+    linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in weights.items()})
+    return nn.Sequential(linear, _ACTIVATIONS[activation]())
+
+
+def _load_tensors(*candidates: Path) -> dict[str, Tensor]:
+    for path in candidates:
+        if path.is_file() and path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        if path.is_file():
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    raise CheckpointError(f"none of {', '.join(str(path) for path in candidates)} exists")
+
+
+def _load_heads(model: Embedder, folder: Path, options: LoadOptions, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Load the heads' weights, or make fresh ones where training allows it; return the heads that the model has."""
+    wanted = options.heads or known
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UsageError(
+            f"no head '{unknown[0]}'{did_you_mean(unknown[0], known)} (this adapter has {', '.join(known)})"
+        )
+    extra = [name for name in HEAD_FILES if name in wanted]
+    missing = [HEAD_FILES[name] for name in extra if not (folder / HEAD_FILES[name]).is_file()]
+    if missing and options.heads and not options.training:
+        raise CheckpointError(
+            f"{folder} has no {' and no '.join(missing)}: the head has no weights to encode with; "
+            "fine-tune with --unified_finetuning first, or leave it out of `heads`"
+        )
+    present = []
+    for name in known:
+        file = HEAD_FILES.get(name)
+        if name not in wanted:
+            continue
+        if file is None or _attach_head(model, name, folder / file, options):
+            present.append(name)
+    return tuple(present)
+
+
+def _attach_head(model: Embedder, name: str, path: Path, options: LoadOptions) -> bool:
+    """Give the model one linear head; False when it has no weights and may not get fresh ones."""
+    hidden = model.config.hidden_size
+    width = 1 if name == "sparse" else hidden
+    if name == "colbert" and options.colbert_dim and options.colbert_dim > 0:
+        width = options.colbert_dim
+    if path.is_file():
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        linear = _fitted(weights, hidden, path)
+        if name == "colbert" and options.colbert_dim and options.colbert_dim not in (-1, linear.out_features):
+            raise UsageError(
+                f"colbert_dim is {options.colbert_dim}, but {path} holds a head of {linear.out_features}: "
+                "leave --colbert_dim out, or remove the file to train a fresh head"
+            )
+    elif options.training:
+        linear = nn.Linear(hidden, width)
+    else:
+        return False
+    setattr(model, f"{name}_linear", linear)
+    return True
+
+
+def _fitted(weights: Mapping[str, Tensor], hidden: int, path: Path) -> nn.Linear:
+    shape = tuple(weights["weight"].shape) if "weight" in weights else None
+    if set(weights) != {"weight", "bias"} or shape is None or shape[1] != hidden:
+        raise CheckpointError(
+            f"{path} holds {sorted(weights)} of shape {shape}; a head over hidden size {hidden} is needed"
+        )
+    linear = nn.Linear(shape[1], shape[0])
+    linear.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return linear
+
+
+def save_embedder(model: Embedder, path: str, state_dict: Mapping[str, Any]) -> None:
+    """Write the backbone, tokenizer, heads and sentence-transformers' files into `path`."""
+    folder = Path(path)
+    model.backbone.save_pretrained(folder, state_dict=_part(state_dict, "backbone."))
+    model.tokenizer.save_pretrained(folder)
+    for name, file in HEAD_FILES.items():
+        weights = _part(state_dict, f"{name}_linear.")
+        if weights:
+            torch.save(weights, folder / file)
+    dense = [_save_dense(folder, index, layer, state_dict) for index, layer in enumerate(model.dense_layers)]
+    write_declaration(folder, model.settings, model.config.hidden_size, dense)
+
+
+def _save_dense(folder: Path, index: int, layer: nn.Module, state_dict: Mapping[str, Any]) -> str:
+    from safetensors.torch import save_file
+
+    linear, activation = layer[0], layer[1]  # type: ignore[index]
+    name = f"{index + 2}_Dense"
+    (folder / name).mkdir()
+    weights = _part(state_dict, f"dense_layers.{index}.0.")
+    save_file(
+        {f"linear.{key}": value.contiguous() for key, value in weights.items()}, folder / name / "model.safetensors"
+    )
+    config = {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+        "activation_function": f"torch.nn.modules.{'linear' if isinstance(activation, nn.Identity) else 'activation'}"
+        f".{type(activation).__name__}",
+    }
+    (folder / name / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return name
+
+
+def _part(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): value.detach().cpu().contiguous().clone()
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }

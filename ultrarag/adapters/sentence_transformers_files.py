@@ -1,0 +1,156 @@
+"""The files by which sentence-transformers knows a model: read what they declare, write them beside the weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ultrarag.errors import CheckpointError
+from ultrarag.types import EncoderSettings
+
+#: Our name of a pooling and theirs; weighted means are "weightedmean" there.
+_POOLING_NAMES = {"cls": "cls", "mean": "mean", "last_token": "lasttoken", "weighted_mean": "weightedmean"}
+_OLD_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last_token",
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+}
+#: Modules that only route or mark; anything else that is not handled below is refused.
+_HANDLED = ("Transformer", "Pooling", "Normalize", "Dense")
+
+
+@dataclass
+class ModulesDeclaration:
+    """What `modules.json` and the files that it names say about a model."""
+
+    #: folder of the transformer, relative to the model's
+    transformer: str = ""
+    pooling: str | None = None
+    normalize: bool = False
+    #: folders of Dense projections in order
+    dense: list[str] = field(default_factory=list)
+    max_length: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+
+
+def read_declaration(folder: Path) -> ModulesDeclaration | None:
+    """Read `modules.json` of a local model folder; None where there is none.
+
+    Raises:
+        CheckpointError: when it names a module whose function we do not reproduce.
+    """
+    if not (folder / "modules.json").is_file():
+        return None
+    found = ModulesDeclaration()
+    for module in _json(folder / "modules.json"):
+        name, path = str(module["type"]).rsplit(".", 1)[-1], str(module.get("path", ""))
+        if name not in _HANDLED:
+            raise CheckpointError(
+                f"{folder / 'modules.json'}: module '{module['type']}' is not supported by this adapter "
+                f"(supported: {', '.join(_HANDLED)})"
+            )
+        if name == "Transformer":
+            found.transformer = path
+        elif name == "Pooling":
+            found.pooling = _read_pooling(folder / path / "config.json")
+        elif name == "Dense":
+            found.dense.append(path)
+        else:
+            found.normalize = True
+    _read_lengths_and_prompts(folder, found)
+    return found
+
+
+def _read_lengths_and_prompts(folder: Path, found: ModulesDeclaration) -> None:
+    lengths = folder / found.transformer / "sentence_bert_config.json"
+    if lengths.is_file():
+        found.max_length = _json(lengths).get("max_seq_length")
+    prompts = folder / "config_sentence_transformers.json"
+    if prompts.is_file():
+        values = _json(prompts)
+        found.prompts = {name: text for name, text in (values.get("prompts") or {}).items() if text}
+        found.default_prompt = values.get("default_prompt_name")
+
+
+def _read_pooling(path: Path) -> str:
+    values = _json(path)
+    if "pooling_mode" in values:
+        theirs = values["pooling_mode"]
+        names = [ours for ours, name in _POOLING_NAMES.items() if name == theirs] or [str(theirs)]
+    else:
+        names = [name for flag, name in _OLD_FLAGS.items() if values.get(flag)]
+    if len(names) != 1 or names[0] not in _POOLING_NAMES:
+        raise CheckpointError(f"{path}: pooling {names} is not supported (supported: {', '.join(_POOLING_NAMES)})")
+    if not values.get("include_prompt", True):
+        raise CheckpointError(f"{path}: pooling that leaves the prompt out (include_prompt false) is not supported")
+    return names[0]
+
+
+def write_declaration(folder: Path, settings: EncoderSettings, dim: int, dense: list[str] | None = None) -> None:
+    """Write `modules.json` and its companions so that sentence-transformers gives the same dense vectors.
+
+    Args:
+        folder: the checkpoint, with the transformer's own files at its root.
+        dim: the width of the transformer's hidden states.
+        dense: folders of Dense projections, already written.
+    """
+    pooling = settings.pooling or "cls"
+    modules = [("", "sentence_transformers.models.Transformer"), ("1_Pooling", "sentence_transformers.models.Pooling")]
+    modules += [(path, "sentence_transformers.models.Dense") for path in dense or []]
+    if settings.normalize:
+        modules.append((f"{len(modules)}_Normalize", "sentence_transformers.models.Normalize"))
+        (folder / modules[-1][0]).mkdir(exist_ok=True)
+        # git and object stores drop empty directories, and the loader wants this one to exist
+        _write(folder / modules[-1][0] / "config.json", {})
+    rows = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
+    _write(folder / "modules.json", rows)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    _write(folder / "1_Pooling" / "config.json", _pooling_config(pooling, dim))
+    length = max(settings.query_max_length or 0, settings.passage_max_length or 0)
+    _write(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": length or None, "do_lower_case": False},
+    )
+    _write(
+        folder / "config_sentence_transformers.json",
+        {"prompts": _prompts(settings), "default_prompt_name": None, "similarity_fn_name": _similarity(settings)},
+    )
+
+
+def _pooling_config(pooling: str, dim: int) -> dict[str, Any]:
+    """The flags of sentence-transformers before 6, which later releases read too."""
+    flags = {flag: name == pooling for flag, name in _OLD_FLAGS.items()}
+    return {"word_embedding_dimension": dim, **flags, "include_prompt": True}
+
+
+def _prompts(settings: EncoderSettings) -> dict[str, str]:
+    """Prompts as plain prefixes; a format that puts text before the instruction cannot be one, and is left out."""
+    pairs = {
+        "query": (settings.query_instruction, settings.query_format),
+        "document": (settings.passage_instruction, settings.passage_format),
+    }
+    return {
+        name: template.format(instruction, "") if instruction and template.endswith("{}") else ""
+        for name, (instruction, template) in pairs.items()
+    }
+
+
+def _similarity(settings: EncoderSettings) -> str:
+    return "cosine" if settings.normalize else "dot"
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
