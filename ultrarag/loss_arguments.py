@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ultrarag.errors import UsageError
 
@@ -11,34 +12,41 @@ from ultrarag.errors import UsageError
 KD_LOSS_TYPES = ("kl_div", "m3_kd_loss")
 
 
+def _flag(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
 @dataclass(frozen=True)
 class LossArguments:
     """The settings of a loss: the run's, and (the last two) the batch's, set by `dataclasses.replace`.
 
-    Names, defaults and meaning are those of FlagEmbedding 1.4.2's command line.
+    Names, defaults and meaning are those of FlagEmbedding 1.4.2's command line; every field with a `help` is a flag.
 
     Raises:
         UsageError: when a value cannot be used.
     """
 
-    #: scores are divided by it before the softmax
-    temperature: float = 0.02
-    #: learn from `pos_scores` and `neg_scores` of the rows
-    knowledge_distillation: bool = False
-    kd_loss_type: str = "kl_div"
-    #: train dense, sparse and ColBERT heads together
-    unified_finetuning: bool = False
-    #: with unified fine-tuning: the ensemble of the heads teaches each of them
-    use_self_distill: bool = False
-    #: self-distillation is on while step > this; -1: from the first step
-    self_distill_start_step: int = -1
-    #: Matryoshka: the loss is taken also on the first `mrl_dims` dimensions
-    use_mrl: bool = False
-    mrl_dims: tuple[int, ...] = ()
-    #: dense vectors have unit length
-    normalize_embeddings: bool = True
-    #: the passages of all ranks are negatives
-    negatives_cross_device: bool = False
+    temperature: float = _flag(0.02, "Scores are divided by it before the softmax.")
+    knowledge_distillation: bool = _flag(
+        False, "Learn also from a teacher: the rows carry its pos_scores and neg_scores."
+    )
+    kd_loss_type: str = _flag(
+        "kl_div",
+        "How to learn from the teacher: kl_div compares the distributions over a group and adds the contrastive "
+        "loss; m3_kd_loss weighs a cross-entropy per passage with the teacher's probability.",
+        choices=KD_LOSS_TYPES,
+    )
+    unified_finetuning: bool = _flag(False, "Train the dense, sparse and ColBERT heads together.")
+    use_self_distill: bool = _flag(False, "With unified fine-tuning: the ensemble of the heads teaches each of them.")
+    self_distill_start_step: int = _flag(
+        -1, "Self-distillation is on while the step is above this; -1: from the first step."
+    )
+    use_mrl: bool = _flag(False, "Matryoshka: take the loss also on the first mrl_dims dimensions.")
+    mrl_dims: tuple[int, ...] = _flag(
+        (), "The numbers of dimensions for use_mrl, such as 64 128 256 or 64,128,256.", split=True
+    )
+    normalize_embeddings: bool = _flag(True, "Give dense vectors unit length.")
+    negatives_cross_device: bool = _flag(False, "The passages of all processes are negatives.")
 
     #: passages per query in this batch, positive first; None: passages / queries
     group_size: int | None = None
@@ -49,6 +57,8 @@ class LossArguments:
         _check_temperature(self.temperature)
         if self.kd_loss_type not in KD_LOSS_TYPES:
             raise UsageError(f"kd_loss_type is '{self.kd_loss_type}'; it must be one of {', '.join(KD_LOSS_TYPES)}")
+        if self.self_distill_start_step < -1:
+            raise UsageError(f"self_distill_start_step is {self.self_distill_start_step}; it must be -1 or more")
         if self.group_size is not None and self.group_size < 1:
             raise UsageError(f"group_size is {self.group_size}; it must be at least 1")
         object.__setattr__(self, "mrl_dims", tuple(self.mrl_dims))

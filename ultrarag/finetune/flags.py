@@ -1,0 +1,220 @@
+"""The settings of a fine-tuning run that are ours: the model's, the data's, the evaluation's.
+
+Every field is a flag of the command line and a keyword of `finetune()`; its `help` is what `--help` prints.
+Names, defaults and meaning are those of FlagEmbedding 1.4.2 where it has the flag. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.types import HEADS
+
+#: How token vectors may become one dense vector.
+POOLING_METHODS = ("cls", "mean", "last_token", "weighted_mean")
+
+#: What to do with a training row that cannot be used.
+BAD_ROWS = ("fail", "drop")
+
+#: In `no_in_batch_neg`: every dataset.
+EVERY_DATASET = "*"
+
+
+def _flag(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and which parts of it.
+
+    Raises:
+        UsageError: when a value cannot be used.
+    """
+
+    model_name_or_path: str = _flag(
+        "", "The model to start from: a directory or a name on the Hub.", shown_default="required"
+    )
+    config_name: str | None = _flag(None, "Name or path of the configuration, where it is not the model's.")
+    tokenizer_name: str | None = _flag(None, "Name or path of the tokenizer, where it is not the model's.")
+    cache_dir: str | None = _flag(None, "Where downloaded models are kept.")
+    trust_remote_code: bool = _flag(False, "Run Python code that comes with the model.")
+    token: str | None = field(
+        default_factory=lambda: os.environ.get("HF_TOKEN"),
+        repr=False,  # a secret: neither in logs nor in the manifest
+        metadata={"help": "The token for private models.", "shown_default": "the variable HF_TOKEN"},
+    )
+    use_fast_tokenizer: bool = _flag(True, "Use the tokenizer written in Rust.")
+    sentence_pooling_method: str | None = _flag(
+        None,
+        "How token vectors become one dense vector.",
+        choices=POOLING_METHODS,
+        shown_default="what the checkpoint declares, else cls",
+    )
+    colbert_dim: int = _flag(-1, "Dimensions of the ColBERT vectors; -1: the hidden size.")
+    heads: tuple[str, ...] | None = _flag(
+        None,
+        "The heads to train, such as dense,sparse.",
+        choices=HEADS,
+        split=True,
+        shown_default="all that the adapter trains",
+    )
+    fix_encoder: bool = _flag(False, "Freeze the backbone: only the heads learn.")
+    fix_position_embedding: bool = _flag(False, "Freeze the position embeddings.")
+    sub_batch_size: int | None = _flag(
+        None,
+        "Encode this many texts at a time and keep no graph between them (GradCache): a big batch in the memory of "
+        "a small one. None or -1: the whole batch at once.",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path:
+            raise UsageError("--model_name_or_path is required: a directory or a name on the Hub, such as BAAI/bge-m3")
+        _one_of(self, "sentence_pooling_method", POOLING_METHODS)
+        if self.colbert_dim == 0 or self.colbert_dim < -1:
+            raise UsageError(f"colbert_dim is {self.colbert_dim}; it must be above 0, or -1 for the hidden size")
+        if self.sub_batch_size == -1:
+            self.sub_batch_size = None
+        _at_least(self, "sub_batch_size", 1)
+        if self.heads is not None:
+            self.heads = _checked_heads(self.heads)
+
+
+@dataclass
+class DataArguments:
+    """Which rows are trained on, and how they become texts and batches.
+
+    Raises:
+        UsageError: when a value cannot be used, or a path of `train_data` does not exist.
+    """
+
+    train_data: Sequence[str] | Sequence[Mapping[str, Any]] = _flag(
+        (), "One or more JSONL files, or directories of them.", kind="data", shown_default="required"
+    )
+    cache_path: str | None = _flag(None, "Directory in which the read data is cached.")
+    train_group_size: int = _flag(8, "Passages per query: one positive, the others negatives.")
+    query_max_len: int = _flag(32, "Longest query in tokens; the rest is cut off.")
+    passage_max_len: int = _flag(128, "Longest passage in tokens; the rest is cut off.")
+    pad_to_multiple_of: int | None = _flag(None, "Pad the batch's length up to a multiple of this.")
+    max_example_num_per_dataset: int = _flag(100_000_000, "Use at most this many rows of each dataset.")
+    query_instruction_for_retrieval: str | None = _flag(None, "Instruction put before every query.")
+    query_instruction_format: str = _flag(
+        "{}{}", "How instruction and query are joined: the first {} is the instruction, the second the query."
+    )
+    passage_instruction_for_retrieval: str | None = _flag(None, "Instruction put before every passage.")
+    passage_instruction_format: str = _flag(
+        "{}{}", "How instruction and passage are joined: the first {} is the instruction, the second the passage."
+    )
+    knowledge_distillation: bool = _flag(False, "See the loss.")
+    shuffle_ratio: float = _flag(0.0, "Share of the passages whose sentences are shuffled.")
+    same_dataset_within_batch: bool = _flag(False, "Every batch comes from one dataset.")
+    small_threshold: int = _flag(
+        0, "Datasets of one directory with fewer rows than this are merged (same_dataset_within_batch)."
+    )
+    drop_threshold: int = _flag(0, "A merged dataset with fewer rows than this is dropped (same_dataset_within_batch).")
+    no_in_batch_neg: tuple[str, ...] = _flag(
+        (),
+        "Datasets (names of files without suffix, or of folders) whose queries do not take the other queries' "
+        "passages as negatives; without a name: all datasets.",
+        metavar="DATASET",
+        bare=EVERY_DATASET,
+    )
+    on_bad_rows: str = _flag(
+        "fail", "On a row that cannot be used: stop, or leave it out and say how many.", choices=BAD_ROWS
+    )
+
+    def __post_init__(self) -> None:
+        self.train_data = _checked_train_data(self.train_data)
+        for name in ("train_group_size", "query_max_len", "passage_max_len", "max_example_num_per_dataset"):
+            _at_least(self, name, 1)
+        _at_least(self, "pad_to_multiple_of", 1)
+        for name in ("small_threshold", "drop_threshold"):
+            _at_least(self, name, 0)
+        if not 0 <= self.shuffle_ratio <= 1:
+            raise UsageError(f"shuffle_ratio is {self.shuffle_ratio}; it must lie between 0 and 1")
+        _one_of(self, "on_bad_rows", BAD_ROWS)
+        self.query_instruction_format = _checked_format(self, "query_instruction_format")
+        self.passage_instruction_format = _checked_format(self, "passage_instruction_format")
+
+    def in_batch_negatives(self, dataset: str) -> bool:
+        """Return whether the other queries' passages are negatives for the queries of `dataset`."""
+        return EVERY_DATASET not in self.no_in_batch_neg and dataset not in self.no_in_batch_neg
+
+
+@dataclass
+class EvaluationArguments:
+    """How the model is measured on held-out data before, during and after training.
+
+    Raises:
+        UsageError: when a value cannot be used, or `eval_data` does not exist.
+    """
+
+    eval_data: str | Sequence[Mapping[str, Any]] | None = _flag(
+        None,
+        "Held-out data: a JSONL file of rows like train_data's, or a folder in BEIR's layout. Reports nDCG@10, "
+        "Recall@10 and MRR@10 before, during (--eval_steps, or each epoch) and after training, and keeps the "
+        "checkpoint with the best eval_ndcg@10.",
+        kind="data",
+        many=False,
+    )
+    early_stopping_patience: int | None = _flag(
+        None, "Stop after this many evaluations in a row without a better result."
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, "early_stopping_patience", 1)
+        if isinstance(self.eval_data, str) and not os.path.exists(self.eval_data):
+            raise UsageError(f"eval_data '{self.eval_data}' does not exist")
+        if self.early_stopping_patience is not None and self.eval_data is None:
+            raise UsageError("early_stopping_patience needs --eval_data, on which to see whether the model improves")
+
+
+def _at_least(arguments: Any, name: str, least: int) -> None:
+    value = getattr(arguments, name)
+    if value is not None and value < least:
+        raise UsageError(f"{name} is {value}; it must be at least {least}")
+
+
+def _one_of(arguments: Any, name: str, allowed: Sequence[str]) -> None:
+    value = getattr(arguments, name)
+    if value is not None and value not in allowed:
+        raise UsageError(f"{name} is '{value}'; it must be one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
+
+
+def _checked_heads(heads: Sequence[str]) -> tuple[str, ...]:
+    unknown = [head for head in heads if head not in HEADS]
+    if unknown:
+        raise UsageError(f"heads has '{unknown[0]}'; known are {', '.join(HEADS)}{did_you_mean(unknown[0], HEADS)}")
+    if not heads:
+        raise UsageError(f"heads is empty; name some of {', '.join(HEADS)}")
+    return tuple(head for head in HEADS if head in heads)
+
+
+def _checked_train_data(data: Sequence[Any]) -> Any:
+    if not data:
+        raise UsageError("--train_data is required: JSONL files or directories of them")
+    if all(isinstance(row, Mapping) for row in data):
+        return data
+    for path in data:
+        if not isinstance(path, str):
+            raise UsageError(f"train_data holds a {type(path).__name__}; give paths only, or rows (dicts) only")
+        if not os.path.exists(path):
+            raise UsageError(f"train_data '{path}' does not exist")
+    return tuple(data)
+
+
+def _checked_format(arguments: Any, name: str) -> str:
+    """Return the format with a typed backslash-n read as a line break, after checking that it has two `{}`."""
+    text = getattr(arguments, name).replace("\\n", "\n")
+    try:
+        holes = [part[1] for part in string.Formatter().parse(text) if part[1] is not None]
+    except ValueError:
+        holes = []
+    if holes != ["", ""]:
+        raise UsageError(f"{name} is '{text}'; it must hold exactly two {{}}: the instruction, then the text")
+    return str(text)
