@@ -109,7 +109,7 @@ def _is_true(text: str | None, spelling: str) -> bool:
 def _parser(flags: Iterable[Flag], prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} --model_name_or_path MODEL --train_data FILE [FILE ...] --output_dir DIR [flags]",
+        usage=f"{prog}\n       --model_name_or_path MODEL --train_data FILE ... --output_dir DIR [flags]",
         description="Fine-tune a model on your data. Flags may be written with dashes or underscores; one that "
         "takes True or False may stand alone, or be switched off as --no_FLAG.",
         formatter_class=_Help,
