@@ -69,7 +69,7 @@ def _not_understood(word: str, flags: Mapping[str, Flag]) -> str:
     if not word.startswith("-"):
         return f"'{word}' follows no flag that takes it"
     name = word.lstrip("-").partition("=")[0]
-    near = did_you_mean(f"--{name}", [f"--{known}" for known in flags])
+    near = did_you_mean(name, flags).replace("'", "'--", 1)  # compared without dashes, which all flags share
     return f"flag '--{name}' is not known{near}; --help lists all"
 
 
