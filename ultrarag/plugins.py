@@ -248,9 +248,13 @@ class Adapter:
         """Write the model into the directory `path`."""
         self.registry.call(self.name, "save", model=model, path=path, state_dict=state_dict)
 
+    def describe(self) -> str:
+        """The adapter and its package, for messages."""
+        return self.registry.describe(self.name)
+
     def _wrong(self, hook: str, result: Any, wanted: str) -> PluginError:
         got = "None (is a `return` missing?)" if result is None else f"a {type(result).__name__}"
-        return PluginError(f"{self.registry.describe(self.name)}: hook '{hook}' returned {got}; return {wanted}")
+        return PluginError(f"{self.describe()}: hook '{hook}' returned {got}; return {wanted}")
 
 
 @cache

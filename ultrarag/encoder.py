@@ -1,0 +1,411 @@
+"""Encoder: a model with its adapter, from texts to Embeddings; loads, encodes, scores and saves."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ultrarag.checkpoint import Manifest, Training, local_folder, read_manifest
+from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.fingerprint import fingerprint
+from ultrarag.hookspecs import Features, LoadOptions
+from ultrarag.plugins import Adapter, registry
+from ultrarag.progress import progress_bar, quiet_progress
+from ultrarag.scores import head_scores
+from ultrarag.tokenize import (
+    Tokens,
+    batches_by_tokens,
+    check_texts,
+    effective_length,
+    pad,
+    render,
+    token_limit,
+    tokenize,
+)
+from ultrarag.types import Embeddings, EncoderSettings, Kind
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+logger = logging.getLogger("ultrarag")
+
+#: Padded tokens per forward: small enough for a CPU's caches, large enough for a GPU to be busy.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+#: Texts tokenized and sorted by length together; the next window is tokenized while one is encoded.
+WINDOW = 4096
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Encoder:
+    """A loaded model that turns texts into `Embeddings`.
+
+    Example:
+        >>> from ultrarag import Encoder
+        >>> encoder = Encoder.load(model_path, adapter="bge")
+        >>> encoder.encode(["what is milvus?"], kind="query").dense.shape
+        (1, 384)
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        model: nn.Module,
+        settings: EncoderSettings,
+        manifest: Manifest | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self.adapter = adapter
+        self.settings = settings
+        self.manifest = manifest
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.precision = _checked_precision(precision)
+        self.model = model.to(self.device).eval()
+        model.settings = settings  # type: ignore[assignment]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        adapter: str | None = None,
+        *,
+        heads: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        options: LoadOptions | None = None,
+        **settings: Any,
+    ) -> Encoder:
+        """Load a model folder or hub name.
+
+        Args:
+            adapter: name of the plugin; may be left out for a checkpoint of ours, whose manifest names it.
+            heads: only these heads; default: all that have weights.
+            precision: fp32, bf16 or fp16, used by `encode`; weights stay in float32.
+            options: everything else that a loader may be told.
+            settings: fields of EncoderSettings to set in place of what the checkpoint declares, such as
+                `query_instruction` or `passage_max_length`.
+
+        Raises:
+            UsageError: unknown folder, adapter missing, unknown setting.
+            CheckpointError: files missing or damaged, or a head without weights.
+        """
+        options = options or LoadOptions()
+        if heads is not None:
+            options = replace(options, heads=tuple(heads))
+        folder = local_folder(str(path), options.cache_dir, options.token)
+        manifest = read_manifest(folder)
+        plugin = registry().adapter(_adapter_name(adapter, manifest, folder))
+        if manifest and manifest.adapter == plugin.name:
+            options = _declared_options(options, manifest.settings)
+        else:
+            manifest = None
+        with quiet_progress():
+            model = plugin.load(str(folder), options)
+        found = _settings_of(model, plugin, options, manifest)
+        _override(found, settings)
+        return cls(plugin, model, found, manifest, device, precision)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that the model has."""
+        return self.settings.heads
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer."""
+        return self.model.tokenizer
+
+    @cached_property
+    def dim(self) -> int | None:
+        """Width of the dense vectors; None for a model without them."""
+        if "dense" not in self.heads:
+            return None
+        return int(self.encode(["dimension"], heads=("dense",), progress=False).dense.shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The model's identity, computed from its content; a warning where the manifest says otherwise."""
+        found = fingerprint(self.model, self.adapter.name, self.settings)
+        if self.manifest and self.manifest.fingerprint not in ("", found) and self.manifest.settings == self.settings:
+            logger.warning(
+                "the model's content changed since its manifest was written: its identity is now %s", found[:12]
+            )
+        return found
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that the model can take."""
+        return token_limit(self.tokenizer, self.model.config)
+
+    def max_length(self, kind: Kind, asked: int | None = None) -> int | None:
+        """The token limit for texts of `kind`; raises UsageError when `asked` is more than the model takes."""
+        return effective_length(asked, self.settings.max_length(kind), self.limit)
+
+    def tokenize(
+        self, texts: Sequence[str], kind: Kind, max_length: int | None = None, instruction: str | None = None
+    ) -> Tokens:
+        """Render the texts with their kind's instruction and tokenize them.
+
+        Raises:
+            UsageError, DataError: a text is no string, or holds what is not text.
+        """
+        check_texts(texts)
+        rendered = render(self.settings, texts, kind, instruction)
+        return tokenize(self.tokenizer, rendered, self.max_length(kind, max_length))
+
+    def features(self, tokens: Tokens, rows: Sequence[int] | None = None, multiple_of: int | None = None) -> Features:
+        """Pad some rows of tokenized texts into one batch on the CPU."""
+        chosen = tokens.ids if rows is None else [tokens.ids[row] for row in rows]
+        return pad(chosen, self.tokenizer.pad_token_id, self.tokenizer.padding_side, multiple_of)
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        kind: Kind = "passage",
+        *,
+        heads: Sequence[str] | None = None,
+        batch_tokens: int | None = None,
+        precision: str | None = None,
+        max_length: int | None = None,
+        instruction: str | None = None,
+        progress: bool | None = None,
+    ) -> Embeddings:
+        """Return the texts' embeddings as numpy arrays, in the order given.
+
+        Args:
+            kind: "query" or "passage": which instruction and length limit apply.
+            heads: the heads to compute; default: all that the model has.
+            batch_tokens: padded tokens per forward.
+            precision: fp32, bf16 or fp16; default: the encoder's.
+            instruction: in place of the declared one, for this call.
+            progress: a bar on stderr; default: on a terminal, after two seconds.
+
+        Returns:
+            Embeddings: `dense` (n, dim) float32; `sparse` ids and weights (n, tokens); `colbert`
+            (n, tokens, dim) with `mask`.
+
+        Raises:
+            UsageError: an unknown head or kind, or a text that is no string.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return self.encode([""], kind, heads=heads, progress=False)[:0]
+        bar = progress_bar(len(texts), "encode", "text", progress)
+        parts = []
+        with bar:
+            for part in self.iter_encode(
+                texts,
+                kind,
+                heads=heads,
+                batch_tokens=batch_tokens,
+                precision=precision,
+                max_length=max_length,
+                instruction=instruction,
+            ):
+                parts.append(part)
+                bar.update(len(part))
+        return Embeddings.cat(parts)
+
+    def iter_encode(
+        self,
+        texts: Iterable[str],
+        kind: Kind = "passage",
+        *,
+        heads: Sequence[str] | None = None,
+        batch_tokens: int | None = None,
+        precision: str | None = None,
+        max_length: int | None = None,
+        instruction: str | None = None,
+        window: int = WINDOW,
+    ) -> Iterator[Embeddings]:
+        """Yield the embeddings of `window` texts at a time, in order, for corpora larger than memory.
+
+        The next window is tokenized in a thread while one is encoded.
+        """
+        if kind not in ("query", "passage"):
+            raise UsageError(f"kind is '{kind}'; it must be 'query' or 'passage'")
+        chosen = self._checked_heads(heads)
+        budget = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
+        dtype = _PRECISIONS[_checked_precision(precision or self.precision)]
+        truncated = total = 0
+        for tokens in self._tokenized_windows(iter(texts), kind, max_length, instruction, window):
+            truncated, total = truncated + tokens.truncated, total + len(tokens)
+            yield self._encode_window(tokens, chosen, budget, dtype)
+        if truncated:
+            length = self.max_length(kind, max_length)
+            logger.warning("%d of %d texts were longer than %s tokens and were cut", truncated, total, length)
+
+    def _tokenized_windows(
+        self, texts: Iterator[str], kind: Kind, max_length: int | None, instruction: str | None, window: int
+    ) -> Iterator[Tokens]:
+        """Tokenize one window ahead, in a thread (tokenizers release the interpreter lock)."""
+        with ThreadPoolExecutor(1, thread_name_prefix="ultrarag-tokenize") as pool:
+            batch = list(islice(texts, window))
+            pending = pool.submit(self.tokenize, batch, kind, max_length, instruction) if batch else None
+            while pending is not None:
+                batch = list(islice(texts, window))
+                following = None
+                tokens = pending.result()
+                if batch:
+                    following = pool.submit(self.tokenize, batch, kind, max_length, instruction)
+                yield tokens
+                pending = following
+
+    @torch.inference_mode()
+    def _encode_window(
+        self, tokens: Tokens, heads: tuple[str, ...], budget: int, dtype: torch.dtype | None
+    ) -> Embeddings:
+        parts, order = [], []
+        self.model.eval()
+        for rows in batches_by_tokens([len(row) for row in tokens.ids], budget):
+            parts.append(self._forward(self.features(tokens, rows), heads, dtype).numpy())
+            order.extend(rows)
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        return Embeddings.cat(parts)[place]
+
+    def _forward(self, features: Features, heads: tuple[str, ...], dtype: torch.dtype | None) -> Embeddings:
+        moved = cast(Features, {name: value.to(self.device) for name, value in features.items()})  # type: ignore[attr-defined]
+        moved["heads"] = heads
+        context = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        with context:
+            return self.adapter.encode(self.model, moved)
+
+    def _checked_heads(self, heads: Sequence[str] | None) -> tuple[str, ...]:
+        if heads is None:
+            return self.heads
+        chosen = (heads,) if isinstance(heads, str) else tuple(heads)
+        for head in chosen:
+            if head not in self.heads:
+                known = ", ".join(self.heads)
+                missing = "has no weights here" if head in self.adapter.declared.heads else "is unknown"
+                raise UsageError(f"head '{head}' {missing}{did_you_mean(head, self.heads)} (this model has: {known})")
+        return chosen
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], *, weights: dict[str, float] | None = None, **options: Any
+    ) -> np.ndarray:
+        """Return the relevance of each (query, passage) pair, (n,) float32.
+
+        Args:
+            weights: weight per head; required when the model has several, since no weighting suits all data.
+            options: as for `encode` (batch_tokens, precision, progress).
+
+        Raises:
+            UsageError: weights missing, or for a head that the model lacks.
+        """
+        if not pairs:
+            return np.zeros(0, dtype=np.float32)
+        chosen = self._weights(weights)
+        queries = list(dict.fromkeys(query for query, _ in pairs))
+        passages = list(dict.fromkeys(passage for _, passage in pairs))
+        query = self.encode(queries, "query", heads=tuple(chosen), **options)
+        passage = self.encode(passages, "passage", heads=tuple(chosen), **options)
+        left = {text: row for row, text in enumerate(queries)}
+        right = {text: row for row, text in enumerate(passages)}
+        scores = np.empty(len(pairs), dtype=np.float32)
+        by_query: dict[int, list[int]] = {}
+        for number, (text, _) in enumerate(pairs):
+            by_query.setdefault(left[text], []).append(number)
+        for row, numbers in by_query.items():
+            columns = np.array([right[pairs[number][1]] for number in numbers])
+            scores[numbers] = self.similarity(query[row : row + 1], passage[columns], weights=chosen)[0]
+        return scores
+
+    def similarity(self, query: Embeddings, passage: Embeddings, weights: dict[str, float] | None = None) -> np.ndarray:
+        """Return the weighted sum of the heads' scores, (queries, passages) float32, of encoded texts."""
+        chosen = self._weights(weights)
+        with torch.inference_mode():
+            matrices = head_scores(query.map(torch.as_tensor), passage.map(torch.as_tensor))
+            total = sum(weight * matrices[head] for head, weight in chosen.items())
+        return np.asarray(cast(torch.Tensor, total), dtype=np.float32)
+
+    def _weights(self, weights: dict[str, float] | None) -> dict[str, float]:
+        if weights is None:
+            if len(self.heads) > 1:
+                example = ", ".join(f"'{head}': 1" for head in self.heads)
+                raise UsageError(f"the model has several heads: say how they weigh, for example {{{example}}}")
+            return {self.heads[0]: 1.0}
+        self._checked_heads(tuple(weights))
+        chosen = {head: weight for head, weight in weights.items() if weight != 0}
+        if not chosen:
+            raise UsageError(f"all weights are 0: {weights}; at least one head must count")
+        return chosen
+
+    def save(self, path: str | PathLike[str], training: Training | None = None) -> Path:
+        """Write a checkpoint that ultrarag, transformers, sentence-transformers and FlagEmbedding load.
+
+        It is written beside `path`, loaded again, compared with this model on probe texts for every head, and
+        only then renamed: a reader sees the old checkpoint, or the whole new one.
+
+        Raises:
+            CheckpointError: when what was written does not give this model's vectors.
+        """
+        from ultrarag.publish import publish
+
+        return publish(self, Path(path), self.model.state_dict(), training or _previous_training(self.manifest))
+
+
+def _previous_training(manifest: Manifest | None) -> Training | None:
+    return manifest.training if manifest else None
+
+
+def _adapter_name(adapter: str | None, manifest: Manifest | None, folder: Path) -> str:
+    if adapter:
+        return adapter
+    if manifest:
+        return manifest.adapter
+    raise UsageError(
+        f"{folder} is no checkpoint of ultrarag's (it has no ultrarag.json): name the adapter, "
+        f"for example adapter='{'bgem3' if (folder / 'sparse_linear.pt').exists() else 'bge'}' "
+        f"(installed: {', '.join(registry().names())})"
+    )
+
+
+def _declared_options(options: LoadOptions, settings: EncoderSettings) -> LoadOptions:
+    """Fill what the caller left open with what the manifest says."""
+    return replace(
+        options,
+        pooling=options.pooling or settings.pooling,
+        normalize=settings.normalize if options.normalize is None else options.normalize,
+    )
+
+
+def _settings_of(model: nn.Module, plugin: Adapter, options: LoadOptions, manifest: Manifest | None) -> EncoderSettings:
+    """The manifest's settings, else the model's own, else the adapter's heads."""
+    own = getattr(model, "settings", None)
+    if isinstance(own, dict):
+        own = EncoderSettings.from_dict(own)
+    if not isinstance(own, EncoderSettings):
+        own = EncoderSettings(heads=options.heads or plugin.declared.heads)
+    if manifest is None:
+        return replace(own)
+    return replace(manifest.settings, heads=own.heads, pooling=own.pooling, normalize=own.normalize)
+
+
+def _override(settings: EncoderSettings, changes: dict[str, Any]) -> None:
+    known = [name for name in vars(settings) if name not in ("heads", "pooling", "normalize")]
+    for name, value in changes.items():
+        if name not in known:
+            raise UsageError(f"Encoder.load has no argument '{name}'{did_you_mean(name, known)}")
+        if value is not None:
+            setattr(settings, name, value)
+
+
+def _checked_precision(precision: str) -> str:
+    if precision not in _PRECISIONS:
+        raise UsageError(
+            f"precision '{precision}' is unknown{did_you_mean(precision, _PRECISIONS)} (fp32, bf16 or fp16)"
+        )
+    return precision

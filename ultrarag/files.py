@@ -1,0 +1,143 @@
+"""Durable files: write beside, fsync, then rename, so that a reader sees all of it or nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` atomically and durably by a readable JSON file."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(staging, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging, path)
+    sync_directory(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new files in `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """fsync every file and directory below `path`, and `path` itself."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(folder))
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """Give a new hidden sibling of `target` to write into; it is removed unless it was moved away."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_stages(target)
+    stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def remove_stale_stages(target: Path) -> None:
+    """Remove what killed processes left beside `target`."""
+    for left in target.parent.glob(f".{target.name}.*.tmp"):
+        owner = left.name.removesuffix(".tmp").rsplit(".", 1)[-1]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def publish_directory(stage: Path, target: Path, keep: Callable[[str], bool] = lambda name: False) -> None:
+    """Make the finished directory `stage` appear as `target` in one step.
+
+    Args:
+        keep: which entries of an existing `target` live on (by name); they are linked into `stage` first.
+    """
+    if target.exists():
+        for entry in sorted(target.iterdir()):
+            if keep(entry.name) and not (stage / entry.name).exists():
+                _link(entry, stage / entry.name)
+    sync_tree(stage)
+    if not target.exists():
+        os.rename(stage, target)
+    else:
+        _exchange(stage, target)
+    sync_directory(target.parent)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a file or a tree of files (no copy of the data); copy where the file system has no links."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file, symlinks=True)
+    else:
+        _link_file(str(source), str(target))
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _exchange(stage: Path, target: Path) -> None:
+    """Swap two directories: in one system call on Linux, else by two renames with a moment in between."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        result = libc.renameat2(
+            _AT_FDCWD, os.fsencode(stage), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(_RENAME_EXCHANGE)
+        )
+        if result == 0:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
+    except AttributeError:
+        pass
+    old = stage.with_name(f"{stage.name}.old.{os.getpid()}.tmp")
+    os.rename(target, old)
+    os.rename(stage, target)
+    shutil.rmtree(old, ignore_errors=True)
