@@ -1,0 +1,161 @@
+"""A retrieval task from the documentation that is installed anyway: which function does what this line says?
+
+The query is the first line of a function's docstring and the passage is the rest of it, for the standard library,
+numpy, scipy, scikit-learn and torch. Sources are parsed and never imported, so nothing is run, warned about or shown.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import logging
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ultrarag.errors import DataError
+from ultrarag.ir import write_beir
+from ultrarag.types import Passage
+
+#: what to read of each package: its folder, or some of its sub-folders ("." for the files beside them)
+SOURCES = {
+    "numpy": ("",),
+    "scipy": ("",),
+    "sklearn": ("",),
+    "torch": (".", "nn", "optim", "utils", "distributions", "autograd", "fx", "ao", "signal", "sparse", "masked"),
+}
+#: folders without documentation for users
+SKIPPED = {"test", "tests", "testing", "externals", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings"}
+
+SUMMARY_WORDS = 4
+SUMMARY_CHARACTERS = 300
+BODY_CHARACTERS = (150, 4000)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A function's documentation, cut in two."""
+
+    #: qualified name, such as "scipy.optimize.minimize"
+    name: str
+    summary: str
+    body: str
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Where the task was written: a BEIR folder, and training rows of the pairs that are not held out."""
+
+    folder: Path
+    train_file: Path
+    train: int
+    held_out: int
+
+
+def build_demo(folder: str | Path, pairs: int = 1500, held_out: int = 300) -> DemoData:
+    """Write corpus.jsonl (all pairs), queries.jsonl, qrels/{train,test}.tsv and train.jsonl.
+
+    The choice depends only on the functions' names and texts: the same packages give the same files.
+
+    Raises:
+        DataError: fewer documented functions than `pairs` are installed.
+    """
+    import jsonlines
+
+    folder = Path(folder)
+    chosen = choose(find_pairs(), pairs)
+    train, test = chosen[:-held_out], chosen[-held_out:]
+    corpus = [Passage(pair.name, pair.body) for pair in sorted(chosen, key=lambda pair: pair.name)]
+    splits = {name: {pair.name: {pair.name: 1} for pair in part} for name, part in (("train", train), ("test", test))}
+    write_beir(folder, corpus, {pair.name: pair.summary for pair in chosen}, splits)
+    train_file = folder / "train.jsonl"
+    with jsonlines.open(train_file, "w") as writer:
+        writer.write_all({"query": pair.summary, "pos": [pair.body]} for pair in train)
+    return DemoData(folder, train_file, len(train), len(test))
+
+
+def choose(pairs: Iterable[Pair], count: int) -> list[Pair]:
+    """Pick `count` distinct pairs in the order of a hash of their names: a fixed choice that looks random."""
+    distinct = list(without_repeats(sorted(pairs, key=lambda pair: pair.name)))
+    if len(distinct) < count:
+        raise DataError(
+            f"the installed packages document {len(distinct)} functions; {count} are needed: "
+            "install what the demo reads with: pip install 'ultrarag[demo]'"
+        )
+    return sorted(distinct, key=lambda pair: hashlib.sha256(pair.name.encode()).hexdigest())[:count]
+
+
+def without_repeats(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Leave out pairs whose name, summary or body came before: they would have two right answers."""
+    seen: set[tuple[str, str]] = set()
+    for pair in pairs:
+        keys = {("name", pair.name), ("summary", _plain(pair.summary)), ("body", _plain(pair.body))}
+        if seen.isdisjoint(keys):
+            yield pair
+        seen |= keys
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def find_pairs() -> Iterator[Pair]:
+    """Yield a pair for every documented public function of the packages in `SOURCES` and the standard library."""
+    for package, folder, file in source_files():
+        yield from pairs_of_file(file, module_name(package, folder, file))
+
+
+def source_files() -> Iterator[tuple[str, Path, Path]]:
+    """Yield (package, its folder, file); the package is "" for the standard library."""
+    yield from (("", stdlib, file) for stdlib in [Path(sysconfig.get_path("stdlib"))] for file in _python_files(stdlib))
+    for package, parts in SOURCES.items():
+        spec = find_spec(package)
+        for location in (spec.submodule_search_locations or []) if spec else []:
+            root = Path(location)
+            for part in parts:
+                files = sorted(root.glob("*.py")) if part == "." else _python_files(root / part)
+                yield from ((package, root, file) for file in files)
+
+
+def _python_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*.py")) if SKIPPED.isdisjoint(file.relative_to(folder).parts)]
+
+
+def module_name(package: str, folder: Path, file: Path) -> str:
+    """Name the module as users know it: without private parts, so scipy/optimize/_minimize.py is scipy.optimize."""
+    parts = [package, *file.relative_to(folder).with_suffix("").parts]
+    return ".".join(part for part in parts if part and not part.startswith("_"))
+
+
+def pairs_of_file(file: Path, module: str) -> Iterator[Pair]:
+    """Yield the pairs of a file's public functions; a file that is not Python is logged and left out."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError) as error:
+        log.warning("left out %s: %s", file, error)
+        return
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            pair = pair_of(f"{module}.{node.name}".lstrip("."), ast.get_docstring(node) or "")
+            if pair:
+                yield pair
+
+
+def pair_of(name: str, docstring: str) -> Pair | None:
+    """Split a docstring after its first paragraph; None when a half is too short, too long or a template."""
+    summary, _, body = inspect.cleandoc(docstring).partition("\n\n")
+    summary, body = " ".join(summary.split()), body.strip()
+    is_sentence = len(summary.split()) >= SUMMARY_WORDS and not re.match(r"[\w.]+\(", summary)
+    fits = len(summary) <= SUMMARY_CHARACTERS and BODY_CHARACTERS[0] <= len(body) <= BODY_CHARACTERS[1]
+    if is_sentence and fits and "%(" not in docstring:
+        return Pair(name, summary, body)
+    return None
