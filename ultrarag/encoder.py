@@ -262,7 +262,7 @@ class Encoder:
                 yield tokens
                 pending = following
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
     def _encode_window(
         self, tokens: Tokens, heads: tuple[str, ...], budget: int, dtype: torch.dtype | None
     ) -> Embeddings:

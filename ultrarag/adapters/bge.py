@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ultrarag.adapters.bgem3 import EmbedderAdapter
+from ultrarag.adapters.hooks import EmbedderAdapter
 
 
 class BGEAdapter(EmbedderAdapter):

@@ -1,0 +1,89 @@
+"""Fine-tuning: `finetune()` for Python, `python -m ultrarag.finetune` and its siblings for the shell."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.errors import UsageError
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from ultrarag.finetune.arguments import FinetuneArguments
+    from ultrarag.finetune.run import FinetuneResult, Interrupted
+
+__all__ = ["FinetuneArguments", "FinetuneResult", "Interrupted", "finetune"]
+
+_HOMES = {
+    "FinetuneArguments": "ultrarag.finetune.arguments",
+    "FinetuneResult": "ultrarag.finetune.run",
+    "Interrupted": "ultrarag.finetune.run",
+}
+
+
+def finetune(
+    model: str | PathLike[str],
+    train_data: Any,
+    output_dir: str | PathLike[str],
+    adapter: str | None = None,
+    **arguments: Any,
+) -> FinetuneResult:
+    """Fine-tune a model on domain data and write a checkpoint that every tool loads.
+
+    Args:
+        model: a folder or hub name; a checkpoint of ours is trained on incrementally.
+        train_data: a path, a list of paths, or a list of rows (`{"query": ..., "pos": [...], "neg": [...]}`).
+        output_dir: where the finished checkpoint appears, whole or not at all.
+        adapter: name of the plugin; may be left out when `model` is a checkpoint of ours.
+        arguments: any flag of the command line, under its name, such as `learning_rate=1e-5`.
+
+    Returns:
+        The checkpoint's path, its fingerprint, and the metrics before and after where `eval_data` was given.
+
+    Raises:
+        UsageError: an unknown or unusable argument. DataError: rows that cannot be used.
+        TrainingError: training had to stop, or changed nothing.
+
+    Example:
+        >>> from ultrarag.finetune import finetune
+        >>> result = finetune(model_path, rows, output_dir="ckpt/1", adapter="bge", learning_rate=2e-5)
+        >>> result.checkpoint
+        'ckpt/1'
+    """
+    from ultrarag.finetune.arguments import from_keywords
+    from ultrarag.finetune.run import run
+
+    name = adapter or _adapter_of(str(model))
+    result = run(from_keywords(model, train_data, output_dir, name, adapter_defaults(name), **arguments))
+    if result is None:  # another rank of a distributed run: the first one wrote the checkpoint
+        from ultrarag.finetune.run import FinetuneResult
+
+        return FinetuneResult(str(output_dir), str(model), "", 0, None, 0.0)
+    return result
+
+
+def adapter_defaults(name: str) -> dict[str, Any]:
+    """The flags whose default the named adapter declares otherwise."""
+    from ultrarag.plugins import registry
+
+    return dict(registry().adapter(name).declared.finetune_defaults)
+
+
+def _adapter_of(model: str) -> str:
+    from pathlib import Path
+
+    from ultrarag.checkpoint import read_manifest
+    from ultrarag.plugins import registry
+
+    manifest = read_manifest(Path(model)) if Path(model).is_dir() else None
+    if manifest is None:
+        known = ", ".join(registry().names())
+        raise UsageError(f"'{model}' is no checkpoint of ultrarag's: name the adapter, adapter='bge' (known: {known})")
+    return manifest.adapter
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ultrarag.finetune' has no attribute '{name}'")

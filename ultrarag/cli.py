@@ -1,0 +1,62 @@
+"""The `ultrarag` command: a table of subcommands, each imported only when it is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from ultrarag import __version__
+from ultrarag.errors import UltraragError, UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["finetune"]:  # its flags are read by its own parser
+        from ultrarag.finetune.__main__ import main as finetune
+
+        return finetune(words[1:])
+    arguments = _parser().parse_args(words)
+    try:
+        return int(arguments.run(arguments))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UltraragError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ultrarag", description="Fine-tune embedding models and serve them live.")
+    parser.add_argument("--version", action="version", version=f"ultrarag {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands.add_parser("finetune", help="fine-tune a model (ultrarag finetune --help)", add_help=False)
+    plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
+    plugins.add_argument("--json", action="store_true", help="print JSON")
+    plugins.set_defaults(run=_plugins)
+    return parser
+
+
+def _plugins(arguments: argparse.Namespace) -> int:
+    """Print every plugin; exit with 1 when one is broken."""
+    from ultrarag.plugins import registry
+
+    rows = registry().plugins()
+    if arguments.json:
+        print(json.dumps([row.__dict__ for row in rows], ensure_ascii=False))
+    else:
+        from ultrarag.tables import table
+
+        lines = [(r.name, r.kind, r.package, r.version, ", ".join(r.hooks), r.problem or "ok") for r in rows]
+        print(table(("name", "kind", "package", "version", "hooks", "state"), lines))
+    return 1 if any(row.problem and "switched off" not in row.problem for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

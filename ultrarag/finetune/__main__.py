@@ -1,0 +1,51 @@
+"""`torchrun -m ultrarag.finetune --adapter NAME ...`: fine-tuning from the shell."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from ultrarag.errors import UltraragError, UsageError
+
+
+def main(argv: Sequence[str] | None = None, adapter: str | None = None) -> int:
+    """Run one fine-tuning command; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C).
+
+    Args:
+        argv: the words after the program's name.
+        adapter: the adapter, where the command fixes it.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    if as_json:
+        words.remove("--json")
+    try:
+        return _run(words, adapter, as_json)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UltraragError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(words: list[str], adapter: str | None, as_json: bool) -> int:
+    from ultrarag.finetune import adapter_defaults
+    from ultrarag.finetune.arguments import named_adapter, parse_command_line
+
+    name = adapter or named_adapter(words)
+    arguments = parse_command_line(words, adapter, adapter_defaults(name) if name else None)
+    from ultrarag.finetune.run import run
+
+    result = run(arguments)
+    if result is not None:
+        print(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

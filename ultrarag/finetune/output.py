@@ -1,0 +1,82 @@
+"""The output directory: may it be used, which checkpoint is resumed, and what of it lives on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from ultrarag.checkpoint import MANIFEST, read_manifest
+from ultrarag.errors import CheckpointError, UsageError
+from ultrarag.finetune.arguments import FinetuneArguments
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def find_resume(arguments: FinetuneArguments, note: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from; None starts from the model.
+
+    `--resume_from_checkpoint True` takes the newest one of the output directory; where there is none yet (the
+    process was killed before the first save), the run starts anew, which gives the same batches and weights.
+
+    Raises:
+        UsageError: a named checkpoint does not exist or is incomplete.
+    """
+    asked = arguments.training.resume_from_checkpoint
+    if asked in (None, False, "", "False"):
+        return None
+    if asked in (True, "True"):
+        found = checkpoints_in(Path(str(arguments.training.output_dir)))
+        if not found:
+            note("there is no checkpoint to resume from yet: starting from the model")
+            return None
+        note(f"resuming from {found[-1]}")
+        return found[-1]
+    path = Path(str(asked))
+    if not (path / "trainer_state.json").is_file():
+        raise UsageError(f"--resume_from_checkpoint {path}: no such checkpoint (it has no trainer_state.json)")
+    return path
+
+
+def claim_output_dir(output: Path, overwrite: bool, note: Callable[[str], None]) -> None:
+    """Make sure that a new run may write into `output`.
+
+    Raises:
+        UsageError: it holds a model or checkpoints and `overwrite` is not set, or a model of another program.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output_dir {output} is a file; name a directory")
+    old = checkpoints_in(output)
+    finished = (output / MANIFEST).is_file()
+    if not finished and (output / "config.json").is_file():
+        raise UsageError(f"--output_dir {output} holds a model that ultrarag did not write; name another directory")
+    if (old or finished) and not overwrite:
+        what = "a finished model" if finished else f"{len(old)} checkpoints"
+        raise UsageError(
+            f"--output_dir {output} holds {what} of an earlier run: give --resume_from_checkpoint True to go on, "
+            "--overwrite_output_dir to start anew, or another directory"
+        )
+    if old:
+        note(f"--overwrite_output_dir: removing {len(old)} checkpoints of an earlier run from {output}")
+        for path in old:
+            shutil.rmtree(path)
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def kept_in_output(output: Path) -> Callable[[str], bool]:
+    """Which entries of the output directory stay when the finished model replaces an earlier one: all but its files."""
+    replaced = {MANIFEST}
+    try:
+        manifest = read_manifest(output)
+    except CheckpointError:
+        manifest = None
+    if manifest:
+        replaced |= {name.split("/")[0] for name in manifest.files}
+    return lambda name: name not in replaced and not name.endswith(".tmp")
