@@ -91,9 +91,8 @@ def train(model: str | Path, train_file: Path, output: Path) -> Path:
     """Fine-tune for one epoch and return the checkpoint's folder."""
     from ultrarag.finetune import finetune
 
-    result = finetune(
-        str(model), str(train_file), output_dir=str(output), adapter="bge", overwrite_output_dir=True, **TRAINING
-    )
+    places = {"output_dir": str(output), "overwrite_output_dir": True, "cache_path": str(output.parent / "cache")}
+    result = finetune(str(model), str(train_file), adapter="bge", **places, **TRAINING)
     return Path(result.checkpoint)
 
 
