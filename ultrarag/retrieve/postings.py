@@ -31,7 +31,10 @@ class Postings:
             return _NOTHING
         return np.array(held[0], np.int32), np.array(held[1], np.float64)
 
-    def keys(self) -> Iterator[Hashable]:
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._lists
+
+    def __iter__(self) -> Iterator[Hashable]:
         """Iterate over the keys."""
         return iter(self._lists)
 
