@@ -82,7 +82,7 @@ def search(model: str | Path, task: Collection) -> dict[str, dict[str, float]]:
 
     encoder = Encoder.load(model, adapter="bge")
     passages = [passage.content for passage in task.corpus.values()]
-    passage_vectors = encoder.encode(passages, kind="passage", max_length=PASSAGE_TOKENS, progress=True).dense
+    passage_vectors = encoder.encode(passages, kind="passage", max_length=PASSAGE_TOKENS).dense
     query_vectors = encoder.encode(list(task.queries.values()), kind="query", max_length=QUERY_TOKENS).dense
     return run_of(list(task.queries), list(task.corpus), *top_k(query_vectors, passage_vectors, 10))
 
@@ -91,7 +91,11 @@ def train(model: str | Path, train_file: Path, output: Path) -> Path:
     """Fine-tune for one epoch and return the checkpoint's folder."""
     from ultrarag.finetune import finetune
 
-    places = {"output_dir": str(output), "overwrite_output_dir": True, "cache_path": str(output.parent / "cache")}
+    places: dict[str, Any] = {
+        "output_dir": str(output),
+        "overwrite_output_dir": True,
+        "cache_path": str(output.parent / "cache"),
+    }
     result = finetune(str(model), str(train_file), adapter="bge", **places, **TRAINING)
     return Path(result.checkpoint)
 
