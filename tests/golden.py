@@ -1,4 +1,4 @@
-"""Reading of the peer's golden numbers, wherever they lie (`ULTRARAG_GOLDEN`, or tests/fixtures/peer)."""
+"""Reading of the peer's golden numbers: our own fixture, and the large set where `ULTRARAG_GOLDEN` points."""
 
 from __future__ import annotations
 
@@ -12,25 +12,36 @@ from typing import Any
 import numpy as np
 import torch
 
+FIXTURE = Path(__file__).parent / "fixtures" / "peer"
 ROOT = Path(os.environ.get("ULTRARAG_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
-MODEL = ROOT / "tiny-visible"
-VISIBLE = ROOT / "visible"
+
+
+@dataclass(frozen=True)
+class GoldenSet:
+    """One directory of numbers and the model that they were computed with."""
+
+    name: str
+    data: Path
+    model: Path
+
+    def present(self) -> bool:
+        return self.data.is_dir() and self.model.is_dir()
+
+
+FIXTURE_SET = GoldenSet("fixture", FIXTURE, FIXTURE / "model")
+VISIBLE_SET = GoldenSet("visible", ROOT / "visible", ROOT / "tiny-visible")
+SETS = (FIXTURE_SET, VISIBLE_SET)
 WHY_SKIPPED = f"no golden numbers at {ROOT}; set ULTRARAG_GOLDEN"
 
 
-def present() -> bool:
-    return (VISIBLE / "losses.json").is_file() and MODEL.is_dir()
+@cache
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @cache
-def read(name: str) -> dict[str, Any]:
-    path = VISIBLE / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cases": []}
-
-
-@cache
-def arrays(name: str) -> dict[str, np.ndarray]:
-    with np.load(VISIBLE / name) as file:
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
         return {key: file[key] for key in file.files}
 
 
@@ -38,39 +49,45 @@ def arrays(name: str) -> dict[str, np.ndarray]:
 class Case:
     """One case of losses.json."""
 
+    golden: GoldenSet
     values: dict[str, Any]
 
     def __str__(self) -> str:
-        return str(self.values["name"])
+        return f"{self.golden.name}-{self.values['name']}"
 
     @property
     def config(self) -> dict[str, Any]:
         return self.values["config"]
 
-    def features(self, side: str, dtype: torch.dtype = torch.int64) -> dict[str, torch.Tensor]:
-        prefix = f"batch/{self.values['batch']}/{side}"
-        names = ("input_ids", "attention_mask")
-        return {name: torch.tensor(arrays("inputs.npz")[f"{prefix}/{name}"]).to(dtype) for name in names}
-
     @property
     def batch(self) -> dict[str, Any]:
-        return read("losses.json")["batches"][self.values["batch"]]
+        return read(self.golden.data / "losses.json")["batches"][self.values["batch"]]
+
+    def features(self, side: str) -> dict[str, torch.Tensor]:
+        prefix = f"batch/{self.values['batch']}/{side}"
+        found = arrays(self.golden.data / "inputs.npz")
+        names = ("input_ids", "attention_mask")
+        return {name: torch.tensor(found[f"{prefix}/{name}"], dtype=torch.int64) for name in names}
 
     def head(self, name: str) -> dict[str, torch.Tensor]:
         prefix = f"head/{name}/"
-        found = arrays("inputs.npz")
+        found = arrays(self.golden.data / "inputs.npz")
         return {key.removeprefix(prefix): torch.tensor(found[key]) for key in found if key.startswith(prefix)}
 
     def expected(self, precision: str) -> tuple[float, dict[str, float]] | None:
-        """The loss and the gradient norms to match, or None where the peer has none."""
-        values = self.values[precision]
-        source = values if "intended_loss" in values else self.values
-        if "intended_loss" in source:
-            return source["intended_loss"], source["intended_grad_norm"]
-        if "loss" not in values:
-            return None
-        return values["loss"], values["grad_norm"]
+        """The loss and the gradient norms to match, or None where there are none."""
+        values = self.values.get(precision, {})
+        if "intended_loss" in values:
+            return values["intended_loss"], values["intended_grad_norm"]
+        return (values["loss"], values["grad_norm"]) if "loss" in values else None
 
 
 def cases(*kinds: str) -> list[Case]:
-    return [Case(values) for values in read("losses.json")["cases"] if values["kind"] in kinds] if present() else []
+    """Every case of these kinds, of every set that is there."""
+    return [
+        Case(golden, values)
+        for golden in SETS
+        if golden.present()
+        for values in read(golden.data / "losses.json")["cases"]
+        if values["kind"] in kinds
+    ]

