@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ultrarag.errors import DataError, IndexStateError, UsageError
-from ultrarag.retrieve import bm25, bm25_store
+from ultrarag.retrieve import bm25, bm25_lists, bm25_store
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.filters import matches, parse
 from ultrarag.retrieve.tokens import tokenize
@@ -67,7 +67,7 @@ def random_text(rng: random.Random) -> str:
 @pytest.mark.parametrize("buffer", [7, 8192])
 def test_scores_stay_exact_under_random_writes(index: BM25, monkeypatch: pytest.MonkeyPatch, buffer: int) -> None:
     monkeypatch.setattr(bm25_store, "BUFFER_ROWS", buffer)
-    monkeypatch.setattr(bm25_store, "SEGMENT_ROWS", 16)
+    monkeypatch.setattr(bm25_lists, "SEGMENT_ROWS", 16)
     monkeypatch.setattr(bm25, "LONG_LIST", 3)
     rng, passages, metadata = random.Random(3), {}, {}
     for step in range(60):
