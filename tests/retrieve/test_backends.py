@@ -422,3 +422,65 @@ def test_searches_and_writes_in_many_threads(filled: Backend) -> None:
         thread.join()
     assert not failures
     assert filled.count() == 150
+
+
+@pytest.fixture
+def edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("qdrant_edge")
+    monkeypatch.setattr("ultrarag.retrieve.backends.qdrant_points.HNSW_FROM_KB", 20)
+    backend = create(tmp_path / "index", Schema(dense=DIM), "qdrant-edge")
+    backend.upsert(names(1000), Embeddings(dense=embed(1000).dense), [{}] * 1000)
+    yield backend
+    backend.close()
+
+
+def test_a_failing_optimizer_leaves_the_index_searchable(edge: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(IndexStateError, match=r"optimising .* failed .*exit status 1"):
+            edge.optimize()
+    assert len(edge.search_dense(np.ones(DIM), 10)) == 10
+    edge.optimize()
+    assert edge.count() == 1000
+
+
+def test_a_search_during_the_optimisation_is_told_so(edge: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def run(progress: object) -> None:
+        with pytest.raises(IndexStateError) as caught:
+            edge.search_dense(np.ones(DIM), 1)
+        told.append(str(caught.value))
+
+    monkeypatch.setattr(edge, "_run_optimizer", run)
+    edge.optimize()
+    assert "is being optimised" in told[0]
+
+
+def test_an_owner_killed_while_optimizing_leaves_nothing_behind(tmp_path: Path) -> None:
+    pytest.importorskip("qdrant_edge")
+    script = """
+        import sys, threading
+        sys.path.insert(0, sys.argv[2])
+        from test_backends import *
+        import ultrarag.retrieve.backends.qdrant_points as points
+        points.HNSW_FROM_KB = 20
+        backend = create(sys.argv[1], Schema(dense=64), "qdrant-edge")
+        vectors = np.random.default_rng(0).normal(size=(8000, 64)).astype(np.float32)
+        backend.upsert(names(8000), Embeddings(dense=vectors), [{}] * 8000)
+        run = subprocess.Popen.communicate
+        def killed(self, *args, **kwargs):
+            print("optimising", flush=True)
+            return run(self, *args, **kwargs)
+        subprocess.Popen.communicate = killed
+        backend.optimize()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "index"), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"optimising\n"
+        threading.Event().wait(0.4)  # let the child load the shard; a kill before that must be survived as well
+        owner.kill()
+    backend = open_backend(tmp_path / "index")
+    assert backend.count() == 8000
+    assert len(backend.search_dense(np.ones(64), 10)) == 10
+    backend.close()

@@ -19,7 +19,7 @@ from ultrarag.retrieve.postings import Postings
 FORMAT = 1
 #: Rows that are kept in memory before they are sealed; sealing takes about 0.2 s.
 BUFFER_ROWS = 8192
-#: SQLite's cache; its default of 2 MB halves the write rate from 100,000 passages on.
+#: SQLite's cache: sealing touches the tree of lists everywhere, of which its default of 2 MB holds little.
 CACHE_KB = 65_536
 
 _TABLES = """

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -261,13 +261,11 @@ class QdrantEdge:
         started = time.monotonic()
         # the child holds the owner's lock too, so that nobody gets in if this process dies before it
         with subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=self._lock.descriptors(), text=True) as child:
-            while True:
-                try:
-                    _, errors = child.communicate(timeout=1)
-                    break
-                except subprocess.TimeoutExpired:
-                    if progress:
-                        progress(time.monotonic() - started)
+            try:
+                errors = _wait(child, lambda: progress and progress(time.monotonic() - started))
+            except BaseException:  # such as Ctrl-C: the engine survives a kill, as its tests show
+                child.kill()
+                raise
         if child.returncode:
             raise IndexStateError(
                 f"optimising '{self.directory}' failed ({errors.strip()[-300:] or f'exit status {child.returncode}'}); "
@@ -297,3 +295,12 @@ class QdrantEdge:
             self._shard = None
             self._lock.release()
             raise
+
+
+def _wait(child: subprocess.Popen[str], tick: Callable[[], object]) -> str:
+    """Wait for a child, calling `tick` every second; return what it wrote to stderr."""
+    while True:
+        try:
+            return child.communicate(timeout=1)[1]
+        except subprocess.TimeoutExpired:
+            tick()
