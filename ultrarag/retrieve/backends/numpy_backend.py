@@ -202,6 +202,8 @@ class NumpyBackend:
         self._facts: list[list[tuple[str, float]]] = []
         #: (capacity, dim)
         self._dense = np.zeros((0, self.schema.dense or 0), np.float32)
+        #: (capacity,)
+        self._alive = np.zeros(0, bool)
         self._sparse: list[Any] = []
         self._tokens: list[Any] = []
         self._fact_rows, self._token_rows = Postings(), Postings()
@@ -216,6 +218,8 @@ class NumpyBackend:
         if row == len(self._dense):
             room = np.zeros((max(64, row), self._dense.shape[1]), np.float32)
             self._dense = np.concatenate([self._dense, room])
+            self._alive = np.concatenate([self._alive, np.zeros(len(room), bool)])
+        self._alive[row] = True
         if dense is not None:
             self._dense[row] = dense
         for fact, value in found:
@@ -228,6 +232,7 @@ class NumpyBackend:
         rows = [self._row.pop(id) for id in dict.fromkeys(ids) if id in self._row]
         for row in rows:
             self._ids[row] = self._sparse[row] = self._tokens[row] = None
+            self._alive[row] = False
         return len(rows)
 
     def _compact(self) -> None:
@@ -241,8 +246,8 @@ class NumpyBackend:
 
     def _passing(self, filter: Filter) -> np.ndarray:
         """Which rows are alive and pass the filter; (rows,) bool."""
-        alive = np.array([id is not None for id in self._ids], bool)
-        return alive & mask(parse(filter), self._fact_rows.get, len(self._ids))
+        rows = len(self._ids)
+        return self._alive[:rows] & mask(parse(filter), self._fact_rows.get, rows)
 
     def _sparse_scores(self, token_ids: Sequence[int], weights: Sequence[float]) -> np.ndarray:
         scores = np.zeros(len(self._ids))
