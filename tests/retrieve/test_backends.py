@@ -165,6 +165,16 @@ def test_deleted_passages_are_gone_everywhere(filled: Backend) -> None:
         filled.vectors(["p0"])
 
 
+def test_replacing_everything_many_times(empty: Backend) -> None:
+    for seed in range(6):
+        batch = embed(400, seed)
+        empty.upsert(names(400), batch, langs(400))
+    query = np.random.default_rng(1).normal(size=DIM).astype(np.float32)
+    assert empty.count() == 400
+    assert [id for id, _ in empty.search_dense(query, 9, exact=True)] == order(batch.dense @ query, 9)
+    assert len(empty.search_sparse(range(VOCABULARY), np.ones(VOCABULARY), 500, {"lang": "zh"})) == 40
+
+
 def test_ids_lists_all(empty: Backend) -> None:
     empty.upsert(names(2500), embed(2500), [{}] * 2500)
     assert sorted(empty.ids()) == sorted(names(2500))

@@ -91,14 +91,14 @@ class NumpyBackend:
             dense = None if batch.dense is None else batch.dense[row]
             self._append(id, dense, sparse[row], tokens[row], found[row])
         self._dirty = True
+        self._compact_when_sparse()
 
     @_locked
     def delete(self, ids: Sequence[str]) -> None:
         """Bury the rows of these ids."""
         check_ids(ids)
         self._dirty |= self._bury(ids) > 0
-        if len(self._ids) > 1000 and len(self._row) < len(self._ids) / 2:
-            self._compact()
+        self._compact_when_sparse()
 
     @_locked
     def search_dense(self, vector: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
@@ -234,6 +234,10 @@ class NumpyBackend:
             self._ids[row] = self._sparse[row] = self._tokens[row] = None
             self._alive[row] = False
         return len(rows)
+
+    def _compact_when_sparse(self) -> None:
+        if len(self._ids) > 1000 and len(self._row) < len(self._ids) / 2:
+            self._compact()
 
     def _compact(self) -> None:
         if len(self._row) == len(self._ids):
