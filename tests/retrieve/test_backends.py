@@ -402,6 +402,8 @@ def test_optimized_search_finds_nearly_what_exact_search_finds(
         assert all(len(ids) == 10 for ids in found)
         recall = np.mean([len(a & b) / 10 for a, b in zip(found, exact, strict=True)])
         assert recall > 0.95, filter
+    assert len(backend.search_dense(queries[0], 5000)) == 2900, "a graph need not reach every passage"
+    assert len(backend.search_dense(queries[0], 10**12, {"lang": "zh"})) == 290
     backend.upsert(["late"], Embeddings(dense=queries[:1] * 100), [{}])
     assert backend.search_dense(queries[0], 1)[0][0] == "late"
     backend.close()
