@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in _files(folder)
     }
     manifest.versions = _versions()
-    manifest.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(folder / MANIFEST, manifest.to_dict())
 
 

@@ -183,12 +183,15 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
 def _without_loading_report() -> Iterator[None]:
     """Keep transformers from reporting tensors that we judge ourselves (a pooler that nothing uses, say)."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_not_a_loading_report)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_not_a_loading_report)
+
+
+def _not_a_loading_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _load_tokenizer(folder: Path, options: LoadOptions) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from ultrarag.checkpoint import Training
 from ultrarag.encoder import Encoder
@@ -181,10 +181,10 @@ class EmbeddingTrainer(Trainer):
 
     def _write_state(self, folder: Path) -> None:
         """The Trainer's counters, with those of its callbacks (early stopping)."""
+        saved: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
         for callback in [*self.callback_handler.callbacks, self.control]:
-            name, state = type(callback).__name__, getattr(callback, "state", None)
-            if callable(state) and name in self.state.stateful_callbacks:
-                self.state.stateful_callbacks[name] = state()
+            if isinstance(callback, ExportableState):
+                saved[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _remove_old_checkpoints(self, newest: Path) -> None:
