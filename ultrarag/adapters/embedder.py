@@ -168,13 +168,13 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
         backbone, report = AutoModel.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
         )
-    missing = sorted(report["missing_keys"])
-    if all(key.startswith("pooler.") for key in missing):
-        if missing:
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if not missing:
+        if report["missing_keys"]:
             backbone.pooler = None  # random weights that nothing uses would still be saved and hashed
         return backbone
     raise CheckpointError(
-        f"{folder}: the weights lack {len(missing)} tensors that a {type(backbone).__name__} needs, "
+        f"{folder}: the weights lack {len(missing)} tensor(s) that a {type(backbone).__name__} needs, "
         f"first '{missing[0]}'; the checkpoint is incomplete or of another architecture"
     )
 
