@@ -50,7 +50,7 @@ def find_files(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[DataFile
     files: list[DataFile] = []
     notes: list[str] = []
     for source in sources:
-        path = os.path.normpath(os.fspath(source))
+        path = os.path.normpath(_utf8(os.fspath(source)))
         if os.path.isdir(path):
             files += _directory(path, notes)
         else:
@@ -58,6 +58,14 @@ def find_files(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[DataFile
     if not files:
         raise DataError("no training data was given: name JSONL files or directories of them")
     return files, notes + _repeated(files)
+
+
+def _utf8(path: str) -> str:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"the name {os.fsencode(path)!r} is not UTF-8; rename it") from None
+    return path
 
 
 def _regular(path: str) -> str:
@@ -71,7 +79,7 @@ def _regular(path: str) -> str:
 def _directory(path: str, notes: list[str]) -> list[DataFile]:
     found, unread = [], []
     for name in sorted(os.listdir(path)):
-        full = os.path.join(path, name)
+        full = os.path.join(path, _utf8(name))
         if os.path.isfile(full) and name.lower().endswith(SUFFIXES) and not name.startswith("."):
             found.append(DataFile(full, path))
         else:

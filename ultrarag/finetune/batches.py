@@ -1,0 +1,204 @@
+"""BatchPlan: which rows each rank sees at each step, as a pure function of (seed, epoch, index, rank)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from ultrarag.errors import DataError, UsageError
+from ultrarag.finetune.candidates import draw_candidates
+from ultrarag.finetune.data import TrainData
+from ultrarag.finetune.draws import Draws
+from ultrarag.finetune.pools import Pool, Sizes, check_teacher, make_pools, remarks
+
+# the first number of a key says what is drawn, so that no two streams are the same
+_ROWS, _STEPS, _TEXTS = range(3)
+
+#: `Batch.dataset` where a batch holds rows of several.
+MIXED = "mixed"
+
+
+@dataclass
+class Batch:
+    """One step of one rank, as raw texts: instructions are the encoder's business."""
+
+    #: (queries,)
+    queries: list[str]
+    #: (queries * group_size,): passage i * group_size + j is candidate j of query i, candidate 0 its positive
+    passages: list[str]
+    #: (queries, group_size) raw scores
+    teacher: list[list[float]] | None
+    group_size: int
+    #: the other queries' passages are negatives too
+    in_batch_negatives: bool
+    #: the rows' dataset, or "mixed"
+    dataset: str
+    #: (queries,) "file:line"
+    sources: list[str]
+    #: (queries,) the row's own instruction, None: the run's
+    prompts: list[str | None]
+    #: passages are of the queries' kind (symmetric tasks) and get the instruction of their query
+    passages_as_queries: bool = False
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    number: int
+    #: per pool: (rows,) row numbers in their order
+    rows: list[np.ndarray]
+    #: (steps,) the step of the plan that comes at each index
+    steps: np.ndarray
+
+
+class BatchPlan:
+    """The batches of a run; any of them can be asked for at any time, so a resumed run goes on exactly.
+
+    In every epoch each row is seen once, except those that `notes` counts: rows dropped by `drop_last`, and rows
+    seen twice because each rank needs some at each step.
+
+    Args:
+        data: the rows.
+        per_device_batch_size: queries per rank and step, where the rows of a dataset do not say another number.
+        world_size: the number of ranks.
+        seed: of all random choices.
+        train_group_size: passages per query, where the rows of a dataset do not say another number.
+        same_dataset_within_batch: a step's rows, over all ranks, are of one dataset.
+        drop_last: leave out the last rows of an epoch that do not fill a step.
+        shuffle_ratio: the share of long positives whose thirds are put into another order.
+        negatives_cross_device: passages of other ranks are negatives too.
+        knowledge_distillation: batches carry the teacher's scores.
+
+    Raises:
+        DataError, UsageError: no batch is left, or one in which a query has no second candidate.
+    """
+
+    def __init__(
+        self,
+        data: TrainData,
+        per_device_batch_size: int,
+        world_size: int = 1,
+        seed: int = 42,
+        train_group_size: int = 8,
+        same_dataset_within_batch: bool = False,
+        drop_last: bool = False,
+        shuffle_ratio: float = 0.0,
+        negatives_cross_device: bool = False,
+        knowledge_distillation: bool = False,
+    ) -> None:
+        if seed < 0:
+            raise UsageError(f"seed is {seed}; it must be 0 or more")
+        self.data = data
+        self.sizes = Sizes(per_device_batch_size, world_size, train_group_size, negatives_cross_device)
+        self.seed = seed
+        self.drop_last = drop_last
+        self.shuffle_ratio = shuffle_ratio
+        self.teacher = knowledge_distillation
+        self.pools = make_pools(data, self.sizes, same_dataset_within_batch)
+        if self.teacher:
+            check_teacher(data, self.pools)
+        self._ends = list(accumulate(self._steps(pool) for pool in self.pools))
+        #: steps of each rank in each epoch
+        self.steps_per_epoch = self._ends[-1]
+        if not self.steps_per_epoch:
+            raise DataError(self._nothing_left())
+        self.notes = [*remarks(data, self.pools, self.sizes, same_dataset_within_batch), *self._tails()]
+        self._epochs: dict[int, _Epoch] = {}
+
+    def batch(self, epoch: int, index: int, rank: int) -> Batch:
+        """Return step `index` (0 .. steps_per_epoch-1) of `epoch` (0, 1, ...) on `rank`.
+
+        Raises:
+            IndexError: there is no such step or rank.
+        """
+        self._check(epoch, index, rank)
+        pool, rows = self._step(self._epoch(epoch), index)
+        mine = np.array_split(rows, self.sizes.world_size)[rank]
+        return self._texts(pool, [int(row) for row in mine], epoch)
+
+    # ---- steps
+
+    def _global_batch(self, pool: Pool) -> int:
+        return pool.batch_size * self.sizes.world_size
+
+    def _steps(self, pool: Pool) -> int:
+        rows, batch = len(pool.rows), self._global_batch(pool)
+        return rows // batch if self.drop_last else -(-rows // batch)
+
+    def _step(self, epoch: _Epoch, index: int) -> tuple[Pool, np.ndarray]:
+        """Return a step's pool and its rows over all ranks, at least `fewest` for each."""
+        step = int(epoch.steps[index])
+        which = int(np.searchsorted(self._ends, step, side="right"))
+        pool, order = self.pools[which], epoch.rows[which]
+        at = (step - (self._ends[which - 1] if which else 0)) * self._global_batch(pool)
+        rows = order[at : at + self._global_batch(pool)]
+        missing = pool.fewest * self.sizes.world_size - len(rows)
+        # the epoch's first rows are other rows than its last, unless the pool is smaller than one step
+        return pool, np.concatenate([rows, np.resize(order, missing)]) if missing > 0 else rows
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            rows = [
+                pool.rows[Draws(_ROWS, self.seed, number, which).order(len(pool.rows))]
+                for which, pool in enumerate(self.pools)
+            ]
+            steps = Draws(_STEPS, self.seed, number).order(self.steps_per_epoch)
+            kept = {key: self._epochs[key] for key in self._epochs if key == number - 1}
+            self._epochs = {**kept, number: _Epoch(number, rows, steps)}
+        return self._epochs[number]
+
+    def _check(self, epoch: int, index: int, rank: int) -> None:
+        if epoch < 0 or not 0 <= index < self.steps_per_epoch or not 0 <= rank < self.sizes.world_size:
+            raise IndexError(
+                f"epoch {epoch}, step {index}, rank {rank}: there are {self.steps_per_epoch} steps per epoch and "
+                f"{self.sizes.world_size} ranks, counted from 0"
+            )
+
+    # ---- texts
+
+    def _texts(self, pool: Pool, rows: list[int], epoch: int) -> Batch:
+        drawn = [
+            draw_candidates(
+                self.data,
+                row,
+                pool.group_size,
+                Draws(_TEXTS, self.seed, epoch, row),
+                self.shuffle_ratio,
+                self.teacher,
+            )
+            for row in rows
+        ]
+        names = {self.data.dataset_of(row).name for row in rows}
+        return Batch(
+            queries=[item.example.query for item in drawn],
+            passages=[text for item in drawn for text in item.passages],
+            teacher=[item.scores or [] for item in drawn] if self.teacher else None,
+            group_size=pool.group_size,
+            in_batch_negatives=pool.in_batch_negatives,
+            dataset=names.pop() if len(names) == 1 else MIXED,
+            sources=[item.example.source for item in drawn],
+            prompts=[item.example.prompt for item in drawn],
+            passages_as_queries=pool.passages_as_queries,
+        )
+
+    # ---- what is said about the ends
+
+    def _tails(self) -> Iterator[str]:
+        for pool in self.pools:
+            rows, batch = len(pool.rows), self._global_batch(pool)
+            tail = rows % batch
+            twice = pool.fewest * self.sizes.world_size - tail
+            if tail and self.drop_last:
+                never = "; no row of it is ever trained on" if rows < batch else ""
+                yield f"'{pool.name}': {tail} of {rows} rows are dropped in each epoch (drop_last){never}"
+            elif tail and twice > 0:
+                yield f"'{pool.name}': {twice} rows are seen twice in each epoch, so that every rank has some at its last step"
+
+    def _nothing_left(self) -> str:
+        most = max(self.pools, key=lambda pool: len(pool.rows) / self._global_batch(pool))
+        return (
+            f"drop_last leaves no batch: '{most.name}' has {len(most.rows)} rows, and a step takes {most.batch_size} x "
+            f"{self.sizes.world_size} ranks; lower --per_device_train_batch_size, or leave --dataloader_drop_last out"
+        )
