@@ -1,0 +1,49 @@
+"""Retrieval: a live index over passages, evaluation, and reranking; names load when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve.evaluation import Evaluation, evaluate
+    from ultrarag.retrieve.flipping import Flip
+    from ultrarag.retrieve.generations import Generation
+    from ultrarag.retrieve.live import LiveIndex
+    from ultrarag.retrieve.reranking import rerank
+    from ultrarag.retrieve.status import read_passages, read_status
+    from ultrarag.retrieve.store import Written
+
+_HOMES = {
+    "Evaluation": "ultrarag.retrieve.evaluation",
+    "Flip": "ultrarag.retrieve.flipping",
+    "Generation": "ultrarag.retrieve.generations",
+    "LiveIndex": "ultrarag.retrieve.live",
+    "Written": "ultrarag.retrieve.store",
+    "evaluate": "ultrarag.retrieve.evaluation",
+    "read_passages": "ultrarag.retrieve.status",
+    "read_status": "ultrarag.retrieve.status",
+    "rerank": "ultrarag.retrieve.reranking",
+}
+
+__all__ = [
+    "Evaluation",
+    "Flip",
+    "Generation",
+    "LiveIndex",
+    "Written",
+    "evaluate",
+    "read_passages",
+    "read_status",
+    "rerank",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ultrarag.retrieve' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,129 @@
+"""The moving parts of an open index, and the rules by which threads use them.
+
+Writes take turns under one lock: the store first (that acknowledges them), then the vectors and the words. Searches
+take no lock that a write holds: they enter the live pair and leave it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ultrarag.errors import IndexStateError, UltraragError
+from ultrarag.retrieve.bm25 import BM25
+from ultrarag.retrieve.followers import Follower
+from ultrarag.retrieve.generations import Catalog, Generation, Layout
+from ultrarag.retrieve.opening import open_serving, open_words
+from ultrarag.retrieve.ownership import OwnerLock
+from ultrarag.retrieve.searching import Searcher
+from ultrarag.retrieve.serving import Serving
+from ultrarag.retrieve.store import Store
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+_Result = TypeVar("_Result")
+
+
+class Core:
+    """Store, BM25 and the live pair of an index that this process owns."""
+
+    def __init__(self, root: Path, encoder: Encoder | None, device: str | None, repair: bool) -> None:
+        """Take the index, bring it up to date with its log, or leave everything as it was."""
+        if not root.is_dir():
+            raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
+        self.layout, self.device = Layout(root), device
+        self.writing = threading.RLock()
+        with ExitStack() as undo:
+            lock = OwnerLock(root)
+            undo.callback(lock.release)
+            self.store = Store.open(root)
+            undo.callback(self.store.close)
+            self.catalog = Catalog(self.store)
+            words = open_words(self.layout, self.store)
+            self.bm25: BM25 | None = words[0] if words else None
+            self.words: Follower | None = words[1] if words else None
+            if self.bm25 is not None:
+                undo.callback(self.bm25.close)
+            live = self.catalog.live()
+            serving, vectors = open_serving(self.layout, self.store, live, encoder, device, repair)
+            undo.callback(serving.retire)
+            self.device = str(serving.encoder.device)
+            self._live: Serving | None = serving
+            self.vectors: Follower = vectors
+            self.catch_up()
+            self.flush()
+            self._lock = lock
+            undo.pop_all()
+
+    @contextmanager
+    def searching(self) -> Iterator[Searcher]:
+        """Lend the live pair for a search; it stays whole until the search is done, whatever is swapped."""
+        while True:
+            serving = self.live
+            if serving.enter():
+                break
+        try:
+            yield Searcher(serving, self.store, self.bm25)
+        finally:
+            serving.leave()
+
+    @property
+    def live(self) -> Serving:
+        """The live pair."""
+        serving = self._live
+        if serving is None:
+            raise IndexStateError(f"'{self.layout.root}' was closed; open it again")
+        return serving
+
+    def write(self, change: Callable[[], _Result]) -> _Result:
+        """Make a durable change to the store, then bring vectors and words up to date with it."""
+        with self.writing:
+            _ = self.live
+            result = change()
+            try:
+                self.catch_up()
+            except (UltraragError, OSError, RuntimeError, MemoryError) as error:
+                raise IndexStateError(
+                    f"the write is stored and will not be lost, but it cannot be searched yet: {error}; the next "
+                    f"write, or opening the index again, takes it up"
+                ) from error
+        return result
+
+    def catch_up(self) -> None:
+        """Apply the log to the words and the live vectors."""
+        if self.words is not None:
+            self.words.catch_up()
+        self.vectors.catch_up()
+
+    def flush(self) -> None:
+        """Make words and live vectors durable."""
+        if self.words is not None:
+            self.words.flush()
+        self.vectors.flush()
+
+    def load(self, generation: Generation) -> tuple[Serving, Follower]:
+        """Open a generation that is not live."""
+        return open_serving(self.layout, self.store, generation, device=self.device)
+
+    def replace(self, new: Serving, vectors: Follower) -> Serving:
+        """Let searches use another pair from now on; return the one before. The caller holds `writing`."""
+        old, self._live, self.vectors = self.live, new, vectors
+        return old
+
+    def close(self) -> None:
+        """Flush and close everything; searches in flight finish first; closing twice is harmless."""
+        with self.writing:
+            if self._live is None:
+                return
+            with ExitStack() as parts:  # each is closed even when another cannot be
+                parts.callback(self._lock.release)
+                parts.callback(self.store.close)
+                if self.bm25 is not None:
+                    parts.callback(self.bm25.close)
+                serving, self._live = self._live, None
+                parts.callback(serving.retire)
+                parts.callback(self.flush)

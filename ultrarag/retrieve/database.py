@@ -1,0 +1,161 @@
+"""The SQLite file under an index: one durable writer, a pool of readers, and errors that name the file."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ultrarag.errors import IndexStateError
+
+FORMAT = 1
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+-- A deleted passage stays as a tombstone, without its content, until `vacuum`.
+CREATE TABLE passages (
+    row INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, text TEXT NOT NULL, title TEXT NOT NULL, metadata TEXT NOT NULL,
+    hash BLOB NOT NULL, seq INTEGER NOT NULL, deleted INTEGER NOT NULL DEFAULT 0
+);
+-- What happened, in order: 'content' (new or changed text), 'metadata' (nothing else changed), 'delete'.
+CREATE TABLE log (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, op TEXT NOT NULL, hash BLOB NOT NULL);
+CREATE TABLE generations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL, state TEXT NOT NULL, backend TEXT NOT NULL,
+    heads TEXT NOT NULL, precision TEXT NOT NULL, base_seq INTEGER NOT NULL, applied_seq INTEGER NOT NULL,
+    created TEXT NOT NULL, forced INTEGER NOT NULL DEFAULT 0, metrics TEXT NOT NULL DEFAULT '{}'
+);
+-- Never two live ones, nor two to roll back to, whatever the code does.
+CREATE UNIQUE INDEX one_live ON generations (state) WHERE state IN ('live', 'previous');
+"""
+
+
+class Database:
+    """Connections to one file; every commit is on the disk when it returns (WAL, synchronous=FULL).
+
+    Writes take turns on one connection; reads run beside them, each thread on a connection of its own while it reads,
+    and see the last commit.
+    """
+
+    def __init__(self, path: Path, read_only: bool = False) -> None:
+        self.path, self.read_only = path, read_only
+        self.lock = threading.RLock()
+        self._idle: list[sqlite3.Connection] = []
+        self._closed = False
+        with named_errors(path):
+            self._writer = None if read_only else self._connect()
+
+    @classmethod
+    def create(cls, path: Path) -> Database:
+        """Create the file with empty tables."""
+        database = cls(path)
+        with database.transaction() as db:
+            for statement in _TABLES.split(";"):
+                db.execute(statement)
+            db.execute("INSERT INTO meta VALUES ('format', ?)", (str(FORMAT),))
+        return database
+
+    @classmethod
+    def open(cls, path: Path, read_only: bool = False) -> Database:
+        """Open an existing file.
+
+        Raises:
+            IndexStateError: when it is missing, damaged, or of another version.
+        """
+        if not path.is_file():
+            raise IndexStateError(
+                f"'{path.parent}' holds no index ('{path.name}' is missing); LiveIndex.create makes one"
+            )
+        database = cls(path, read_only)
+        try:
+            with database.reading() as db:
+                row = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
+            if row is None or row[0] != str(FORMAT):
+                found = row[0] if row else "none"
+                raise IndexStateError(f"'{path}' has format {found}; this version of ultrarag reads format {FORMAT}")
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Write all or nothing; committed durably when the block ends."""
+        with self.lock, named_errors(self.path):
+            db = self._writing()
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for reading."""
+        with named_errors(self.path):
+            if self._closed:
+                raise IndexStateError(f"'{self.path}' was closed; open it again")
+            try:
+                db = self._idle.pop()
+            except IndexError:
+                db = self._connect()
+            try:
+                yield db
+            finally:
+                if self._closed:
+                    db.close()
+                else:
+                    self._idle.append(db)
+
+    def vacuum(self) -> None:
+        """Give free pages back to the file system."""
+        with self.lock, named_errors(self.path):
+            db = self._writing()
+            db.execute("VACUUM")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Close all connections; closing twice is harmless."""
+        with self.lock:
+            self._closed = True
+            while self._idle:
+                self._idle.pop().close()
+            if self._writer is not None:  # last, so that it folds the log into the file
+                self._writer.close()
+                self._writer = None
+
+    def _writing(self) -> sqlite3.Connection:
+        if self._writer is None:
+            raise IndexStateError(f"'{self.path}' " + ("is open for reading" if self.read_only else "was closed"))
+        return self._writer
+
+    def _connect(self) -> sqlite3.Connection:
+        mode = "ro" if self.read_only else "rwc"
+        uri = f"{self.path.absolute().as_uri()}?mode={mode}"
+        db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=10)
+        if not self.read_only:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+        return db
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Say which file an error of SQLite is about, and what is left of the data."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise IndexStateError(f"'{path}': {error}; {_advice(error)}") from error
+
+
+def _advice(error: sqlite3.Error) -> str:
+    text = str(error)
+    if "full" in text or "disk I/O" in text:
+        return "make room on the disk; what was acknowledged before is kept, nothing of this write is"
+    if "malformed" in text or "not a database" in text:
+        return "the file is damaged: restore it from a copy (vectors can be rebuilt, passages cannot)"
+    return "nothing of this call was written"

@@ -1,0 +1,91 @@
+"""Making a generation the live one: bring it up to date, check it, compare it, and exchange one pointer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ultrarag.errors import GateError
+from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.followers import Follower
+from ultrarag.retrieve.gate import Gate, Verdict, check_count, check_sound, compare
+from ultrarag.retrieve.generations import Generation
+from ultrarag.retrieve.searching import Searcher
+from ultrarag.retrieve.serving import Serving
+
+#: Entries of the log that may be left for the moment in which writers wait.
+FEW = 16
+
+
+@dataclass(frozen=True)
+class Flip:
+    """What a swap or a rollback did."""
+
+    old: Generation
+    new: Generation
+    #: what the gate measured; None without a gate
+    verdict: Verdict | None
+    #: seconds that writers waited; searches never did
+    seconds: float
+
+
+def go_live(
+    core: Core, generation: Generation, gate: Gate | None, force: bool, metric: str, search: dict[str, Any]
+) -> Flip:
+    """Make a finished generation live; GateError leaves everything as it was."""
+    new, vectors = core.load(generation)
+    try:
+        _approach(core, vectors)
+        check_sound(new, core.store, vectors.applied)
+        verdict = _judge(core, new, gate, force, metric, search)
+        _approach(core, vectors)
+        old, seconds = _exchange(core, new, vectors, verdict, force)
+    except BaseException:
+        if core.catalog.live().id != generation.id:
+            new.retire()
+            raise
+        old, seconds = core.replace(new, vectors), 0.0  # interrupted between the two halves of the flip
+    old.retire()
+    return Flip(core.catalog.get(old.generation.id), core.catalog.get(generation.id), verdict, seconds)
+
+
+def _approach(core: Core, vectors: Follower) -> None:
+    """Apply the writes so far, and those made meanwhile while they get fewer; writers need not wait for these."""
+    before = None
+    while (behind := core.store.last_seq() - vectors.applied) > 0:
+        if before is not None and (behind <= FEW or behind > before / 2):
+            return
+        before = behind
+        vectors.catch_up(core.store.last_seq())
+
+
+def _judge(
+    core: Core, new: Serving, gate: Gate | None, force: bool, metric: str, search: dict[str, Any]
+) -> Verdict | None:
+    if gate is None:
+        return None
+    with core.searching() as live:
+        verdict = compare(live, Searcher(new, core.store, core.bm25), gate, metric, search)
+    if verdict.worse and not force:
+        raise GateError(
+            f"generation {new.generation.id} is significantly worse than the live one: {verdict}; the live one stays "
+            f"(force=True swaps all the same)"
+        )
+    return verdict
+
+
+def _exchange(
+    core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, force: bool
+) -> tuple[Serving, float]:
+    """Apply the last writes, then flip in one transaction and one assignment, while writers wait."""
+    forced = bool(force and verdict and verdict.worse)
+    with core.writing:
+        started = time.perf_counter()
+        vectors.catch_up()
+        vectors.flush()
+        check_count(new, core.store)
+        core.flush()
+        core.catalog.flip(new.generation.id, forced, verdict.to_dict() if verdict else None)
+        old = core.replace(new, vectors)
+        return old, time.perf_counter() - started

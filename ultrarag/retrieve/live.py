@@ -1,0 +1,404 @@
+"""LiveIndex: hybrid search over passages whose encoder can be exchanged while it answers, and nothing is ever lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.files import publish_directory, staged_directory
+from ultrarag.ir import DEFAULT_METRICS, Qrels
+from ultrarag.retrieve.backends.batches import check_ids
+from ultrarag.retrieve.building import Source, end, prepare, run_builder, stored_heads
+from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.evaluation import Evaluation, evaluate
+from ultrarag.retrieve.flipping import Flip, go_live
+from ultrarag.retrieve.gate import Gate
+from ultrarag.retrieve.generations import Generation
+from ultrarag.retrieve.opening import lay_out
+from ultrarag.retrieve.records import records
+from ultrarag.retrieve.status import describe
+from ultrarag.retrieve.store import Written
+from ultrarag.types import Embeddings, Hit, Passage
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+#: Passages written to the store in one transaction.
+BATCH = 512
+
+
+class LiveIndex:
+    """An index of passages that this process owns; every method may be called from any thread.
+
+    A write that returned is on the disk. One process owns an index at a time; others may call
+    `ultrarag.retrieve.read_status` and `read_passages`.
+
+    Example:
+        >>> from ultrarag.retrieve import LiveIndex
+        >>> live = LiveIndex.create(folder, encoder)
+        >>> live.add([{"id": "1", "text": "Milvus is a vector database.", "metadata": {"lang": "en"}}])
+        Written(added=1, changed=0, metadata=0, unchanged=0)
+        >>> [hit.id for hit in live.search("what is milvus?", filter={"lang": "en"})]
+        ['1']
+        >>> live.close()
+    """
+
+    def __init__(self, core: Core) -> None:
+        """Use `create` or `open`."""
+        self._core = core
+        self._building, self._flipping = threading.Lock(), threading.Lock()
+        self._builder: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        encoder: Encoder,
+        *,
+        backend: str | None = None,
+        heads: Sequence[str] | None = None,
+        bm25: bool = True,
+    ) -> LiveIndex:
+        """Create an empty index and open it; it appears whole or not at all.
+
+        Args:
+            path: a directory that does not exist or is empty.
+            encoder: its checkpoint is copied into the index, so the original may be moved or deleted.
+            backend: the vector engine, "qdrant-edge" or "numpy"; default: the first that is installed.
+            heads: the heads to store; default: all that the encoder has.
+            bm25: also index the words, as the head "bm25"; it suits every encoder.
+
+        Raises:
+            UsageError: for an unknown backend or head, or an encoder without vectors.
+            IndexStateError: when the directory holds something.
+        """
+        root = Path(path)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise IndexStateError(
+                f"'{root}' is not empty; open the index with LiveIndex.open, or name another directory"
+            )
+        chosen = stored_heads(encoder.heads, heads)
+        with staged_directory(root) as stage:
+            lay_out(stage, encoder, backend, chosen, bm25)
+            publish_directory(stage, root)
+        return cls.open(root, encoder)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        encoder: Encoder | None = None,
+        *,
+        device: str | None = None,
+        repair: bool = False,
+    ) -> LiveIndex:
+        """Open an index; writes that a crash kept from the vectors are applied first.
+
+        Args:
+            encoder: the live generation's, if it is loaded already; default: its copy in the index is loaded.
+            device: where to load it, such as "cuda".
+            repair: where the vectors are damaged, encode all passages again.
+
+        Raises:
+            IndexStateError: when there is no index, another process owns it (named), or a file is damaged (named).
+            FingerprintError: when `encoder` is not the live generation's.
+            CheckpointError: when the copy of the checkpoint is damaged.
+        """
+        return cls(Core(Path(path), encoder, device, repair))
+
+    def __enter__(self) -> LiveIndex:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End a running build (it can be taken up again), let searches finish, and flush; twice is harmless."""
+        if (child := self._builder) is not None:
+            end(child)
+        self._core.close()
+
+    @property
+    def path(self) -> Path:
+        """The index directory."""
+        return self._core.layout.root
+
+    @property
+    def encoder(self) -> Encoder:
+        """The live generation's encoder."""
+        return self._core.live.encoder
+
+    @property
+    def fingerprint(self) -> str:
+        """The live encoder's fingerprint."""
+        return self._core.live.fingerprint
+
+    def __len__(self) -> int:
+        """The number of passages."""
+        _ = self._core.live
+        return self._core.store.count()
+
+    def add(self, passages: Iterable[Passage | Mapping[str, Any]]) -> Written:
+        """Insert passages, or replace those with the same id; what is returned for is durable and can be searched.
+
+        A text that did not change is not encoded again, also when its metadata did. Of an id twice in one call the
+        last wins. Passages are written 512 at a time: when a later one is refused, those before it are kept.
+
+        Args:
+            passages: Passages, or mappings with `id`, `text` and maybe `title` and `metadata` (JSON). Any string but
+                the empty one is an id. Texts may be empty and of any length; the encoder sees as many tokens as it
+                takes, BM25 sees all.
+
+        Raises:
+            DataError: for a passage that no index can hold, such as one with lone surrogates; names its id.
+            IndexStateError: when the disk is full, or the index was closed.
+        """
+        if isinstance(passages, Passage | Mapping | str):
+            raise UsageError("add takes an iterable of passages; put one alone into a list")
+        total, source = Written(), records(passages)
+        while batch := list(islice(source, BATCH)):
+            total += self._core.write(lambda batch=batch: self._core.store.write(batch))  # type: ignore[misc]
+        return total
+
+    upsert = add
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Delete passages, and return how many there were; ids that do not exist are ignored."""
+        wanted = [ids] if isinstance(ids, str) else list(ids)
+        check_ids(wanted)
+        return self._core.write(lambda: self._core.store.delete(wanted))
+
+    def get(self, id: str) -> Passage | None:
+        """Return a passage, or None."""
+        _ = self._core.live
+        return self._core.store.get([id]).get(id)
+
+    def passages(self) -> Iterator[Passage]:
+        """Iterate over all passages, in the order in which they were first added; writes may go on."""
+        _ = self._core.live
+        return self._core.store.passages()
+
+    def search(self, query: str, k: int = 10, **options: Any) -> list[Hit]:
+        """Return the k best passages, best first; fewer where fewer match.
+
+        Args:
+            query: an empty one finds nothing.
+            k: may be larger than the corpus.
+            weights: weight of each head ("dense", "sparse", "colbert", "bm25"), such as {"dense": 1, "bm25": 0.5}.
+                Heads named here are searched. Required when several heads are summed: no default suits all data.
+            heads: the heads to search; default: those with a weight, else all that the encoder has.
+            filter: a condition on the metadata, applied before the k best are chosen; see
+                `ultrarag.retrieve.filters`.
+            fusion: "weighted" sum, or "rrf" (reciprocal rank fusion, which needs no weights).
+            normalize: "minmax" maps each head's scores to 0..1 before they are weighted, "raw" takes them as they
+                are. With one head the scores are always its own.
+            candidates: hits asked of each head before fusion; default: max(4 k, 100). ColBERT scores the candidates
+                of the others; alone, those of dense, sparse or bm25, the first that is stored.
+            exact: compare the dense vector with all passages, not through the approximate graph.
+
+        Raises:
+            UsageError: for arguments that cannot be used; names them and what can.
+        """
+        return self.search_many([query], k=k, **options)[0]
+
+    def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[list[Hit]]:
+        """Search several queries, encoded together, on one generation; options as for `search`."""
+        if isinstance(queries, str):
+            raise UsageError("search_many takes several queries; use search for one")
+        with self._core.searching() as searcher:
+            return searcher.search_many(list(queries), k=k, **options)
+
+    def search_embeddings(
+        self, embeddings: Embeddings, fingerprint: str, k: int = 10, **options: Any
+    ) -> list[list[Hit]]:
+        """Search with query vectors made elsewhere; options as for `search`.
+
+        Raises:
+            FingerprintError: when `fingerprint` is not that of the live encoder.
+        """
+        with self._core.searching() as searcher:
+            return searcher.search_embeddings(embeddings, fingerprint, k=k, **options)
+
+    async def asearch(self, query: str, k: int = 10, **options: Any) -> list[Hit]:
+        """`search` in a worker thread, for async programs."""
+        return await asyncio.to_thread(self.search, query, k, **options)
+
+    def evaluate(
+        self,
+        queries: Mapping[str, str],
+        qrels: Qrels,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+        k: int | None = None,
+        **search: Any,
+    ) -> Evaluation:
+        """Search judged queries and measure; see `ultrarag.retrieve.evaluate`."""
+        return evaluate(self, queries, qrels, metrics, k, **search)
+
+    def generation(self, generation: int | Generation) -> Generation:
+        """Return a generation as it is now."""
+        return self._core.catalog.get(_id(generation))
+
+    def build(
+        self,
+        checkpoint: str | os.PathLike[str] | Encoder,
+        *,
+        adapter: str | None = None,
+        backend: str | None = None,
+        heads: Sequence[str] | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        progress: bool | None = None,
+    ) -> Generation:
+        """Encode all passages with another encoder into a new generation, while searches and writes go on.
+
+        The work is done by a process at low priority, committed chunk by chunk. After a crash, Ctrl-C or `close`,
+        building the same encoder again goes on after the last committed chunk; building another one gives that up.
+        A generation of this encoder that is ready is returned as it is.
+
+        Args:
+            checkpoint: a checkpoint folder, or an Encoder; it is copied into the index.
+            adapter: needed for a folder that is no checkpoint of ultrarag's.
+            backend, heads: default: the live generation's engine, and all heads of the encoder.
+            device: default: that of the live encoder.
+            threads: of the builder; default: half of the cores.
+            progress: a bar on stderr; default: on a terminal.
+
+        Returns:
+            the generation, "ready", for `swap`.
+        """
+        if not self._building.acquire(blocking=False):
+            raise IndexStateError("a build is running already; wait for it to finish")
+        try:
+            source = Source(checkpoint, adapter)
+            generation = self._entry(source, backend, stored_heads(source.heads, heads))
+            if generation.state == "ready":
+                return generation
+            core = self._core
+            prepare(core.layout, generation, source)
+            del source  # a loaded encoder need not stay in memory
+            if not core.layout.final(generation.id).exists():
+                run_builder(
+                    self.path,
+                    generation,
+                    device=device or core.device,
+                    threads=threads,
+                    progress=progress,
+                    started=self._started,
+                )
+            return self._finish(generation)
+        finally:
+            self._builder = None
+            self._building.release()
+
+    def swap(
+        self,
+        generation: int | Generation,
+        gate: Gate | None = None,
+        *,
+        force: bool = False,
+        metric: str = "nDCG@10",
+        **search: Any,
+    ) -> Flip:
+        """Make a generation the live one; searches in flight finish on the old one, and none ever waits.
+
+        The generation first gets the writes made since its build, and must be sound: a vector for every passage,
+        finite, of the right length, and the same that the encoder gives now. With a gate it must also not be
+        significantly worse than the live one.
+
+        Args:
+            gate: (queries, qrels): query id -> text, and query id -> passage id -> relevance. Both generations
+                answer them, searched in the same way; a paired bootstrap decides.
+            force: go live although the gate says no; this is recorded.
+            metric: what the gate compares.
+            search: options of `search` for the gate, such as `weights`.
+
+        Raises:
+            GateError: when it is refused, with the numbers; nothing has changed then.
+            IndexStateError: when the generation is not ready.
+        """
+        found = self.generation(generation)
+        if found.state != "ready":
+            advice = {"live": "it is live already", "previous": "rollback brings it back", "building": "build it first"}
+            raise IndexStateError(
+                f"generation {found.id} is {found.state}, not ready: {advice.get(found.state, 'build it again')}"
+            )
+        with self._flipping:
+            return go_live(self._core, found, gate, force, metric, search)
+
+    def rollback(self) -> Flip:
+        """Bring the previous generation back, with all writes made since; rolling back again undoes it.
+
+        Raises:
+            IndexStateError: when there is none.
+            GateError: when it is not sound; nothing has changed then.
+        """
+        with self._flipping:
+            previous = self._core.catalog.in_state("previous")
+            if not previous:
+                raise IndexStateError("there is no previous generation to roll back to")
+            return go_live(self._core, previous[0], None, False, "", {})
+
+    def discard(self, generation: int | Generation) -> None:
+        """Give up a generation that is being built or ready; `vacuum` removes its files."""
+        found = self.generation(generation)
+        if found.state not in ("building", "ready"):
+            raise IndexStateError(f"generation {found.id} is {found.state}; only one not yet live can be discarded")
+        self._core.catalog.set_state(found.id, "retired")
+
+    def vacuum(self) -> None:
+        """Remove the files of retired generations, old log entries and tombstones, and compact the databases."""
+        with self._flipping, self._core.writing:
+            core = self._core
+            core.flush()
+            kept = [g for g in core.catalog.all() if g.state != "retired"]
+            names = {path.name for g in kept for path in (core.layout.final(g.id), core.layout.building(g.id))}
+            for path in core.layout.generations.iterdir():
+                if path.name not in names:
+                    shutil.rmtree(path)
+            seqs = [g.base_seq if g.state == "building" else g.applied_seq for g in kept]
+            core.store.forget(min([*seqs, *([core.words.flushed] if core.words else [])]))
+            if core.bm25 is not None:
+                core.bm25.vacuum()
+
+    def status(self) -> dict[str, Any]:
+        """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk."""
+        _ = self._core.live
+        return describe(self._core.layout, self._core.store)
+
+    def _entry(self, source: Source, backend: str | None, heads: tuple[str, ...]) -> Generation:
+        """The unfinished or ready generation of this encoder, or a new one."""
+        core = self._core
+        backend = backend or core.live.generation.backend
+        wanted = (source.fingerprint, backend, heads, source.precision)
+        for found in core.catalog.all():
+            same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
+            if same and found.state in ("building", "ready"):
+                return found
+            if found.state == "building":
+                core.catalog.set_state(found.id, "retired")
+        return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq())
+
+    def _finish(self, generation: Generation) -> Generation:
+        """Enter a built generation as ready, with the writes that came while it was built."""
+        from ultrarag.retrieve.builder import read_progress
+
+        core = self._core
+        done = read_progress(core.layout.final(generation.id)) or {}
+        core.catalog.set_applied(generation.id, int(done.get("applied", generation.base_seq)))
+        core.catalog.set_state(generation.id, "ready")
+        return core.catalog.get(generation.id)
+
+    def _started(self, child: subprocess.Popen[str]) -> None:
+        self._builder = child
+
+
+def _id(generation: int | Generation) -> int:
+    return generation.id if isinstance(generation, Generation) else generation

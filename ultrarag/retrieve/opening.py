@@ -1,0 +1,115 @@
+"""Laying out a new index, and bringing the parts of an existing one into memory."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ultrarag.errors import FingerprintError, IndexStateError
+from ultrarag.retrieve.backends import Backend, default_backend, open_backend
+from ultrarag.retrieve.bm25 import BM25
+from ultrarag.retrieve.builder import create_vectors, load_encoder
+from ultrarag.retrieve.building import Source, prepare
+from ultrarag.retrieve.followers import Follower, Vectors, Words
+from ultrarag.retrieve.generations import Catalog, Generation, Layout
+from ultrarag.retrieve.serving import Serving
+from ultrarag.retrieve.store import Store
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+logger = logging.getLogger("ultrarag")
+
+
+def lay_out(directory: Path, encoder: Encoder, backend: str | None, heads: tuple[str, ...], bm25: bool) -> None:
+    """Write an empty index with one live generation into an empty directory."""
+    layout, store = Layout(directory), Store.create(directory)
+    try:
+        catalog, source = Catalog(store), Source(encoder)
+        first = catalog.add(source.fingerprint, backend or default_backend(), heads, source.precision, "ready", 0)
+        layout.final(first.id).mkdir(parents=True)
+        prepare(layout, first, source)
+        create_vectors(encoder, first, layout.vectors(layout.final(first.id))).close()
+        if bm25:
+            BM25.create(layout.bm25).close()
+        store.set_meta(bm25=str(int(bm25)), bm25_seq="0")
+        catalog.flip(first.id)
+    finally:
+        store.close()
+
+
+def open_serving(
+    layout: Layout,
+    store: Store,
+    generation: Generation,
+    encoder: Encoder | None = None,
+    device: str | None = None,
+    repair: bool = False,
+) -> tuple[Serving, Follower]:
+    """Open the encoder and the vectors of a generation, and what keeps them up to date.
+
+    Raises:
+        FingerprintError: when another encoder is given than the one that made the vectors.
+        CheckpointError, IndexStateError: when the checkpoint or the vectors are damaged.
+    """
+    directory = layout.directory(generation.id)
+    if encoder is None:
+        encoder = load_encoder(directory, generation, device)
+    elif encoder.fingerprint != generation.fingerprint:
+        raise FingerprintError(
+            f"the live generation {generation.id} of '{layout.root}' was built by the encoder "
+            f"{generation.fingerprint[:12]}, not by the one given ({encoder.fingerprint[:12]}): open the index without "
+            f"an encoder to use its own copy, and `build` and `swap` to change it"
+        )
+    backend, emptied = _vectors(layout.vectors(directory), generation, encoder, repair)
+    try:
+        serving = Serving(generation, encoder, backend)
+        catalog = Catalog(store)
+        follower = Follower(
+            store,
+            Vectors(backend, serving.encode_passages),
+            generation.applied_seq,
+            lambda seq: catalog.set_applied(generation.id, seq),
+        )
+        if emptied:
+            follower.refill()
+    except BaseException:
+        backend.close()
+        raise
+    return serving, follower
+
+
+def _vectors(directory: Path, generation: Generation, encoder: Encoder, repair: bool) -> tuple[Backend, bool]:
+    """Open the vectors; to repair means to begin anew where they are damaged."""
+    try:
+        return open_backend(directory, generation.fingerprint), False
+    except IndexStateError as error:
+        if not repair:
+            raise IndexStateError(f"{error} (open the index with repair=True to encode all passages again)") from error
+        logger.warning("%s; encoding all passages again", error)
+        shutil.rmtree(directory, ignore_errors=True)
+        return create_vectors(encoder, generation, directory), True
+
+
+def open_words(layout: Layout, store: Store) -> tuple[BM25, Follower] | None:
+    """Open BM25, where the index has it; a damaged one is made anew from the passages."""
+    if store.get_meta("bm25") != "1":
+        return None
+    emptied = False
+    try:
+        bm25 = BM25.open(layout.bm25)
+    except IndexStateError as error:
+        logger.warning("%s; indexing the words of all passages again", error)
+        shutil.rmtree(layout.bm25, ignore_errors=True)
+        bm25, emptied = BM25.create(layout.bm25), True
+    applied = int(store.get_meta("bm25_seq", "0"))
+    follower = Follower(store, Words(bm25), applied, lambda seq: store.set_meta(bm25_seq=str(seq)))
+    try:
+        if emptied:
+            follower.refill()
+    except BaseException:
+        bm25.close()
+        raise
+    return bm25, follower
