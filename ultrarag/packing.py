@@ -14,16 +14,16 @@ import inspect
 import logging
 import os
 import threading
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultrarag.errors import UsageError
+from ultrarag.packed_attention import Layout, packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +38,6 @@ NAME = "ultrarag_packed"
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 #: Padding below this share of the batch is computed: packing costs about as much as it saves.
 MIN_PADDING = 0.02
-#: Arguments that change what attention computes, in ways that a packed call does not follow.
-_NOT_FOLLOWED = ("softcap", "position_bias", "s_aux", "cache", "head_mask", "output_attentions")
-
 _lock = threading.RLock()
 #: which compute dtypes of a backbone passed (True) or failed (False) the comparison with its padded forward
 _verdicts: WeakKeyDictionary[nn.Module, dict[torch.dtype, bool]] = WeakKeyDictionary()
@@ -67,151 +64,6 @@ def hidden_states(backbone: nn.Module, features: Features, packing: bool | None 
     return _padded(backbone, stock, inputs, mask)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the texts of a batch lie among its packed tokens: longest text first."""
-
-    #: (total,) int64: the place in the padded batch, row by row, of each packed token
-    index: Tensor
-    #: (texts, length) of each run of texts of equal length
-    runs: tuple[tuple[int, int], ...]
-    #: (texts + 1,) int32: where each text begins, and the total
-    offsets: Tensor
-    #: masks of sliding windows by (length, window, causal), shared by the layers
-    bands: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, mask: Tensor, device: torch.device) -> Layout:
-        """Lay out a mask, (batch, tokens), that lies on the CPU."""
-        mask = mask.bool()
-        lengths, order = mask.sum(1).sort(descending=True, stable=True)
-        row, column = mask[order].nonzero(as_tuple=True)
-        index = order[row] * mask.shape[1] + column
-        lengths = lengths[lengths > 0]
-        offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        values, counts = torch.unique_consecutive(lengths, return_counts=True)
-        runs = tuple(zip(counts.tolist(), values.tolist(), strict=True))
-        return cls(index.to(device, non_blocking=True), runs, offsets.to(device, non_blocking=True))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return self.runs[0][1]
-
-    def band(self, length: int, window: int, causal: bool, device: torch.device) -> Tensor:
-        """Return which keys a query sees in a sliding window, (length, length) bool."""
-        key = (length, window, causal)
-        if key not in self.bands:
-            place = torch.arange(length, device=device)
-            distance = place[:, None] - place[None, :]
-            self.bands[key] = (distance < window) & (distance >= 0 if causal else distance > -window)
-        return self.bands[key]
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    ultrarag_layout: Layout | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention within each packed text; without a layout, transformers' SDPA.
-
-    Args:
-        query: (1, heads, total, dim); key, value: (1, key heads, total, dim).
-
-    Returns:
-        (1, total, heads, dim), and no attention weights.
-    """
-    if ultrarag_layout is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return cast(
-            tuple[Tensor, None],
-            sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options),
-        )
-    for name in _NOT_FOLLOWED:
-        if options.get(name) is not None and options[name] is not False:
-            raise NotImplementedError(f"its attention uses '{name}'")
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    attend = _kernel(query, dropout, sliding_window)
-    return attend(query, key, value, ultrarag_layout, dropout, scaling, causal, sliding_window)[None], None
-
-
-def _kernel(query: Tensor, dropout: float, window: int | None) -> Any:
-    """The attention over packed (total, heads, dim) that this device and dtype are fastest with."""
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        if dropout == 0:
-            return _varlen
-        if window is None:  # varlen_attn has no dropout
-            return _nested
-    return _by_runs
-
-
-def _by_runs(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout,
-    dropout: float, scale: float | None, causal: bool, window: int | None,
-) -> Tensor:  # fmt: skip
-    """One unmasked SDPA call, (texts, heads, length, dim), for each run of texts of equal length."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    sizes = [texts * length for texts, length in layout.runs]  # one split, whose backward is one concatenation
-    parts = []
-    for run, *tensors in zip(layout.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
-        q, k, v = (tensor.unflatten(0, run).transpose(1, 2) for tensor in tensors)
-        length = run[1]
-        banded = window is not None and length > window
-        mask = layout.band(length, cast(int, window), causal, q.device) if banded else None
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal and mask is None, scale=scale)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout,
-    dropout: float, scale: float | None, causal: bool, window: int | None,
-) -> Tensor:  # fmt: skip
-    from torch.nn.attention.varlen import varlen_attn
-
-    left = window - 1 if window is not None else -1
-    right = 0 if causal else left
-    starts, longest = layout.offsets, layout.longest
-    gqa = query.shape[1] != key.shape[1]
-    return cast(
-        Tensor,
-        varlen_attn(
-            query, key, value, starts, starts, longest, longest, scale=scale, window_size=(left, right), enable_gqa=gqa
-        ),
-    )
-
-
-def _nested(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout,
-    dropout: float, scale: float | None, causal: bool, window: int | None,
-) -> Tensor:  # fmt: skip
-    """SDPA of jagged tensors, which dispatches to the same kernel as varlen_attn, and has dropout."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    shortest, longest = layout.runs[-1][1], layout.longest
-    q, k, v = (
-        torch.nested.nested_tensor_from_jagged(
-            tensor.contiguous(), layout.offsets.long(), min_seqlen=shortest, max_seqlen=longest
-        ).transpose(1, 2)
-        for tensor in (query, key, value)
-    )
-    out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scale)
-    return cast(Tensor, out.transpose(1, 2).values())
-
-
 def _packed(backbone: nn.Module, stock: PreTrainedModel, inputs: dict[str, Tensor], layout: Layout) -> Tensor:
     ids = inputs["input_ids"]
     gathered = {
@@ -232,7 +84,7 @@ def _packed(backbone: nn.Module, stock: PreTrainedModel, inputs: dict[str, Tenso
 
 
 def _padded(backbone: nn.Module, stock: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
-    if "position_ids" in _parameters(type(stock)) and not mask[:, 0].all():
+    if "position_ids" in _parameters(type(stock).forward) and not mask[:, 0].all():
         positions = _positions(stock, inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"))
         inputs = {**inputs, "position_ids": positions}
     return cast(Tensor, backbone(**inputs, **_forward_options(stock)).last_hidden_state)
@@ -242,7 +94,7 @@ def _positions(stock: PreTrainedModel, ids: Tensor, mask: Tensor, given: Tensor 
     """Position ids, (batch, tokens): those given, or RoBERTa's own, or the count from a row's first token."""
     if given is not None:
         return given.expand_as(ids)
-    embeddings = getattr(stock, "embeddings", None)
+    embeddings: Any = getattr(stock, "embeddings", None)
     if hasattr(embeddings, "create_position_ids_from_input_ids"):
         return cast(Tensor, embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx))
     first = mask.to(torch.int8).argmax(dim=1, keepdim=True)
@@ -251,12 +103,12 @@ def _positions(stock: PreTrainedModel, ids: Tensor, mask: Tensor, given: Tensor 
 
 def _forward_options(stock: PreTrainedModel) -> dict[str, Any]:
     """No key-value cache, which a decoder would fill for nothing."""
-    return {"return_dict": True, **({"use_cache": False} if "use_cache" in _parameters(type(stock)) else {})}
+    return {"return_dict": True, **({"use_cache": False} if "use_cache" in _parameters(type(stock).forward) else {})}
 
 
-@lru_cache
-def _parameters(kind: type) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+@cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def _stock(backbone: nn.Module) -> PreTrainedModel | None:
@@ -267,6 +119,7 @@ def _stock(backbone: nn.Module) -> PreTrainedModel | None:
     """
     from transformers import PreTrainedModel
 
+    _register()
     stock = next((module for module in backbone.modules() if isinstance(module, PreTrainedModel)), None)
     if stock is not None and getattr(stock.config, "is_causal", None) is False:
         for module in stock.modules():
@@ -308,13 +161,18 @@ def _install(backbone: nn.Module, stock: PreTrainedModel) -> bool:
     if reason:
         _log_fallback(stock, reason)
         return False
+    stock.config._attn_implementation = NAME
+    return True
+
+
+@cache
+def _register() -> None:
+    """Make our attention known to transformers; a model unpickled in another process may already name it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    stock.config._attn_implementation = NAME
-    return True
 
 
 def _unsuitable(backbone: nn.Module, stock: PreTrainedModel) -> str | None:
@@ -324,7 +182,7 @@ def _unsuitable(backbone: nn.Module, stock: PreTrainedModel) -> str | None:
         return f"its attention is '{stock.config._attn_implementation}', not 'sdpa'"
     if not getattr(stock, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
-    if "position_ids" not in _parameters(type(stock)):
+    if "position_ids" not in _parameters(type(stock).forward):
         return "it takes no position_ids"
     kinds = set(getattr(stock.config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     return f"it has layers of kind '{min(kinds)}'" if kinds else None
@@ -372,10 +230,10 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _probe(stock: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Four rows, right-padded, out of the batch's own tokens; one is longer than a sliding window."""
+    """Four rows, right-padded, out of the batch's own tokens; one is longer than a (small) sliding window."""
     window = getattr(stock.config, "sliding_window", None) or 0
-    positions = getattr(stock.config, "max_position_embeddings", None) or 512
-    lengths = [min(2 * int(window) + 9, positions - 8) if window else 9, 6, 6, 3]
+    lengths = [2 * window + 9 if window <= 256 else 9, 6, 6, 3]
+    lengths[0] = max(7, min(lengths[0], (getattr(stock.config, "max_position_embeddings", None) or 512) - 8))
     real = inputs["attention_mask"].bool()
     mask = torch.arange(lengths[0])[None] < torch.tensor(lengths)[:, None]
     mask = mask.to(real.device)
