@@ -194,7 +194,7 @@ class BatchPlan:
                 never = "; no row of it is ever trained on" if rows < batch else ""
                 yield f"'{pool.name}': {tail} of {rows} rows are dropped in each epoch (drop_last){never}"
             elif tail and twice > 0:
-                yield f"'{pool.name}': {twice} rows are seen twice in each epoch, so that every rank has some at its last step"
+                yield f"'{pool.name}': {twice} rows are seen twice in each epoch, so that no rank is without rows"
 
     def _nothing_left(self) -> str:
         most = max(self.pools, key=lambda pool: len(pool.rows) / self._global_batch(pool))

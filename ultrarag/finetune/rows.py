@@ -117,7 +117,7 @@ class RowReader:
             self.reasons.append(reason)
 
     def _example(self, row: Row, place: str, type: str) -> Example:
-        self._unused.update(row.model_extra or ())
+        self._unused.update(list(row.model_extra or ()))
         if row.neg and not set(row.neg).isdisjoint(row.pos):
             self._contradictions.append(place)
             _remove_positives(row)
