@@ -36,6 +36,7 @@ def main() -> None:
     stored, queries = _embeddings(rng, args.n, args.dim), _embeddings(rng, args.queries, args.dim)
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "load_average": round(os.getloadavg()[0], 1),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         **{name: value for name, value in vars(args).items() if name != "output"},
         "backends": {name: _measure(name, args.n, stored, queries) for name in args.backends},
