@@ -1,0 +1,56 @@
+"""Small encoders with every head, and live indexes over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ultrarag.retrieve import live as live_module
+from ultrarag.retrieve.builder import Build
+from ultrarag.retrieve.live import LiveIndex
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_m3: str):
+    """The tiny m3 model, loaded once: dense, sparse and ColBERT."""
+    from ultrarag import Encoder
+
+    return Encoder.load(tiny_m3, adapter="bgem3", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def other(tiny_m3: str):
+    """The same with one weight changed: another identity, almost the same vectors."""
+    import torch
+
+    from ultrarag import Encoder
+
+    encoder = Encoder.load(tiny_m3, adapter="bgem3", device="cpu")
+    with torch.no_grad():
+        next(iter(encoder.model.parameters())).add_(0.01)
+    return encoder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(other, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the other encoder."""
+    return other.save(tmp_path_factory.mktemp("checkpoint") / "other")
+
+
+@pytest.fixture
+def live(tmp_path: Path, tiny):
+    """An empty index with every head, on the numpy engine."""
+    index = LiveIndex.create(tmp_path / "kb", tiny, backend="numpy")
+    yield index
+    index.close()
+
+
+@pytest.fixture
+def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the builder's own code in this process, without the seconds that a new one takes to import torch."""
+
+    def run(root, generation, *, device=None, threads=None, progress=None, started=None) -> None:
+        Build(root, generation, device).run(False)
+
+    monkeypatch.setattr(live_module, "run_builder", run)
