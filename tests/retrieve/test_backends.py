@@ -351,7 +351,7 @@ def test_a_damaged_file_is_found_and_named(filled: Backend, damage: str) -> None
     filled.close()
     paths = _large_files(filled.directory)
     assert any("vectors" in path.as_posix() for path in paths)
-    for path in paths:
+    for path in paths if damage == "flip" else paths[-3:]:
         content = path.read_bytes()
         if damage == "truncate":
             os.truncate(path, len(content) - 1)

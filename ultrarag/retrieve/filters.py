@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,7 +36,7 @@ BOUNDS = ("gt", "gte", "lt", "lte")
 LONGEST_FACT = 96
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+-]\d{2}:\d{2})?)?")
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _timestamp(value: Any) -> float | None:
         time = datetime.fromisoformat(value.replace("Z", "+00:00"))
     except ValueError:
         return None
-    return ((time if time.tzinfo else time.replace(tzinfo=timezone.utc)) - _EPOCH).total_seconds()
+    return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH).total_seconds()
 
 
 def _show(value: Any) -> str:
