@@ -244,7 +244,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_what_was_acknowledged(tmp_path: 
 
 def test_a_second_owner_is_told_who_the_first_is(tmp_path: Path) -> None:
     lock = OwnerLock(tmp_path)
-    with pytest.raises(IndexStateError, match="in use by this process on .* since 20"):
+    with pytest.raises(IndexStateError, match=r"in use by this process on .* since 20"):
         OwnerLock(tmp_path)
     code = (
         "import sys; from pathlib import Path; from ultrarag.retrieve.ownership import *; OwnerLock(Path(sys.argv[1]))"

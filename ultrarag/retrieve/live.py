@@ -163,6 +163,7 @@ class LiveIndex:
         """
         if isinstance(passages, Passage | Mapping | str):
             raise UsageError("add takes an iterable of passages; put one alone into a list")
+        _ = self._core.live  # also a call without passages says that the index was closed
         total, source = Written(), records(passages)
         while batch := list(islice(source, BATCH)):
             total += self._core.write(lambda batch=batch: self._core.store.write(batch))  # type: ignore[misc]
