@@ -241,7 +241,7 @@ class Encoder:
         truncated = total = 0
         for tokens in self._tokenized_windows(iter(texts), kind, max_length, instruction, window):
             truncated, total = truncated + tokens.truncated, total + len(tokens)
-            yield self._encode_window(tokens, chosen, budget, dtype)
+            yield self.encode_tokens(tokens, chosen, budget, dtype)
         if truncated:
             length = self.max_length(kind, max_length)
             logger.warning("%d of %d texts were longer than %s tokens and were cut", truncated, total, length)
@@ -263,9 +263,19 @@ class Encoder:
                 pending = following
 
     @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
-    def _encode_window(
-        self, tokens: Tokens, heads: tuple[str, ...], budget: int, dtype: torch.dtype | None
+    def encode_tokens(
+        self,
+        tokens: Tokens,
+        heads: tuple[str, ...],
+        budget: int = BATCH_TOKENS["cpu"],
+        dtype: torch.dtype | None = None,
     ) -> Embeddings:
+        """Return the embeddings of tokenized texts, in their order.
+
+        Args:
+            budget: padded tokens per forward.
+            dtype: of the forward, if not float32.
+        """
         parts, order = [], []
         self.model.eval()
         for rows in batches_by_tokens([len(row) for row in tokens.ids], budget):

@@ -80,7 +80,7 @@ def _reload(encoder: Encoder, folder: Path) -> Encoder:
 
 def probe_vectors(encoder: Encoder) -> Embeddings:
     """The embeddings of the probe texts, in float32, with every head."""
-    return encoder.encode(PROBES, precision="fp32", progress=False)
+    return encoder.encode_tokens(encoder.tokenize(PROBES, "passage"), encoder.heads)
 
 
 def largest_difference(left: Embeddings, right: Embeddings) -> dict[str, float]:

@@ -106,9 +106,7 @@ class Embedder(nn.Module):
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in backward (--gradient_checkpointing)."""
-        self.backbone.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=options.get("activation_checkpointing_kwargs")
-        )
+        self.backbone.activation_checkpointing_enable(**options)
 
 
 def distinct_tokens(ids: Tensor, weights: Tensor, keep: Tensor) -> Sparse:

@@ -41,18 +41,23 @@ class Collator:
 
     def __call__(self, batches: list[Batch]) -> TrainingBatch:
         (batch,) = batches
-        rendered = zip(batch.queries, batch.prompts, strict=True)
+        queries = [self.settings.render(t, "query", p) for t, p in zip(batch.queries, batch.prompts, strict=True)]
         return TrainingBatch(
-            queries=self._features([self.settings.render(t, "query", p) for t, p in rendered], self.query_max_length),
-            passages=self._features(
-                [self.settings.render(text, "passage") for text in batch.passages], self.passage_max_length
-            ),
+            queries=self._features(queries, self.query_max_length),
+            passages=self._features(self._passages(batch), self.passage_max_length),
             teacher=None if batch.teacher is None else torch.tensor(batch.teacher, dtype=torch.float32),
             group_size=batch.group_size,
             in_batch_negatives=batch.in_batch_negatives,
             dataset=batch.dataset,
             sources=list(batch.sources),
         )
+
+    def _passages(self, batch: Batch) -> list[str]:
+        """The rendered passages; those of a symmetric task are read as its queries are, instruction and all."""
+        if not batch.passages_as_queries:
+            return [self.settings.render(text, "passage") for text in batch.passages]
+        prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
+        return [self.settings.render(t, "query", p) for t, p in zip(batch.passages, prompts, strict=True)]
 
     def _features(self, texts: list[str], max_length: int) -> Features:
         ids = tokenize(self.tokenizer, texts, max_length).ids

@@ -96,14 +96,16 @@ def _move_logging_dir(values: dict[str, Any]) -> None:
 def _fit_precision(values: dict[str, Any], notes: list[str]) -> None:
     """Switch off the precisions that need an accelerator, where there is none."""
     asked = [name for name in _LOW_PRECISION if values.get(name)]
-    if not asked or _has_accelerator(values):
+    if _has_accelerator(values):
         return
-    if values.get("use_cpu"):
+    on_cpu = bool(values.get("use_cpu"))
+    values["use_cpu"] = True  # without it several processes on a CPU would not know of each other
+    if on_cpu:
         asked = [name for name in asked if not name.startswith("bf16")]  # torch computes it on any CPU
     for name in asked:
         values[name] = False if name != "tf32" else None
     if asked:
-        hint = "" if values.get("use_cpu") else "; bf16 on a CPU: give --use_cpu --bf16"
+        hint = "" if on_cpu else "; bf16 on a CPU: give --use_cpu --bf16"
         notes.append(f"{', '.join(asked)} needs a GPU and none is used here: training in fp32{hint}")
 
 
