@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ _lock = threading.RLock()
 #: which compute dtypes of a backbone passed (True) or failed (False) the comparison with its padded forward
 _verdicts: WeakKeyDictionary[nn.Module, dict[torch.dtype, bool]] = WeakKeyDictionary()
 _logged: set[tuple[str, str]] = set()
+#: models whose attention modules say what their configuration says of causality
+_settled: WeakSet[nn.Module] = WeakSet()
 
 
 def hidden_states(backbone: nn.Module, features: Features, packing: bool | None = None) -> Tensor:
@@ -56,10 +58,11 @@ def hidden_states(backbone: nn.Module, features: Features, packing: bool | None 
     """
     inputs = {name: features[name] for name in _INPUTS if name in features}  # type: ignore[literal-required]
     stock = _stock(backbone)
-    if stock is None:
+    if stock is None or torch.compiler.is_compiling():
         return cast(Tensor, backbone(**inputs, return_dict=True).last_hidden_state)
     mask = inputs["attention_mask"].cpu()
-    if _switched_on(packing) and _padding(mask) >= MIN_PADDING and _verified(backbone, stock, inputs):
+    # Compared before looking at the padding, which differs between ranks: a sharded model's forward is collective.
+    if _switched_on(packing) and _verified(backbone, stock, inputs) and _padding(mask) >= MIN_PADDING:
         return _packed(backbone, stock, inputs, Layout.of(mask, inputs["input_ids"].device))
     return _padded(backbone, stock, inputs, mask)
 
@@ -121,10 +124,12 @@ def _stock(backbone: nn.Module) -> PreTrainedModel | None:
 
     _register()
     stock = next((module for module in backbone.modules() if isinstance(module, PreTrainedModel)), None)
-    if stock is not None and getattr(stock.config, "is_causal", None) is False:
-        for module in stock.modules():
-            if getattr(module, "is_causal", False) is True:
-                module.is_causal = False  # type: ignore[assignment]
+    if stock is not None and stock not in _settled:
+        if getattr(stock.config, "is_causal", None) is False:
+            for module in stock.modules():
+                if getattr(module, "is_causal", False) is True:
+                    module.is_causal = False  # type: ignore[assignment]
+        _settled.add(stock)
     return stock
 
 
@@ -176,7 +181,7 @@ def _register() -> None:
 
 
 def _unsuitable(backbone: nn.Module, stock: PreTrainedModel) -> str | None:
-    if hasattr(backbone, "_orig_mod") or torch.compiler.is_compiling():
+    if hasattr(backbone, "_orig_mod"):
         return "it is compiled"
     if stock.config._attn_implementation not in ("sdpa", NAME):
         return f"its attention is '{stock.config._attn_implementation}', not 'sdpa'"
@@ -195,8 +200,8 @@ def _agrees(
     training = [module for module in backbone.modules() if module.training]
     try:
         backbone.eval()
-        difference = _difference(backbone, stock, _probe(stock, inputs), autocast)
-        allowed = _tolerance(autocast or stock.dtype, inputs["input_ids"].device)
+        difference, dtype = _difference(backbone, stock, _probe(stock, inputs), autocast)
+        allowed = _tolerance(autocast or dtype, inputs["input_ids"].device)
         reason = "" if difference <= allowed else f"its hidden states differ by {difference:.1e}"
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error) or type(error).__name__
@@ -211,16 +216,17 @@ def _agrees(
 
 def _difference(
     backbone: nn.Module, stock: PreTrainedModel, probe: dict[str, Tensor], autocast: torch.dtype | None
-) -> float:
-    """The largest difference at real tokens, absolute for small values and relative for large ones.
+) -> tuple[float, torch.dtype]:
+    """The largest difference at real tokens, absolute for small values and relative for large ones; their dtype.
 
     Autocast must not cache: weights cast here, without gradient, would serve the training step around this call.
     """
     mask, device = probe["attention_mask"].cpu(), probe["input_ids"].device
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-        expected = _padded(backbone, stock, probe, mask).double()
-        found = _packed(backbone, stock, probe, Layout.of(mask, device)).double()
-    return float(((found - expected).abs() / (1 + expected.abs()))[probe["attention_mask"].bool()].max())
+        expected = _padded(backbone, stock, probe, mask)
+        found = _packed(backbone, stock, probe, Layout.of(mask, device))
+    difference = (found.double() - expected.double()).abs() / (1 + expected.double().abs())
+    return float(difference[probe["attention_mask"].bool()].max()), expected.dtype
 
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
