@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from ultrarag.errors import UltraragError, UsageError
 
@@ -39,9 +40,10 @@ def _run(words: list[str], adapter: str | None, as_json: bool) -> int:
 
     name = adapter or named_adapter(words)
     arguments = parse_command_line(words, adapter, adapter_defaults(name) if name else None)
-    from ultrarag.finetune.run import run
+    with redirect_stdout(sys.stderr):  # libraries that print (DeepSpeed does) must not spoil the result
+        from ultrarag.finetune.run import run
 
-    result = run(arguments)
+        result = run(arguments)
     if result is not None:
         print(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result)
     return 0

@@ -28,7 +28,11 @@ from ultrarag.publish import largest_difference, probe_vectors, publish
 from ultrarag.types import Embeddings
 
 #: Settings without which the order of batches, and so a resumed run, would be another.
-_ORDER = ("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "train_group_size")
+_ORDER = (
+    *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("train_group_size", "dataloader_drop_last", "same_dataset_within_batch", "small_threshold", "drop_threshold"),
+    *("shuffle_ratio", "max_example_num_per_dataset", "no_in_batch_neg", "negatives_cross_device"),
+)
 
 
 @dataclass
@@ -273,7 +277,16 @@ def _train(trainer: EmbeddingTrainer, resume: str | None) -> tuple[float, float 
         raise Interrupted(
             f"stopped after step {trainer.state.global_step}; continue with --resume_from_checkpoint True"
         )
-    return time.perf_counter() - started, output.training_loss if output.global_step else None
+    return time.perf_counter() - started, _mean_loss(trainer.state.log_history, output.training_loss)
+
+
+def _mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
+    """The mean over all logged steps, those before a resume included; `otherwise` where nothing was logged."""
+    logged = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+    total = last = 0.0
+    for step, loss in logged:
+        total, last = total + loss * (step - last), step
+    return total / last if last else otherwise
 
 
 def _publish(trainer: EmbeddingTrainer, encoder: Encoder, start: _Start, record: Training, output: Path) -> str:

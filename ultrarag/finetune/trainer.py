@@ -29,6 +29,7 @@ from ultrarag.finetune.loader import PlannedLoader
 from ultrarag.finetune.trainable import Trainable
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.loss_arguments import LossArguments
+from ultrarag.progress import quiet_progress
 from ultrarag.publish import write_checkpoint
 from ultrarag.types import Embeddings
 
@@ -220,7 +221,8 @@ class EmbeddingTrainer(Trainer):
             pooling=self.encoder.settings.pooling,
             normalize=self.encoder.settings.normalize,
         )
-        loaded = self.encoder.adapter.load(folder, options)
+        with quiet_progress():
+            loaded = self.encoder.adapter.load(folder, options)
         try:
             self.encoder.model.load_state_dict(loaded.state_dict(), strict=True)
         except RuntimeError as error:
