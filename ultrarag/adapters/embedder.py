@@ -148,12 +148,12 @@ def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Em
     folder = Path(path)
     declared = read_declaration(folder)
     backbone = _load_backbone(folder / (declared.transformer if declared else ""), options)
-    tokenizer = _load_tokenizer(folder / (declared.transformer if declared else ""), options)
-    settings = _settings(declared, options)
+    tokenizer = load_tokenizer(folder / (declared.transformer if declared else ""), options)
+    settings = read_settings(declared, options)
     model = Embedder(backbone, tokenizer, settings)
     for name in declared.dense if declared else []:
         model.dense_layers.append(_load_dense(folder / name))
-    settings.heads = _load_heads(model, folder, options, heads)
+    settings.heads = load_heads(model, folder, options, heads)
     return model
 
 
@@ -162,7 +162,7 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
 
     remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
     config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
-    with _without_loading_report():
+    with without_loading_report():
         backbone, report = AutoModel.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
         )
@@ -178,7 +178,7 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
 
 
 @contextmanager
-def _without_loading_report() -> Iterator[None]:
+def without_loading_report() -> Iterator[None]:
     """Keep transformers from reporting tensors that we judge ourselves (a pooler that nothing uses, say)."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_not_a_loading_report)
@@ -192,7 +192,8 @@ def _not_a_loading_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
-def _load_tokenizer(folder: Path, options: LoadOptions) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, options: LoadOptions) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, which pads with its end token where it has no padding token."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
@@ -207,7 +208,8 @@ def _load_tokenizer(folder: Path, options: LoadOptions) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _settings(declared: ModulesDeclaration | None, options: LoadOptions) -> EncoderSettings:
+def read_settings(declared: ModulesDeclaration | None, options: LoadOptions) -> EncoderSettings:
+    """Return the settings that modules.json and its companions declare, or `options` in their place."""
     declared = declared or ModulesDeclaration(normalize=True)
     pooling = options.pooling or declared.pooling or "cls"
     if pooling not in METHODS:
@@ -250,8 +252,19 @@ def _load_tensors(*candidates: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"none of {', '.join(str(path) for path in candidates)} exists")
 
 
-def _load_heads(model: Embedder, folder: Path, options: LoadOptions, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Load the heads' weights, or make fresh ones where training allows it; return the heads that the model has."""
+def load_heads(
+    model: Embedder,
+    folder: Path,
+    options: LoadOptions,
+    known: tuple[str, ...],
+    inside: Mapping[str, nn.Linear] | None = None,
+) -> tuple[str, ...]:
+    """Load the heads' weights, or make fresh ones where training allows it; return the heads that the model has.
+
+    Args:
+        inside: heads that came with the backbone's weights; a head's own file goes before.
+    """
+    inside = inside or {}
     wanted = options.heads or known
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -259,7 +272,7 @@ def _load_heads(model: Embedder, folder: Path, options: LoadOptions, known: tupl
             f"no head '{unknown[0]}'{did_you_mean(unknown[0], known)} (this adapter has {', '.join(known)})"
         )
     extra = [name for name in HEAD_FILES if name in wanted]
-    missing = [HEAD_FILES[name] for name in extra if not (folder / HEAD_FILES[name]).is_file()]
+    missing = [HEAD_FILES[name] for name in extra if name not in inside and not (folder / HEAD_FILES[name]).is_file()]
     if missing and options.heads and not options.training:
         raise CheckpointError(
             f"{folder} has no {' and no '.join(missing)}: the head has no weights to encode with; "
@@ -270,12 +283,12 @@ def _load_heads(model: Embedder, folder: Path, options: LoadOptions, known: tupl
         file = HEAD_FILES.get(name)
         if name not in wanted:
             continue
-        if file is None or _attach_head(model, name, folder / file, options):
+        if file is None or _attach_head(model, name, folder / file, options, inside.get(name)):
             present.append(name)
     return tuple(present)
 
 
-def _attach_head(model: Embedder, name: str, path: Path, options: LoadOptions) -> bool:
+def _attach_head(model: Embedder, name: str, path: Path, options: LoadOptions, inside: nn.Linear | None) -> bool:
     """Give the model one linear head; False when it has no weights and may not get fresh ones."""
     hidden = model.config.hidden_size
     width = 1 if name == "sparse" else hidden
@@ -283,12 +296,14 @@ def _attach_head(model: Embedder, name: str, path: Path, options: LoadOptions) -
         width = options.colbert_dim
     if path.is_file():
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        linear = _fitted(weights, hidden, path)
+        linear = fitted_linear(weights, hidden, path)
         if name == "colbert" and options.colbert_dim and options.colbert_dim not in (-1, linear.out_features):
             raise UsageError(
                 f"colbert_dim is {options.colbert_dim}, but {path} holds a head of {linear.out_features}: "
                 "leave --colbert_dim out, or remove the file to train a fresh head"
             )
+    elif inside is not None:
+        linear = inside
     elif options.training:
         linear = nn.Linear(hidden, width)
     else:
@@ -297,7 +312,8 @@ def _attach_head(model: Embedder, name: str, path: Path, options: LoadOptions) -
     return True
 
 
-def _fitted(weights: Mapping[str, Tensor], hidden: int, path: Path) -> nn.Linear:
+def fitted_linear(weights: Mapping[str, Tensor], hidden: int, path: Path) -> nn.Linear:
+    """Return a head that holds `weights` read from `path`, or raise CheckpointError when they do not fit."""
     shape = tuple(weights["weight"].shape) if "weight" in weights else None
     if set(weights) != {"weight", "bias"} or shape is None or shape[1] != hidden:
         raise CheckpointError(

@@ -119,7 +119,7 @@ def write_declaration(folder: Path, settings: EncoderSettings, dim: int, dense: 
     )
     _write(
         folder / "config_sentence_transformers.json",
-        {"prompts": _prompts(settings), "default_prompt_name": None, "similarity_fn_name": _similarity(settings)},
+        {"prompts": prompts_of(settings), "default_prompt_name": None, "similarity_fn_name": _similarity(settings)},
     )
 
 
@@ -129,7 +129,7 @@ def _pooling_config(pooling: str, dim: int) -> dict[str, Any]:
     return {"word_embedding_dimension": dim, **flags, "include_prompt": True}
 
 
-def _prompts(settings: EncoderSettings) -> dict[str, str]:
+def prompts_of(settings: EncoderSettings) -> dict[str, str]:
     """Prompts as plain prefixes; a format that puts text before the instruction cannot be one, and is left out."""
     pairs = {
         "query": (settings.query_instruction, settings.query_format),

@@ -1,0 +1,93 @@
+"""Loading an instructed decoder as an `Embedder`: its pooling, its end token, its query format."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.adapters.embedder import Embedder, load_embedder
+from ultrarag.adapters.sentence_transformers_files import read_declaration
+from ultrarag.errors import CheckpointError
+from ultrarag.types import EncoderSettings
+
+if TYPE_CHECKING:
+    from ultrarag.hookspecs import LoadOptions
+
+#: e5-mistral-7b-instruct and most that came after it.
+INSTRUCT_FORMAT = "Instruct: {}\nQuery: {}"
+#: bge-en-icl, which has tokens of its own for the parts.
+ICL_FORMAT = "<instruct>{}\n<query>{}\n<response>"
+_ICL_TOKENS = ("<instruct>", "<query>", "<response>")
+_DECLARED = re.compile(r"Instruct: (?P<instruction>.*)\nQuery: ?", re.DOTALL)
+
+
+def load_icl(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Embedder:
+    """Load an instructed decoder; last-token pooling and unit length unless it declares otherwise.
+
+    Raises:
+        CheckpointError: weights are missing, or the tokenizer cannot be made to append its end token.
+    """
+    declared = read_declaration(Path(path))
+    if options.pooling is None and (declared is None or declared.pooling is None):
+        options = replace(options, pooling="last_token")
+    model = load_embedder(path, options, heads)
+    if model.settings.pooling == "last_token":
+        close_with_end_token(model.tokenizer, path)
+    _format_queries(model.settings, model.tokenizer)
+    return model
+
+
+def close_with_end_token(tokenizer: Any, path: str) -> None:
+    """Make `tokenizer` append its end token to every text, after truncation, and keep that when it is saved.
+
+    Raises:
+        CheckpointError: it has no end token, or cannot append one.
+    """
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"{path}: the tokenizer has no end token (eos_token), whose hidden state is the vector")
+    if _closes(tokenizer):
+        return
+    if hasattr(tokenizer, "add_eos_token"):
+        tokenizer.add_eos_token = True
+        if hasattr(tokenizer, "update_post_processor"):
+            tokenizer.update_post_processor()
+    if not _closes(tokenizer):
+        _append_by_post_processor(tokenizer)
+    if not _closes(tokenizer):
+        raise CheckpointError(f"{path}: the tokenizer does not append its end token '{tokenizer.eos_token}'")
+
+
+def _closes(tokenizer: Any) -> bool:
+    """Whether a cut text, too, ends with the end token."""
+    return all(
+        tokenizer("a b c d e f", truncation=length is not None, max_length=length)["input_ids"][-1:]
+        == [tokenizer.eos_token_id]
+        for length in (None, 4)
+    )
+
+
+def _append_by_post_processor(tokenizer: Any) -> None:
+    from tokenizers.processors import Sequence, TemplateProcessing
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    end = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+    )
+    backend.post_processor = end if backend.post_processor is None else Sequence([backend.post_processor, end])
+
+
+def _format_queries(settings: EncoderSettings, tokenizer: Any) -> None:
+    """Set the format that the model was trained with, and the bare instruction of a prompt in that format."""
+    vocabulary = tokenizer.get_vocab()
+    if all(token in vocabulary for token in _ICL_TOKENS):
+        settings.query_format = ICL_FORMAT
+        return
+    declared = _DECLARED.fullmatch(settings.query_instruction)
+    if declared:
+        settings.query_instruction = declared["instruction"]
+    if declared or not settings.query_instruction:
+        settings.query_format = INSTRUCT_FORMAT

@@ -1,0 +1,198 @@
+"""MiniCPM-Embedding as an `Embedder`: its loading, its sparse head, and a save that other tools read rightly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultrarag.adapters.embedder import (
+    Embedder,
+    distinct_tokens,
+    fitted_linear,
+    load_heads,
+    load_tokenizer,
+    read_settings,
+    save_embedder,
+    without_loading_report,
+)
+from ultrarag.adapters.minicpm_config import granite_config, read_config
+from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, read_declaration
+from ultrarag.errors import CheckpointError
+from ultrarag.types import EncoderSettings, Sparse
+
+if TYPE_CHECKING:
+    from transformers import GraniteConfig, GraniteModel
+
+    from ultrarag.hookspecs import LoadOptions
+
+#: Ids that never get a lexical weight: unknown, begin, end, and Light's padding.
+DROPPED_IDS = (0, 1, 2, 73440)
+QUERY_PREFIX = "Query: "
+#: Tensors of published files that the embeddings do not need: the language-model head, and tables of angles.
+_UNUSED = ("lm_head.weight", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+#: Published models know 512 tokens; Light 8192, which its max_position_embeddings says.
+_SHORT_LENGTH = 512
+
+
+class MiniCPMEmbedder(Embedder):
+    """`Embedder` with the sparse head of MiniCPM-Embedding-Light."""
+
+    def _sparse(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Sparse:
+        """ReLU((w h + b) / max over the text's tokens of |h|) in float32, the largest per distinct id.
+
+        Source:
+            UltraRAG v1's retriever for MiniCPM-Embedding-Light.
+        """
+        linear = self._head("sparse", self.sparse_linear)
+        keep = mask.bool()
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            norms = hidden.norm(dim=-1).masked_fill(~keep, 0)
+            largest = norms.amax(dim=1, keepdim=True).clamp(min=1e-9)
+            weights = torch.relu(F.linear(hidden, linear.weight.float(), linear.bias.float()).squeeze(-1) / largest)
+        return distinct_tokens(ids, weights, keep & ~torch.isin(ids, torch.tensor(DROPPED_IDS, device=ids.device)))
+
+
+def load_minicpm(path: str, options: LoadOptions, heads: tuple[str, ...]) -> MiniCPMEmbedder:
+    """Load a published MiniCPM embedder, or one saved here.
+
+    Raises:
+        CheckpointError: another kind of model, or weights that are missing, unknown or of another shape.
+        UsageError: an option that the model cannot follow.
+    """
+    folder = Path(path)
+    values = read_config(folder / "config.json")
+    declared = read_declaration(folder)
+    config = granite_config(values, folder / "config.json")
+    tokenizer = _load_tokenizer(folder, options)
+    if (
+        config.pad_token_id is None
+        and tokenizer.pad_token_id is not None
+        and tokenizer.pad_token_id < config.vocab_size
+    ):
+        config.pad_token_id = tokenizer.pad_token_id
+    backbone, extra = _load_backbone(folder, config)
+    model = MiniCPMEmbedder(backbone, tokenizer, _settings(values, declared, options))
+    model.settings.heads = load_heads(model, folder, options, heads, _sparse_head(extra, config, folder))
+    return model
+
+
+def save_minicpm(model: MiniCPMEmbedder, path: str, state_dict: Mapping[str, Any]) -> None:
+    """Write `save_embedder`'s files, with eager attention named in config.json.
+
+    SDPA goes by the attention modules' own `is_causal`, which Granite sets to true whatever its configuration says,
+    and would read a batch without padding causally. Eager attention goes by the mask alone, which is right. Without
+    it transformers and sentence-transformers would give other vectors than this model, with no error.
+    """
+    save_embedder(model, path, state_dict)
+    file = Path(path) / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values.update(is_causal=False, attn_implementation="eager")
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _load_tokenizer(folder: Path, options: LoadOptions) -> Any:
+    try:
+        return load_tokenizer(folder, options)
+    except (ValueError, ImportError) as error:
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            raise CheckpointError(
+                f"{folder} has a sentencepiece tokenizer.model and no tokenizer.json, which cannot be read: "
+                "`pip install sentencepiece protobuf`, or add a tokenizer.json"
+            ) from error
+        raise
+
+
+def _load_backbone(folder: Path, config: GraniteConfig) -> tuple[GraniteModel, dict[str, Tensor]]:
+    """Return the model, bidirectional, and the tensors of the files that it has no place for."""
+    from transformers import GraniteModel
+
+    with without_loading_report():
+        loaded: Any = GraniteModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    backbone, report = loaded
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{folder}: the weights lack {len(report['missing_keys'])} tensor(s) that MiniCPM needs, "
+            f"first '{min(report['missing_keys'])}'; the checkpoint is incomplete"
+        )
+    for module in backbone.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    unknown = [name for name in report["unexpected_keys"] if not name.endswith(_UNUSED)]
+    return backbone, _read_tensors(folder, unknown)
+
+
+def _read_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """Read single tensors out of a checkpoint's files."""
+    if not names:
+        return {}
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found.update({name: tensors.get_tensor(name) for name in names if name in tensors.keys()})  # noqa: SIM118
+    for file in sorted(folder.glob("pytorch_model*.bin")) if not found else []:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        found.update({name: tensors[name] for name in names if name in tensors})
+    return found
+
+
+def _sparse_head(extra: Mapping[str, Tensor], config: GraniteConfig, folder: Path) -> dict[str, nn.Linear]:
+    """The sparse head among a published model's own tensors: a linear layer onto one number, under any name.
+
+    Raises:
+        CheckpointError: for tensors that are something else; a model that is loaded in part gives other vectors.
+    """
+    if not extra:
+        return {}
+    stems = {name.rsplit(".", 1)[0] for name in extra}
+    stem = min(stems)
+    weight, bias = extra.get(f"{stem}.weight"), extra.get(f"{stem}.bias")
+    known = {f"{stem}.weight", f"{stem}.bias"} >= set(extra)
+    if not known or weight is None or tuple(weight.shape) != (1, config.hidden_size):
+        described = ", ".join(f"'{name}' {tuple(tensor.shape)}" for name, tensor in sorted(extra.items())[:4])
+        raise CheckpointError(
+            f"{folder}: the weights hold {len(extra)} tensor(s) that a MiniCPM embedder does not have: {described}; "
+            "it is another model, or of a newer kind"
+        )
+    bias = torch.zeros(1) if bias is None else bias
+    return {"sparse": fitted_linear({"weight": weight, "bias": bias}, config.hidden_size, folder)}
+
+
+def _settings(values: Mapping[str, Any], declared: ModulesDeclaration | None, options: LoadOptions) -> EncoderSettings:
+    """Settings of a published model out of its configuration, of one saved here out of modules.json.
+
+    `adapt_mean_pooling` means that the published code scales hidden states so that their plain mean is the mean
+    weighted by position: pooling is then the weighted mean, once, whatever modules.json calls it.
+    """
+    published = values["model_type"] == "minicpm"
+    declared = declared or ModulesDeclaration()
+    pooling = declared.pooling or "weighted_mean"
+    if values.get("adapt_mean_pooling"):
+        pooling = "weighted_mean"
+    chosen = replace(
+        declared,
+        pooling=pooling,
+        normalize=declared.normalize or published,
+        max_length=declared.max_length or _longest(values),
+        dense=[],
+    )
+    settings = read_settings(chosen, options)
+    settings.query_instruction = settings.query_instruction or QUERY_PREFIX
+    return settings
+
+
+def _longest(values: Mapping[str, Any]) -> int:
+    """The tokens that the published model was trained on: 512, or with LongRoPE all that it has places for."""
+    positions = int(values.get("max_position_embeddings") or _SHORT_LENGTH)
+    return positions if values.get("rope_scaling") else min(positions, _SHORT_LENGTH)

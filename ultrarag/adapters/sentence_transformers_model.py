@@ -1,0 +1,220 @@
+"""A model of the sentence-transformers library as one of ours: its modules, its tokenizer, its prompts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ultrarag.adapters.sentence_transformers_files import prompts_of
+from ultrarag.errors import CheckpointError, UsageError
+from ultrarag.types import Embeddings, EncoderSettings, Sparse
+
+if TYPE_CHECKING:
+    from ultrarag.hookspecs import Features, LoadOptions
+
+#: Modules that send queries and passages different ways; `encode` is not told which it has.
+_ROUTERS = ("Router", "Asym")
+#: A tokenizer without a real limit says some 1e30.
+_NO_LIMIT = 1 << 30
+
+
+class SentenceTransformersModel(nn.Module):
+    """The modules of a SentenceTransformer or SparseEncoder; state-dict keys: `backbone.*` and `modules_after.*`."""
+
+    def __init__(self, library_model: Any, settings: EncoderSettings) -> None:
+        super().__init__()
+        first, *rest = list(library_model)
+        self.backbone = first
+        self.modules_after = nn.ModuleList(rest)
+        self.settings = settings
+        self.tokenizer = library_model.tokenizer
+        # in a tuple, so that its parameters, which are the ones above, are not registered a second time
+        self._library = (library_model,)
+        self._unused = _take_pooler(first)
+
+    @property
+    def config(self) -> Any:
+        """The backbone's transformers configuration."""
+        return self.backbone.config
+
+    @property
+    def library_model(self) -> Any:
+        """The SentenceTransformer or SparseEncoder that owns the same modules."""
+        return self._library[0]
+
+    def encode(self, features: Features) -> Embeddings:
+        """Run the modules in order; the sparse head is the nonzero part of a sparse encoder's vector."""
+        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in features]
+        state: dict[str, Any] = {name: features[name] for name in names}
+        for module in (self.backbone, *self.modules_after):
+            state = module(state)
+        vector = state["sentence_embedding"]
+        if self.settings.heads == ("sparse",):
+            return Embeddings(sparse=nonzero(vector))
+        return Embeddings(dense=vector)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in backward (--gradient_checkpointing)."""
+        self.backbone.auto_model.activation_checkpointing_enable(**options)
+
+    @contextmanager
+    def complete(self) -> Iterator[Any]:
+        """Yield the library's model with the parts that were set aside at loading, as its files have them."""
+        for owner, module in self._unused:
+            owner.pooler = module
+        try:
+            yield self.library_model
+        finally:
+            for owner, _ in self._unused:
+                owner.pooler = None
+
+
+def nonzero(vector: Tensor) -> Sparse:
+    """The positive entries of (batch, dim) vectors, as wide as the fullest row; differentiable in the weights."""
+    positive = vector.detach() > 0
+    width = max(1, int(positive.sum(1).max()))
+    ids = (~positive).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+    there = positive.gather(1, ids)
+    return Sparse(torch.where(there, ids, Sparse.PAD_ID), vector.gather(1, ids) * there)
+
+
+def _take_pooler(first: nn.Module) -> list[tuple[Any, nn.Module]]:
+    """Set aside BERT's pooler where token vectors are pooled: it computes for nothing and gets no gradient."""
+    if getattr(first, "module_output_name", None) != "token_embeddings":
+        return []
+    owners: list[Any] = [m for m in first.modules() if isinstance(getattr(m, "pooler", None), nn.Module)]
+    found = [(owner, owner.pooler) for owner in owners]
+    for owner in owners:
+        owner.pooler = None
+    return found
+
+
+def load_model(path: str, options: LoadOptions) -> SentenceTransformersModel:
+    """Load with the library's own classes.
+
+    Raises:
+        CheckpointError: no checkpoint of that library, or one whose modules cannot be run behind our hooks.
+        UsageError: an option that contradicts what the modules do.
+    """
+    folder = Path(path)
+    if not (folder / "modules.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no modules.json, so it is no checkpoint of sentence-transformers; "
+            "use the adapter 'bge' for a plain transformers encoder"
+        )
+    library_model = _library_class(folder)(
+        str(folder), device="cpu", trust_remote_code=options.trust_remote_code, model_kwargs={"dtype": "float32"}
+    )
+    sparse = type(library_model).__name__ == "SparseEncoder"
+    _check_modules(library_model, folder)
+    normalize = _normalized(library_model, sparse, options, folder)
+    settings = _settings(library_model, "sparse" if sparse else "dense", normalize)
+    _check_heads(settings, options, folder)
+    return SentenceTransformersModel(library_model, settings)
+
+
+def save_model(model: SentenceTransformersModel, path: str, state_dict: Mapping[str, Any]) -> None:
+    """Write with the library's own save, with the prompts of the model's settings."""
+    holder = _holding(model, state_dict)
+    with holder.complete() as library_model:
+        library_model.prompts = {**library_model.prompts, **prompts_of(holder.settings)}
+        library_model.save_pretrained(path, create_model_card=False)
+
+
+def _holding(model: SentenceTransformersModel, state_dict: Mapping[str, Any]) -> SentenceTransformersModel:
+    """The model itself when `state_dict` is its own weights, else a copy that holds them (gathered, or merged)."""
+    own = model.state_dict()
+    if all(name in own and tensor.data_ptr() == own[name].data_ptr() for name, tensor in state_dict.items()):
+        return model
+    holder = copy.deepcopy(model).cpu()
+    holder.load_state_dict(dict(state_dict), strict=True)
+    return holder
+
+
+def _library_class(folder: Path) -> Any:
+    """SparseEncoder where the checkpoint says so, or its modules do."""
+    try:
+        import sentence_transformers as library
+    except ImportError as error:
+        raise UsageError(
+            "the adapter 'sentence-transformers' needs that package: pip install sentence-transformers"
+        ) from error
+    file = folder / "config_sentence_transformers.json"
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    if kind is None:
+        modules = (folder / "modules.json").read_text(encoding="utf-8")
+        kind = "SparseEncoder" if ".sparse_encoder." in modules else "SentenceTransformer"
+    if kind not in ("SentenceTransformer", "SparseEncoder"):
+        raise CheckpointError(
+            f"{folder} is a {kind}, which this adapter does not run (SentenceTransformer, SparseEncoder)"
+        )
+    return getattr(library, kind)
+
+
+def _check_modules(library_model: Any, folder: Path) -> None:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    for module in library_model:
+        name = type(module).__name__
+        if name in _ROUTERS:
+            raise CheckpointError(
+                f"{folder}: module '{name}' runs queries and passages through different modules, which this adapter "
+                "cannot: a hook is not told which it has"
+            )
+        if getattr(module, "include_prompt", True) is False:
+            raise CheckpointError(
+                f"{folder}: pooling that leaves the prompt out (include_prompt false) is not supported"
+            )
+    first = library_model[0]
+    if not isinstance(getattr(first, "auto_model", None), PreTrainedModel):
+        raise CheckpointError(f"{folder}: the first module is '{type(first).__name__}', not a transformers model")
+    if not isinstance(library_model.tokenizer, PreTrainedTokenizerBase):
+        raise CheckpointError(
+            f"{folder}: its tokenizer is a {type(library_model.tokenizer).__name__}, not transformers'"
+        )
+
+
+def _normalized(library_model: Any, sparse: bool, options: LoadOptions, folder: Path) -> bool:
+    """Whether the vectors have unit length; a Normalize module is added where that is asked for and missing."""
+    if options.pooling is not None:
+        raise UsageError(
+            f"sentence_pooling_method '{options.pooling}' cannot be set: pooling is one of the modules of {folder}"
+        )
+    if sparse:
+        return False
+    present = any(type(module).__name__ == "Normalize" for module in library_model)
+    if present and options.normalize is False:
+        raise UsageError(f"normalize_embeddings False contradicts the module Normalize of {folder}")
+    if options.normalize and not present:
+        from sentence_transformers.models import Normalize
+
+        library_model.append(Normalize())
+    return present or bool(options.normalize)
+
+
+def _settings(library_model: Any, head: str, normalize: bool) -> EncoderSettings:
+    prompts = {name: text for name, text in (library_model.prompts or {}).items() if text}
+    default = prompts.get(library_model.default_prompt_name or "", "")
+    length = library_model.max_seq_length
+    length = int(length) if length and length < _NO_LIMIT else None
+    return EncoderSettings(
+        heads=(head,),
+        normalize=normalize,
+        query_instruction=prompts.get("query", default),
+        passage_instruction=prompts.get("document", prompts.get("passage", default)),
+        query_max_length=length,
+        passage_max_length=length,
+    )
+
+
+def _check_heads(settings: EncoderSettings, options: LoadOptions, folder: Path) -> None:
+    missing = [head for head in options.heads or () if head not in settings.heads]
+    if missing:
+        raise CheckpointError(f"{folder} has no head '{missing[0]}': this model is {settings.heads[0]}")
