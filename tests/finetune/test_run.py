@@ -19,22 +19,8 @@ from ultrarag.errors import DataError, TrainingError, UsageError
 from ultrarag.finetune import finetune
 
 #: words that the tiny tokenizer knows
-WORDS = [
-    "bread",
-    "oven",
-    "water",
-    "seals",
-    "sleep",
-    "dough",
-    "steam",
-    "crust",
-    "hot",
-    "long",
-    "under",
-    "rises",
-    "sets",
-    "once",
-]
+WORDS = ["bread", "oven", "water", "seals", "sleep", "dough", "steam"]
+WORDS += ["crust", "hot", "long", "under", "rises", "sets", "once"]
 ROWS = [
     {
         "query": f"why does {WORDS[i % 14]} {WORDS[(i * 5 + 3) % 14]}",
