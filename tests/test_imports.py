@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ultrarag"
 LAYERS = [
     {"errors", "types", "loss_arguments", "files", "progress", "tables", "__init__"},
     {"scores", "losses", "ir", "beir"},
-    {"hookspecs", "packing"},
+    {"hookspecs", "packing", "packed_attention"},
     {"adapters"},
     {"plugin_checks", "plugins"},
     {"checkpoint", "fingerprint", "tokenize", "encoder", "publish", "model_card"},
