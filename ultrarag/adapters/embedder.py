@@ -192,12 +192,17 @@ def _not_a_loading_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
-def load_tokenizer(folder: Path, options: LoadOptions) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, which pads with its end token where it has no padding token."""
+def load_tokenizer(folder: Path, options: LoadOptions, config: Any = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, which pads with its end token where it has no padding token.
+
+    Args:
+        config: the model's configuration, where transformers cannot read it from `folder` itself.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
         options.tokenizer_name or folder,
+        config=config,
         use_fast=options.use_fast_tokenizer,
         trust_remote_code=options.trust_remote_code,
         cache_dir=options.cache_dir,

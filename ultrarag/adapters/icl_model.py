@@ -20,6 +20,7 @@ INSTRUCT_FORMAT = "Instruct: {}\nQuery: {}"
 #: bge-en-icl, which has tokens of its own for the parts.
 ICL_FORMAT = "<instruct>{}\n<query>{}\n<response>"
 _ICL_TOKENS = ("<instruct>", "<query>", "<response>")
+_PROBE = "a b c d e f"
 _DECLARED = re.compile(r"Instruct: (?P<instruction>.*)\nQuery: ?", re.DOTALL)
 
 
@@ -45,32 +46,26 @@ def close_with_end_token(tokenizer: Any, path: str) -> None:
     Raises:
         CheckpointError: it has no end token, or cannot append one.
     """
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if end is None:
         raise CheckpointError(f"{path}: the tokenizer has no end token (eos_token), whose hidden state is the vector")
-    if _closes(tokenizer):
-        return
-    if hasattr(tokenizer, "add_eos_token"):
-        tokenizer.add_eos_token = True
-        if hasattr(tokenizer, "update_post_processor"):
-            tokenizer.update_post_processor()
-    if not _closes(tokenizer):
-        _append_by_post_processor(tokenizer)
-    if not _closes(tokenizer):
-        raise CheckpointError(f"{path}: the tokenizer does not append its end token '{tokenizer.eos_token}'")
+    before = tokenizer(_PROBE)["input_ids"]
+    if before[-1:] != [end]:
+        _append_end_token(tokenizer)
+        before = [*before, end]
+    cut = tokenizer(_PROBE, truncation=True, max_length=4)["input_ids"]
+    if tokenizer(_PROBE)["input_ids"] != before or cut[-1:] != [end]:
+        raise CheckpointError(f"{path}: the tokenizer cannot be made to append its end token '{tokenizer.eos_token}'")
 
 
-def _closes(tokenizer: Any) -> bool:
-    """Whether a cut text, too, ends with the end token."""
-    return all(
-        tokenizer("a b c d e f", truncation=length is not None, max_length=length)["input_ids"][-1:]
-        == [tokenizer.eos_token_id]
-        for length in (None, 4)
-    )
-
-
-def _append_by_post_processor(tokenizer: Any) -> None:
+def _append_end_token(tokenizer: Any) -> None:
+    """By its flags where it was saved with them, for they are read again at the next loading; else to what it has."""
     from tokenizers.processors import Sequence, TemplateProcessing
 
+    if "add_eos_token" in tokenizer.init_kwargs or "add_bos_token" in tokenizer.init_kwargs:
+        tokenizer.init_kwargs["add_eos_token"] = True
+        tokenizer.add_eos_token = True
+        return
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return

@@ -71,7 +71,7 @@ def load_minicpm(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Min
     values = read_config(folder / "config.json")
     declared = read_declaration(folder)
     config = granite_config(values, folder / "config.json")
-    tokenizer = _load_tokenizer(folder, options)
+    tokenizer = _load_tokenizer(folder, values, options)
     if (
         config.pad_token_id is None
         and tokenizer.pad_token_id is not None
@@ -98,9 +98,14 @@ def save_minicpm(model: MiniCPMEmbedder, path: str, state_dict: Mapping[str, Any
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _load_tokenizer(folder: Path, options: LoadOptions) -> Any:
+def _load_tokenizer(folder: Path, values: Mapping[str, Any], options: LoadOptions) -> Any:
+    """Load the tokenizer; transformers must not look into the config.json of a kind that it does not know."""
+    from transformers import PreTrainedConfig
+
+    published = values["model_type"] == "minicpm"
+    config = PreTrainedConfig(tokenizer_class=values.get("tokenizer_class")) if published else None
     try:
-        return load_tokenizer(folder, options)
+        return load_tokenizer(folder, options, config)
     except (ValueError, ImportError) as error:
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
             raise CheckpointError(

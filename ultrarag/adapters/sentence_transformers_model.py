@@ -193,7 +193,7 @@ def _normalized(library_model: Any, sparse: bool, options: LoadOptions, folder: 
     if present and options.normalize is False:
         raise UsageError(f"normalize_embeddings False contradicts the module Normalize of {folder}")
     if options.normalize and not present:
-        from sentence_transformers.models import Normalize
+        from sentence_transformers.base.modules import Normalize
 
         library_model.append(Normalize())
     return present or bool(options.normalize)
