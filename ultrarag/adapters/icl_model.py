@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -59,9 +60,7 @@ def close_with_end_token(tokenizer: Any, path: str) -> None:
 
 
 def _append_end_token(tokenizer: Any) -> None:
-    """By its flags where it was saved with them, for they are read again at the next loading; else to what it has."""
-    from tokenizers.processors import Sequence, TemplateProcessing
-
+    """By its flags where it was saved with them, for they are read again at the next loading; else in its template."""
     if "add_eos_token" in tokenizer.init_kwargs or "add_bos_token" in tokenizer.init_kwargs:
         tokenizer.init_kwargs["add_eos_token"] = True
         tokenizer.add_eos_token = True
@@ -69,10 +68,34 @@ def _append_end_token(tokenizer: Any) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return
-    end = TemplateProcessing(
-        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
-    )
-    backend.post_processor = end if backend.post_processor is None else Sequence([backend.post_processor, end])
+    from tokenizers import Tokenizer
+
+    content = json.loads(backend.to_str())
+    content["post_processor"] = _ended(content["post_processor"], tokenizer.eos_token, tokenizer.eos_token_id)
+    backend.post_processor = Tokenizer.from_str(json.dumps(content)).post_processor
+
+
+def _ended(processor: dict[str, Any] | None, token: str, number: int) -> dict[str, Any]:
+    """A post-processor of tokenizers, as JSON, that also appends `token`.
+
+    The template that is there is extended: of two templates in sequence only the first is applied.
+    """
+    if processor is None:
+        text = [{"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB")]
+        template = {"type": "TemplateProcessing", "single": text[:1], "pair": text, "special_tokens": {}}
+        return _ended(template, token, number)
+    if processor["type"] == "Sequence" and processor["processors"]:
+        *first, last = processor["processors"]
+        return {**processor, "processors": [*first, _ended(last, token, number)]}
+    if processor["type"] != "TemplateProcessing":
+        return {"type": "Sequence", "processors": [processor, _ended(None, token, number)]}
+    end = {"id": token, "ids": [number], "tokens": [token]}
+    return {
+        **processor,
+        "single": [*processor["single"], {"SpecialToken": {"id": token, "type_id": 0}}],
+        "pair": [*processor["pair"], {"SpecialToken": {"id": token, "type_id": 1}}],
+        "special_tokens": {**processor["special_tokens"], token: end},
+    }
 
 
 def _format_queries(settings: EncoderSettings, tokenizer: Any) -> None:
