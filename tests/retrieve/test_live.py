@@ -612,7 +612,7 @@ def test_a_real_build_in_its_own_process(tmp_path: Path, minilm_encoder, other) 
     with LiveIndex.create(tmp_path / "kb", minilm_encoder) as live:
         assert live.status()["live"]["backend"] == default_backend()
         live.add(corpus(30))
-        assert live.search("a place with many books where nobody speaks", k=1)[0].passage.text.endswith("library")
+        assert "library" in live.search("a place with many books where nobody speaks", k=1)[0].passage.text
         killer = threading.Thread(target=kill_the_builder, args=(live,))
         killer.start()
         with pytest.raises(IndexStateError, match=r"killed by signal 9; what it committed is kept"):

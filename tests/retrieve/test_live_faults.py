@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from ultrarag.errors import GateError, IndexStateError
 from ultrarag.retrieve import builder, read_status
 from ultrarag.retrieve.backends import files, open_backend
 from ultrarag.retrieve.builder import Build, read_progress
-from ultrarag.retrieve.building import Source, prepare
+from ultrarag.retrieve.building import Source, enter, prepare
+from ultrarag.retrieve.followers import Vectors
 from ultrarag.retrieve.generations import Generation
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.records import records
@@ -43,7 +45,7 @@ def test_killed_again_and_again_nothing_is_lost(backend: str, tmp_path: Path) ->
 def entry(live: LiveIndex, other) -> Generation:
     """A generation that is to be built, prepared."""
     source = Source(other)
-    generation = live._entry(source, None, other.heads)
+    generation = enter(live._core, source, None, other.heads)
     prepare(live._core.layout, generation, source)
     return generation
 
@@ -275,3 +277,18 @@ def test_an_unsound_previous_generation_does_not_come_back(live: LiveIndex, othe
         live.rollback()
     assert live.status()["live"]["id"] == 2
     assert_complete(live, 5)
+
+
+def test_a_repair_that_was_cut_off_is_noticed(live: LiveIndex, tiny, monkeypatch) -> None:
+    live.add(corpus(6))
+    live.close()
+    shutil.rmtree(live.path / "generations" / "1" / "vectors")
+    shutil.rmtree(live.path / "bm25")
+    with monkeypatch.context() as patch:
+        patch.setattr(Vectors, "put", raise_killed)
+        with pytest.raises(Killed):
+            LiveIndex.open(live.path, tiny, repair=True)
+    with pytest.raises(IndexStateError, match=r"vectors of 0 passages out of 6: .*repair=True"):
+        LiveIndex.open(live.path, tiny)
+    with LiveIndex.open(live.path, tiny, repair=True) as again:
+        assert_complete(again, 6)

@@ -15,10 +15,12 @@ from ultrarag import errors
 from ultrarag.checkpoint import MANIFEST, Manifest, changed_files, read_manifest
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError, did_you_mean
 from ultrarag.files import publish_directory, staged_directory
+from ultrarag.retrieve.builder import read_progress
 from ultrarag.retrieve.generations import Generation, Layout
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+    from ultrarag.retrieve.core import Core
 
 #: The heads that an index can store.
 STORED = ("dense", "sparse", "colbert")
@@ -47,11 +49,14 @@ def stored_heads(available: Sequence[str], wanted: Sequence[str] | None) -> tupl
 class Source:
     """The encoder that a generation is to have: a checkpoint of ours, or one that is loaded."""
 
-    def __init__(self, checkpoint: str | os.PathLike[str] | Encoder, adapter: str | None = None) -> None:
+    def __init__(
+        self, checkpoint: str | os.PathLike[str] | Encoder, adapter: str | None = None, precision: str = "fp32"
+    ) -> None:
+        """Read a checkpoint's manifest; `precision` is for one that is not loaded."""
         self._folder: Path | None = None
         self._encoder: Encoder | None = None
         self._manifest: Manifest | None = None
-        self.precision = "fp32"
+        self.precision = precision
         if isinstance(checkpoint, str | os.PathLike):
             self._read(Path(checkpoint).expanduser(), str(checkpoint), adapter)
         else:
@@ -65,7 +70,7 @@ class Source:
             return
         from ultrarag.encoder import Encoder
 
-        self._take(Encoder.load(name, adapter))
+        self._take(Encoder.load(name, adapter, precision=self.precision))
 
     def _take(self, encoder: Encoder) -> None:
         self._encoder, self.precision = encoder, encoder.precision
@@ -97,6 +102,26 @@ def copy_checkpoint(source: Path, manifest: Manifest, target: Path) -> None:
                 f"files): it is damaged, or was changed; save the checkpoint again"
             )
         publish_directory(stage, target)
+
+
+def enter(core: Core, source: Source, backend: str | None, heads: tuple[str, ...]) -> Generation:
+    """Return the unfinished or ready generation of an encoder, or a new one; unfinished ones of others are given up."""
+    wanted = (source.fingerprint, backend or core.live.generation.backend, heads, source.precision)
+    for found in core.catalog.all():
+        same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
+        if same and found.state in ("building", "ready"):
+            return found
+        if found.state == "building":
+            core.catalog.set_state(found.id, "retired")
+    return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq())
+
+
+def finish(core: Core, generation: Generation) -> Generation:
+    """Enter a built generation as ready, with the writes that its builder applied."""
+    done = read_progress(core.layout.final(generation.id)) or {}
+    core.catalog.set_applied(generation.id, int(done.get("applied", generation.base_seq)))
+    core.catalog.set_state(generation.id, "ready")
+    return core.catalog.get(generation.id)
 
 
 def prepare(layout: Layout, generation: Generation, source: Source) -> None:

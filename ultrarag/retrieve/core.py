@@ -6,6 +6,8 @@ take no lock that a write holds: they enter the live pair and leave it.
 
 from __future__ import annotations
 
+import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +18,7 @@ from ultrarag.errors import IndexStateError, UltraragError
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.followers import Follower
 from ultrarag.retrieve.generations import Catalog, Generation, Layout
-from ultrarag.retrieve.opening import open_serving, open_words
+from ultrarag.retrieve.opening import REPAIR, open_serving, open_words
 from ultrarag.retrieve.ownership import OwnerLock
 from ultrarag.retrieve.searching import Searcher
 from ultrarag.retrieve.serving import Serving
@@ -24,6 +26,8 @@ from ultrarag.retrieve.store import Store
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+
+logger = logging.getLogger("ultrarag")
 
 _Result = TypeVar("_Result")
 
@@ -37,6 +41,7 @@ class Core:
             raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
         self.layout, self.device = Layout(root), device
         self.writing = threading.RLock()
+        self._lingering: list[Serving] = []
         with ExitStack() as undo:
             lock = OwnerLock(root)
             undo.callback(lock.release)
@@ -55,9 +60,19 @@ class Core:
             self._live: Serving | None = serving
             self.vectors: Follower = vectors
             self.catch_up()
+            self._check_count(repair)
             self.flush()
             self._lock = lock
             undo.pop_all()
+
+    def _check_count(self, repair: bool) -> None:
+        """Find vectors that are missing, such as those of a repair that was cut off."""
+        backend, wanted = self.live.backend, self.store.count()
+        if (held := backend.count()) == wanted:
+            return
+        if not repair:
+            raise IndexStateError(f"'{backend.directory}' holds vectors of {held} passages out of {wanted}: {REPAIR}")
+        self.vectors.refill(list(backend.ids()))
 
     @contextmanager
     def searching(self) -> Iterator[Searcher]:
@@ -107,12 +122,38 @@ class Core:
 
     def load(self, generation: Generation) -> tuple[Serving, Follower]:
         """Open a generation that is not live."""
+        lingering, self._lingering = self._lingering, []
+        for serving in lingering:
+            self.let_go(serving)
         return open_serving(self.layout, self.store, generation, device=self.device)
 
-    def replace(self, new: Serving, vectors: Follower) -> Serving:
-        """Let searches use another pair from now on; return the one before. The caller holds `writing`."""
-        old, self._live, self.vectors = self.live, new, vectors
-        return old
+    def replace(self, new: Serving, vectors: Follower) -> None:
+        """Let searches use another pair from now on."""
+        with self.writing:
+            self._live, self.vectors = new, vectors
+
+    def let_go(self, serving: Serving) -> None:
+        """Close a pair that is not live; one that cannot write now is closed later: the log has what it lacks."""
+        try:
+            serving.retire()
+        except (UltraragError, OSError) as error:
+            logger.warning("generation %d cannot be closed yet: %s", serving.generation.id, error)
+            self._lingering.append(serving)
+
+    def vacuum(self) -> None:
+        """Remove the files of retired generations, and what the log and the databases no longer need."""
+        with self.writing:
+            self.flush()
+            folders = list(self.layout.generations.iterdir())  # first: a build is in the catalog before it has a folder
+            kept = [generation for generation in self.catalog.all() if generation.state != "retired"]
+            names = {path.name for g in kept for path in (self.layout.final(g.id), self.layout.building(g.id))}
+            for folder in folders:
+                if folder.name not in names:
+                    shutil.rmtree(folder)
+            needed = [g.base_seq if g.state == "building" else g.applied_seq for g in kept]
+            self.store.forget(min([*needed, *([self.words.flushed] if self.words else [])]))
+            if self.bm25 is not None:
+                self.bm25.vacuum()
 
     def close(self) -> None:
         """Flush and close everything; searches in flight finish first; closing twice is harmless."""
@@ -125,5 +166,7 @@ class Core:
                 if self.bm25 is not None:
                     parts.callback(self.bm25.close)
                 serving, self._live = self._live, None
+                for left in self._lingering:
+                    parts.callback(left.retire)
                 parts.callback(serving.retire)
                 parts.callback(self.flush)

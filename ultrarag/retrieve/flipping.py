@@ -34,19 +34,21 @@ def go_live(
     core: Core, generation: Generation, gate: Gate | None, force: bool, metric: str, search: dict[str, Any]
 ) -> Flip:
     """Make a finished generation live; GateError leaves everything as it was."""
+    old = core.live
     new, vectors = core.load(generation)
+    seconds = 0.0
     try:
         _approach(core, vectors)
         check_sound(new, core.store, vectors.applied)
         verdict = _judge(core, new, gate, force, metric, search)
         _approach(core, vectors)
-        old, seconds = _exchange(core, new, vectors, verdict, force)
+        seconds = _exchange(core, new, vectors, verdict, force)
     except BaseException:
         if core.catalog.live().id != generation.id:
-            new.retire()
+            core.let_go(new)
             raise
-        old, seconds = core.replace(new, vectors), 0.0  # interrupted between the two halves of the flip
-    old.retire()
+        core.replace(new, vectors)  # Ctrl-C between the two halves of the flip: carry it through
+    core.let_go(old)
     return Flip(core.catalog.get(old.generation.id), core.catalog.get(generation.id), verdict, seconds)
 
 
@@ -75,10 +77,8 @@ def _judge(
     return verdict
 
 
-def _exchange(
-    core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, force: bool
-) -> tuple[Serving, float]:
-    """Apply the last writes, then flip in one transaction and one assignment, while writers wait."""
+def _exchange(core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, force: bool) -> float:
+    """Apply the last writes, then flip in one transaction and one assignment, while writers wait; return how long."""
     forced = bool(force and verdict and verdict.worse)
     with core.writing:
         started = time.perf_counter()
@@ -87,5 +87,5 @@ def _exchange(
         check_count(new, core.store)
         core.flush()
         core.catalog.flip(new.generation.id, forced, verdict.to_dict() if verdict else None)
-        old = core.replace(new, vectors)
-        return old, time.perf_counter() - started
+        core.replace(new, vectors)
+        return time.perf_counter() - started

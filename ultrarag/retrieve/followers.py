@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from ultrarag.errors import UsageError
@@ -132,14 +132,17 @@ class Follower:
             self.applied = self.flushed
             raise
 
-    def refill(self) -> None:
-        """Put every passage into an empty target."""
+    def refill(self, held: Iterable[str] = ()) -> None:
+        """Put every passage into the target anew, and remove what else it holds, by the ids `held`."""
         seq, row = self._store.last_seq(), 0
+        wanted = {passage.id for passage in self._store.passages()}
+        self._target.delete([id for id in held if id not in wanted])
         while chunk := self._store.scan(row, STRETCH, seq):
             self._target.put([passage for _, passage in chunk])
             row = chunk[-1][0]
-        self.applied = seq
-        self.flush()
+        self._target.flush()
+        self._save(seq)
+        self.applied = self.flushed = seq
 
     def flush(self) -> None:
         """Make what was applied durable, then say so."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.files import publish_directory, staged_directory
 from ultrarag.ir import DEFAULT_METRICS, Qrels
 from ultrarag.retrieve.backends.batches import check_ids
-from ultrarag.retrieve.building import Source, end, prepare, run_builder, stored_heads
+from ultrarag.retrieve.building import Source, end, enter, finish, prepare, run_builder, stored_heads
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.evaluation import Evaluation, evaluate
 from ultrarag.retrieve.flipping import Flip, go_live
@@ -278,11 +277,11 @@ class LiveIndex:
         if not self._building.acquire(blocking=False):
             raise IndexStateError("a build is running already; wait for it to finish")
         try:
-            source = Source(checkpoint, adapter)
-            generation = self._entry(source, backend, stored_heads(source.heads, heads))
+            core = self._core
+            source = Source(checkpoint, adapter, core.live.generation.precision)
+            generation = enter(core, source, backend, stored_heads(source.heads, heads))
             if generation.state == "ready":
                 return generation
-            core = self._core
             prepare(core.layout, generation, source)
             del source  # a loaded encoder need not stay in memory
             if not core.layout.final(generation.id).exists():
@@ -294,7 +293,7 @@ class LiveIndex:
                     progress=progress,
                     started=self._started,
                 )
-            return self._finish(generation)
+            return finish(core, generation)
         finally:
             self._builder = None
             self._building.release()
@@ -356,46 +355,13 @@ class LiveIndex:
 
     def vacuum(self) -> None:
         """Remove the files of retired generations, old log entries and tombstones, and compact the databases."""
-        with self._flipping, self._core.writing:
-            core = self._core
-            core.flush()
-            kept = [g for g in core.catalog.all() if g.state != "retired"]
-            names = {path.name for g in kept for path in (core.layout.final(g.id), core.layout.building(g.id))}
-            for path in core.layout.generations.iterdir():
-                if path.name not in names:
-                    shutil.rmtree(path)
-            seqs = [g.base_seq if g.state == "building" else g.applied_seq for g in kept]
-            core.store.forget(min([*seqs, *([core.words.flushed] if core.words else [])]))
-            if core.bm25 is not None:
-                core.bm25.vacuum()
+        with self._flipping:
+            self._core.vacuum()
 
     def status(self) -> dict[str, Any]:
         """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk."""
         _ = self._core.live
         return describe(self._core.layout, self._core.store)
-
-    def _entry(self, source: Source, backend: str | None, heads: tuple[str, ...]) -> Generation:
-        """The unfinished or ready generation of this encoder, or a new one."""
-        core = self._core
-        backend = backend or core.live.generation.backend
-        wanted = (source.fingerprint, backend, heads, source.precision)
-        for found in core.catalog.all():
-            same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
-            if same and found.state in ("building", "ready"):
-                return found
-            if found.state == "building":
-                core.catalog.set_state(found.id, "retired")
-        return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq())
-
-    def _finish(self, generation: Generation) -> Generation:
-        """Enter a built generation as ready, with the writes that came while it was built."""
-        from ultrarag.retrieve.builder import read_progress
-
-        core = self._core
-        done = read_progress(core.layout.final(generation.id)) or {}
-        core.catalog.set_applied(generation.id, int(done.get("applied", generation.base_seq)))
-        core.catalog.set_state(generation.id, "ready")
-        return core.catalog.get(generation.id)
 
     def _started(self, child: subprocess.Popen[str]) -> None:
         self._builder = child

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.backends import Backend, default_backend, open_backend
+from ultrarag.retrieve.backends.files import OwnerLock
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.builder import create_vectors, load_encoder
 from ultrarag.retrieve.building import Source, prepare
@@ -19,6 +20,8 @@ from ultrarag.retrieve.store import Store
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+
+REPAIR = "open the index with repair=True to encode all passages again"
 
 logger = logging.getLogger("ultrarag")
 
@@ -84,10 +87,12 @@ def open_serving(
 def _vectors(directory: Path, generation: Generation, encoder: Encoder, repair: bool) -> tuple[Backend, bool]:
     """Open the vectors; to repair means to begin anew where they are damaged."""
     try:
+        directory.mkdir(exist_ok=True)
         return open_backend(directory, generation.fingerprint), False
     except IndexStateError as error:
+        OwnerLock(directory).release()  # it may be in use and not damaged: that raises here, before anything is removed
         if not repair:
-            raise IndexStateError(f"{error} (open the index with repair=True to encode all passages again)") from error
+            raise IndexStateError(f"{error} ({REPAIR})") from error
         logger.warning("%s; encoding all passages again", error)
         shutil.rmtree(directory, ignore_errors=True)
         return create_vectors(encoder, generation, directory), True
@@ -101,14 +106,18 @@ def open_words(layout: Layout, store: Store) -> tuple[BM25, Follower] | None:
     try:
         bm25 = BM25.open(layout.bm25)
     except IndexStateError as error:
+        if layout.bm25.exists():
+            OwnerLock(layout.bm25).release()
         logger.warning("%s; indexing the words of all passages again", error)
         shutil.rmtree(layout.bm25, ignore_errors=True)
         bm25, emptied = BM25.create(layout.bm25), True
     applied = int(store.get_meta("bm25_seq", "0"))
     follower = Follower(store, Words(bm25), applied, lambda seq: store.set_meta(bm25_seq=str(seq)))
     try:
-        if emptied:
-            follower.refill()
+        if not emptied:
+            follower.catch_up()
+        if bm25.count() != store.count():  # emptied, or cut off while it was filled anew
+            follower.refill(bm25.ids())
     except BaseException:
         bm25.close()
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,8 @@ except ImportError:  # Windows: the locks of SQLite and of the vector engine sta
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = "owner.lock"
+#: Seconds to wait, for it may be somebody who only asks who the owner is.
+PATIENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class OwnerLock:
             IndexStateError: when another owner holds it; names process, host and since when.
         """
         self._file: IO[str] | None = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
-        if not _lock(self._file):
+        deadline = time.monotonic() + PATIENCE
+        while not (taken := _lock(self._file)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not taken:
             self._file.close()
             raise IndexStateError(
                 f"'{directory}' is in use by {_holder(directory) or 'another process'}; an index has one owner: close "
