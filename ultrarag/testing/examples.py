@@ -1,0 +1,37 @@
+"""The tiny model with which each built-in adapter is checked when no model is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ultrarag.errors import UsageError
+from ultrarag.testing import tiny
+
+#: Writes a model that the adapter can load into a folder.
+ExampleModel = Callable[[Path], None]
+
+#: One line per built-in adapter. A third party's plugin has an attribute `example_model` instead.
+EXAMPLES: dict[str, ExampleModel] = {
+    "bge": tiny.tiny_bert,
+    "bgem3": tiny.tiny_m3,
+    "icl": tiny.tiny_decoder,
+    "minicpm-embedding": tiny.tiny_minicpm,
+    "sentence-transformers": tiny.tiny_bert,
+}
+
+
+def write_example(name: str, plugin: Any, folder: Path) -> None:
+    """Write the example model of an adapter into `folder`.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    make = getattr(plugin, "example_model", None) or EXAMPLES.get(name)
+    if make is None:
+        raise UsageError(
+            f"adapter '{name}' has no example model: name a model with --path (check_adapter(name, path) in Python), "
+            "or give the plugin a function `example_model(folder)` that writes a tiny one"
+        )
+    make(folder)

@@ -1,0 +1,208 @@
+"""Tiny random models with a tokenizer of their own, made in a fraction of a second and without a network.
+
+Each function fills a folder as `save_pretrained` would, for a test that wants a model but not a download.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+#: What the tokenizers are trained on, and what the conformance kit's toy batch is made of.
+TEXTS = (
+    "What is a vector database?",
+    "A vector database stores embeddings and finds the nearest ones.",
+    "How do seals sleep under water?",
+    "Seals sleep for minutes at a time while they sink slowly.",
+    "Why does bread need a hot oven?",
+    "A hot oven turns the water in the dough into steam, so the bread rises.",
+    "怎样防止自行车链条生锈？",
+    "骑车淋雨以后先擦干链条，再滴一点润滑油。",
+)
+#: Tokens that the tiny models take, special ones included.
+MAX_LENGTH = 64
+_SPECIAL = {
+    "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
+    "roberta": {
+        "bos": "<s>",
+        "pad": "<pad>",
+        "eos": "</s>",
+        "unk": "<unk>",
+        "cls": "<s>",
+        "sep": "</s>",
+        "mask": "<mask>",
+    },
+    "decoder": {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"},
+}
+
+
+def tiny_bert(folder: Path, pooling: str = "mean", seed: int = 0) -> None:
+    """A BERT with `modules.json`: pooling (cls or mean) and normalisation, as a sentence-transformers model has."""
+    from transformers import BertConfig, BertModel
+
+    from ultrarag.adapters.sentence_transformers_files import write_declaration
+    from ultrarag.types import EncoderSettings
+
+    tokenizer = tiny_tokenizer("bert")
+    _write(folder, _random(BertModel, tiny_config(BertConfig, tokenizer), seed), tokenizer)
+    settings = EncoderSettings(
+        pooling=pooling, normalize=True, query_max_length=MAX_LENGTH, passage_max_length=MAX_LENGTH
+    )
+    write_declaration(folder, settings, 32)
+
+
+def tiny_masked_lm(folder: Path, seed: int = 0) -> None:
+    """A BERT with its masked-language-model head."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    tokenizer = tiny_tokenizer("bert")
+    _write(folder, _random(BertForMaskedLM, tiny_config(BertConfig, tokenizer), seed), tokenizer)
+
+
+def tiny_m3(folder: Path, seed: int = 0) -> None:
+    """An XLM-RoBERTa with bge-m3's sparse and ColBERT heads."""
+    import torch
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    tokenizer = tiny_tokenizer("roberta")
+    _write(folder, _random(XLMRobertaModel, tiny_config(XLMRobertaConfig, tokenizer), seed), tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        for name, width in {"sparse": 1, "colbert": 32}.items():
+            head = torch.nn.Linear(32, width)
+            torch.nn.init.constant_(head.bias, 1.0)  # a random sparse head may be zero for every token
+            torch.save(head.state_dict(), folder / f"{name}_linear.pt")
+
+
+def tiny_cross_encoder(folder: Path, seed: int = 0) -> None:
+    """An XLM-RoBERTa with a classification head of one output, as bge-reranker has."""
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    tokenizer = tiny_tokenizer("roberta")
+    config = tiny_config(XLMRobertaConfig, tokenizer, num_labels=1)
+    _write(folder, _random(XLMRobertaForSequenceClassification, config, seed), tokenizer)
+
+
+def tiny_decoder(folder: Path, seed: int = 0) -> None:
+    """A Mistral whose tokenizer puts `<s>` before and `</s>` after a text, as e5-mistral's does."""
+    from transformers import MistralConfig, MistralModel
+
+    tokenizer = tiny_tokenizer("decoder")
+    config = tiny_config(MistralConfig, tokenizer, num_key_value_heads=2, sliding_window=None)
+    _write(folder, _random(MistralModel, config, seed), tokenizer)
+
+
+def tiny_minicpm(folder: Path, seed: int = 0) -> None:
+    """A MiniCPM-Embedding-Light as openbmb lays it out: grouped queries, LongRoPE, plain mean, a sparse head."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaModel
+
+    tokenizer = tiny_tokenizer("decoder")
+    model = _random(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(_minicpm_config(len(tokenizer))), encoding="utf-8")
+    save_file(dict(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+    torch.save({"weight": torch.full((1, 32), 0.1), "bias": torch.tensor([1.0])}, folder / "sparse_linear.pt")
+
+
+def _minicpm_config(vocabulary: int) -> dict[str, Any]:
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.3, 1.6],
+        "long_factor": [1.0, 2.0, 4.0, 9.0],
+        "original_max_position_embeddings": 16,
+    }
+    return {
+        "architectures": ["MiniCPM"],
+        "model_type": "minicpm",
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": MAX_LENGTH,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": scaling,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+        "is_causal": False,
+        "adapt_mean_pooling": True,
+    }
+
+
+def tiny_tokenizer(style: str = "bert", texts: tuple[str, ...] = TEXTS) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer over the words and letters of `texts`, with bert's, roberta's or a decoder's specials."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = _SPECIAL[style]
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    letters = {*"abcdefghijklmnopqrstuvwxyz0123456789", *"".join(words)}
+    # not the library's trainer, which breaks ties anew in every process: the same model has one fingerprint
+    pieces = [*dict.fromkeys(special.values()), *sorted(words | letters), *sorted(f"##{letter}" for letter in letters)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk"]))
+    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+    backend.post_processor = _template(style, backend)
+    named = {f"{name}_token": token for name, token in special.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=MAX_LENGTH, **named)
+
+
+def _template(style: str, backend: Any) -> Any:
+    from tokenizers.processors import TemplateProcessing
+
+    single, pair = {
+        "bert": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+        "roberta": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+        "decoder": ("<s> $A </s>", "<s> $A </s> $B </s>"),
+    }[style]
+    tokens = dict.fromkeys(part.split(":")[0] for part in pair.split() if not part.startswith("$"))
+    return TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(token, backend.token_to_id(token)) for token in tokens]
+    )
+
+
+def tiny_config(kind: Any, tokenizer: PreTrainedTokenizerFast, **more: Any) -> Any:
+    """A configuration of the class `kind`: hidden size 32, two layers, four heads, the tokenizer's vocabulary."""
+    offset = (tokenizer.pad_token_id or 0) + 1 if "roberta" in kind.model_type else 0
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=MAX_LENGTH + offset,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,  # with the usual 0.02, two layers hardly tell texts apart
+        **more,
+    )
+
+
+def _random(kind: Any, config: Any, seed: int) -> PreTrainedModel:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = kind(config)
+    return model
+
+
+def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    from ultrarag.progress import quiet_progress
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_progress():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

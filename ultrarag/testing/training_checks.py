@@ -1,0 +1,191 @@
+"""Checks on training: gradients arrive, steps help, and the loss sees nothing but Embeddings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ultrarag.encoder import Encoder
+from ultrarag.finetune.gradcache import cached_step
+from ultrarag.finetune.trainable import Trainable
+from ultrarag.loss_arguments import LossArguments
+from ultrarag.scores import head_scores
+from ultrarag.testing.report import Failed, NotApplicable
+from ultrarag.testing.subject import GROUP, Subject
+from ultrarag.types import Embeddings
+
+#: Learning rates that are tried, largest first: tiny random models need the first, real ones the last.
+RATES = (1e-2, 1e-3, 1e-4, 1e-5)
+STEPS = 8
+#: Largest relative difference between GradCache's gradient and the plain one.
+GRADIENT_TOLERANCE = 1e-4
+#: Texts per piece in the GradCache check; no divisor of the batch, so that the last piece is smaller.
+CHUNK = 3
+
+
+def check_gradients(subject: Subject) -> str:
+    """Every parameter that is to be trained has a gradient, in each way of training."""
+    counts = []
+    for unified in subject.modes():
+        encoder = subject.fresh()
+        module = subject.trainable(encoder, unified)
+        _backward(subject, encoder, module, subject.arguments(encoder, unified))
+        wanted = [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
+        without = [name for name, p in wanted if p.grad is None]
+        heads = ", ".join(module.heads)
+        if without:
+            raise Failed(
+                f"{len(without)} of {len(wanted)} parameters get no gradient when the heads {heads} are trained, "
+                f"first '{without[0]}' (several processes would refuse to train)",
+                "compute nothing under no_grad or detached in 'encode'; call the layers of the other heads "
+                "'sparse_linear' and 'colbert_linear', which are frozen when unused; remove layers that nothing uses",
+            )
+        _check_numbers(wanted, heads)
+        counts.append(f"{len(wanted)} for {heads}")
+    return f"parameters reached: {'; '.join(counts)}"
+
+
+def _check_numbers(wanted: Sequence[tuple[str, Tensor]], heads: str) -> None:
+    gradients = {name: p.grad for name, p in wanted if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+    if bad:
+        raise Failed(f"the gradient of '{bad[0]}' is not finite", "look for sqrt, log or a norm of zero in 'encode'")
+    zero = [name for name, gradient in gradients.items() if not bool(gradient.any())]
+    if zero:
+        raise Failed(
+            f"the gradient of '{zero[0]}' is exactly zero when the heads {heads} are trained",
+            "find where its effect is multiplied by zero or cut by a step function; set requires_grad to False in "
+            "'load' for what is not to be trained",
+        )
+
+
+def check_loss_falls(subject: Subject) -> str:
+    """A few steps on the toy batch lower the loss, and lift positives above the other passages."""
+    encoder = subject.fresh()
+    module = subject.trainable(encoder, subject.modes()[0])
+    arguments = subject.arguments(encoder, subject.modes()[0])
+    start = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    found = []
+    for rate in RATES:
+        encoder.model.load_state_dict(start)
+        losses, margins = _train(subject, encoder, module, arguments, rate)
+        found.append(losses)
+        if losses[-1] < losses[0] - 0.02 * abs(losses[0]):
+            if margins[-1] <= margins[0]:
+                raise Failed(
+                    f"the loss fell from {losses[0]:.4g} to {losses[-1]:.4g}, but the positives' lead over other "
+                    f"passages fell too, from {margins[0]:.4g} to {margins[-1]:.4g}",
+                    f"in 'loss', query i's positive is passage i*G (G = args.group_size, here {GROUP}); "
+                    "a smaller loss must mean a higher score for it",
+                )
+            return f"{losses[0]:.4g} to {losses[-1]:.4g} in {STEPS} steps at learning rate {rate:g}"
+    tried = ", ".join(f"{rate:g}: {losses[-1]:.4g}" for rate, losses in zip(RATES, found, strict=True))
+    raise Failed(
+        f"the loss does not fall in {STEPS} steps of AdamW: it is {found[0][0]:.4g}, then, by learning rate, {tried}",
+        "the loss must depend on the model through the Embeddings, and smaller must mean better",
+    )
+
+
+def _train(
+    subject: Subject, encoder: Encoder, module: Trainable, arguments: LossArguments, rate: float
+) -> tuple[list[float], list[float]]:
+    """The losses and the positives' leads before each step, and after the last."""
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    sides = subject.sides(encoder)
+    losses, margins = [], []
+    for step in range(STEPS + 1):
+        optimizer.zero_grad()
+        embeddings = module(sides)
+        loss = subject.loss(encoder, embeddings, arguments)
+        losses.append(loss.item())
+        margins.append(_margin([side.detach() for side in embeddings]))
+        if step < STEPS and loss.requires_grad:
+            loss.backward()
+            optimizer.step()
+    return losses, margins
+
+
+def _margin(embeddings: Sequence[Embeddings]) -> float:
+    """How far positives' scores stand above the others', in the mean over heads and queries."""
+    if embeddings[0].scores is not None:
+        matrices = [embeddings[0].scores.view(-1, GROUP)]
+        positive = torch.zeros(matrices[0].shape[0], 1, dtype=torch.int64, device=matrices[0].device)
+    else:
+        matrices = list(head_scores(*embeddings).values())
+        positive = torch.arange(matrices[0].shape[0], device=matrices[0].device)[:, None] * GROUP
+    leads = []
+    for scores in matrices:
+        others = (scores.sum(1, keepdim=True) - scores.gather(1, positive)) / (scores.shape[1] - 1)
+        leads.append((scores.gather(1, positive) - others).mean())
+    return float(torch.stack(leads).mean())
+
+
+def check_gradcache(subject: Subject) -> str:
+    """Encoding in pieces gives the same loss and the same gradient: the loss sees nothing but Embeddings."""
+    encoder = subject.fresh()
+    unified = subject.modes()[0]
+    module, arguments = subject.trainable(encoder, unified), subject.arguments(encoder, unified)
+    loss = _backward(subject, encoder, module, arguments)
+    plain = _take_gradients(module)
+    cached = cached_step(
+        subject.sides(encoder),
+        module,
+        lambda embeddings: subject.loss(encoder, embeddings, arguments),
+        lambda value: value.backward(),
+        CHUNK,
+        contextlib.nullcontext,
+    )
+    gradient = _take_gradients(module)
+    size = max(float(plain.norm()), 1e-12)
+    off = max(float((gradient - plain).norm()) / size, abs(float(cached) - loss) / max(abs(loss), 1e-12))
+    if not off <= GRADIENT_TOLERANCE:
+        raise Failed(
+            f"--sub_batch_size would train differently: loss {float(cached):.6g} instead of {loss:.6g}, gradient "
+            f"{float(gradient.norm()):.6g} instead of {size:.6g}, off by {off:.2g} (at most {GRADIENT_TOLERANCE:g})",
+            "let 'loss' depend on the model through `query` and `passage` alone, and no row of 'encode' on another",
+        )
+    return f"loss and gradient in pieces of {CHUNK} agree to {off:.1g}"
+
+
+def check_other_devices(subject: Subject) -> str:
+    """The loss takes negatives beyond its own candidates (--negatives_cross_device)."""
+    if subject.pairs:
+        raise NotApplicable("a cross-encoder has no in-batch negatives")
+    encoder = subject.encoder
+    unified = subject.modes()[0]
+    module, arguments = subject.trainable(encoder, unified), subject.arguments(encoder, unified)
+    with torch.no_grad():
+        query, passage = module(subject.sides(encoder))
+        more = Embeddings.cat([passage, passage[1:4]])
+        remedy = f"passages after the first queries x G are negatives; G is args.group_size, here {GROUP}"
+        try:
+            alone, among = (subject.loss(encoder, [query, side], arguments) for side in (passage, more))
+            local = subject.loss(encoder, [query, passage], replace(arguments, in_batch_negatives=False))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise Failed(f"more passages than queries x G stop 'loss': {error}", remedy) from error
+    values = [float(value) for value in (alone, among, local)]
+    if not all(torch.isfinite(value) for value in (alone, among, local)) or values[0] == values[1]:
+        raise Failed(f"with 3 more negatives the loss is {values[1]:.6g}, without {values[0]:.6g}", remedy)
+    return f"loss {values[0]:.4g}, with 3 more negatives {values[1]:.4g}"
+
+
+def _backward(subject: Subject, encoder: Encoder, module: Trainable, arguments: LossArguments) -> float:
+    loss = subject.loss(encoder, module(subject.sides(encoder)), arguments)
+    if not loss.requires_grad:
+        raise Failed(
+            "the loss has no gradient at all", "compute nothing under no_grad or detached in 'encode' and 'loss'"
+        )
+    loss.backward()
+    return loss.item()
+
+
+def _take_gradients(module: Trainable) -> Tensor:
+    parts = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters() if p.requires_grad
+    ]
+    module.zero_grad()
+    return torch.cat(parts).double()
