@@ -40,6 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
     plugins.add_argument("--json", action="store_true", help="print JSON")
     plugins.set_defaults(run=_plugins)
+    actions = plugins.add_subparsers(title="actions", metavar="ACTION")
+    check = actions.add_parser("check", help="check an adapter against everything that ultrarag relies on")
+    check.add_argument("name", metavar="NAME", help="the adapter's name")
+    check.add_argument("--path", metavar="MODEL", help="a model that it can load; default: its own tiny example")
+    # SUPPRESS: without it, this parser's default would undo a --json that stands before the word check
+    check.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+    check.set_defaults(run=_check_plugin)
     return parser
 
 
@@ -56,6 +63,15 @@ def _plugins(arguments: argparse.Namespace) -> int:
         lines = [(r.name, r.kind, r.package, r.version, ", ".join(r.hooks), r.problem or "ok") for r in rows]
         print(table(("name", "kind", "package", "version", "hooks", "state"), lines))
     return 1 if any(row.problem and "switched off" not in row.problem for row in rows) else 0
+
+
+def _check_plugin(arguments: argparse.Namespace) -> int:
+    """Run the conformance kit on one adapter; exit with 1 when a check fails."""
+    from ultrarag.testing import check_adapter
+
+    report = check_adapter(arguments.name, arguments.path)
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
+    return 0 if report.ok else 1
 
 
 if __name__ == "__main__":
