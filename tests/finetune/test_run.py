@@ -241,7 +241,7 @@ def test_loss_that_is_not_finite_names_step_dataset_and_rows(tiny_m3, tmp_path):
     broken = Encoder.load(tiny_m3, adapter="bge")
     with torch.no_grad():
         next(p for n, p in broken.model.named_parameters() if n.endswith("embeddings.weight"))[:] = float("nan")
-    from ultrarag.adapters.embedder import save_embedder
+    from ultrarag.adapters.embedder_files import save_embedder
 
     save_embedder(broken.model, str(tmp_path / "nan"), broken.model.state_dict())
     with pytest.raises(TrainingError, match=r"the loss is nan at step 0, dataset '<rows>', rows <rows>:\d+"):

@@ -23,7 +23,7 @@ class EmbedderAdapter:
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Load the backbone and the heads that it has."""
-        from ultrarag.adapters.embedder import load_embedder
+        from ultrarag.adapters.embedder_files import load_embedder
 
         return load_embedder(path, options, self.heads)
 
@@ -44,6 +44,6 @@ class EmbedderAdapter:
     @hookimpl
     def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
         """Write what transformers, sentence-transformers and FlagEmbedding load."""
-        from ultrarag.adapters.embedder import save_embedder
+        from ultrarag.adapters.embedder_files import save_embedder
 
         save_embedder(cast("Embedder", model), path, state_dict)

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.adapters.embedder import Embedder, load_embedder
+from ultrarag.adapters.embedder import Embedder
+from ultrarag.adapters.embedder_files import load_embedder
 from ultrarag.adapters.sentence_transformers_files import read_declaration
 from ultrarag.errors import CheckpointError
 from ultrarag.types import EncoderSettings

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrarag.adapters.embedder import (
-    Embedder,
-    distinct_tokens,
+from ultrarag.adapters.embedder import Embedder, distinct_tokens
+from ultrarag.adapters.embedder_files import (
     fitted_linear,
     load_heads,
     load_tokenizer,
@@ -102,8 +101,10 @@ def _load_tokenizer(folder: Path, values: Mapping[str, Any], options: LoadOption
     """Load the tokenizer; transformers must not look into the config.json of a kind that it does not know."""
     from transformers import PreTrainedConfig
 
-    published = values["model_type"] == "minicpm"
-    config = PreTrainedConfig(tokenizer_class=values.get("tokenizer_class")) if published else None
+    config: Any = None
+    if values["model_type"] == "minicpm":
+        config = PreTrainedConfig()
+        config.tokenizer_class = values.get("tokenizer_class")
     try:
         return load_tokenizer(folder, options, config)
     except (ValueError, ImportError) as error:
