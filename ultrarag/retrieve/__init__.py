@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.evaluation import Evaluation, evaluate
+    from ultrarag.retrieve.evaluation import Evaluation, differences, evaluate, evaluate_run
     from ultrarag.retrieve.flipping import Flip
     from ultrarag.retrieve.generations import Generation
     from ultrarag.retrieve.live import LiveIndex
     from ultrarag.retrieve.reranking import rerank
     from ultrarag.retrieve.status import read_passages, read_status
     from ultrarag.retrieve.store import Written
+    from ultrarag.retrieve.trec import read_run, write_run
 
 _HOMES = {
     "Evaluation": "ultrarag.retrieve.evaluation",
@@ -20,10 +21,14 @@ _HOMES = {
     "Generation": "ultrarag.retrieve.generations",
     "LiveIndex": "ultrarag.retrieve.live",
     "Written": "ultrarag.retrieve.store",
+    "differences": "ultrarag.retrieve.evaluation",
     "evaluate": "ultrarag.retrieve.evaluation",
+    "evaluate_run": "ultrarag.retrieve.evaluation",
     "read_passages": "ultrarag.retrieve.status",
+    "read_run": "ultrarag.retrieve.trec",
     "read_status": "ultrarag.retrieve.status",
     "rerank": "ultrarag.retrieve.reranking",
+    "write_run": "ultrarag.retrieve.trec",
 }
 
 __all__ = [
@@ -32,10 +37,14 @@ __all__ = [
     "Generation",
     "LiveIndex",
     "Written",
+    "differences",
     "evaluate",
+    "evaluate_run",
     "read_passages",
+    "read_run",
     "read_status",
     "rerank",
+    "write_run",
 ]
 
 
