@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,18 @@ class Flip:
     seconds: float
 
 
+#: Told what the gate measured, before it decides.
+Note = Callable[[Verdict], None]
+
+
 def go_live(
-    core: Core, generation: Generation, gate: Gate | None, force: bool, metric: str, search: dict[str, Any]
+    core: Core,
+    generation: Generation,
+    gate: Gate | None,
+    force: bool,
+    metric: str,
+    search: dict[str, Any],
+    note: Note | None = None,
 ) -> Flip:
     """Make a finished generation live; GateError leaves everything as it was."""
     old = core.live
@@ -40,7 +51,11 @@ def go_live(
     try:
         _approach(core, vectors)
         check_sound(new, core.store, vectors.applied)
-        verdict = _judge(core, new, gate, force, metric, search)
+        verdict = _measure(core, new, gate, metric, search)
+        if verdict is not None:
+            if note is not None:
+                note(verdict)
+            _decide(verdict, generation, force)
         _approach(core, vectors)
         seconds = _exchange(core, new, vectors, verdict, force)
     except BaseException:
@@ -62,19 +77,19 @@ def _approach(core: Core, vectors: Follower) -> None:
         vectors.catch_up(core.store.last_seq())
 
 
-def _judge(
-    core: Core, new: Serving, gate: Gate | None, force: bool, metric: str, search: dict[str, Any]
-) -> Verdict | None:
+def _measure(core: Core, new: Serving, gate: Gate | None, metric: str, search: dict[str, Any]) -> Verdict | None:
     if gate is None:
         return None
     with core.searching() as live:
-        verdict = compare(live, Searcher(new, core.store, core.bm25), gate, metric, search)
+        return compare(live, Searcher(new, core.store, core.bm25), gate, metric, search)
+
+
+def _decide(verdict: Verdict, generation: Generation, force: bool) -> None:
     if verdict.worse and not force:
         raise GateError(
-            f"generation {new.generation.id} is significantly worse than the live one: {verdict}; the live one stays "
+            f"generation {generation.id} is significantly worse than the live one: {verdict}; the live one stays "
             f"(force=True swaps all the same)"
         )
-    return verdict
 
 
 def _exchange(core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, force: bool) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ultrarag.errors import GateError, UsageError
-from ultrarag.ir import Qrels, Significance, significance
-from ultrarag.retrieve.evaluation import Searchable, evaluate
+from ultrarag.ir import DEFAULT_METRICS, Qrels, Significance, significance
+from ultrarag.retrieve.evaluation import Evaluation, Searchable, evaluate
 from ultrarag.retrieve.serving import Serving
 from ultrarag.retrieve.store import Store
 from ultrarag.types import Embeddings, Passage
@@ -22,8 +22,6 @@ TOLERANCE = 0.03
 #: The gate refuses below this probability that chance alone made the new generation look worse.
 SIGNIFICANT = 0.05
 
-Gate = tuple[Mapping[str, str], Qrels]
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -33,6 +31,15 @@ class Verdict:
     old: float
     new: float
     change: Significance
+    #: all that was measured: every default metric, each query, and the runs
+    before: Evaluation = field(repr=False, compare=False)
+    after: Evaluation = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, metric: str, before: Evaluation, after: Evaluation) -> Verdict:
+        """Compare two evaluations of the same queries by one metric."""
+        change = significance(before.of(metric), after.of(metric))
+        return cls(metric, before.metrics[metric], after.metrics[metric], change, before, after)
 
     @property
     def worse(self) -> bool:
@@ -40,21 +47,27 @@ class Verdict:
         return self.change.difference < 0 and self.change.p_value < SIGNIFICANT
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values; means only, not the single queries."""
+        return {"metric": self.metric, "old": self.old, "new": self.new, "change": asdict(self.change)}
 
     def __str__(self) -> str:
         return f"{self.metric} {self.old:.4f} -> {self.new:.4f}: {self.change}"
 
 
+#: Queries and what is relevant to them, or what was measured elsewhere.
+Gate = tuple[Mapping[str, str], Qrels] | Verdict
+
+
 def compare(old: Searchable, new: Searchable, gate: Gate, metric: str, search: dict[str, Any]) -> Verdict:
     """Evaluate both generations on the same queries, searched and fused in the same way."""
+    if isinstance(gate, Verdict):
+        return gate
     if not isinstance(gate, tuple | list) or len(gate) != 2:
         raise UsageError("gate is a pair (queries, qrels): query id -> text, and query id -> passage id -> relevance")
     queries, qrels = gate
-    before, after = (evaluate(side, queries, qrels, [metric], **search) for side in (old, new))
-    change = significance(before.of(metric), after.of(metric))
-    return Verdict(metric, before.metrics[metric], after.metrics[metric], change)
+    names = list(dict.fromkeys((metric, *DEFAULT_METRICS)))
+    before, after = (evaluate(side, queries, qrels, names, **search) for side in (old, new))
+    return Verdict.of(metric, before, after)
 
 
 def check_count(serving: Serving, store: Store) -> None:

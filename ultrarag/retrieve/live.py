@@ -18,7 +18,7 @@ from ultrarag.retrieve.backends.batches import check_ids
 from ultrarag.retrieve.building import Source, end, enter, finish, prepare, run_builder, stored_heads
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.evaluation import Evaluation, evaluate
-from ultrarag.retrieve.flipping import Flip, go_live
+from ultrarag.retrieve.flipping import Flip, Note, go_live
 from ultrarag.retrieve.gate import Gate
 from ultrarag.retrieve.generations import Generation
 from ultrarag.retrieve.opening import lay_out
@@ -305,6 +305,7 @@ class LiveIndex:
         *,
         force: bool = False,
         metric: str = "nDCG@10",
+        note: Note | None = None,
         **search: Any,
     ) -> Flip:
         """Make a generation the live one; searches in flight finish on the old one, and none ever waits.
@@ -315,9 +316,10 @@ class LiveIndex:
 
         Args:
             gate: (queries, qrels): query id -> text, and query id -> passage id -> relevance. Both generations
-                answer them, searched in the same way; a paired bootstrap decides.
+                answer them, searched in the same way; a paired bootstrap decides. Or a Verdict measured elsewhere.
             force: go live although the gate says no; this is recorded.
             metric: what the gate compares.
+            note: is told what the gate measured, before it decides.
             search: options of `search` for the gate, such as `weights`.
 
         Raises:
@@ -331,7 +333,7 @@ class LiveIndex:
                 f"generation {found.id} is {found.state}, not ready: {advice.get(found.state, 'build it again')}"
             )
         with self._flipping:
-            return go_live(self._core, found, gate, force, metric, search)
+            return go_live(self._core, found, gate, force, metric, search, note)
 
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.
