@@ -226,6 +226,15 @@ def test_saved_model_is_the_same_here_and_in_sentence_transformers(folders, kind
     assert np.abs(queries - encoder.encode(texts, "query").dense).max() < 1e-5
 
 
+def test_second_generation_is_the_first(folders, tmp_path):
+    """config.json names eager attention for other tools; here a saved model runs as fast as a published one."""
+    first = Encoder.load(load(folders["light"]).save(tmp_path / "1"), device="cpu")
+    second = Encoder.load(first.save(tmp_path / "2"), device="cpu")
+    assert second.fingerprint == first.fingerprint
+    assert second.model.config._attn_implementation in ("sdpa", "ultrarag_packed")
+    assert (tmp_path / "1" / "config.json").read_text() == (tmp_path / "2" / "config.json").read_text()
+
+
 def test_plain_transformers_reads_the_saved_model_bidirectionally(folders, tmp_path):
     from transformers import AutoModel
 

@@ -154,6 +154,19 @@ def test_sparse_weights_are_the_librarys(saved):
         assert found[row] == pytest.approx({i: float(v) for i, v in enumerate(vector) if v > 0}, abs=1e-5)
 
 
+def test_sparse_weights_are_differentiable_in_evaluation_mode_too(saved):
+    """The mode changes no value here, and the gradient is there whenever it is asked for."""
+    encoder = load(saved["splade"])
+    features = encoder.features(encoder.tokenize(TEXTS, "passage"))
+    weights = []
+    for mode in (False, True):
+        encoder.model.train(mode).zero_grad()
+        weights.append(encoder.adapter.encode(encoder.model, features).sparse.weights)
+        weights[-1].sum().backward()
+        assert all(p.grad is not None for p in encoder.model.parameters())
+    assert torch.equal(*weights)
+
+
 def test_nonzero_lists_ascending_ids_and_passes_gradients():
     vector = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     found = nonzero(vector)

@@ -135,4 +135,5 @@ def _longrope(values: Mapping[str, Any], scaling: Mapping[str, Any], path: Path)
         "long_factor": factors,
         "original_max_position_embeddings": original,
         "attention_factor": float(amplitude),
+        "factor": max(1.0, longest / original),  # wanted by transformers; without effect beside the line above
     }

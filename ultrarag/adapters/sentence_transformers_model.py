@@ -54,6 +54,9 @@ class SentenceTransformersModel(nn.Module):
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in features]
         state: dict[str, Any] = {name: features[name] for name in names}
         for module in (self.backbone, *self.modules_after):
+            if type(module).__name__ == "SpladePooling":
+                # Its evaluation mode, which computes the same, overwrites what a backward would need.
+                module.training = torch.is_grad_enabled()
             state = module(state)
         vector = state["sentence_embedding"]
         if self.settings.heads == ("sparse",):
