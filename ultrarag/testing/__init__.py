@@ -4,7 +4,7 @@ From the shell `ultrarag plugins check NAME --path MODEL`; in a test:
 
     >>> from ultrarag.testing import check_adapter
     >>> report = check_adapter("bge", model_path)
-    >>> assert report.ok, report
+    >>> assert report.ok, str(report)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ultrarag.testing.vector_checks import (
     check_shapes,
 )
 
-__all__ = ["CHECKS", "Report", "Result", "check_adapter"]
+__all__ = ["CHECKS", "Report", "Result", "check_adapter", "run_check"]
 
 #: Name -> check, in order; a check returns what it measured, or raises Failed or NotApplicable.
 CHECKS: dict[str, Callable[[Subject], str]] = {
@@ -95,24 +95,25 @@ def check_adapter(name: str, path: str | PathLike[str] | None = None, *, device:
 def _results(subject: Subject) -> list[Result]:
     """Run all checks; where the model does not load, the others cannot be run."""
     results: list[Result] = []
-    for name, check in CHECKS.items():
+    for name in CHECKS:
         if results and results[0].status == "failed":
             results.append(Result(name, "not applicable", "the model did not load"))
         else:
-            results.append(_run(name, check, subject))
+            results.append(run_check(name, subject))
     return results
 
 
-def _run(name: str, check: Callable[[Subject], str], subject: Subject) -> Result:
+def run_check(name: str, subject: Subject) -> Result:
+    """Run one check by its name; whatever the plugin raises is a finding."""
     try:
-        return Result(name, "ok", check(subject))
+        return Result(name, "ok", CHECKS[name](subject))
     except Failed as failure:
         return Result(name, "failed", failure.found, failure.remedy)
     except NotApplicable as reason:
         return Result(name, "not applicable", str(reason))
     except UltraragError as error:
         return Result(name, "failed", str(error), "see the message")
-    except Exception as error:  # whatever a plugin's code raises is a finding
+    except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{last.filename}:{last.lineno}"
         return Result(name, "failed", f"{type(error).__name__}: {error}", f"raised in {where}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from ultrarag.encoder import Encoder
 from ultrarag.finetune.gradcache import cached_step
 from ultrarag.finetune.trainable import Trainable
+from ultrarag.hookspecs import Features
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.scores import head_scores
 from ultrarag.testing.report import Failed, NotApplicable
@@ -44,20 +45,31 @@ def check_gradients(subject: Subject) -> str:
                 "compute nothing under no_grad or detached in 'encode'; call the layers of the other heads "
                 "'sparse_linear' and 'colbert_linear', which are frozen when unused; remove layers that nothing uses",
             )
-        _check_numbers(wanted, heads)
+        _check_finite(wanted)
+        _check_effect(subject.sides(encoder), module, wanted)
         counts.append(f"{len(wanted)} for {heads}")
     return f"parameters reached: {'; '.join(counts)}"
 
 
-def _check_numbers(wanted: Sequence[tuple[str, Tensor]], heads: str) -> None:
-    gradients = {name: p.grad for name, p in wanted if p.grad is not None}
-    bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+def _check_finite(wanted: Sequence[tuple[str, Tensor]]) -> None:
+    bad = [name for name, p in wanted if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     if bad:
         raise Failed(f"the gradient of '{bad[0]}' is not finite", "look for sqrt, log or a norm of zero in 'encode'")
-    zero = [name for name, gradient in gradients.items() if not bool(gradient.any())]
+
+
+def _check_effect(sides: Sequence[Features], module: Trainable, wanted: Sequence[tuple[str, Tensor]]) -> None:
+    """Every parameter moves the embeddings (the loss may cancel one, as it does a cross-encoder's last bias)."""
+    module.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    arrays = [array for side in module(sides) for array in side.arrays() if array.requires_grad]
+    directions = [torch.randn(array.shape, generator=generator).to(array.device) for array in arrays]
+    torch.stack(
+        [(array * direction).sum() for array, direction in zip(arrays, directions, strict=True)]
+    ).sum().backward()
+    zero = [name for name, p in wanted if p.grad is None or not bool(p.grad.any())]
     if zero:
         raise Failed(
-            f"the gradient of '{zero[0]}' is exactly zero when the heads {heads} are trained",
+            f"the gradient of '{zero[0]}' is exactly zero when the heads {', '.join(module.heads)} are trained",
             "find where its effect is multiplied by zero or cut by a step function; set requires_grad to False in "
             "'load' for what is not to be trained",
         )
