@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ultrarag.errors import DataError, UsageError
-from ultrarag.types import EncoderSettings, Kind
+from ultrarag.types import EncoderSettings, Kind, Tokens
 
 if TYPE_CHECKING:
     from ultrarag.hookspecs import Features
 
 logger = logging.getLogger("ultrarag")
 
+#: A text, or a (query, passage) pair.
+Item = TypeVar("Item")
+
+_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
 #: Models whose positions start after the padding id, so that many fewer tokens fit.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet", "xmod")
 #: A tokenizer without a real limit says some 1e30.
 _NO_LIMIT = 1 << 30
-
-
-@dataclass
-class Tokens:
-    """Token ids of some texts, not yet padded."""
-
-    ids: list[list[int]]
-    #: how many texts were longer than the limit
-    truncated: int = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 def token_limit(tokenizer: Any, config: Any) -> int | None:
@@ -77,14 +74,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> To
     """Tokenize rendered texts, special tokens included; count those that had to be cut."""
     if not texts:
         return Tokens([])
-    batch = tokenizer(
-        list(texts),
-        truncation=max_length is not None,
-        max_length=max_length,
-        padding=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
+    with _lock_of(tokenizer):
+        batch = _batch(tokenizer, texts, max_length)
     fallback = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id]
     ids = [row or fallback for row in batch["input_ids"]]
     encodings = getattr(batch, "encodings", None)
@@ -95,16 +86,58 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> To
     return Tokens(ids, truncated)
 
 
+def _batch(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> Any:
+    return tokenizer(
+        list(texts),
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+
+
+def _lock_of(tokenizer: Any) -> threading.Lock:
+    """One lock per tokenizer: a fast one keeps truncation as state, and refuses to set it while a thread encodes."""
+    with _locks_lock:
+        return _locks.setdefault(tokenizer, threading.Lock())
+
+
 def render(settings: EncoderSettings, texts: Sequence[str], kind: Kind, instruction: str | None = None) -> list[str]:
     """Put the instruction of their kind before the texts."""
     return [settings.render(text, kind, instruction) for text in texts]
 
 
-def pad(ids: Sequence[Sequence[int]], pad_id: int, side: str = "right", multiple_of: int | None = None) -> Features:
+def tokenized_windows(
+    items: Iterable[Item], tokenizer: Callable[[list[Item]], Tokens], window: int
+) -> Iterator[Tokens]:
+    """Tokenize `window` items at a time, one window ahead, in a thread (tokenizers release the interpreter lock)."""
+    source = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="ultrarag-tokenize") as pool:
+        batch = list(islice(source, window))
+        pending = pool.submit(tokenizer, batch) if batch else None
+        while pending is not None:
+            batch = list(islice(source, window))
+            following = None
+            tokens = pending.result()
+            if batch:
+                following = pool.submit(tokenizer, batch)
+            yield tokens
+            pending = following
+
+
+def pad(
+    ids: Sequence[Sequence[int]],
+    pad_id: int,
+    side: str = "right",
+    multiple_of: int | None = None,
+    types: Sequence[Sequence[int]] | None = None,
+) -> Features:
     """Return `input_ids` and `attention_mask`, (batch, tokens) int64, padded to the longest row.
 
     Args:
         multiple_of: round the width up to a multiple of this.
+        types: segments, which become `token_type_ids`.
     """
     import torch
 
@@ -113,11 +146,17 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int, side: str = "right", multiple
         longest = -(-longest // multiple_of) * multiple_of
     padded = np.full((len(ids), longest), pad_id, dtype=np.int64)
     mask = np.zeros_like(padded)
+    segments = np.zeros_like(padded)
     for row, tokens in enumerate(ids):
         place = slice(longest - len(tokens), None) if side == "left" else slice(0, len(tokens))
         padded[row, place] = tokens
         mask[row, place] = 1
-    return {"input_ids": torch.from_numpy(padded), "attention_mask": torch.from_numpy(mask)}
+        if types is not None:
+            segments[row, place] = types[row]
+    features: Features = {"input_ids": torch.from_numpy(padded), "attention_mask": torch.from_numpy(mask)}
+    if types is not None:
+        features["token_type_ids"] = torch.from_numpy(segments)
+    return features
 
 
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
