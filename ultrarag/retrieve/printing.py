@@ -18,19 +18,14 @@ def hits(found: Sequence[Hit], query: str = "") -> str:
         return "\n".join([*title, "no hits"])
     heads = [name for name in found[0].scores if len(found[0].scores) > 1]
     rows = [
-        (
-            rank,
-            f"{hit.score:.4f}",
-            *(_score(hit, name) for name in heads),
-            hit.id,
-            " ".join(hit.passage.content.split()),
-        )
-        for rank, hit in enumerate(found, 1)
+        (rank, f"{hit.score:.4f}", *(_score(hit, name) for name in heads), hit.id) for rank, hit in enumerate(found, 1)
     ]
     header = ("", "score", *heads, "id")
-    used = width(table(header, [row[:-1] for row in rows]).splitlines()[1]) + 2
+    used = width(table(header, rows).splitlines()[1]) + 2
     room = max(20, shutil.get_terminal_size((100, 24)).columns - used)
-    return "\n".join([*title, table((*header, "passage"), [(*row[:-1], _cut(row[-1], room)) for row in rows])])
+    texts = [_cut(" ".join(hit.passage.content.split()), room) for hit in found]
+    shown = [(*row, text) for row, text in zip(rows, texts, strict=True)]
+    return "\n".join([*title, table((*header, "passage"), shown)])
 
 
 def _score(hit: Hit, head: str) -> str:
