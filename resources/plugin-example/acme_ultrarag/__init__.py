@@ -1,0 +1,1 @@
+"""Two encoders and two extensions for ultrarag, as an example of a plugin."""
