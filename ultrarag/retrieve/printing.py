@@ -46,17 +46,18 @@ def status(found: Mapping[str, Any]) -> str:
     """An index and its generations."""
     owner = found["owner"]
     held = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "nobody"
-    lines = [
-        f"{found['path']}: {found['passages']} passages, {found['writes']} writes, {size(found['bytes'])}, "
-        f"BM25 {'on' if found['bm25'] else 'off'}",
-        f"owned by {held}",
-        "",
-        table(
-            ("generation", "state", "encoder", "engine", "heads", "precision", "behind", "size", "created", ""),
-            [_generation(entry) for entry in found["generations"]],
-        ),
-    ]
-    return "\n".join(lines)
+    rows = [_generation(entry) for entry in found["generations"]]
+    header = ("generation", "state", "encoder", "engine", "heads", "precision", "behind", "size", "created", "note")
+    shown = len(header) if any(row[-1] for row in rows) else len(header) - 1
+    bm25 = "on" if found["bm25"] else "off"
+    return "\n".join(
+        [
+            f"{found['path']}: {found['passages']} passages, {found['writes']} writes, {size(found['bytes'])}, BM25 {bm25}",
+            f"owned by {held}",
+            "",
+            table(header[:shown], [row[:shown] for row in rows]),
+        ]
+    )
 
 
 def _generation(entry: Mapping[str, Any]) -> tuple[object, ...]:
