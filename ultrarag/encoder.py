@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,11 +18,11 @@ from ultrarag.checkpoint import Manifest, Training, local_folder, read_manifest
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.fingerprint import fingerprint
 from ultrarag.hookspecs import Features, LoadOptions
+from ultrarag.pairs import score_pairs, tokenize_pairs
 from ultrarag.plugins import Adapter, registry
 from ultrarag.progress import progress_bar, quiet_progress
 from ultrarag.scores import head_scores
 from ultrarag.tokenize import (
-    Tokens,
     batches_by_tokens,
     check_texts,
     effective_length,
@@ -32,8 +30,9 @@ from ultrarag.tokenize import (
     render,
     token_limit,
     tokenize,
+    tokenized_windows,
 )
-from ultrarag.types import Embeddings, EncoderSettings, Kind
+from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -165,9 +164,10 @@ class Encoder:
         return tokenize(self.tokenizer, rendered, self.max_length(kind, max_length))
 
     def features(self, tokens: Tokens, rows: Sequence[int] | None = None, multiple_of: int | None = None) -> Features:
-        """Pad some rows of tokenized texts into one batch on the CPU."""
+        """Pad some rows of tokenized texts or pairs into one batch on the CPU."""
         chosen = tokens.ids if rows is None else [tokens.ids[row] for row in rows]
-        return pad(chosen, self.tokenizer.pad_token_id, self.tokenizer.padding_side, multiple_of)
+        types = tokens.types if tokens.types is None or rows is None else [tokens.types[row] for row in rows]
+        return pad(chosen, self.tokenizer.pad_token_id, self.tokenizer.padding_side, multiple_of, types)
 
     def encode(
         self,
@@ -235,32 +235,38 @@ class Encoder:
         """
         if kind not in ("query", "passage"):
             raise UsageError(f"kind is '{kind}'; it must be 'query' or 'passage'")
+        self._refuse_pairs()
+        read = partial(self.tokenize, kind=kind, max_length=max_length, instruction=instruction)
+        options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
+        length = self.max_length(kind, max_length)
+        yield from self._encode_windows(tokenized_windows(texts, read, window), "texts", length, **options)
+
+    def _encode_windows(
+        self,
+        windows: Iterator[Tokens],
+        what: str,
+        length: int | None,
+        heads: Sequence[str] | None = None,
+        batch_tokens: int | None = None,
+        precision: str | None = None,
+    ) -> Iterator[Embeddings]:
+        """Yield the embeddings of each window of tokenized texts or pairs; say in the end how many were cut."""
         chosen = self._checked_heads(heads)
         budget = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
         dtype = _PRECISIONS[_checked_precision(precision or self.precision)]
         truncated = total = 0
-        for tokens in self._tokenized_windows(iter(texts), kind, max_length, instruction, window):
+        for tokens in windows:
             truncated, total = truncated + tokens.truncated, total + len(tokens)
             yield self.encode_tokens(tokens, chosen, budget, dtype)
         if truncated:
-            length = self.max_length(kind, max_length)
-            logger.warning("%d of %d texts were longer than %s tokens and were cut", truncated, total, length)
+            logger.warning("%d of %d %s were longer than %s tokens and were cut", truncated, total, what, length)
 
-    def _tokenized_windows(
-        self, texts: Iterator[str], kind: Kind, max_length: int | None, instruction: str | None, window: int
-    ) -> Iterator[Tokens]:
-        """Tokenize one window ahead, in a thread (tokenizers release the interpreter lock)."""
-        with ThreadPoolExecutor(1, thread_name_prefix="ultrarag-tokenize") as pool:
-            batch = list(islice(texts, window))
-            pending = pool.submit(self.tokenize, batch, kind, max_length, instruction) if batch else None
-            while pending is not None:
-                batch = list(islice(texts, window))
-                following = None
-                tokens = pending.result()
-                if batch:
-                    following = pool.submit(self.tokenize, batch, kind, max_length, instruction)
-                yield tokens
-                pending = following
+    def _refuse_pairs(self) -> None:
+        if self.adapter.declared.pair_input:
+            raise UsageError(
+                f"{self.adapter.describe()} reads (query, passage) pairs and gives no vectors: "
+                "use encoder.score([(query, passage), ...])"
+            )
 
     @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
     def encode_tokens(
@@ -303,18 +309,43 @@ class Encoder:
                 raise UsageError(f"head '{head}' {missing}{did_you_mean(head, self.heads)} (this model has: {known})")
         return chosen
 
+    def tokenize_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        query_max_length: int | None = None,
+        max_length: int | None = None,
+        instruction: str | None = None,
+    ) -> Tokens:
+        """Render (query, passage) pairs and tokenize them as the cross-encoder reads them; passages are cut first.
+
+        Raises:
+            UsageError, DataError: the model reads no pairs, or a text is no string, or holds what is not text.
+        """
+        return tokenize_pairs(self, pairs, query_max_length, max_length, instruction)
+
     def score(
-        self, pairs: Sequence[tuple[str, str]], *, weights: dict[str, float] | None = None, **options: Any
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        weights: dict[str, float] | None = None,
+        normalize: bool = False,
+        **options: Any,
     ) -> np.ndarray:
         """Return the relevance of each (query, passage) pair, (n,) float32.
 
         Args:
             weights: weight per head; required when the model has several, since no weighting suits all data.
-            options: as for `encode` (batch_tokens, precision, progress).
+            normalize: put a cross-encoder's scores through the logistic function: from 0 to 1.
+            options: as for `encode` (batch_tokens, precision, progress, max_length); for a cross-encoder
+                `max_length` is the pair's, and `query_max_length` the query's (default: three quarters of it).
 
         Raises:
             UsageError: weights missing, or for a head that the model lacks.
         """
+        if self.adapter.declared.pair_input:
+            return score_pairs(self, pairs, weights, normalize, **options)
+        if normalize:
+            raise UsageError("normalize is for cross-encoders, whose scores are logits; this model compares vectors")
         if not pairs:
             return np.zeros(0, dtype=np.float32)
         chosen = self._weights(weights)

@@ -12,24 +12,47 @@ if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
 
 
+_TEXT_TAGS = ("feature-extraction", "sentence-similarity")
+_PAIR_TAGS = ("text-ranking", "reranker", "cross-encoder")
+
+
 def model_card(manifest: Manifest, encoder: Encoder) -> str:
     """Return the card's Markdown, with the front matter that model hubs read."""
-    tags = ["sentence-transformers", "feature-extraction", "sentence-similarity", "ultrarag"]
-    front = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "tags:"]
+    pairs = encoder.adapter.declared.pair_input
+    tags = ["sentence-transformers", *(_PAIR_TAGS if pairs else _TEXT_TAGS), "ultrarag"]
+    task = "text-ranking" if pairs else "sentence-similarity"
+    front = ["---", "library_name: sentence-transformers", f"pipeline_tag: {task}", "tags:"]
     front += [f"- {tag}" for tag in tags] + ["---", ""]
     settings = manifest.settings
-    facts = [
-        ("adapter", manifest.adapter),
-        ("heads", ", ".join(settings.heads)),
-        ("pooling", settings.pooling or "-"),
-        ("unit length", "yes" if settings.normalize else "no"),
-        ("longest query / passage", f"{encoder.max_length('query')} / {encoder.max_length('passage')} tokens"),
-        ("fingerprint", manifest.fingerprint),
-    ]
-    lines = ["# Embedding model", "", *_table(("", ""), facts), "", *_usage(manifest)]
+    facts = [("adapter", manifest.adapter), ("heads", ", ".join(settings.heads))]
+    if pairs:
+        facts += [("longest pair", f"{encoder.max_length('passage')} tokens")]
+    else:
+        facts += [
+            ("pooling", settings.pooling or "-"),
+            ("unit length", "yes" if settings.normalize else "no"),
+            ("longest query / passage", f"{encoder.max_length('query')} / {encoder.max_length('passage')} tokens"),
+        ]
+    facts += [("fingerprint", manifest.fingerprint)]
+    usage = _pair_usage() if pairs else _usage(manifest)
+    lines = [f"# {'Reranker' if pairs else 'Embedding model'}", "", *_table(("", ""), facts), "", *usage]
     if manifest.training:
         lines += _training(manifest.training)
     return "\n".join(front + lines) + "\n"
+
+
+def _pair_usage() -> list[str]:
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from ultrarag import Encoder",
+        "",
+        "encoder = Encoder.load(path)",
+        'scores = encoder.score([("a query", "a passage")])',
+        "```",
+        "",
+    ]
 
 
 def _usage(manifest: Manifest) -> list[str]:
@@ -44,7 +67,11 @@ def _usage(manifest: Manifest) -> list[str]:
         "```",
         "",
         "The dense vectors also come from `SentenceTransformer(path)`"
-        + (", all heads from FlagEmbedding's `BGEM3FlagModel(path)`." if len(manifest.settings.heads) > 1 else "."),
+        + (
+            ", all heads from FlagEmbedding's `BGEM3FlagModel(path)`."
+            if manifest.adapter == "bgem3" and len(manifest.settings.heads) > 1
+            else "."
+        ),
         "",
     ]
 

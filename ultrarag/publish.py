@@ -28,6 +28,8 @@ PROBES = (
     "The quick brown fox jumps over the lazy dog. " * 4,
     "糖尿病患者 2024 年的 HbA1c 应低于 7.0 %",
 )
+#: The same for a model that reads pairs.
+PROBE_PAIRS = tuple((query, passage) for query in (PROBES[0], PROBES[1]) for passage in PROBES[2:])
 #: Largest difference of any component between the model in memory and the reloaded one.
 TOLERANCE = 1e-5
 
@@ -79,7 +81,9 @@ def _reload(encoder: Encoder, folder: Path) -> Encoder:
 
 
 def probe_vectors(encoder: Encoder) -> Embeddings:
-    """The embeddings of the probe texts, in float32, with every head."""
+    """The embeddings of the probe texts, or of the probe pairs, in float32, with every head."""
+    if encoder.adapter.declared.pair_input:
+        return encoder.encode_tokens(encoder.tokenize_pairs(PROBE_PAIRS), encoder.heads)
     return encoder.encode_tokens(encoder.tokenize(PROBES, "passage"), encoder.heads)
 
 
@@ -104,8 +108,9 @@ def _of_head(embeddings: Embeddings, head: str) -> np.ndarray:
 def _compare(encoder: Encoder, reloaded: Encoder, folder: Path) -> None:
     for head, difference in largest_difference(probe_vectors(encoder), probe_vectors(reloaded)).items():
         if not difference <= TOLERANCE:
+            what = "scores" if encoder.adapter.declared.pair_input else "vectors"
             raise CheckpointError(
-                f"the checkpoint written to {folder} gives other vectors than the model in memory: head '{head}' "
+                f"the checkpoint written to {folder} gives other {what} than the model in memory: head '{head}' "
                 f"differs by {difference:.3g} (at most {TOLERANCE:g}); nothing was published. "
                 f"Something is lost between the hooks 'save' and 'load' of {encoder.adapter.describe()}"
             )

@@ -55,7 +55,7 @@ class Embeddings:
     colbert: Any = None
     #: (batch, tokens): 1 for the tokens that `colbert` holds, 0 for padding
     mask: Any = None
-    #: (batch,): a cross-encoder's relevance of each (query, passage) pair
+    #: (batch,): a cross-encoder's relevance of each (query, passage) pair; (batch, layers) while a layerwise one trains
     scores: Any = None
 
     @property
@@ -140,6 +140,20 @@ class Embeddings:
 
 
 @dataclass
+class Tokens:
+    """Token ids of some texts, or of (query, passage) pairs, not yet padded."""
+
+    ids: list[list[int]]
+    #: how many were longer than the limit
+    truncated: int = 0
+    #: the segment of each token (0 or 1), for models that tell a pair's query from its passage; else None
+    types: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
 class EncoderSettings:
     """What turns hidden states into vectors besides the weights; part of the manifest and of the fingerprint.
 
@@ -155,26 +169,39 @@ class EncoderSettings:
     query_instruction: str = ""
     #: `str.format` template of instruction and query
     query_format: str = "{}{}"
+    #: `str.format` template of a query that has no instruction
+    query_plain_format: str = "{}"
     passage_instruction: str = ""
     passage_format: str = "{}{}"
     #: tokens, special ones included; longer texts are cut, and counted
     query_max_length: int | None = None
+    #: for a cross-encoder: of the whole (query, passage) pair
     passage_max_length: int | None = None
+    #: a language model that reranks: the question put to it after the pair
+    prompt: str | None = None
+    #: a language model that reranks: what stands between query, passage and prompt
+    separator: str | None = None
+    #: a layerwise reranker: the layer whose score counts; None: the last one
+    cutoff_layer: int | None = None
 
     def render(self, text: str, kind: Kind, instruction: str | None = None) -> str:
         """Return `text` with the instruction of its kind (or `instruction`) in the declared format."""
         declared = self.query_instruction if kind == "query" else self.passage_instruction
         template = self.query_format if kind == "query" else self.passage_format
         chosen = declared if instruction is None else instruction
-        return template.format(chosen, text) if chosen else text
+        if chosen:
+            return template.format(chosen, text)
+        return self.query_plain_format.format(text) if kind == "query" else text
 
     def max_length(self, kind: Kind) -> int | None:
         """Return the token limit of texts of this kind."""
         return self.query_max_length if kind == "query" else self.passage_max_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "heads": list(self.heads)}
+        """Return plain JSON values; what only rerankers have is left out where it is not set."""
+        values = {**asdict(self), "heads": list(self.heads)}
+        optional = ("prompt", "separator", "cutoff_layer")
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderSettings:

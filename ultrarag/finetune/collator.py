@@ -1,4 +1,4 @@
-"""Collator: a planned Batch becomes padded features; instructions are put in here, the same as in serving."""
+"""Collators: a planned Batch becomes padded features; instructions are put in here, the same as in serving."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from ultrarag.hookspecs import Features
+from ultrarag.pairs import read_pairs
 from ultrarag.tokenize import pad, tokenize
 from ultrarag.types import EncoderSettings
 
 if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
     from ultrarag.finetune.batches import Batch
 
 
 class TrainingBatch(TypedDict):
     """One step's input of one rank."""
 
-    queries: Features
+    #: None where `passages` holds (query, passage) pairs
+    queries: Features | None
     passages: Features
     #: (queries, group) raw scores
     teacher: torch.Tensor | None
@@ -62,3 +65,49 @@ class Collator:
     def _features(self, texts: list[str], max_length: int) -> Features:
         ids = tokenize(self.tokenizer, texts, max_length).ids
         return pad(ids, self.tokenizer.pad_token_id, self.tokenizer.padding_side, self.pad_to_multiple_of)
+
+
+@dataclass
+class PairCollator:
+    """Joins each query with its candidates, as the cross-encoder reads pairs, and pads.
+
+    A row's `prompt` is the instruction of its query, or for a language model the question put to it after the pair.
+    """
+
+    encoder: Encoder
+    query_max_length: int
+    #: None: as long as the pair allows
+    passage_max_length: int | None
+    #: tokens of the whole pair
+    max_length: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, batches: list[Batch]) -> TrainingBatch:
+        (batch,) = batches
+        return TrainingBatch(
+            queries=None,
+            passages=self._features(batch),
+            teacher=None if batch.teacher is None else torch.tensor(batch.teacher, dtype=torch.float32),
+            group_size=batch.group_size,
+            in_batch_negatives=False,
+            dataset=batch.dataset,
+            sources=list(batch.sources),
+        )
+
+    def _features(self, batch: Batch) -> Features:
+        settings = self.encoder.settings
+        asks = settings.prompt is not None
+        instructions = [None] * len(batch.queries) if asks else batch.prompts
+        queries = [settings.render(t, "query", p) for t, p in zip(batch.queries, instructions, strict=True)]
+        limits: dict[str, Any] = {"passage_max_length": self.passage_max_length} if self.passage_max_length else {}
+        if asks:
+            limits["prompts"] = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
+        tokens = read_pairs(
+            self.encoder,
+            [query for query in queries for _ in range(batch.group_size)],
+            [settings.render(text, "passage") for text in batch.passages],
+            self.query_max_length,
+            self.max_length,
+            **limits,
+        )
+        return self.encoder.features(tokens, multiple_of=self.pad_to_multiple_of)

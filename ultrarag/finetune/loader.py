@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import TrainingArguments
 
 from ultrarag.finetune.batches import Batch, BatchPlan
-from ultrarag.finetune.collator import Collator
+from ultrarag.finetune.collator import Collator, PairCollator
 
 
 class PlannedBatches(Dataset[Batch]):
@@ -58,7 +58,9 @@ class PlannedLoader(DataLoader[Any]):
         cast(EpochOrder, self.batch_sampler).set_epoch(epoch)
 
 
-def make_loader(plan: BatchPlan, collator: Collator, rank: int, args: TrainingArguments) -> PlannedLoader:
+def make_loader(
+    plan: BatchPlan, collator: Collator | PairCollator, rank: int, args: TrainingArguments
+) -> PlannedLoader:
     """Return the loader of one rank's batches, with the run's dataloader settings."""
     workers = args.dataloader_num_workers
     return PlannedLoader(

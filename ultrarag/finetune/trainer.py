@@ -90,7 +90,7 @@ class EmbeddingTrainer(Trainer):
         """Encode, gather, loss, backward; in pieces of `sub_batch_size` texts where that is set."""
         model.train()
         batch: TrainingBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
-        sides = [batch["queries"], batch["passages"]]
+        sides = [side for side in (batch["queries"], batch["passages"]) if side is not None]
         share = 1 / self.current_gradient_accumulation_steps
         if self.sub_batch_size:
             return cached_step(
@@ -111,8 +111,9 @@ class EmbeddingTrainer(Trainer):
         return result
 
     def _loss(self, batch: TrainingBatch, embeddings: list[Embeddings]) -> Tensor:
-        query, passage = embeddings
-        if self.loss_arguments.negatives_cross_device and batch["in_batch_negatives"]:
+        query, passage = embeddings if len(embeddings) == 2 else (None, embeddings[0])
+        queries = len(passage) // batch["group_size"]
+        if query is not None and self.loss_arguments.negatives_cross_device and batch["in_batch_negatives"]:
             passage = gather(passage)
         arguments = replace(
             self.loss_arguments, group_size=batch["group_size"], in_batch_negatives=batch["in_batch_negatives"]
@@ -122,7 +123,7 @@ class EmbeddingTrainer(Trainer):
         loss = self.encoder.adapter.loss(self.encoder.model, query, passage, teacher, step, arguments)
         if not torch.isfinite(loss):
             raise TrainingError(_not_finite(loss, step, batch))
-        return loss * mean_weight(len(query), loss.device)
+        return loss * mean_weight(queries, loss.device)
 
     # ---- evaluation
 
