@@ -264,8 +264,8 @@ def test_fine_tuning_trains_every_parameter(folders, tmp_path):
     start = dict(before.model.named_parameters())
     still = [name for name, tensor in after.model.named_parameters() if torch.equal(tensor, start[name])]
     assert still == []
-    instruction = json.loads((tmp_path / "out" / "ultrarag.json").read_text())["settings"]["query_instruction"]
-    assert instruction == "Query: "
+    assert after.settings.render("why?", "query") == "Query: why?"
+    assert after.settings.render("why?", "query", "Find it.") == "Instruction: Find it. Query: why?"
 
 
 def test_instruction_of_a_run_gets_its_format(folders, tmp_path):

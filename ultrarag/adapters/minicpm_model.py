@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 #: Ids that never get a lexical weight: unknown, begin, end, and Light's padding.
 DROPPED_IDS = (0, 1, 2, 73440)
-QUERY_PREFIX = "Query: "
+QUERY_FORMAT = "Instruction: {} Query: {}"
+PLAIN_QUERY_FORMAT = "Query: {}"
 #: Tensors of published files that the embeddings do not need: the language-model head, and tables of angles.
 _UNUSED = ("lm_head.weight", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 #: Published models know 512 tokens; Light 8192, which its max_position_embeddings says.
@@ -194,7 +195,8 @@ def _settings(values: Mapping[str, Any], declared: ModulesDeclaration | None, op
         dense=[],
     )
     settings = read_settings(chosen, options)
-    settings.query_instruction = settings.query_instruction or QUERY_PREFIX
+    if not settings.query_instruction:  # else modules.json of a checkpoint saved here has the whole prefix
+        settings.query_format, settings.query_plain_format = QUERY_FORMAT, PLAIN_QUERY_FORMAT
     return settings
 
 

@@ -131,14 +131,12 @@ def _pooling_config(pooling: str, dim: int) -> dict[str, Any]:
 
 def prompts_of(settings: EncoderSettings) -> dict[str, str]:
     """Prompts as plain prefixes; a format that puts text before the instruction cannot be one, and is left out."""
-    pairs = {
-        "query": (settings.query_instruction, settings.query_format),
-        "document": (settings.passage_instruction, settings.passage_format),
-    }
-    return {
-        name: template.format(instruction, "") if instruction and template.endswith("{}") else ""
-        for name, (instruction, template) in pairs.items()
-    }
+    query = _prefix(settings.query_format, settings.query_instruction) or _prefix(settings.query_plain_format)
+    return {"query": query, "document": _prefix(settings.passage_format, settings.passage_instruction)}
+
+
+def _prefix(template: str, *instruction: str) -> str:
+    return template.format(*instruction, "") if all(instruction) and template.endswith("{}") else ""
 
 
 def _similarity(settings: EncoderSettings) -> str:
