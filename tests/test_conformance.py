@@ -21,6 +21,7 @@ from ultrarag.testing import CHECKS, check_adapter, run_check
 from ultrarag.testing.examples import EXAMPLES
 from ultrarag.testing.subject import Subject
 from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder, tiny_m3
+from ultrarag.types import Tokens
 
 #: Checks that a built-in adapter may be excused from, with the reason that the report gives.
 EXCUSED: dict[str, dict[str, str]] = {}
@@ -415,6 +416,10 @@ class CrossEncoderModel(torch.nn.Module):
         self.backbone = AutoModelForSequenceClassification.from_pretrained(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.config = self.backbone.config
+
+    def pair_tokens(self, queries, passages, query_max_length, max_length):
+        found = self.tokenizer(queries, passages, truncation="only_second", max_length=max_length)
+        return Tokens(found["input_ids"])
 
 
 class Pairs:

@@ -28,7 +28,7 @@ def check_save(subject: Subject) -> str:
     original = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
     _disturb(encoder)
     changed = {name: tensor.detach().clone() for name, tensor in encoder.model.state_dict().items()}
-    wanted, identity = _vectors(subject, encoder), subject_fingerprint(encoder)
+    wanted, identity = _vectors(subject, encoder), content_fingerprint(encoder)
     encoder.model.load_state_dict(original)  # a sharded run gathers its weights: the model does not hold them
     folder = subject.scratch / "given weights"
     folder.mkdir()
@@ -38,7 +38,8 @@ def check_save(subject: Subject) -> str:
     value, head = difference(wanted, _vectors(subject, loaded))
     if not value <= TOLERANCE:
         raise Failed(f"after saving and loading, head '{head}' differs by {value:.3g} (at most {TOLERANCE:g})", _REMEDY)
-    if subject_fingerprint(loaded) != identity:
+    loaded.settings = encoder.settings  # prompts and lengths come back with the manifest: see `check_publish`
+    if content_fingerprint(loaded) != identity:
         raise Failed("after saving and loading, the vectors agree but the fingerprint is another", _fingerprint_remedy)
     return f"changed weights come back: largest difference {value:.2g}, same fingerprint"
 
@@ -56,7 +57,7 @@ def check_publish(subject: Subject) -> str:
     value, head = difference(wanted, _vectors(subject, loaded))
     if not value <= TOLERANCE:
         raise Failed(f"the published checkpoint differs by {value:.3g} in head '{head}'", _REMEDY)
-    if loaded.fingerprint != subject_fingerprint(encoder):
+    if loaded.fingerprint != content_fingerprint(encoder):
         raise Failed("the published checkpoint has another fingerprint than the model", _fingerprint_remedy)
     return f"largest difference {value:.2g}, fingerprint {loaded.fingerprint[:12]}"
 
@@ -64,19 +65,19 @@ def check_publish(subject: Subject) -> str:
 def check_fingerprint(subject: Subject) -> str:
     """The fingerprint is that of the content: stable over loads, places and use, changed by one weight."""
     encoder = subject.fresh()
-    first = subject_fingerprint(encoder)
+    first = content_fingerprint(encoder)
     elsewhere = subject.scratch / "another name"
     elsewhere.symlink_to(subject.path.resolve(), target_is_directory=True)
-    if subject_fingerprint(subject.fresh(elsewhere)) != first:
+    if content_fingerprint(subject.fresh(elsewhere)) != first:
         raise Failed(
             "the same files loaded twice have two fingerprints", "draw no random weights in 'load'; use no paths"
         )
     _vectors(subject, encoder)
-    if subject_fingerprint(encoder) != first:
+    if content_fingerprint(encoder) != first:
         raise Failed("encoding changes the fingerprint", "keep what changes in use out of the model's state_dict")
     with torch.no_grad():
         next(p for p in encoder.model.parameters() if p.is_floating_point()).view(-1)[0].add_(1.0)
-    if subject_fingerprint(encoder) == first:
+    if content_fingerprint(encoder) == first:
         raise Failed("changing a weight leaves the fingerprint as it was", "let state_dict() hold every weight")
     return f"{first[:12]}, the same from another folder and after use"
 
@@ -132,14 +133,14 @@ def _scores(subject: Subject, encoder: Encoder, folder: Path) -> tuple[np.ndarra
     return subject.embed(encoder, features).numpy().scores, np.asarray(theirs).reshape(-1)
 
 
-def subject_fingerprint(encoder: Encoder) -> str:
+def content_fingerprint(encoder: Encoder) -> str:
     """The identity of the model as it is now (`Encoder.fingerprint` is computed once)."""
     from ultrarag.fingerprint import fingerprint
 
     return fingerprint(encoder.model, encoder.adapter.name, encoder.settings)
 
 
-_fingerprint_remedy = "bring back every weight, the tokenizer and model.settings exactly as they were"
+_fingerprint_remedy = "bring back every weight and the tokenizer exactly as they were"
 
 
 def _published(subject: Subject) -> Path:

@@ -19,8 +19,8 @@ from ultrarag.loss_arguments import LossArguments
 from ultrarag.plugins import Adapter
 from ultrarag.scores import head_scores
 from ultrarag.testing.tiny import TEXTS
-from ultrarag.tokenize import Tokens, pad
-from ultrarag.types import Embeddings, Sparse
+from ultrarag.tokenize import pad
+from ultrarag.types import Embeddings, Sparse, Tokens
 
 #: Candidates per query in the toy batch, the positive first.
 GROUP = 2
@@ -76,12 +76,9 @@ class Subject:
     # ---- encoding
 
     def tokens(self, encoder: Encoder, rows: Sequence[Row]) -> Tokens:
-        """Tokenize texts as passages, or pairs as the tokenizer joins them, the passage cut."""
+        """Tokenize texts as passages, or pairs as the model reads them."""
         if self.pairs:
-            queries, passages = zip(*cast("Sequence[tuple[str, str]]", rows), strict=True)
-            limit = encoder.max_length("passage")
-            cut: dict[str, Any] = {"truncation": "only_second", "max_length": limit} if limit else {}
-            return Tokens(encoder.tokenizer(list(queries), list(passages), **cut)["input_ids"])
+            return encoder.tokenize_pairs(cast("Sequence[tuple[str, str]]", rows))
         return encoder.tokenize(cast("Sequence[str]", rows), "passage")
 
     def features(
@@ -90,7 +87,7 @@ class Subject:
         """Tokenize and pad, at the tokenizer's own side or at another."""
         tokens = self.tokens(encoder, rows)
         side = side or encoder.tokenizer.padding_side
-        return self._on_device(pad(tokens.ids, encoder.tokenizer.pad_token_id, side, multiple_of))
+        return self._on_device(pad(tokens.ids, encoder.tokenizer.pad_token_id, side, multiple_of, tokens.types))
 
     def _on_device(self, features: Features) -> Features:
         moved = {name: value.to(self.device) for name, value in features.items()}  # type: ignore[attr-defined]
@@ -99,17 +96,26 @@ class Subject:
     @torch.no_grad()
     def embed(self, encoder: Encoder, features: Features, heads: tuple[str, ...] | None = None) -> Embeddings:
         """The hook's answer in evaluation mode, as torch tensors."""
+        training = encoder.model.training
         encoder.model.eval()
-        return encoder.adapter.encode(encoder.model, {**features, "heads": heads or encoder.heads})
+        try:
+            return encoder.adapter.encode(encoder.model, {**features, "heads": heads or encoder.heads})
+        finally:
+            encoder.model.training = training
 
     # ---- training
 
     def trainable(self, encoder: Encoder, unified: bool) -> Trainable:
-        """The module that the trainer would wrap, frozen as it would be, in evaluation mode (no dropout)."""
+        """The module that the trainer would wrap, frozen as it would be.
+
+        The model itself is told that it trains (a layerwise reranker then scores at every layer); its layers are in
+        evaluation mode, since dropout would hide what the checks compare.
+        """
         heads = choose_heads(encoder, unified)
         freeze(encoder, heads, fix_encoder=False, fix_positions=False)
         module = Trainable(encoder, heads)
         module.eval()
+        encoder.model.training = True
         return module
 
     def modes(self) -> list[bool]:

@@ -124,7 +124,9 @@ def _train(
 def _margin(embeddings: Sequence[Embeddings]) -> float:
     """How far positives' scores stand above the others', in the mean over heads and queries."""
     if embeddings[0].scores is not None:
-        matrices = [embeddings[0].scores.view(-1, GROUP)]
+        scores = embeddings[0].scores
+        layers = scores.unbind(1) if scores.ndim == 2 else [scores]
+        matrices = [layer.view(-1, GROUP) for layer in layers]
         positive = torch.zeros(matrices[0].shape[0], 1, dtype=torch.int64, device=matrices[0].device)
     else:
         matrices = list(head_scores(*embeddings).values())
