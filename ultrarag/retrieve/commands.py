@@ -39,10 +39,9 @@ def create(arguments: argparse.Namespace) -> None:
     encoder = Encoder.load(
         arguments.model, arguments.adapter, device=arguments.device, precision=arguments.precision, **lengths
     )
-    with LiveIndex.create(
-        arguments.path, encoder, backend=arguments.backend, heads=arguments.heads, bm25=not arguments.no_bm25
-    ) as live:
-        _show(arguments, live.status(), printing.status)
+    chosen = {"backend": arguments.backend, "heads": arguments.heads, "bm25": not arguments.no_bm25}
+    LiveIndex.create(arguments.path, encoder, **chosen).close()
+    status(arguments)
 
 
 def add(arguments: argparse.Namespace) -> None:

@@ -49,10 +49,10 @@ def status(found: Mapping[str, Any]) -> str:
     rows = [_generation(entry) for entry in found["generations"]]
     header = ("generation", "state", "encoder", "engine", "heads", "precision", "behind", "size", "created", "note")
     shown = len(header) if any(row[-1] for row in rows) else len(header) - 1
-    bm25 = "on" if found["bm25"] else "off"
+    holds = f"{found['passages']} passages, {found['writes']} writes, {size(found['bytes'])}"
     return "\n".join(
         [
-            f"{found['path']}: {found['passages']} passages, {found['writes']} writes, {size(found['bytes'])}, BM25 {bm25}",
+            f"{found['path']}: {holds}, BM25 {'on' if found['bm25'] else 'off'}",
             f"owned by {held}",
             "",
             table(header[:shown], [row[:shown] for row in rows]),
