@@ -81,6 +81,7 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
     """
     _refuse_unsupported(arguments)
     notes = _Notes(arguments.notes)
+    _use_one_gpu(arguments, notes)
     output = Path(str(arguments.training.output_dir))
     resume = find_resume(arguments, notes.add)
     if rank() == 0 and resume is None:
@@ -157,6 +158,17 @@ def _refuse_unsupported(arguments: FinetuneArguments) -> None:
             "--sub_batch_size does not work with --deepspeed, whose engine allows one backward per step; "
             "leave one of them out (plain DDP works with --sub_batch_size)"
         )
+
+
+def _use_one_gpu(arguments: FinetuneArguments, notes: _Notes) -> None:
+    """Keep the Trainer from spreading one process over several GPUs by DataParallel, which splits the batch."""
+    training = arguments.training
+    if training.n_gpu > 1:
+        notes.add(
+            f"{training.n_gpu} GPUs are visible and one process uses one: start with torchrun --nproc_per_node "
+            f"{training.n_gpu} to use all"
+        )
+        training._n_gpu = 1
 
 
 def _read_data(arguments: FinetuneArguments, notes: _Notes) -> TrainData:
