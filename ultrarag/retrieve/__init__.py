@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.flipping import Flip
     from ultrarag.retrieve.generations import Generation
     from ultrarag.retrieve.live import LiveIndex
+    from ultrarag.retrieve.refresh_report import RefreshReport
     from ultrarag.retrieve.reranking import rerank
     from ultrarag.retrieve.status import read_passages, read_status
     from ultrarag.retrieve.store import Written
@@ -20,6 +21,7 @@ _HOMES = {
     "Flip": "ultrarag.retrieve.flipping",
     "Generation": "ultrarag.retrieve.generations",
     "LiveIndex": "ultrarag.retrieve.live",
+    "RefreshReport": "ultrarag.retrieve.refresh_report",
     "Written": "ultrarag.retrieve.store",
     "differences": "ultrarag.retrieve.evaluation",
     "evaluate": "ultrarag.retrieve.evaluation",
@@ -36,6 +38,7 @@ __all__ = [
     "Flip",
     "Generation",
     "LiveIndex",
+    "RefreshReport",
     "Written",
     "differences",
     "evaluate",

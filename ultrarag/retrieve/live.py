@@ -29,6 +29,7 @@ from ultrarag.types import Embeddings, Hit, Passage
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+    from ultrarag.retrieve.refresh_report import RefreshReport
 
 #: Passages written to the store in one transaction.
 BATCH = 512
@@ -53,7 +54,7 @@ class LiveIndex:
     def __init__(self, core: Core) -> None:
         """Use `create` or `open`."""
         self._core = core
-        self._building, self._flipping = threading.Lock(), threading.Lock()
+        self._building, self._flipping, self._refreshing = threading.Lock(), threading.Lock(), threading.Lock()
         self._builder: subprocess.Popen[str] | None = None
 
     @classmethod
@@ -334,6 +335,50 @@ class LiveIndex:
             )
         with self._flipping:
             return go_live(self._core, found, gate, force, metric, search, note)
+
+    def refresh(
+        self,
+        train_data: Any,
+        eval_data: Any = None,
+        *,
+        output_dir: str | os.PathLike[str],
+        gate: bool | Gate = True,
+        force: bool = False,
+        metric: str = "nDCG@10",
+        search: Mapping[str, Any] | None = None,
+        **finetune_arguments: Any,
+    ) -> RefreshReport:
+        """Fine-tune the live encoder, build a generation with it, and swap if the gate lets it; searches go on.
+
+        After a crash or Ctrl-C at any point the same call goes on where it was; after it is done, the same call
+        returns the report again. When the gate refuses, the checkpoint and the generation stay: the same call with
+        force=True swaps. `refresh.json` and `refresh.html` in the output folder tell what came of it.
+
+        Args:
+            train_data, eval_data: as for `ultrarag.finetune.finetune`; a BEIR folder about the passages of this index
+                is asked of the index, other evaluation data is searched in its own corpus.
+            output_dir: where the checkpoint appears.
+            gate: True takes the queries of `eval_data`; or (queries, qrels), searched in the index; False for none.
+            force: go live although the gate says no; this is recorded.
+            metric: what the gate compares.
+            search: options of `search` for the gate, such as {"weights": {"dense": 1, "bm25": 0.5}}; default: the
+                dense head alone.
+            finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`.
+
+        Raises:
+            GateError: when the new generation is refused, with the numbers; the old one stays live.
+            UsageError: for arguments that cannot be used, or a folder with a refresh that was asked for differently.
+            DataError, TrainingError, IndexStateError: as for fine-tuning, `build` and `swap`.
+        """
+        from ultrarag.retrieve.refresh import Terms, refresh
+
+        if not self._refreshing.acquire(blocking=False):
+            raise IndexStateError("a refresh is running already; wait for it to finish")
+        try:
+            terms = Terms(gate, force, metric, search)
+            return refresh(self, train_data, eval_data, output_dir, terms, finetune_arguments)
+        finally:
+            self._refreshing.release()
 
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.
