@@ -1,0 +1,234 @@
+"""Search, build and memory of the index beside its peers, and searches during a build and at the flip.
+
+    pip install -c constraints.txt -e .[bench]
+    python benchmarks/live_index.py                          # 10,000 and 100,000 vectors of 384 dimensions
+    python benchmarks/live_index.py --sizes 1000000 --output /tmp/million.md
+
+Synthetic vectors: unit-length sums of one of 200 cluster centres and noise in 32 directions, which is closer to text
+embeddings than isotropic noise; texts of 60 words whose frequencies follow Zipf's law; lexical weights of 60 of 30,000
+token ids. Every contender runs in a process of its own, one query at a time. The second part is a real LiveIndex with a
+real model: one thread searches while a generation is built, swapped in and rolled back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from live_index_contenders import CONTENDERS, K, vectors
+from live_index_searching import during_a_build
+
+PAGE = Path(__file__).parent / "results" / "live_index.md"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run everything, print the page, and write it with its JSON."""
+    options = parse(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    threads = os.environ["OMP_NUM_THREADS"]
+    report: dict[str, Any] = {
+        "machine": f"{processor_name()}, {os.cpu_count()} cores, {threads} thread(s) per contender",
+        "load_average_before": round(os.getloadavg()[0], 1),
+        "dim": options.dim,
+        "queries": options.queries,
+        "versions": versions(),
+        "search": [],
+    }
+    for size in options.sizes:
+        for name in options.only or CONTENDERS:
+            report["search"].append(in_child(name, size, options))
+            write(report, options.output)
+    if options.live:
+        report["live"] = during_a_build(options)
+    print(write(report, options.output))
+
+
+def write(report: dict[str, Any], output: Path) -> str:
+    """Write what was measured so far, and return the page."""
+    report["load_average_after"] = round(os.getloadavg()[0], 1)
+    page = render(report)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return page
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000], help="passages")
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="run only these")
+    parser.add_argument("--live", type=int, default=2000, help="passages of the live index; 0: leave that part out")
+    parser.add_argument("--model", help="folder or hub name for it (default: the small model of the tests)")
+    parser.add_argument("--output", type=Path, default=PAGE)
+    return parser.parse_args(arguments)
+
+
+def in_child(name: str, size: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one contender in a process of its own, so that its memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        row = pool.submit(measure, name, size, options).result()
+    print(f"{name} at {size}: {row}", file=sys.stderr, flush=True)
+    return row
+
+
+def measure(name: str, size: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Build, open and search once; latencies of each kind of search, and the recall of the approximate ones."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        build, open_ = CONTENDERS[name](folder, size, options)
+        wall, processor = time.perf_counter(), time.process_time()
+        build()
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        before = resident()
+        started = time.perf_counter()
+        searches = open_()
+        opening = time.perf_counter() - started
+        latencies = {kind: latency(search, options.queries) for kind, search in searches.items()}
+        row: dict[str, Any] = {
+            "contender": name,
+            "passages": size,
+            "build_seconds": wall,
+            "build_processor_seconds": processor,
+            "open_seconds": opening,
+            "disk_bytes_per_passage": on_disk(folder) / size,
+            "memory_bytes_per_passage": max(0, resident() - before) / size,
+            "search": latencies,
+            "load_average": round(os.getloadavg()[0], 1),
+        }
+        if "dense approximate" in searches:
+            row["recall"] = recall(searches["dense approximate"], size, options)
+    return row
+
+
+def latency(search: Callable[[int], Any], count: int) -> dict[str, float]:
+    """Milliseconds per query after a warm-up, and processor milliseconds."""
+    for number in range(min(20, count)):
+        search(number)
+    times, processor = [], time.process_time()
+    for number in range(count):
+        started = time.perf_counter()
+        search(number)
+        times.append(1000 * (time.perf_counter() - started))
+    spent = 1000 * (time.process_time() - processor) / count
+    return {"p50": float(np.percentile(times, 50)), "p99": float(np.percentile(times, 99)), "processor": spent}
+
+
+def recall(search: Callable[[int], list[str]], size: int, options: argparse.Namespace) -> float:
+    """The share of the true ten nearest that an approximate search finds."""
+    from ultrarag.ir import top_k
+
+    _, rows = top_k(vectors(options.queries, options.dim, 9), vectors(size, options.dim, 0), K)
+    shares = [len({f"p{row}" for row in wanted} & set(search(i))) / K for i, wanted in enumerate(rows)]
+    return float(np.mean(shares))
+
+
+def resident() -> int:
+    """The process's resident memory in bytes, mapped files included (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes that the files occupy; engines preallocate files that are mostly holes."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def processor_name() -> str:
+    """The processor as /proc/cpuinfo names it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of the engines."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("qdrant-edge-py", "numpy", "faiss-cpu", "bm25s", "lancedb"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        "# Live index",
+        "",
+        f"{report['machine']}; load average {report['load_average_before']} before and "
+        f"{report['load_average_after']} after (other work ran on the machine: read the processor times, and compare "
+        "rows of one run). "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + ". Written by `benchmarks/live_index.py`.",
+        "",
+        f"## Search and build, {report['dim']} dimensions, one query at a time, {report['queries']} queries, "
+        "the 10 best",
+        "",
+        "Memory is the growth of the resident set by opening and searching, mapped files included. Build is all of it: "
+        "writing, the graph, and closing durably. ultrarag's 10,000 are below the size from which a graph pays.",
+        "",
+        "| passages | contender | search | p50 ms | p99 ms | processor ms | recall@10 | build, passages/s "
+        "| by processor s | disk, bytes/passage | memory, bytes/passage |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [line for row in report["search"] for line in search_lines(row)]
+    if live := report.get("live"):
+        lines += live_lines(live)
+    return "\n".join(lines) + "\n"
+
+
+def search_lines(row: dict[str, Any]) -> list[str]:
+    """A line per kind of search."""
+    lines = []
+    for kind, times in row["search"].items():
+        found = f"{row['recall']:.4f}" if kind == "dense approximate" else ""
+        lines.append(
+            f"| {row['passages']} | {row['contender']} | {kind} | {times['p50']:.2f} | {times['p99']:.2f} "
+            f"| {times['processor']:.2f} | {found} | {row['passages'] / row['build_seconds']:.0f} "
+            f"| {row['passages'] / row['build_processor_seconds']:.0f} | {row['disk_bytes_per_passage']:.0f} "
+            f"| {row['memory_bytes_per_passage']:.0f} |"
+        )
+    return lines
+
+
+def live_lines(live: dict[str, Any]) -> list[str]:
+    """The phases of the live index."""
+    lines = [
+        "",
+        f"## Searches while a generation is built and swapped, {live['passages']} passages, all-MiniLM-L6-v2",
+        "",
+        "One thread searches (the query's encoding, dense and BM25, fusion, the passages) with 20 ms between; the "
+        f"builder has one thread. p99 during the build is {live['p99_build_to_idle']:.2f} times the idle one; "
+        f"{len(live['failed'])} searches failed. Swap and rollback load an encoder and check the new generation "
+        "before they flip; the longest search meanwhile is the most that the flip can have cost one.",
+        "",
+        "| phase | seconds | searches | p50 ms | p99 ms | longest ms | writers waited, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['seconds']:.1f} | {row['searches']} | {row['p50']:.1f} | {row['p99']:.1f} "
+        f"| {row['longest']:.1f} | {row['writers_waited_ms']:.1f} |"
+        for name, row in live["phases"].items()
+    ]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
