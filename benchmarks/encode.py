@@ -117,13 +117,14 @@ def measure(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     """Run every contender once per round, and compare its vectors with the first one's."""
     names = list(contenders)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    reference = contenders[names[0]]()
+    reference = None
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             with peak_memory() as peak:
                 wall, processor = time.perf_counter(), time.process_time()
                 vectors = contenders[name]()
                 wall, processor = time.perf_counter() - wall, time.process_time() - processor
+            reference = vectors if reference is None else reference  # round 1 begins with the first contender
             cosine = float((vectors * reference).sum(1).min())
             results[name].append({"wall": wall, "processor": processor, "peak": max(peak), "cosine": cosine})
             print(f"round {number + 1}: {name}: {wall:.1f} s, {processor:.1f} processor s", file=sys.stderr, flush=True)
@@ -173,6 +174,7 @@ def summarise(rounds: dict[str, list[dict[str, float]]], options: argparse.Names
         },
         "data": options.data.resolve().name if options.data else "made-up texts",
         "texts": len(texts),
+        "load": [round(value, 1) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "rounds": options.rounds,
         "results": rows,
         "runs": rounds,
@@ -192,7 +194,9 @@ def render(report: dict) -> str:
         "# Encoding",
         "",
         f"{report['texts']} texts of mixed length ({report['data']}), fp32 unless named, {report['machine']}, "
-        f"{versions}; medians of {report['rounds']} alternating rounds in one process. Written by "
+        f"{versions}; medians of {report['rounds']} alternating rounds in one process. "
+        f"Load averages at the end: {report['load']}; where they exceed the threads above, other work shared the "
+        "machine, and processor seconds are the number to look at. Written by "
         "`benchmarks/encode.py`; run it again to see your machine's.",
         "",
         "| | texts/s | seconds | processor s | speed | by processor s | peak RSS, GiB | least cosine |",
