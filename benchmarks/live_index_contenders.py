@@ -180,6 +180,8 @@ def bm25s(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, An
 
 def lancedb(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
     """LanceDB: an IVF-HNSW index with 8-bit vectors, full-text search, and its own reciprocal rank fusion."""
+    os.environ.setdefault("LANCE_LOG", "error")  # it warns at every search
+
     import lancedb as library
     import pyarrow as pa
     from lancedb.index import FTS, HnswSq

@@ -128,8 +128,8 @@ def _value(raw: Any, place: str, tab_separated: bool) -> Any:
     if not isinstance(raw, bytes):
         return raw  # an element of a JSON list
     try:
-        line = raw.decode().strip()
-        if tab_separated and not line.startswith("{") and "\t" in line:
+        line = raw.decode().rstrip("\r\n")
+        if tab_separated and "\t" in line and not line.lstrip().startswith("{"):
             id, _, text = line.partition("\t")
             return {"id": id, "text": text}
         return json.loads(line)
