@@ -142,23 +142,31 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 def _refresh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_data", required=True, nargs="+", metavar="PATH", help="JSONL files or directories")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the new checkpoint goes")
-    parser.add_argument("--eval_data", metavar="PATH", help="held-out data for the gate: JSONL, or a BEIR folder")
+    parser.add_argument("--eval_data", metavar="PATH", help="held-out data, also the gate's: JSONL, or a BEIR folder")
+    parser.add_argument("--no_gate", action="store_true", help="swap without comparing")
+    parser.add_argument("--metric", default="nDCG@10", help="what the gate compares (default: nDCG@10)")
+    parser.add_argument("--force", action="store_true", help="go live although the gate says no; this is recorded")
+    _fusion_options(parser)
     _device(parser)
     parser.epilog = "All other flags are those of fine-tuning: see ultrarag finetune --help."
 
 
 def _search_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights", type=_weights, metavar="HEAD=X,...", help="weight of each head, such as dense=1,bm25=0.3"
-    )
+    _fusion_options(parser)
     parser.add_argument("--heads", type=_names, metavar="A,B", help="heads to search: dense, sparse, colbert, bm25")
-    parser.add_argument("--fusion", choices=["weighted", "rrf"], help="weighted sum, or reciprocal rank fusion")
-    parser.add_argument("--normalize", choices=["minmax", "raw"], help="of each head's scores before they are weighted")
     parser.add_argument(
         "--filter", type=_filter, metavar="JSON", help='condition on the metadata, such as {"lang": "en"}'
     )
     parser.add_argument("--candidates", type=int, metavar="N", help="hits asked of each head before fusion")
     parser.add_argument("--exact", action="store_true", help="compare the dense vector with all passages")
+
+
+def _fusion_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", type=_weights, metavar="HEAD=X,...", help="weight of each head, such as dense=1,bm25=0.3"
+    )
+    parser.add_argument("--fusion", choices=["weighted", "rrf"], help="weighted sum, or reciprocal rank fusion")
+    parser.add_argument("--normalize", choices=["minmax", "raw"], help="of each head's scores before they are weighted")
 
 
 def _device(parser: argparse.ArgumentParser) -> None:

@@ -180,8 +180,12 @@ def refresh(arguments: argparse.Namespace) -> None:
     with _open(arguments) as live:
         report = live.refresh(
             arguments.train_data,
-            eval_data=arguments.eval_data,
+            arguments.eval_data,
             output_dir=arguments.output_dir,
+            gate=not arguments.no_gate,
+            force=arguments.force,
+            metric=arguments.metric,
+            search=_options(arguments) or None,
             **arguments.finetune,
         )
     _show(arguments, report.to_dict(), lambda found: str(report))
@@ -203,7 +207,7 @@ def _open(arguments: argparse.Namespace) -> LiveIndex:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The search options that were given."""
     names: Sequence[str] = ("weights", "heads", "fusion", "normalize", "filter", "candidates", "exact")
-    return {name: value for name in names if (value := getattr(arguments, name)) not in (None, False)}
+    return {name: value for name in names if (value := getattr(arguments, name, None)) not in (None, False)}
 
 
 def _show(arguments: argparse.Namespace, found: dict[str, Any], text: Any) -> None:
