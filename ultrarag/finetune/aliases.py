@@ -23,6 +23,8 @@ RENAMED = {
     "same_task_within_batch": "same_dataset_within_batch",
     "query_instruction_for_rerank": "query_instruction_for_retrieval",
     "passage_instruction_for_rerank": "passage_instruction_for_retrieval",
+    "query_instruction_format_for_rerank": "query_instruction_format",
+    "passage_instruction_format_for_rerank": "passage_instruction_format",
     # RAG-Retrieval
     "dataset": "train_data",
     "lr": "learning_rate",

@@ -100,6 +100,16 @@ class DataArguments:
     train_group_size: int = _flag(8, "Passages per query: one positive, the others negatives.")
     query_max_len: int = _flag(32, "Longest query in tokens; the rest is cut off.")
     passage_max_len: int = _flag(128, "Longest passage in tokens; the rest is cut off.")
+    max_len: int | None = _flag(
+        None,
+        "Rerankers: longest pair of query and passage in tokens, of which a query takes at most three quarters.",
+        shown_default="query_max_len + passage_max_len",
+    )
+    sep_token: str | None = _flag(
+        None,
+        "Rerankers that are language models: what stands between query, passage and prompt.",
+        shown_default="what the model was trained with: a line break",
+    )
     pad_to_multiple_of: int | None = _flag(None, "Pad the batch's length up to a multiple of this.")
     max_example_num_per_dataset: int = _flag(100_000_000, "Use at most this many rows of each dataset.")
     query_instruction_for_retrieval: str | None = _flag(None, "Instruction put before every query.")
@@ -133,6 +143,9 @@ class DataArguments:
         for name in ("train_group_size", "query_max_len", "passage_max_len", "max_example_num_per_dataset"):
             _at_least(self, name, 1)
         _at_least(self, "pad_to_multiple_of", 1)
+        _at_least(self, "max_len", 8)
+        if self.sep_token is not None:
+            self.sep_token = self.sep_token.replace("\\n", "\n")
         for name in ("small_threshold", "drop_threshold"):
             _at_least(self, name, 0)
         if not 0 <= self.shuffle_ratio <= 1:

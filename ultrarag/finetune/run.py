@@ -14,16 +14,26 @@ from ultrarag.encoder import Encoder
 from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune.arguments import FinetuneArguments
 from ultrarag.finetune.batches import BatchPlan
-from ultrarag.finetune.collator import Collator
+from ultrarag.finetune.collator import Collator, PairCollator
 from ultrarag.finetune.data import TrainData
 from ultrarag.finetune.distributed import rank, world_size
 from ultrarag.finetune.evaluation import Evaluator, read_evaluator
 from ultrarag.finetune.loader import make_loader
 from ultrarag.finetune.output import claim_output_dir, find_resume, kept_in_output
+from ultrarag.finetune.pairs import (
+    PairLengths,
+    check_groups,
+    pair_collator,
+    refuse_for_pairs,
+    refuse_without_pairs,
+    set_up_pairs,
+)
+from ultrarag.finetune.rerank_evaluation import RerankEvaluator, read_rerank_evaluator
 from ultrarag.finetune.trainable import choose_heads, freeze
 from ultrarag.finetune.trainer import EmbeddingTrainer
 from ultrarag.fingerprint import fingerprint
 from ultrarag.hookspecs import LoadOptions
+from ultrarag.plugins import registry
 from ultrarag.publish import largest_difference, probe_vectors, publish
 from ultrarag.types import Embeddings
 
@@ -80,6 +90,8 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
         Interrupted: after Ctrl-C.
     """
     _refuse_unsupported(arguments)
+    pairs = registry().adapter(arguments.adapter).declared.pair_input
+    (refuse_for_pairs if pairs else refuse_without_pairs)(arguments)
     notes = _Notes(arguments.notes)
     _use_one_gpu(arguments, notes)
     output = Path(str(arguments.training.output_dir))
@@ -88,13 +100,15 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
         claim_output_dir(output, arguments.overwrite_output_dir, notes.add)
     data = _read_data(arguments, notes)
     plan = _plan(arguments, data)
+    if pairs:
+        check_groups(plan)
     for note in [*data.notes, *plan.notes]:
         notes.add(note)
-    encoder = _load_encoder(arguments)
+    encoder = _load_encoder(arguments, notes)
     heads = choose_heads(encoder, arguments.loss.unified_finetuning)
     freeze(encoder, heads, arguments.model.fix_encoder, arguments.model.fix_position_embedding)
     start = _Start(encoder.fingerprint, probe_vectors(encoder))
-    evaluator = _evaluator(arguments)
+    evaluator = _evaluator(arguments, pairs)
     metrics = {"before": evaluator(encoder, heads)} if evaluator else {}
     record = _record(arguments, data, start.fingerprint)
     if resume:
@@ -204,17 +218,18 @@ def _plan(arguments: FinetuneArguments, data: TrainData) -> BatchPlan:
     )
 
 
-def _load_encoder(arguments: FinetuneArguments) -> Encoder:
+def _load_encoder(arguments: FinetuneArguments, notes: _Notes) -> Encoder:
     from transformers import set_seed
 
     set_seed(arguments.training.seed)  # fresh heads are drawn from the run's seed, the same on every rank
     model, data = arguments.model, arguments.data
+    pairs = registry().adapter(arguments.adapter).declared.pair_input
     options = LoadOptions(
         heads=model.heads,
         pooling=model.sentence_pooling_method,
-        normalize=arguments.loss.normalize_embeddings,
+        normalize=None if pairs else arguments.loss.normalize_embeddings,
         colbert_dim=model.colbert_dim if model.colbert_dim > 0 else None,
-        training=arguments.loss.unified_finetuning,
+        training=pairs or arguments.loss.unified_finetuning,
         trust_remote_code=model.trust_remote_code,
         config_name=model.config_name,
         tokenizer_name=model.tokenizer_name,
@@ -233,15 +248,21 @@ def _load_encoder(arguments: FinetuneArguments) -> Encoder:
             passage_instruction=data.passage_instruction_for_retrieval,
             passage_format=data.passage_instruction_format if data.passage_instruction_for_retrieval else None,
         )
+    if pairs:
+        set_up_pairs(encoder, data, notes.add)
+        return encoder
     encoder.max_length("query", data.query_max_len)  # refused here if the model has fewer positions
     encoder.max_length("passage", data.passage_max_len)
     return encoder
 
 
-def _evaluator(arguments: FinetuneArguments) -> Evaluator | None:
+def _evaluator(arguments: FinetuneArguments, pairs: bool) -> Evaluator | RerankEvaluator | None:
     if arguments.evaluation.eval_data is None:
         return None
     data = arguments.data
+    if pairs:
+        lengths = PairLengths.of(data)
+        return read_rerank_evaluator(arguments.evaluation.eval_data, lengths.query, lengths.pair)
     return read_evaluator(arguments.evaluation.eval_data, data.query_max_len, data.passage_max_len)
 
 
@@ -257,14 +278,15 @@ def _trainer(
     heads: tuple[str, ...],
     plan: BatchPlan,
     record: Training,
-    evaluator: Evaluator | None,
+    evaluator: Evaluator | RerankEvaluator | None,
 ) -> EmbeddingTrainer:
     from transformers import EarlyStoppingCallback
 
     data = arguments.data
-    collator = Collator(
-        encoder.tokenizer, encoder.settings, data.query_max_len, data.passage_max_len, data.pad_to_multiple_of
-    )
+    lengths = (data.query_max_len, data.passage_max_len, data.pad_to_multiple_of)
+    collator: Collator | PairCollator = Collator(encoder.tokenizer, encoder.settings, *lengths)
+    if encoder.adapter.declared.pair_input:
+        collator = pair_collator(encoder, data)
     patience = arguments.evaluation.early_stopping_patience
     return EmbeddingTrainer(
         encoder,

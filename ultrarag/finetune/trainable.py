@@ -55,13 +55,14 @@ def freeze(encoder: Encoder, heads: tuple[str, ...], fix_encoder: bool, fix_posi
     Raises:
         UsageError: when nothing is left to train.
     """
+    own_heads = getattr(encoder.model, "head_prefixes", ())  # a classifier's head is a part of its backbone
     names = [name for name, _ in encoder.model.named_parameters()]
     if fix_encoder and not any(name.startswith("backbone.") for name in names):
         raise UsageError(f"--fix_encoder: the model of {encoder.adapter.describe()} has no part called 'backbone'")
     for name, parameter in encoder.model.named_parameters():
         head = name.split(".")[0].removesuffix("_linear")
         unused_head = name.startswith(("sparse_linear.", "colbert_linear.")) and head not in heads
-        backbone = name.startswith("backbone.")
+        backbone = name.startswith("backbone.") and not name.startswith(own_heads)
         frozen = unused_head or name.startswith("backbone.pooler.")
         frozen |= fix_encoder and backbone
         frozen |= fix_positions and "position_embeddings" in name

@@ -26,6 +26,7 @@ from ultrarag.finetune.distributed import gather, mean_weight, world_size
 from ultrarag.finetune.evaluation import Evaluator
 from ultrarag.finetune.gradcache import cached_step
 from ultrarag.finetune.loader import PlannedLoader
+from ultrarag.finetune.rerank_evaluation import RerankEvaluator
 from ultrarag.finetune.trainable import Trainable
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.loss_arguments import LossArguments
@@ -46,7 +47,7 @@ class EmbeddingTrainer(Trainer):
         loss_arguments: LossArguments,
         sub_batch_size: int | None,
         record: Training,
-        evaluator: Evaluator | None = None,
+        evaluator: Evaluator | RerankEvaluator | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         super().__init__(

@@ -1,0 +1,136 @@
+"""CrossEncoder: a transformers sequence classifier with one label over (query, passage) pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ultrarag.adapters.embedder_files import load_tokenizer, without_loading_report
+from ultrarag.adapters.pair_format import PairFormat, fast_backend, join_pairs
+from ultrarag.errors import CheckpointError, UsageError
+from ultrarag.types import Embeddings, EncoderSettings, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ultrarag.hookspecs import Features, LoadOptions
+
+#: What a classifier has above its encoder; a plain encoder has none of it (or a pooler only).
+_HEAD_PARTS = ("classifier", "score", "pooler", "pre_classifier", "head", "summary")
+
+
+class CrossEncoder(nn.Module):
+    """A classifier whose only logit is the relevance of a pair; state-dict keys: `backbone.*`."""
+
+    def __init__(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = EncoderSettings(heads=("scores",))
+        self.template = PairFormat.of(tokenizer, path)
+        self.backend = fast_backend(tokenizer, path)
+        #: parts of the backbone that --fix_encoder and LoRA leave to be trained whole
+        self.head_prefixes = tuple(
+            f"backbone.{name}." for name, _ in backbone.named_children() if name != backbone.base_model_prefix
+        )
+
+    @property
+    def config(self) -> Any:
+        """The backbone's transformers configuration."""
+        return self.backbone.config
+
+    def pair_tokens(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        query_max_length: int | None,
+        max_length: int | None,
+        passage_max_length: int | None = None,
+    ) -> Tokens:
+        """Join the pairs as the tokenizer does, such as `<s> q </s></s> p </s>`; segments where the model has two."""
+        tokens = join_pairs(
+            self.backend, self.template, queries, passages, query_max_length, max_length, passage_max_length
+        )
+        if not self._segments():
+            tokens.types = None
+        return tokens
+
+    def encode(self, features: Features) -> Embeddings:
+        """Return the pairs' logits as `scores`, (batch,)."""
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: features[name] for name in names if name in features}  # type: ignore[literal-required]
+        return Embeddings(scores=self.backbone(**inputs, return_dict=True).logits.view(-1))
+
+    def _segments(self) -> bool:
+        return "token_type_ids" in self.tokenizer.model_input_names and getattr(self.config, "type_vocab_size", 0) > 1
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in backward (--gradient_checkpointing)."""
+        self.backbone.activation_checkpointing_enable(**options)
+
+
+def load_cross_encoder(path: str, options: LoadOptions) -> CrossEncoder:
+    """Load a classifier with one label; in training also a plain encoder, which gets a fresh (seeded) head.
+
+    Raises:
+        CheckpointError: weights are missing, or it classifies into several labels.
+        UsageError: an option that a cross-encoder does not have.
+    """
+    if options.pooling is not None:
+        raise UsageError("a cross-encoder gives a score and no vector: leave --sentence_pooling_method out")
+    folder = Path(path)
+    remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
+    config = _one_label(folder, options, remote)
+    from transformers import AutoModelForSequenceClassification
+
+    with without_loading_report():
+        backbone, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
+        )
+    _check_missing(folder, report["missing_keys"], options.training)
+    return CrossEncoder(backbone, load_tokenizer(folder, options), path)
+
+
+def _one_label(folder: Path, options: LoadOptions, remote: Mapping[str, Any]) -> Any:
+    """The model's configuration, with one label where it is that of a plain encoder."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
+    classifies = any("SequenceClassification" in name for name in config.architectures or ())
+    if classifies and config.num_labels != 1:
+        raise CheckpointError(
+            f"{folder} classifies into {config.num_labels} labels; a reranker has one, the relevance of a pair"
+        )
+    config.num_labels = 1
+    return config
+
+
+def _check_missing(folder: Path, missing: Sequence[str], training: bool) -> None:
+    """Refuse weights that are not there, except those of a fresh head in training."""
+    of_head = [key for key in missing if any(part in _HEAD_PARTS for part in key.split("."))]
+    other = sorted(set(missing) - set(of_head))
+    if other:
+        raise CheckpointError(
+            f"{folder}: the weights lack {len(other)} tensor(s) that the model needs, first '{other[0]}'; "
+            "the checkpoint is incomplete or of another architecture"
+        )
+    if of_head and not training:
+        raise CheckpointError(
+            f"{folder} has no classification head ('{min(of_head)}'), so it gives no scores: it is no reranker; "
+            "fine-tune it first (python -m ultrarag.finetune.bge_reranker), which makes one"
+        )
+
+
+def save_cross_encoder(model: CrossEncoder, path: str, state_dict: Mapping[str, Any]) -> None:
+    """Write the classifier and its tokenizer into `path`."""
+    weights = {
+        name.removeprefix("backbone."): tensor.detach().cpu().contiguous().clone()
+        for name, tensor in state_dict.items()
+        if name.startswith("backbone.")
+    }
+    model.backbone.save_pretrained(Path(path), state_dict=weights)
+    model.tokenizer.save_pretrained(path)
