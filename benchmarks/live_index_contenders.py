@@ -13,6 +13,17 @@ import numpy as np
 VOCABULARY, TOKENS, WORDS, LENGTH, CLUSTERS, NOISE = 30_000, 60, 50_000, 60, 200, 32
 HNSW_M, EF_CONSTRUCT, EF_SEARCH = 16, 128, 128  # as our engine has them, for the peers too
 K = 10
+#: What a contender leaves in the folder that all contenders of one size share.
+FILES = {
+    "ultrarag dense": ["dense"],
+    "faiss flat": ["dense exact.faiss"],
+    "faiss hnsw": ["dense approximate.faiss"],
+    "ultrarag sparse": ["sparse"],
+    "ultrarag bm25": ["bm25"],
+    "bm25s": ["bm25s"],
+    "ultrarag hybrid": ["dense", "bm25"],
+    "lancedb": ["lance"],
+}
 
 
 def vectors(count: int, dim: int, seed: int) -> np.ndarray:
@@ -54,13 +65,13 @@ def our_dense(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any
     data, queries = vectors(size, options.dim, 0), vectors(options.queries, options.dim, 9)
 
     def open_() -> dict[str, Callable[[int], Any]]:
-        backend = opened(folder)
+        backend = opened(folder / "dense")
         return {
             "dense exact": lambda i: names(backend.search_dense(queries[i], K, exact=True)),
             "dense approximate": lambda i: names(backend.search_dense(queries[i], K)),
         }
 
-    return lambda: fill(folder, size, lambda rows: Embeddings(dense=data[rows])), open_
+    return lambda: fill(folder / "dense", size, lambda rows: Embeddings(dense=data[rows])), open_
 
 
 def our_sparse(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
@@ -70,11 +81,11 @@ def our_sparse(folder: Path, size: int, options: argparse.Namespace) -> tuple[An
     data, queries = lexical(size, 0), lexical(options.queries, 9)
 
     def open_() -> dict[str, Callable[[int], Any]]:
-        backend = opened(folder)
+        backend = opened(folder / "sparse")
         return {"sparse": lambda i: names(backend.search_sparse(queries.ids[i], queries.weights[i], K))}
 
     part = lambda rows: Embeddings(sparse=Sparse(data.ids[rows], data.weights[rows]))  # noqa: E731
-    return lambda: fill(folder, size, part), open_
+    return lambda: fill(folder / "sparse", size, part), open_
 
 
 def our_bm25(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
@@ -98,16 +109,17 @@ def our_bm25(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any,
 
 
 def our_hybrid(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Dense and BM25, 100 candidates each, and their min-max sum."""
+    """Dense and BM25, 100 candidates each, and their min-max sum; what those two have built is not built again."""
     from ultrarag.retrieve.bm25 import BM25
     from ultrarag.retrieve.fusion import fuse
 
-    builds = [make(folder, size, options)[0] for make in (our_dense, our_bm25)]
+    missing = [make for name, make in (("dense", our_dense), ("bm25", our_bm25)) if not (folder / name).exists()]
+    builds = [make(folder, size, options)[0] for make in missing]
     queries, asked = vectors(options.queries, options.dim, 9), texts(options.queries, 8, 9)
     weights = {"dense": 1.0, "bm25": 1.0}
 
     def open_() -> dict[str, Callable[[int], Any]]:
-        backend, words = opened(folder), BM25.open(folder / "bm25")
+        backend, words = opened(folder / "dense"), BM25.open(folder / "bm25")
 
         def search(i: int) -> list[str]:
             lists = {"dense": backend.search_dense(queries[i], 100), "bm25": words.search(asked[i], 100)}
@@ -115,7 +127,7 @@ def our_hybrid(folder: Path, size: int, options: argparse.Namespace) -> tuple[An
 
         return {"hybrid": search}
 
-    return lambda: [build() for build in builds], open_
+    return (lambda: [build() for build in builds]) if len(builds) == 2 else None, open_
 
 
 def faiss_flat(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
@@ -140,7 +152,7 @@ def faiss_index(folder: Path, size: int, options: argparse.Namespace, name: str,
 
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     data, queries = vectors(size, options.dim, 0), vectors(options.queries, options.dim, 9)
-    path = str(folder / "index.faiss")
+    path = str(folder / f"{name}.faiss")
 
     def build() -> None:
         index = make(faiss)
@@ -229,7 +241,7 @@ def fill(folder: Path, size: int, part: Callable[[slice], Any]) -> None:
     """Write Embeddings into a new engine, optimise and close it."""
     from ultrarag.retrieve.backends import Schema, create
 
-    backend = create(folder / "vectors", Schema.of(part(slice(0, 1))))
+    backend = create(folder, Schema.of(part(slice(0, 1))))
     for start in range(0, size, 1000):
         rows = slice(start, min(start + 1000, size))
         backend.upsert([f"p{row}" for row in range(rows.start, rows.stop)], part(rows), [{}] * (rows.stop - rows.start))
@@ -241,7 +253,7 @@ def opened(folder: Path) -> Any:
     """Open the engine that `fill` wrote."""
     from ultrarag.retrieve.backends import open_backend
 
-    return open_backend(folder / "vectors", verify=False)
+    return open_backend(folder, verify=False)
 
 
 def names(scored: list[tuple[str, float]]) -> list[str]:
