@@ -15,6 +15,7 @@ ExampleModel = Callable[[Path], None]
 #: One line per built-in adapter. A third party's plugin has an attribute `example_model` instead.
 EXAMPLES: dict[str, ExampleModel] = {
     "bge": tiny.tiny_bert,
+    "bge-reranker": tiny.tiny_cross_encoder,
     "bgem3": tiny.tiny_m3,
     "icl": tiny.tiny_decoder,
     "minicpm-embedding": tiny.tiny_minicpm,

@@ -24,7 +24,7 @@ TEXTS = (
     "骑车淋雨以后先擦干链条，再滴一点润滑油。",
 )
 #: Tokens that the tiny models take, special ones included.
-MAX_LENGTH = 64
+MAX_LENGTH = 128
 _SPECIAL = {
     "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
     "roberta": {
