@@ -177,6 +177,63 @@ def test_extension_must_wrap(registry):
         registry.register(Inert(), "inert", kind="extension")
 
 
+class MisspeltWrapper:
+    @hookimpl(wrapper=True)
+    def los(self):
+        return (yield)
+
+
+class WrongWrapper:
+    @hookimpl(wrapper=True)
+    def loss(self, queries):
+        return (yield)
+
+
+class NewerExtension:
+    contract = CONTRACT + 1
+
+    @hookimpl(wrapper=True)
+    def loss(self):
+        return (yield)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "words"),
+    [
+        (MisspeltWrapper(), "'los' is marked @hookimpl but is no hook; did you mean 'loss'"),
+        (WrongWrapper(), "has the argument 'queries', which does not exist; use loss"),
+        (NewerExtension(), f"written for contract {CONTRACT + 1}"),
+        (MisspeltWrapper, r"is the class 'MisspeltWrapper'; register an instance"),
+    ],
+    ids=["misspelt", "wrong argument", "newer", "class"],
+)
+def test_an_extension_is_refused_for_the_same_reasons(registry, plugin, words):
+    with pytest.raises(PluginError, match=rf"extension 'bad'.*{words}"):
+        registry.register(plugin, "bad", kind="extension")
+
+
+def test_an_adapter_does_not_wrap(registry):
+    class Wrapping(Bow):
+        @hookimpl(wrapper=True)
+        def loss(self):
+            return (yield)
+
+    with pytest.raises(PluginError, match=r"wraps 'loss' instead of implementing it; wrappers are extensions"):
+        registry.register(Wrapping(), "bad")
+
+
+def test_an_extension_that_loses_the_result_is_not_silent(registry):
+    class Loses:
+        @hookimpl(wrapper=True)
+        def encode(self):
+            yield
+
+    registry.register(Bow(), "bow")
+    registry.register(Loses(), "loses", kind="extension")
+    with pytest.raises(PluginError, match="hook 'encode' returned None"):
+        registry.adapter("bow").encode(None, features())
+
+
 class Forgetful(Bow):
     @hookimpl
     def encode(self, features):
@@ -273,3 +330,18 @@ def test_switched_off_by_environment(installed):
         "-c", "from ultrarag.plugins import registry; registry().adapter('bge')", ULTRARAG_DISABLE_PLUGINS="bge"
     )
     assert "adapter 'bge' is switched off by ULTRARAG_DISABLE_PLUGINS" in found.stderr
+
+
+def test_an_entry_point_to_nothing_is_named(installed):
+    installed("acme_empty", "", "[ultrarag.adapters]\nacme = acme_empty:adapter\n")
+    errors = installed.run("-c", "from ultrarag.plugins import registry; registry().adapter('acme')").stderr
+    assert "adapter 'acme' of package 'acme_empty' 1.2 cannot be imported: AttributeError" in errors
+
+
+def test_an_extension_is_switched_off_by_environment(installed):
+    installed("acme_ext", "1 / 0", "[ultrarag.extensions]\nacme-ext = acme_ext\n")
+    code = (
+        "from ultrarag.plugins import registry; print(registry().adapter('bge').name, registry().plugins()[-1].problem)"
+    )
+    found = installed.run("-W", "error", "-c", code, ULTRARAG_DISABLE_PLUGINS="other, acme_ext:acme-ext")
+    assert found.stdout == "bge switched off by ULTRARAG_DISABLE_PLUGINS\n"
