@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ultrarag import hookimpl
 from ultrarag.errors import DataError
+from ultrarag.plugins import registry
 from ultrarag.retrieve import rerank
-from ultrarag.types import Hit, Passage
+from ultrarag.testing.tiny import tiny_cross_encoder, tiny_tokenizer
+from ultrarag.types import Embeddings, Hit, Passage, Tokens
 
 
 class Overlap:
@@ -65,3 +70,75 @@ def test_a_score_that_is_no_number_is_refused() -> None:
 
     with pytest.raises(DataError, match="passage 'b' is not a number"):
         rerank(Broken(), "red", HITS)  # type: ignore[arg-type]
+
+
+class Common:
+    """A third party's cross-encoder: the score of a pair is the number of token ids that both sides share."""
+
+    heads = ("scores",)
+    pair_input = True
+
+    @hookimpl
+    def load(self, path, options):
+        import torch
+
+        class Model(torch.nn.Linear):
+            tokenizer = tiny_tokenizer("bert", ("the sea a fast train home",))
+            config = None
+
+            def pair_tokens(self, queries, passages, query_max_length, max_length, **more):
+                split = self.tokenizer(list(queries), add_special_tokens=False)["input_ids"]
+                other = self.tokenizer(list(passages), add_special_tokens=False)["input_ids"]
+                end = self.tokenizer.sep_token_id
+                return Tokens([[*query, end, *passage] for query, passage in zip(split, other, strict=True)])
+
+        return Model(1, 1)
+
+    @hookimpl
+    def encode(self, model, features):
+        import torch
+
+        def shared(ids, mask):
+            row = ids[mask.bool()].tolist()
+            end = row.index(model.tokenizer.sep_token_id)
+            return float(len({*row[:end]} & {*row[end + 1 :]}))
+
+        batch = zip(features["input_ids"], features["attention_mask"], strict=True)
+        return Embeddings(scores=torch.tensor([shared(ids, mask) for ids, mask in batch]))
+
+    @hookimpl
+    def loss(self, model, query, passage, teacher, step, args):
+        return passage.scores.sum()
+
+    @hookimpl
+    def save(self, model, path, state_dict):
+        Path(path, "config.json").write_text("{}")
+
+
+@pytest.fixture
+def common(tmp_path: Path) -> Iterator[Any]:
+    from ultrarag import Encoder
+
+    registry().register(Common(), "common-words")
+    try:
+        yield Encoder.load(tmp_path, adapter="common-words", device="cpu")
+    finally:
+        registry().unregister("common-words")
+
+
+def test_a_third_partys_adapter_reranks(common) -> None:
+    hits = [hit(str(n), text, 1 - n / 10) for n, text in enumerate(["the sea", "a fast train", "the fast train home"])]
+    found = rerank(common, "the fast train", hits, batch_tokens=16)
+    assert [(item.id, item.score) for item in found] == [("2", 3.0), ("1", 2.0), ("0", 1.0)]
+
+
+def test_the_built_in_one_reranks(tmp_path: Path) -> None:
+    from ultrarag import Encoder
+
+    tiny_cross_encoder(tmp_path / "model")
+    encoder = Encoder.load(tmp_path / "model", adapter="bge-reranker", device="cpu")
+    found = rerank(encoder, "red apple", HITS, normalize=True)
+    alone = {item.id: rerank(encoder, "red apple", [item], normalize=True)[0].score for item in HITS}
+    assert {item.id: item.score for item in found} == pytest.approx(alone, abs=1e-6)
+    assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
+    assert len(set(alone.values())) > 1
