@@ -15,13 +15,18 @@ import numpy as np
 from live_index_contenders import LENGTH, texts
 
 
+#: What each thread asks: the whole way, and one that no encoding hides.
+SEARCHES = {"dense + BM25": {"weights": {"dense": 1.0, "bm25": 1.0}}, "BM25": {"heads": ["bm25"]}}
+
+
 class Searching(threading.Thread):
     """Searches one query after the other, with a pause, and notes when each began and how long it took."""
 
-    def __init__(self, live: Any, queries: list[str]) -> None:
+    def __init__(self, live: Any, queries: list[str], **options: Any) -> None:
         super().__init__(daemon=True)
-        self.live, self.queries = live, queries
-        self.seen: list[tuple[float, float]] = []
+        self.live, self.queries, self.options = live, queries, options
+        #: began, seconds, the live encoder's fingerprint afterwards
+        self.seen: list[tuple[float, float, str]] = []
         self.failed: list[str] = []
         self._over = threading.Event()
 
@@ -30,10 +35,10 @@ class Searching(threading.Thread):
         while not self._over.wait(0.02):
             started = time.perf_counter()
             try:
-                self.live.search(self.queries[number % len(self.queries)], weights={"dense": 1.0, "bm25": 1.0})
+                self.live.search(self.queries[number % len(self.queries)], **self.options)
             except Exception as error:
                 self.failed.append(repr(error))
-            self.seen.append((started, time.perf_counter() - started))
+            self.seen.append((started, time.perf_counter() - started, self.live.fingerprint))
             number += 1
 
     def stop(self) -> None:
@@ -43,7 +48,13 @@ class Searching(threading.Thread):
 
     def between(self, start: float, end: float) -> list[float]:
         """Milliseconds of the searches that were under way at some moment of a span."""
-        return [1000 * took for begun, took in self.seen if begun < end and begun + took > start]
+        return [1000 * took for begun, took, _ in self.seen if begun < end and begun + took > start]
+
+    def at_the_flip(self, start: float, end: float) -> float:
+        """Milliseconds of the longer of the last search before a flip within a span, and the first after it."""
+        pairs = zip(self.seen, self.seen[1:], strict=False)
+        flips = [1000 * max(a[1], b[1]) for a, b in pairs if a[2] != b[2] and a[0] < end and b[0] > start]
+        return max(flips, default=0.0)
 
 
 def during_a_build(options: argparse.Namespace) -> dict[str, Any]:
@@ -60,13 +71,17 @@ def during_a_build(options: argparse.Namespace) -> dict[str, Any]:
             seconds, spent = time.perf_counter(), time.process_time()
             live.add({"id": f"p{row}", "text": text} for row, text in enumerate(words))
             adding = (time.perf_counter() - seconds, time.process_time() - spent)
-            thread = Searching(live, texts(100, 8, 9))
-            thread.start()
+            queries = texts(100, 8, 9)
+            threads = {name: Searching(live, queries, **how) for name, how in SEARCHES.items()}
+            for thread in threads.values():
+                thread.start()
             try:
                 marks = phases(live, checkpoint)
             finally:
-                thread.stop()
-            return {"passages": options.live, "add_seconds": adding[0], **summary(thread, marks)}
+                for thread in threads.values():
+                    thread.stop()
+            rows = {name: summary(thread, marks) for name, thread in threads.items()}
+            return {"passages": options.live, "add_seconds": adding[0], "searches": rows}
 
 
 def changed_copy(model: str, target: Path) -> Path:
@@ -110,6 +125,7 @@ def summary(thread: Searching, marks: dict[str, tuple[float, float, float]]) -> 
             "p50": float(np.percentile(times, 50)),
             "p99": float(np.percentile(times, 99)),
             "longest": max(times),
+            "at_the_flip": thread.at_the_flip(start, end),
             "writers_waited_ms": 1000 * waited,
         }
     idle = statistics.mean(phases_[name]["p99"] for name in ("idle", "idle again"))

@@ -74,6 +74,16 @@ def test_add_and_status(kb: str, folder: Path, capsys: pytest.CaptureFixture[str
     assert not any(line != line.rstrip() for line in out.splitlines())
 
 
+def test_cut_texts_are_told_once(tmp_path: Path, tiny_m3: str, caplog, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["create", tmp_path / "kb", "--model", tiny_m3, "--adapter", "bgem3", "--backend", "numpy"]
+    said(capsys, *words, "--passage-max-length", "4")
+    caplog.clear()
+    lines = tmp_path / "x.jsonl"
+    lines.write_text("".join(f'{{"id": "{n}", "text": "a text of more than four tokens"}}\n' for n in range(20)))
+    assert main(["add", str(tmp_path / "kb"), str(lines)]) == 0
+    assert [record.getMessage() for record in caplog.records] == ["20 texts were longer than 4 tokens and were cut"]
+
+
 def test_status_while_another_process_owns_the_index(full: str, tiny, capsys: pytest.CaptureFixture[str]) -> None:
     with LiveIndex.open(full, tiny):
         assert said(capsys, "status", full)["owner"]["pid"] > 0
