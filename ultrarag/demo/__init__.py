@@ -1,1 +1,1 @@
-"""The demonstration behind `make demo`: fine-tune a small model on Python's own documentation."""
+"""The demonstration behind `make demo`: refresh the model of an index of Python's own documentation as it answers."""

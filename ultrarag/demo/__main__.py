@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ultrarag.demo.corpus import build_demo
-from ultrarag.demo.report import example, table
+from ultrarag.demo.corpus import DemoData, build_demo
+from ultrarag.demo.report import comparison, example
+from ultrarag.demo.visitor import Visitor
 from ultrarag.errors import UltraragError, UsageError
-from ultrarag.ir import Collection, per_query, read_beir, run_of, significance, top_k
+from ultrarag.ir import Collection, read_beir, significance
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve import Evaluation, LiveIndex, RefreshReport
 
 QUERY_TOKENS = 64
 PASSAGE_TOKENS = 128
@@ -29,17 +35,26 @@ TRAINING: dict[str, Any] = {
     "warmup_ratio": 0.1,
     "seed": 42,
 }
+#: how the held-out queries are searched: the options of `LiveIndex.search`
+SEARCHES: dict[str, dict[str, Any]] = {
+    "dense": {"weights": {"dense": 1}},
+    "bm25": {"weights": {"bm25": 1}},
+    "hybrid": {"weights": {"dense": 1, "bm25": 0.5}},
+}
+Evaluations = dict[str, "Evaluation"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ultrarag.demo",
-        description="Fine-tune a small model on the documentation of installed packages and show what it gained.",
+        description="Index the documentation of installed packages, refresh the index's model while it answers "
+        "searches, and show what that gained.",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path(".demo"), help="folder for data and checkpoint (%(default)s)"
+        "--output", type=Path, default=Path(".demo"), help="folder for data, index and checkpoint (%(default)s)"
     )
     args = parser.parse_args(argv)
+    logging.getLogger("ultrarag").setLevel(logging.ERROR)  # texts are cut at 128 tokens on purpose here
     try:
         run_demo(args.output, small_model())
     except UltraragError as error:
@@ -49,23 +64,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_demo(output: Path, model: str | Path, pairs: int = 1500, held_out: int = 300) -> None:
-    """Build the task, measure `model`, fine-tune it, measure the checkpoint, and print both.
+    """Index, search, refresh under searches, compare, roll back; print what came of it.
 
     Raises:
-        UltraragError: the packages to read are not installed, or training stopped.
+        UltraragError: the packages to read are not installed, training stopped, or the refresh was refused.
     """
-    say = _steps(4)
+    say = _steps(5)
     say("reading the documentation of installed packages")
     data = build_demo(output / "data", pairs, held_out)
     task = read_beir(data.folder)
-    say(f"searching {len(task.corpus)} passages for {data.held_out} held-out queries, before")
-    before = search(model, task)
-    say(f"fine-tuning on {data.train} other pairs, one epoch")
-    checkpoint = train(model, data.train_file, output / "checkpoint")
-    say("searching again, with the checkpoint")
-    after = search(checkpoint, task)
-    say("done")
-    show(task, before, after, checkpoint)
+    say(f"indexing {len(task.corpus)} passages")
+    with create_index(output / "index", model, task) as live:
+        say(f"searching for {data.held_out} held-out queries, before")
+        before = search(live, task)
+        say(f"refreshing: fine-tuning on {data.train} other pairs, while a thread keeps searching")
+        report, visitor = refresh(live, data, task, output / "checkpoint")
+        say("searching again, rolling back, and searching once more")
+        after = search(live, task)
+        rollback = live.rollback()
+        restored = search(live, task) == before
+        say("done")
+        show(task, before, after, visitor)
+        print(
+            f"\nRolled back to generation {rollback.new.id}: every hit and score is "
+            f"{'as it was before' if restored else 'NOT as it was before'}."
+        )
+    print(f"\nThe report of the refresh lies in {report.html}: open it in a browser.")
+    print(f"The checkpoint lies in {report.checkpoint}; use it with Encoder.load({report.checkpoint!r}).")
 
 
 def small_model() -> Path:
@@ -76,40 +101,40 @@ def small_model() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def search(model: str | Path, task: Collection) -> dict[str, dict[str, float]]:
-    """Return the ten nearest passages of every query: query id -> passage id -> score."""
+def create_index(folder: Path, model: str | Path, task: Collection) -> LiveIndex:
+    """Make a new index of the task's passages, in place of that of an earlier demonstration."""
     from ultrarag import Encoder
+    from ultrarag.retrieve import LiveIndex
 
-    encoder = Encoder.load(model, adapter="bge")
-    passages = [passage.content for passage in task.corpus.values()]
-    passage_vectors = encoder.encode(passages, kind="passage", max_length=PASSAGE_TOKENS).dense
-    query_vectors = encoder.encode(list(task.queries.values()), kind="query", max_length=QUERY_TOKENS).dense
-    return run_of(list(task.queries), list(task.corpus), *top_k(query_vectors, passage_vectors, 10))
-
-
-def train(model: str | Path, train_file: Path, output: Path) -> Path:
-    """Fine-tune for one epoch and return the checkpoint's folder."""
-    from ultrarag.finetune import finetune
-
-    places: dict[str, Any] = {
-        "output_dir": str(output),
-        "overwrite_output_dir": True,
-        "cache_path": str(output.parent / "cache"),
-    }
-    result = finetune(str(model), str(train_file), adapter="bge", **places, **TRAINING)
-    return Path(result.checkpoint)
+    if (folder / "passages.sqlite").exists():
+        shutil.rmtree(folder)
+    encoder = Encoder.load(model, adapter="bge", query_max_length=QUERY_TOKENS, passage_max_length=PASSAGE_TOKENS)
+    live = LiveIndex.create(folder, encoder)
+    live.add(task.corpus.values())
+    return live
 
 
-def show(
-    task: Collection, before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], checkpoint: Path
-) -> None:
-    """Print the metrics, an example, and where the checkpoint lies."""
-    values = per_query(task.qrels, before), per_query(task.qrels, after)
-    print(table(*values))
-    old, new = ({query_id: row["nDCG@10"] for query_id, row in system.items()} for system in values)
-    print(f"\nnDCG@10 {significance(old, new)}\n")
-    print(example(task, before, after))
-    print(f"\nThe checkpoint lies in {checkpoint}; use it with Encoder.load({str(checkpoint)!r}).")
+def search(live: LiveIndex, task: Collection) -> Evaluations:
+    """Search the held-out queries in each way."""
+    return {name: live.evaluate(task.queries, task.qrels, **options) for name, options in SEARCHES.items()}
+
+
+def refresh(live: LiveIndex, data: DemoData, task: Collection, output: Path) -> tuple[RefreshReport, Visitor]:
+    """Fine-tune for one epoch, build, gate on the held-out queries and swap, with a visitor who searches throughout."""
+    options: dict[str, Any] = {"cache_path": str(output.parent / "cache"), "overwrite_output_dir": True, **TRAINING}
+    with Visitor(live, list(task.queries.values()), SEARCHES["hybrid"]) as visitor:
+        gate = (task.queries, task.qrels)
+        report = live.refresh(str(data.train_file), output_dir=output, gate=gate, search=SEARCHES["dense"], **options)
+    return report, visitor
+
+
+def show(task: Collection, before: Evaluations, after: Evaluations, visitor: Visitor) -> None:
+    """Print what the searching thread saw, the metrics, and an example."""
+    print(f"While the model was refreshed: {visitor}\n")
+    print(comparison(before, after))
+    change = significance(before["dense"].of("nDCG@10"), after["dense"].of("nDCG@10"))
+    print(f"\ndense nDCG@10 {change}\n")
+    print(example(task, before["dense"].run, after["dense"].run))
 
 
 def _steps(total: int) -> Callable[[str], None]:

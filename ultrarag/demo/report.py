@@ -6,18 +6,16 @@ import math
 from collections.abc import Mapping
 
 from ultrarag.ir import Collection, Run
-
-#: query id -> metric -> value
-Values = Mapping[str, Mapping[str, float]]
+from ultrarag.retrieve.evaluation import Evaluation
 
 
-def table(before: Values, after: Values) -> str:
-    """Return the mean of each metric, before and after, as lines of text."""
-    names = list(next(iter(before.values())))
-    lines = [f"{'held-out queries':<18}{'before':>8}{'after':>8}{'gain':>9}"]
-    for name in names:
-        old, new = (math.fsum(row[name] for row in values.values()) / len(values) for values in (before, after))
-        lines.append(f"{name:<18}{old:>8.3f}{new:>8.3f}{new - old:>+9.3f}")
+def comparison(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> str:
+    """Return the mean of each metric for every way of searching, before and after, as lines of text."""
+    lines = [f"{'held-out queries':<20}{'before':>8}{'after':>8}{'gain':>9}"]
+    for name, side in before.items():
+        for metric, old in side.metrics.items():
+            new = after[name].metrics[metric]
+            lines.append(f"{f'{name} {metric}':<20}{old:>8.3f}{new:>8.3f}{new - old:>+9.3f}")
     return "\n".join(lines)
 
 
