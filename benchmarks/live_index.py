@@ -224,9 +224,9 @@ def live_lines(live: dict[str, Any]) -> list[str]:
         "passages), one with BM25 alone, which no encoding hides; the builder has one thread. p99 during the build is "
         + ", ".join(f"{number} times the idle one ({name})" for name, number in ratio.items())
         + f"; {failed} searches failed. *At the flip* is the longer of the last search before it and the first after "
-        "it; before they flip, swap and rollback load an encoder and check the new generation.",
+        "it, in ms; writers waited ms, too. Before they flip, swap and rollback load an encoder and check the generation.",
         "",
-        "| searches | phase | seconds | searches | p50 ms | p99 ms | longest ms | at the flip, ms | writers waited, ms |",
+        "| searches | phase | seconds | searches | p50 ms | p99 ms | longest ms | at the flip | writers waited |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     return lines + [

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from live_index_contenders import LENGTH, texts
 
-
 #: What each thread asks: the whole way, and one that no encoding hides.
 SEARCHES = {"dense + BM25": {"weights": {"dense": 1.0, "bm25": 1.0}}, "BM25": {"heads": ["bm25"]}}
 
