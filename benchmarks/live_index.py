@@ -224,7 +224,7 @@ def live_lines(live: dict[str, Any]) -> list[str]:
         "passages), one with BM25 alone, which no encoding hides; the builder has one thread. p99 during the build is "
         + ", ".join(f"{number} times the idle one ({name})" for name, number in ratio.items())
         + f"; {failed} searches failed. *At the flip* is the longer of the last search before it and the first after "
-        "it, in ms; writers waited ms, too. Before they flip, swap and rollback load an encoder and check the generation.",
+        "it, in ms; so is how long writers waited. Before that, swap and rollback load an encoder and check vectors.",
         "",
         "| searches | phase | seconds | searches | p50 ms | p99 ms | longest ms | at the flip | writers waited |",
         "|---|---|---|---|---|---|---|---|---|",
