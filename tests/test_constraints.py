@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 #: what `make` installs
-EXTRAS = ("demo", "test", "dev")
+EXTRAS = ("demo", "lora", "test", "dev")
 
 
 def pins() -> dict[str, str]:

@@ -40,27 +40,35 @@ def publish(
     state_dict: Mapping[str, Any],
     training: Training | None = None,
     keep: Callable[[str], bool] = lambda name: False,
+    more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `encoder` with the weights `state_dict` as the checkpoint `target`.
 
     Args:
         keep: which entries of an existing `target` stay in it, by name.
+        more: writes further files into the folder that it is given.
 
     Raises:
         CheckpointError: when the reloaded checkpoint does not give the same vectors.
     """
     with staged_directory(target) as stage:
-        write_checkpoint(encoder, stage, state_dict, training)
+        write_checkpoint(encoder, stage, state_dict, training, more)
         publish_directory(stage, target, keep)
     return target
 
 
 def write_checkpoint(
-    encoder: Encoder, folder: Path, state_dict: Mapping[str, Any], training: Training | None = None
+    encoder: Encoder,
+    folder: Path,
+    state_dict: Mapping[str, Any],
+    training: Training | None = None,
+    more: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Write all files of a checkpoint into `folder`, checked by loading them again."""
     with quiet_progress():
         encoder.adapter.save(encoder.model, str(folder), state_dict)
+    if more:
+        more(folder)
     manifest = Manifest(encoder.adapter.name, encoder.settings, training=training)
     reloaded = _reload(encoder, folder)
     _compare(encoder, reloaded, folder)

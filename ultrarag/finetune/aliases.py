@@ -112,6 +112,7 @@ def _mixed_precision(value: str) -> dict[str, Any]:
 
 _AMP = _only(("auto", "amp", "cuda_amp", "cpu_amp"), "this backend", "mixed precision comes from torch; leave it out")
 _FSDP = 'give it in --fsdp_config, such as \'{"transformer_layer_cls_to_wrap": ["BertLayer"]}\''
+_MERGED = "the merged model is always written, and the adapters by themselves beside it, into adapter/; leave it out"
 _ACCELERATOR = "give it in --accelerator_config, such as '{\"split_batches\": false}'"
 
 #: The flags whose values are rewritten.
@@ -143,6 +144,12 @@ REWRITTEN = (
         "The same as --fp16 or --bf16.",
         _mixed_precision,
         choices=("no", "fp16", "bf16"),
+    ),
+    _old(
+        "save_merged_lora_model",
+        "bool",
+        "True only: with --use_lora the merged model is always written.",
+        _only((True,), "save_merged_lora_model", _MERGED),
     ),
     _old("log_interval", "int", "The same as --logging_steps.", lambda value: {"logging_steps": value}),
     _old(

@@ -22,7 +22,7 @@ from ultrarag.finetune.command_line import (
     refuse_unknown,
     with_defaults,
 )
-from ultrarag.finetune.flags import DataArguments, EvaluationArguments, ModelArguments
+from ultrarag.finetune.flags import DataArguments, EvaluationArguments, LoraArguments, ModelArguments
 from ultrarag.finetune.transformers_arguments import build_training_arguments, described, training_flags
 from ultrarag.finetune.values import Flag, flags_of
 from ultrarag.loss_arguments import LossArguments
@@ -34,6 +34,7 @@ __all__ = [
     "DataArguments",
     "EvaluationArguments",
     "FinetuneArguments",
+    "LoraArguments",
     "LossArguments",
     "ModelArguments",
     "from_keywords",
@@ -45,6 +46,7 @@ _OWN = {
     "Model": ModelArguments,
     "Data": DataArguments,
     "Loss and training of embeddings": LossArguments,
+    "Low-rank adapters": LoraArguments,
     "Evaluation": EvaluationArguments,
 }
 
@@ -81,6 +83,7 @@ class FinetuneArguments:
     model: ModelArguments
     data: DataArguments
     loss: LossArguments
+    lora: LoraArguments
     evaluation: EvaluationArguments
     training: TrainingArguments
     #: write into an output directory that holds a model or checkpoints
@@ -96,6 +99,7 @@ class FinetuneArguments:
             "model": _without_secrets(self.model),
             "data": _without_secrets(self.data, "train_data"),
             "loss": asdict(self.loss),
+            "lora": asdict(self.lora),
             "evaluation": _without_secrets(self.evaluation, "eval_data"),
             "training": described(self.training),
         }
@@ -229,12 +233,13 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     own = {kind: _pick(values, kind) for kind in _OWN.values()}
     model, data = ModelArguments(**own[ModelArguments]), DataArguments(**own[DataArguments])
     loss, evaluation = LossArguments(**own[LossArguments]), EvaluationArguments(**own[EvaluationArguments])
+    lora = LoraArguments(**own[LoraArguments])
     notes += _without_effect(loss, values)
     overwrite = values.pop("overwrite_output_dir", False)
     ours = {name for chosen in own.values() for name in chosen}
     rest = {name: value for name, value in values.items() if name not in ours}
     training = build_training_arguments(rest, evaluation.eval_data is not None, notes)
-    return FinetuneArguments(adapter, model, data, loss, evaluation, training, overwrite, notes)
+    return FinetuneArguments(adapter, model, data, loss, lora, evaluation, training, overwrite, notes)
 
 
 def _pick(values: Mapping[str, Any], arguments: type) -> dict[str, Any]:

@@ -160,6 +160,37 @@ class DataArguments:
 
 
 @dataclass
+class LoraArguments:
+    """Low-rank adapters: small matrices that are trained in place of the backbone's own weights.
+
+    Raises:
+        UsageError: when a value cannot be used.
+    """
+
+    use_lora: bool = _flag(
+        False,
+        "Train low-rank adapters (and the heads) and leave the backbone as it is; writes the merged model, and the "
+        "adapters by themselves into adapter/. Needs the extra 'lora'.",
+    )
+    lora_rank: int = _flag(64, "Rank of the adapters.")
+    lora_alpha: float = _flag(16, "The adapters' output is scaled by lora_alpha / lora_rank.")
+    lora_dropout: float = _flag(0.1, "Dropout before the adapters.")
+    target_modules: tuple[str, ...] = _flag(
+        (),
+        "The linear layers that get an adapter, by the ends of their names, such as q_proj v_proj.",
+        split=True,
+        shown_default="all of the backbone",
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, "lora_rank", 1)
+        if not self.lora_alpha > 0:
+            raise UsageError(f"lora_alpha is {self.lora_alpha}; it must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+
+
+@dataclass
 class EvaluationArguments:
     """How the model is measured on held-out data before, during and after training.
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ultrarag.finetune.data import TrainData
 from ultrarag.finetune.distributed import rank, world_size
 from ultrarag.finetune.evaluation import Evaluator, read_evaluator
 from ultrarag.finetune.loader import make_loader
+from ultrarag.finetune.lora import Lora, add_lora
 from ultrarag.finetune.output import claim_output_dir, find_resume, kept_in_output
 from ultrarag.finetune.pairs import (
     PairLengths,
@@ -108,12 +110,13 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
     heads = choose_heads(encoder, arguments.loss.unified_finetuning)
     freeze(encoder, heads, arguments.model.fix_encoder, arguments.model.fix_position_embedding)
     start = _Start(encoder.fingerprint, probe_vectors(encoder))
+    lora = add_lora(encoder, arguments.lora) if arguments.lora.use_lora else None
     evaluator = _evaluator(arguments, pairs)
     metrics = {"before": evaluator(encoder, heads)} if evaluator else {}
     record = _record(arguments, data, start.fingerprint)
     if resume:
         _check_same_order(resume, record)
-    trainer = _trainer(arguments, encoder, heads, plan, record, evaluator)
+    trainer = _trainer(arguments, encoder, heads, plan, record, evaluator, lora)
     seconds, loss = _train(trainer, str(resume) if resume else None)
     if evaluator:
         metrics["after"] = evaluator(encoder, heads)
@@ -167,6 +170,8 @@ def _refuse_unsupported(arguments: FinetuneArguments) -> None:
             f"--train_sampling_strategy {training.train_sampling_strategy} (group_by_length) is not supported: "
             "the order of rows is a function of the seed and the epoch alone"
         )
+    if arguments.lora.use_lora:
+        _refuse_with_lora(arguments)
     if arguments.model.sub_batch_size and training.deepspeed:
         raise UsageError(
             "--sub_batch_size does not work with --deepspeed, whose engine allows one backward per step; "
@@ -183,6 +188,14 @@ def _use_one_gpu(arguments: FinetuneArguments, notes: _Notes) -> None:
             f"{training.n_gpu} to use all"
         )
         training._n_gpu = 1
+
+
+def _refuse_with_lora(arguments: FinetuneArguments) -> None:
+    """Sharded weights cannot be merged with their adapters on the way to a checkpoint."""
+    if arguments.model.fix_encoder:
+        raise UsageError("--use_lora adapts the backbone that --fix_encoder freezes; leave one of them out")
+    if arguments.training.fsdp or arguments.training.deepspeed:
+        raise UsageError("--use_lora does not work with --fsdp or --deepspeed; leave them out (plain DDP works)")
 
 
 def _read_data(arguments: FinetuneArguments, notes: _Notes) -> TrainData:
@@ -279,6 +292,7 @@ def _trainer(
     plan: BatchPlan,
     record: Training,
     evaluator: Evaluator | RerankEvaluator | None,
+    lora: Lora | None,
 ) -> EmbeddingTrainer:
     from transformers import EarlyStoppingCallback
 
@@ -298,6 +312,7 @@ def _trainer(
         record,
         evaluator,
         [EarlyStoppingCallback(patience)] if patience else [],
+        lora,
     )
 
 
@@ -326,12 +341,15 @@ def _mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
 def _publish(trainer: EmbeddingTrainer, encoder: Encoder, start: _Start, record: Training, output: Path) -> str:
     """Write the finished checkpoint, unless training changed nothing."""
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    identity = ""
+    identity, more = "", None
+    if trainer.lora:
+        more = partial(trainer.lora.save, matrices=trainer.lora.matrices())
+        trainer.lora.remove()
     if rank() == 0:
-        weights = trainer.weights(state_dict)
+        weights = encoder.model.state_dict() if trainer.lora else trainer.weights(state_dict)
         identity = fingerprint(encoder.model, encoder.adapter.name, encoder.settings)
         _check_moved(encoder, start, identity)
-        publish(encoder, output, weights, record, keep=kept_in_output(output))
+        publish(encoder, output, weights, record, keep=kept_in_output(output), more=more)
     trainer._wait()
     return identity
 

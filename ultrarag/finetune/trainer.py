@@ -26,6 +26,7 @@ from ultrarag.finetune.distributed import gather, mean_weight, world_size
 from ultrarag.finetune.evaluation import Evaluator
 from ultrarag.finetune.gradcache import cached_step
 from ultrarag.finetune.loader import PlannedLoader
+from ultrarag.finetune.lora import Lora
 from ultrarag.finetune.rerank_evaluation import RerankEvaluator
 from ultrarag.finetune.trainable import Trainable
 from ultrarag.hookspecs import Features, LoadOptions
@@ -49,6 +50,7 @@ class EmbeddingTrainer(Trainer):
         record: Training,
         evaluator: Evaluator | RerankEvaluator | None = None,
         callbacks: Sequence[Any] = (),
+        lora: Lora | None = None,
     ) -> None:
         super().__init__(
             model=Trainable(encoder, heads),
@@ -65,6 +67,7 @@ class EmbeddingTrainer(Trainer):
         self.sub_batch_size = sub_batch_size
         self.record = record
         self.evaluator = evaluator
+        self.lora = lora
         self.interrupt = StopOnInterrupt()
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
@@ -153,7 +156,13 @@ class EmbeddingTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         record = replace(self.record, steps=self.state.global_step)
         with torch.random.fork_rng():  # loading it again for the comparison draws random numbers
-            write_checkpoint(self.encoder, folder, self.weights(state_dict), record)
+            if self.lora:
+                matrices = self.lora.matrices()
+                with self.lora.merged():
+                    more = functools.partial(self.lora.save, matrices=matrices)
+                    write_checkpoint(self.encoder, folder, self.lora.weights(), record, more)
+            else:
+                write_checkpoint(self.encoder, folder, self.weights(state_dict), record)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write checkpoint-N beside, then rename it: a reader, and a resume, see all of it or nothing."""
@@ -225,6 +234,9 @@ class EmbeddingTrainer(Trainer):
         )
         with quiet_progress():
             loaded = self.encoder.adapter.load(folder, options)
+        if self.lora:
+            self.lora.restore(Path(folder), loaded.state_dict())
+            return
         try:
             self.encoder.model.load_state_dict(loaded.state_dict(), strict=True)
         except RuntimeError as error:
