@@ -177,3 +177,9 @@ def test_threads_may_encode_at_the_same_time(m3_encoder):
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda _: m3_encoder.encode(TEXTS), range(8)):
             assert np.abs(found.dense - expected.dense).max() < 1e-6
+
+
+def test_progress_moves_with_every_forward(m3_encoder):
+    seen = []
+    list(m3_encoder.iter_encode(TEXTS, batch_tokens=1, on_batch=seen.append))
+    assert seen == [1] * len(TEXTS)

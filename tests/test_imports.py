@@ -18,7 +18,7 @@ LAYERS = [
     {"hookspecs", "packing", "packed_attention"},
     {"adapters"},
     {"plugin_checks", "plugins"},
-    {"checkpoint", "fingerprint", "tokenize", "pairs", "encoder", "publish", "model_card"},
+    {"checkpoint", "fingerprint", "tokenize", "loading", "pairs", "encoder", "publish", "model_card"},
     {"finetune"},
     {"retrieve"},
     {"testing", "demo", "cli"},

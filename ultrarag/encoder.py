@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,15 @@ from ultrarag.checkpoint import Manifest, Training, local_folder, read_manifest
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.fingerprint import fingerprint
 from ultrarag.hookspecs import Features, LoadOptions
-from ultrarag.pairs import score_pairs, tokenize_pairs
+from ultrarag.loading import (
+    PRECISIONS,
+    adapter_name,
+    checked_precision,
+    declared_options,
+    override_settings,
+    settings_of,
+)
+from ultrarag.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.plugins import Adapter, registry
 from ultrarag.progress import progress_bar, quiet_progress
 from ultrarag.scores import head_scores
@@ -43,7 +51,6 @@ logger = logging.getLogger("ultrarag")
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 #: Texts tokenized and sorted by length together; the next window is tokenized while one is encoded.
 WINDOW = 4096
-_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Encoder:
@@ -69,7 +76,7 @@ class Encoder:
         self.settings = settings
         self.manifest = manifest
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.precision = _checked_precision(precision)
+        self.precision = checked_precision(precision)
         self.model = model.to(self.device).eval()
         model.settings = settings  # type: ignore[assignment]
 
@@ -104,15 +111,15 @@ class Encoder:
             options = replace(options, heads=tuple(heads))
         folder = local_folder(str(path), options.cache_dir, options.token)
         manifest = read_manifest(folder)
-        plugin = registry().adapter(_adapter_name(adapter, manifest, folder))
+        plugin = registry().adapter(adapter_name(adapter, manifest, folder))
         if manifest and manifest.adapter == plugin.name:
-            options = _declared_options(options, manifest.settings)
+            options = declared_options(options, manifest.settings)
         else:
             manifest = None
         with quiet_progress():
             model = plugin.load(str(folder), options)
-        found = _settings_of(model, plugin, options, manifest)
-        _override(found, settings)
+        found = settings_of(model, plugin, options, manifest)
+        override_settings(found, settings)
         return cls(plugin, model, found, manifest, device, precision)
 
     @property
@@ -201,10 +208,8 @@ class Encoder:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return self.encode([""], kind, heads=heads, progress=False)[:0]
-        bar = progress_bar(len(texts), "encode", "text", progress)
-        parts = []
-        with bar:
-            for part in self.iter_encode(
+        with progress_bar(len(texts), "encode", "text", progress) as bar:
+            windows = self.iter_encode(
                 texts,
                 kind,
                 heads=heads,
@@ -212,10 +217,9 @@ class Encoder:
                 precision=precision,
                 max_length=max_length,
                 instruction=instruction,
-            ):
-                parts.append(part)
-                bar.update(len(part))
-        return Embeddings.cat(parts)
+                on_batch=bar.update,
+            )
+            return Embeddings.cat(list(windows))
 
     def iter_encode(
         self,
@@ -228,16 +232,21 @@ class Encoder:
         max_length: int | None = None,
         instruction: str | None = None,
         window: int = WINDOW,
+        on_batch: Callable[[int], object] | None = None,
     ) -> Iterator[Embeddings]:
         """Yield the embeddings of `window` texts at a time, in order, for corpora larger than memory.
 
         The next window is tokenized in a thread while one is encoded.
+
+        Args:
+            on_batch: told the number of texts after each forward (a progress bar's `update`, say).
         """
         if kind not in ("query", "passage"):
             raise UsageError(f"kind is '{kind}'; it must be 'query' or 'passage'")
         self._refuse_pairs()
         read = partial(self.tokenize, kind=kind, max_length=max_length, instruction=instruction)
         options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
+        options["on_batch"] = on_batch
         length = self.max_length(kind, max_length)
         yield from self._encode_windows(tokenized_windows(texts, read, window), "texts", length, **options)
 
@@ -249,15 +258,16 @@ class Encoder:
         heads: Sequence[str] | None = None,
         batch_tokens: int | None = None,
         precision: str | None = None,
+        on_batch: Callable[[int], object] | None = None,
     ) -> Iterator[Embeddings]:
         """Yield the embeddings of each window of tokenized texts or pairs; say in the end how many were cut."""
         chosen = self._checked_heads(heads)
         budget = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
-        dtype = _PRECISIONS[_checked_precision(precision or self.precision)]
+        dtype = PRECISIONS[checked_precision(precision or self.precision)]
         truncated = total = 0
         for tokens in windows:
             truncated, total = truncated + tokens.truncated, total + len(tokens)
-            yield self.encode_tokens(tokens, chosen, budget, dtype)
+            yield self.encode_tokens(tokens, chosen, budget, dtype, on_batch)
         if truncated:
             logger.warning("%d of %d %s were longer than %s tokens and were cut", truncated, total, what, length)
 
@@ -275,18 +285,22 @@ class Encoder:
         heads: tuple[str, ...],
         budget: int = BATCH_TOKENS["cpu"],
         dtype: torch.dtype | None = None,
+        on_batch: Callable[[int], object] | None = None,
     ) -> Embeddings:
         """Return the embeddings of tokenized texts, in their order.
 
         Args:
             budget: padded tokens per forward.
             dtype: of the forward, if not float32.
+            on_batch: told the number of texts after each forward.
         """
         parts, order = [], []
         self.model.eval()
         for rows in batches_by_tokens([len(row) for row in tokens.ids], budget):
             parts.append(self._forward(self.features(tokens, rows), heads, dtype).numpy())
             order.extend(rows)
+            if on_batch:
+                on_batch(len(rows))
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         return Embeddings.cat(parts)[place]
@@ -348,21 +362,7 @@ class Encoder:
             raise UsageError("normalize is for cross-encoders, whose scores are logits; this model compares vectors")
         if not pairs:
             return np.zeros(0, dtype=np.float32)
-        chosen = self._weights(weights)
-        queries = list(dict.fromkeys(query for query, _ in pairs))
-        passages = list(dict.fromkeys(passage for _, passage in pairs))
-        query = self.encode(queries, "query", heads=tuple(chosen), **options)
-        passage = self.encode(passages, "passage", heads=tuple(chosen), **options)
-        left = {text: row for row, text in enumerate(queries)}
-        right = {text: row for row, text in enumerate(passages)}
-        scores = np.empty(len(pairs), dtype=np.float32)
-        by_query: dict[int, list[int]] = {}
-        for number, (text, _) in enumerate(pairs):
-            by_query.setdefault(left[text], []).append(number)
-        for row, numbers in by_query.items():
-            columns = np.array([right[pairs[number][1]] for number in numbers])
-            scores[numbers] = self.similarity(query[row : row + 1], passage[columns], weights=chosen)[0]
-        return scores
+        return score_texts(self, pairs, self._weights(weights), **options)
 
     def similarity(self, query: Embeddings, passage: Embeddings, weights: dict[str, float] | None = None) -> np.ndarray:
         """Return the weighted sum of the heads' scores, (queries, passages) float32, of encoded texts."""
@@ -395,58 +395,6 @@ class Encoder:
         """
         from ultrarag.publish import publish
 
-        return publish(self, Path(path), self.model.state_dict(), training or _previous_training(self.manifest))
-
-
-def _previous_training(manifest: Manifest | None) -> Training | None:
-    return manifest.training if manifest else None
-
-
-def _adapter_name(adapter: str | None, manifest: Manifest | None, folder: Path) -> str:
-    if adapter:
-        return adapter
-    if manifest:
-        return manifest.adapter
-    raise UsageError(
-        f"{folder} is no checkpoint of ultrarag's (it has no ultrarag.json): name the adapter, "
-        f"for example adapter='{'bgem3' if (folder / 'sparse_linear.pt').exists() else 'bge'}' "
-        f"(installed: {', '.join(registry().names())})"
-    )
-
-
-def _declared_options(options: LoadOptions, settings: EncoderSettings) -> LoadOptions:
-    """Fill what the caller left open with what the manifest says."""
-    return replace(
-        options,
-        pooling=options.pooling or settings.pooling,
-        normalize=settings.normalize if options.normalize is None else options.normalize,
-    )
-
-
-def _settings_of(model: nn.Module, plugin: Adapter, options: LoadOptions, manifest: Manifest | None) -> EncoderSettings:
-    """The manifest's settings, else the model's own, else the adapter's heads."""
-    own = getattr(model, "settings", None)
-    if isinstance(own, dict):
-        own = EncoderSettings.from_dict(own)
-    if not isinstance(own, EncoderSettings):
-        own = EncoderSettings(heads=options.heads or plugin.declared.heads)
-    if manifest is None:
-        return replace(own)
-    return replace(manifest.settings, heads=own.heads, pooling=own.pooling, normalize=own.normalize)
-
-
-def _override(settings: EncoderSettings, changes: dict[str, Any]) -> None:
-    known = [name for name in vars(settings) if name not in ("heads", "pooling", "normalize")]
-    for name, value in changes.items():
-        if name not in known:
-            raise UsageError(f"Encoder.load has no argument '{name}'{did_you_mean(name, known)}")
-        if value is not None:
-            setattr(settings, name, value)
-
-
-def _checked_precision(precision: str) -> str:
-    if precision not in _PRECISIONS:
-        raise UsageError(
-            f"precision '{precision}' is unknown{did_you_mean(precision, _PRECISIONS)} (fp32, bf16 or fp16)"
+        return publish(
+            self, Path(path), self.model.state_dict(), training or (self.manifest.training if self.manifest else None)
         )
-    return precision

@@ -109,9 +109,9 @@ def score_pairs(
     windows = tokenized_windows(pairs, read, window)
     parts = [np.zeros(0, dtype=np.float32)]
     with progress_bar(len(pairs), "score", "pair", progress) as bar:
-        for part in encoder._encode_windows(windows, "pairs", length, batch_tokens=batch_tokens, precision=precision):
+        options: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "on_batch": bar.update}
+        for part in encoder._encode_windows(windows, "pairs", length, **options):
             parts.append(np.asarray(part.scores, dtype=np.float32))
-            bar.update(len(part))
     scores = np.concatenate(parts)
     return _logistic(scores) if normalize else scores
 
@@ -129,3 +129,28 @@ def _sides(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
     check_texts(queries)
     check_texts(passages)
     return queries, passages
+
+
+def score_texts(
+    encoder: Encoder, pairs: Sequence[tuple[str, str]], weights: dict[str, float], **options: Any
+) -> np.ndarray:
+    """Score pairs by a model that encodes texts one by one: each distinct text once, (n,) float32.
+
+    Args:
+        weights: weight per head.
+        options: of `Encoder.encode`.
+    """
+    if not pairs:
+        return np.zeros(0, dtype=np.float32)
+    left = {text: row for row, text in enumerate(dict.fromkeys(query for query, _ in pairs))}
+    right = {text: row for row, text in enumerate(dict.fromkeys(passage for _, passage in pairs))}
+    query = encoder.encode(list(left), "query", heads=tuple(weights), **options)
+    passage = encoder.encode(list(right), "passage", heads=tuple(weights), **options)
+    by_query: dict[int, list[int]] = {}
+    for number, (text, _) in enumerate(pairs):
+        by_query.setdefault(left[text], []).append(number)
+    scores = np.empty(len(pairs), dtype=np.float32)
+    for row, numbers in by_query.items():
+        columns = np.array([right[pairs[number][1]] for number in numbers])
+        scores[numbers] = encoder.similarity(query[row : row + 1], passage[columns], weights=weights)[0]
+    return scores
