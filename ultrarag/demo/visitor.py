@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve import LiveIndex
 
 #: Seconds between an answer and the next query.
-PAUSE = 0.05
+PAUSE = 0.1
 
 
 class Visitor:

@@ -10,6 +10,8 @@ WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 40
 #: Lines of the grid, at about so many values.
 TICKS = 5
+#: From so many points on, a bold line shows their moving average.
+NOISY = 10
 
 
 def line_chart(points: Sequence[tuple[float, float]], x_name: str, y_name: str) -> str:
@@ -24,13 +26,15 @@ def line_chart(points: Sequence[tuple[float, float]], x_name: str, y_name: str) 
     xs, ys = zip(*finite, strict=True)
     x_axis, y_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT), _Axis(*_span(ys), HEIGHT - BOTTOM, TOP)
     path = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in finite)
+    smooth = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in zip(xs, _average(ys), strict=True))
     dots = "".join(_dot(x_axis.place(x), y_axis.place(y), x, y, x_name, y_name) for x, y in finite)
     described = f"{y_name} by {x_name}: from {_short(ys[0])} to {_short(ys[-1])} over {len(finite)} points"
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(described)}">'
         f"{_grid(x_axis, y_axis)}"
         f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_name)}</text>'
-        f'<polyline points="{path}"/>{dots}</svg>'
+        f'<polyline points="{path}"/>{dots}'
+        f'{f"""<polyline class="average" points="{smooth}"/>""" if len(finite) >= NOISY else ""}</svg>'
     )
 
 
@@ -61,6 +65,17 @@ def _round_step(raw: float) -> float:
     """The next of 1, 2, 5, 10, ... times a power of ten."""
     power = 10.0 ** math.floor(math.log10(raw or 1.0))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+
+
+def _average(values: Sequence[float]) -> list[float]:
+    """The mean around each value: as many before it as after it, so that nothing is shifted."""
+    reach = max(2, len(values) // 10)
+    found = []
+    for place in range(len(values)):
+        near = min(reach, place, len(values) - 1 - place)
+        window = values[place - near : place + near + 1]
+        found.append(sum(window) / len(window))
+    return found
 
 
 def _grid(x_axis: _Axis, y_axis: _Axis) -> str:

@@ -33,6 +33,8 @@ code { font: .85em ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; o
 .chart text { font-size: 12px; fill: var(--soft); } .chart line { stroke: var(--line); }
 .chart polyline { fill: none; stroke: var(--blue); stroke-width: 2; stroke-linejoin: round; }
 .chart circle { fill: var(--blue); }
+.chart:has(.average) polyline:not(.average) { stroke-width: 1; opacity: .45; }
+.chart:has(.average) circle { opacity: .55; } .chart .average { stroke-width: 3; }
 details { margin: .5rem 0; border: 1px solid var(--line); border-radius: .4rem; }
 summary { cursor: pointer; padding: .6rem .9rem; display: flex; gap: .8rem; align-items: baseline; }
 summary::before { content: "\\25B8"; color: var(--soft); } details[open] > summary::before { content: "\\25BE"; }

@@ -121,7 +121,7 @@ class RefreshReport:
 def write_report(report: RefreshReport, measured: Mapping[str, Any] | None, folder: Path) -> None:
     """Write `refresh.html`, then `refresh.json`: what names the page comes after it."""
     page = Page(
-        title=f"Refresh of {Path(report.index).name}",
+        title=f"Refresh of the index '{Path(report.index).name}'",
         outcome=_outcome(report),
         good=report.outcome == "swapped" and not report.forced,
         metrics=report.metrics,
