@@ -133,6 +133,14 @@ def test_a_chart_is_well_formed_and_within_its_frame():
     assert "from 3 to 2 over 3 points" in chart.get("aria-label")
 
 
+def test_many_points_get_a_moving_average_that_is_calmer_than_they_are():
+    chart = ET.fromstring(line_chart([(step, float(step % 2)) for step in range(20)], "step", "loss"))
+    raw, average = chart.findall("polyline")
+    heights = [[float(pair.split(",")[1]) for pair in line.get("points").split()] for line in (raw, average)]
+    assert len(heights[0]) == len(heights[1]) == 20
+    assert max(heights[1]) - min(heights[1]) < 0.5 * (max(heights[0]) - min(heights[0]))
+
+
 @pytest.mark.parametrize("points", [[], [(1, 2.0)], [(1, float("nan")), (2, 1.0)]])
 def test_too_few_points_give_no_chart(points):
     assert line_chart(points, "step", "loss") == ""

@@ -68,14 +68,10 @@ def _round_step(raw: float) -> float:
 
 
 def _average(values: Sequence[float]) -> list[float]:
-    """The mean around each value: as many before it as after it, so that nothing is shifted."""
+    """The mean of the values around each, a tenth of them to either side."""
     reach = max(2, len(values) // 10)
-    found = []
-    for place in range(len(values)):
-        near = min(reach, place, len(values) - 1 - place)
-        window = values[place - near : place + near + 1]
-        found.append(sum(window) / len(window))
-    return found
+    windows = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
