@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         "dim": options.dim,
         "queries": options.queries,
         "versions": versions(),
+        "note": options.note,
         "search": [],
     }
     for size in options.sizes:
@@ -74,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="run only these")
     parser.add_argument("--live", type=int, default=2000, help="passages of the live index; 0: leave that part out")
     parser.add_argument("--model", help="folder or hub name for it (default: the small model of the tests)")
+    parser.add_argument("--note", help="what a reader of the page should know, such as what else ran")
     parser.add_argument("--output", type=Path, default=PAGE)
     return parser.parse_args(arguments)
 
@@ -179,6 +181,7 @@ def render(report: dict[str, Any]) -> str:
         "rows of one run). "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         + ". Written by `benchmarks/live_index.py`.",
+        *(["", report["note"]] if report.get("note") else []),
         "",
         f"## Search and build, {report['dim']} dimensions, one query at a time, {report['queries']} queries, "
         "the 10 best",
