@@ -186,7 +186,8 @@ def render(report: dict[str, Any]) -> str:
         f"## Search and build, {report['dim']} dimensions, one query at a time, {report['queries']} queries, "
         "the 10 best",
         "",
-        "Memory is the growth of the resident set by opening and searching, mapped files included. Build is all of it: "
+        "Memory is the growth of the resident set by opening and searching, mapped files included; too low where the "
+        "process took back what its build had freed (BM25, lancedb). Build is all of it: "
         "writing, the graph, and closing durably; the hybrid's is that of its parts. ultrarag's 10,000 are below the "
         "size from which a graph pays.",
         "",
