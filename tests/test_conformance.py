@@ -21,7 +21,16 @@ from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder, tiny_m3
 from ultrarag.types import Tokens
 
 #: Checks that a built-in adapter may be excused from, with the reason that the report gives.
-EXCUSED = {"bge-reranker": {"other devices": "a cross-encoder has no in-batch negatives"}}
+_PAIRS = {"other devices": "a cross-encoder has no in-batch negatives"}
+_NO_CROSS_ENCODER = "a {} is no CrossEncoder of sentence-transformers"
+EXCUSED = {
+    "bge-reranker": _PAIRS,
+    "bge-reranker-gemma": {**_PAIRS, "sentence-transformers": _NO_CROSS_ENCODER.format("GemmaForCausalLM")},
+    "bge-reranker-minicpm-layerwise": {
+        **_PAIRS,
+        "sentence-transformers": _NO_CROSS_ENCODER.format("GraniteModel"),
+    },
+}
 
 
 def built_in() -> list[str]:

@@ -16,6 +16,8 @@ ExampleModel = Callable[[Path], None]
 EXAMPLES: dict[str, ExampleModel] = {
     "bge": tiny.tiny_bert,
     "bge-reranker": tiny.tiny_cross_encoder,
+    "bge-reranker-gemma": tiny.tiny_yes_reranker,
+    "bge-reranker-minicpm-layerwise": tiny.tiny_layerwise,
     "bgem3": tiny.tiny_m3,
     "icl": tiny.tiny_decoder,
     "minicpm-embedding": tiny.tiny_minicpm,

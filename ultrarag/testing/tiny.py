@@ -110,6 +110,46 @@ def tiny_minicpm(folder: Path, seed: int = 0) -> None:
     torch.save({"weight": torch.full((1, 32), 0.1), "bias": torch.tensor([1.0])}, folder / "sparse_linear.pt")
 
 
+def tiny_yes_reranker(folder: Path, seed: int = 0) -> None:
+    """A Gemma with its language-model head, as bge-reranker-v2-gemma has, whose tokenizer knows the prompt's words."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    tokenizer = _prompted_tokenizer()
+    config = tiny_config(GemmaConfig, tokenizer, num_key_value_heads=1, head_dim=8)
+    config.max_position_embeddings = 2 * MAX_LENGTH
+    _write(folder, _random(GemmaForCausalLM, config, seed), tokenizer)
+
+
+def tiny_layerwise(folder: Path, seed: int = 0) -> None:
+    """A causal MiniCPM with a head after each of its two layers, as bge-reranker-v2-minicpm-layerwise is published."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaModel
+
+    tokenizer = _prompted_tokenizer()
+    body = _random(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
+    weights = {f"model.{name}": tensor for name, tensor in body.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(2):
+        weights[f"lm_head.{number}.linear_head.weight"] = torch.randn(1, 32, generator=generator)
+    tokenizer.save_pretrained(folder)
+    heads = {"start_layer": 1, "head_multi": True, "head_type": "simple"}
+    config = {**_minicpm_config(len(tokenizer)), **heads, "max_position_embeddings": 2 * MAX_LENGTH}
+    for name in ("is_causal", "adapt_mean_pooling", "rope_scaling"):  # an embedder's
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _prompted_tokenizer() -> PreTrainedTokenizerFast:
+    """A decoder's tokenizer with a token for each word of the rerankers' prompt, and room for it."""
+    from ultrarag.adapters.llm_reranker_model import PROMPT
+
+    tokenizer = tiny_tokenizer("decoder", (*TEXTS, PROMPT))
+    tokenizer.model_max_length = 2 * MAX_LENGTH
+    return tokenizer
+
+
 def _minicpm_config(vocabulary: int) -> dict[str, Any]:
     scaling = {
         "type": "longrope",
