@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from tests import golden
 from ultrarag import Encoder
 from ultrarag.adapters.reranker_model import load_cross_encoder
+from ultrarag.checkpoint import read_manifest
 from ultrarag.errors import CheckpointError, DataError, PluginError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
@@ -44,6 +46,7 @@ ROWS = [
 ]
 QUICK = {"query_max_len": 16, "passage_max_len": 24, "learning_rate": 3e-3, "per_device_train_batch_size": 4}
 QUICK |= {"adapter": "bge-reranker", "train_group_size": 3}
+BATCH = ["--per_device_train_batch_size"]
 VISIBLE = pytest.mark.skipif(not golden.VISIBLE_SET.present(), reason=golden.WHY_SKIPPED)
 
 
@@ -350,3 +353,23 @@ def test_beir_folder_and_embedder_flags_are_refused(xlmr, tiny_m3, tmp_path):
         finetune(xlmr, ROWS, tmp_path / "out", eval_data=str(tmp_path), max_steps=1, **QUICK)
     with pytest.raises(UsageError, match="--max_len is for rerankers, and 'bge' encodes"):
         finetune(tiny_m3, ROWS, tmp_path / "out", **{**QUICK, "adapter": "bge"}, max_len=40)
+
+
+def test_two_processes_give_the_weights_and_metrics_of_one(xlmr, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags = f"--model_name_or_path {xlmr} --train_data {data} --eval_data {data} --cache_path {tmp_path / 'cache'}"
+    flags += " --train_group_size 3 --query_max_len 16 --passage_max_len 24 --learning_rate 1e-2 --optim sgd"
+    flags += " --max_grad_norm 0 --max_steps 2 --json"
+    assert main([*flags.split(), *BATCH, "4", "--output_dir", str(tmp_path / "one")], adapter="bge-reranker") == 0
+    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    words = ["ultrarag.finetune.bge_reranker", *flags.split(), *BATCH, "2"]
+    done = subprocess.run(
+        [*python, *words, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=0, atol=1e-6), name
+    found = [read_manifest(tmp_path / name).training.metrics for name in ("one", "two")]
+    assert found[0]["after"] == pytest.approx(found[1]["after"])

@@ -70,6 +70,15 @@ def test_resumed_run_ends_with_the_weights_of_the_undisturbed_one(tiny_m3, tmp_p
         finetune(tiny_m3, ROWS, tmp_path / "x", resume_from_checkpoint=first, **{**options, "lora_rank": 2})
 
 
+def test_gradient_checkpointing_trains_the_same(tiny_m3, tmp_path):
+    options = {**LORA, "adapter": "bge", "lora_dropout": 0.0, "max_steps": 2}
+    plain = finetune(tiny_m3, ROWS, tmp_path / "plain", **options)
+    again = finetune(tiny_m3, ROWS, tmp_path / "again", gradient_checkpointing=True, **options)
+    mine, theirs = weights(plain.checkpoint), weights(again.checkpoint)
+    for name, tensor in mine.items():
+        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-5), name
+
+
 def test_best_checkpoint_is_loaded_back(tiny_m3, tmp_path):
     held_out = [{"query": row["query"], "pos": row["pos"]} for row in ROWS[:8]]
     options = {**LORA, "adapter": "bge", "eval_data": held_out, "eval_steps": 2, "num_train_epochs": 1}
