@@ -20,6 +20,7 @@ SUITE = {
     "encode": ["encode.py", "--model", "{model}"],
     "finetune": ["finetune.py", "--data", "{demo}"],
     "retrieve_backends": ["retrieve_backends.py"],
+    "live_index": ["live_index.py"],
     "live_faults": ["live_faults.py", "--rounds", "50"],
 }
 

@@ -68,6 +68,14 @@ def test_settings_are_part_of_the_identity(tiny_m3, m3_encoder, setting):
     assert Encoder.load(tiny_m3, adapter="bgem3", **setting).fingerprint != m3_encoder.fingerprint
 
 
+def test_a_setting_of_a_later_release_changes_no_identity_while_it_is_unset(m3_encoder):
+    """Only what differs from the default is hashed."""
+    from ultrarag.fingerprint import _declared
+
+    assert "query_format" not in _declared(m3_encoder.settings)
+    assert _declared(m3_encoder.settings)["pooling"] == "cls"
+
+
 def test_identity_ignores_earlier_calls(m3_encoder):
     before = m3_encoder.fingerprint
     m3_encoder.encode(TEXTS, max_length=8)  # sets truncation and padding inside the tokenizer

@@ -20,13 +20,19 @@ def fingerprint(model: nn.Module, adapter: str, settings: EncoderSettings) -> st
     model changes nothing, changing one weight does.
     """
     digest = hashlib.sha256()
-    digest.update(json.dumps([1, adapter, settings.to_dict()], sort_keys=True).encode())
+    digest.update(json.dumps([1, adapter, _declared(settings)], sort_keys=True).encode())
     digest.update(tokenizer_content(model.tokenizer))
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _declared(settings: EncoderSettings) -> dict[str, Any]:
+    """The settings that are not the default, so that a field added in a later release changes no identity."""
+    default = EncoderSettings(heads=()).to_dict()
+    return {name: value for name, value in settings.to_dict().items() if value != default[name]}
 
 
 def tokenizer_content(tokenizer: Any) -> bytes:
