@@ -198,10 +198,8 @@ class EncoderSettings:
         return self.query_max_length if kind == "query" else self.passage_max_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; what only rerankers have is left out where it is not set."""
-        values = {**asdict(self), "heads": list(self.heads)}
-        optional = ("prompt", "separator", "cutoff_layer")
-        return {name: value for name, value in values.items() if value is not None or name not in optional}
+        """Return plain JSON values."""
+        return {**asdict(self), "heads": list(self.heads)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderSettings:
