@@ -66,7 +66,8 @@ def mined_rows(encoder: Encoder, passages: np.ndarray, texts: Sequence[str], arg
     order = np.random.default_rng(args.seed).permutation(len(lines))[: args.train_queries]
     rows = [json.loads(lines[number]) for number in order]
     queries = encoder.encode([row["query"] for row in rows], "query", heads=("dense",)).dense
-    positives = encoder.encode([row["pos"][0] for row in rows], "passage", heads=("dense",)).dense
+    answers = [row["pos"][0] for row in rows]
+    positives = encoder.encode(answers, "passage", heads=("dense",), max_length=args.tokens).dense
     found = ir.top_k(queries, passages, args.depth)
     return mine(rows, texts, found, (queries * positives).sum(1).tolist(), args)
 
