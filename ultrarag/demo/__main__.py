@@ -7,7 +7,8 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,13 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path(".demo"), help="folder for data, index and checkpoint (%(default)s)"
     )
     args = parser.parse_args(argv)
-    logging.getLogger("ultrarag").setLevel(logging.ERROR)  # texts are cut at 128 tokens on purpose here
     try:
-        run_demo(args.output, small_model())
+        with _without_notes_of_cut_texts():
+            run_demo(args.output, small_model())
     except UltraragError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _without_notes_of_cut_texts() -> Iterator[None]:
+    """Texts are cut at 128 tokens on purpose here; whoever called the demo gets its logger back as it was."""
+    logger = logging.getLogger("ultrarag")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def run_demo(output: Path, model: str | Path, pairs: int = 1500, held_out: int = 300) -> None:
