@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class EmbedderAdapter:
-    """The hooks of every model that `Embedder` can hold; subclasses say which heads theirs may have."""
+    """The hooks of models with `encode(features)`, such as `Embedder`; subclasses say which heads theirs may have."""
 
     heads: tuple[str, ...] = ("dense",)
 

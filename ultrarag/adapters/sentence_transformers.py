@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from ultrarag.hookspecs import Features, LoadOptions, hookimpl
-from ultrarag.types import Embeddings
+from ultrarag.adapters.hooks import EmbedderAdapter
+from ultrarag.hookspecs import LoadOptions, hookimpl
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ultrarag.adapters.sentence_transformers_model import SentenceTransformersModel
-    from ultrarag.loss_arguments import LossArguments
 
 
-class SentenceTransformersAdapter:
+class SentenceTransformersAdapter(EmbedderAdapter):
     """Whatever `modules.json` lists: Transformer, Pooling, Dense, Normalize, WeightedLayerPooling, SpladePooling...
 
     A model has one head: dense, or for a SparseEncoder sparse, whose token ids are the dimensions of its vector.
@@ -30,20 +29,6 @@ class SentenceTransformersAdapter:
         from ultrarag.adapters.sentence_transformers_model import load_model
 
         return load_model(path, options)
-
-    @hookimpl
-    def encode(self, model: nn.Module, features: Features) -> Embeddings:
-        """Run the modules in order."""
-        return cast("SentenceTransformersModel", model).encode(features)
-
-    @hookimpl
-    def loss(
-        self, query: Embeddings, passage: Embeddings, teacher: Tensor | None, step: int, args: LossArguments
-    ) -> Tensor:
-        """The contrastive or distillation loss of the model's head."""
-        from ultrarag.losses import embedding_loss
-
-        return embedding_loss(query, passage, teacher, step, args)
 
     @hookimpl
     def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:

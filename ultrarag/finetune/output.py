@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from ultrarag.checkpoint import MANIFEST, read_manifest
+from ultrarag.checkpoint import MANIFEST, Training, read_manifest
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.arguments import FinetuneArguments
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+#: Settings without which the order of batches, and so a resumed run, would be another.
+_ORDER = (
+    *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("train_group_size", "dataloader_drop_last", "same_dataset_within_batch", "small_threshold", "drop_threshold"),
+    *("shuffle_ratio", "max_example_num_per_dataset", "no_in_batch_neg", "negatives_cross_device"),
+)
 
 
 def checkpoints_in(output: Path) -> list[Path]:
@@ -80,3 +87,32 @@ def kept_in_output(output: Path) -> Callable[[str], bool]:
     if manifest:
         replaced |= {name.split("/")[0] for name in manifest.files}
     return lambda name: name not in replaced and not name.endswith(".tmp")
+
+
+def check_same_order(resume: Path, record: Training) -> None:
+    """A resumed run must see the batches that the first would have seen.
+
+    Raises:
+        UsageError: its data or settings are others (names them), or the checkpoint holds no record of its run.
+    """
+    manifest = read_manifest(resume)
+    earlier = manifest.training if manifest else None
+    if earlier is None:
+        raise UsageError(f"{resume} holds no record of its run (ultrarag.json), so it cannot be resumed")
+    then, now = _order(earlier), _order(record)
+    different = [f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
+    if different:
+        raise UsageError(
+            f"the run in {resume} cannot be resumed with other data or batches ({'; '.join(different)}); "
+            "give the same settings, or start anew in another output_dir"
+        )
+
+
+def _order(record: Training) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for value in [record.arguments, *record.arguments.values()]:
+        if isinstance(value, Mapping):
+            flat.update({name: item for name, item in value.items() if name in _ORDER})
+    flat["parent"] = record.parent[:12]
+    flat["data"] = sorted({item["sha256"][:12] for item in record.data})
+    return flat

@@ -21,7 +21,7 @@ from ultrarag.finetune.distributed import rank, world_size
 from ultrarag.finetune.evaluation import Evaluator, read_evaluator
 from ultrarag.finetune.loader import make_loader
 from ultrarag.finetune.lora import Lora, add_lora
-from ultrarag.finetune.output import claim_output_dir, find_resume, kept_in_output
+from ultrarag.finetune.output import check_same_order, claim_output_dir, find_resume, kept_in_output
 from ultrarag.finetune.pairs import (
     PairLengths,
     check_groups,
@@ -38,13 +38,6 @@ from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import registry
 from ultrarag.publish import largest_difference, probe_vectors, publish
 from ultrarag.types import Embeddings
-
-#: Settings without which the order of batches, and so a resumed run, would be another.
-_ORDER = (
-    *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("train_group_size", "dataloader_drop_last", "same_dataset_within_batch", "small_threshold", "drop_threshold"),
-    *("shuffle_ratio", "max_example_num_per_dataset", "no_in_batch_neg", "negatives_cross_device"),
-)
 
 
 @dataclass
@@ -115,7 +108,7 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
     metrics = {"before": evaluator(encoder, heads)} if evaluator else {}
     record = _record(arguments, data, start.fingerprint)
     if resume:
-        _check_same_order(resume, record)
+        check_same_order(resume, record)
     trainer = _trainer(arguments, encoder, heads, plan, record, evaluator, lora)
     seconds, loss = _train(trainer, str(resume) if resume else None)
     if evaluator:
@@ -358,8 +351,9 @@ def _check_moved(encoder: Encoder, start: _Start, identity: str) -> None:
     remedy = "look at the learning rate, the loss in the log, and what is frozen"
     if identity == start.fingerprint:
         raise TrainingError(f"training changed no weight, so no checkpoint is written; {remedy}")
-    moved = largest_difference(start.probes, probe_vectors(encoder))
-    if any(value == float("inf") for value in moved.values()) and not _finite(probe_vectors(encoder)):
+    probes = probe_vectors(encoder)
+    moved = largest_difference(start.probes, probes)
+    if not _finite(probes):
         raise TrainingError(f"the trained model gives vectors that are not finite; no checkpoint is written; {remedy}")
     if all(value == 0 for value in moved.values()):
         raise TrainingError(f"the vectors of the probe texts did not move, so no checkpoint is written; {remedy}")
@@ -378,30 +372,3 @@ def _warn_if_worse(metrics: Mapping[str, Mapping[str, float]], notes: _Notes) ->
             f"the model is worse than before on the evaluation data: nDCG@10 {before:.4f} -> {after:.4f}; "
             "do not deploy it unseen"
         )
-
-
-def _check_same_order(resume: Path, record: Training) -> None:
-    """A resumed run must see the batches that the first would have seen."""
-    from ultrarag.checkpoint import read_manifest
-
-    manifest = read_manifest(resume)
-    earlier = manifest.training if manifest else None
-    if earlier is None:
-        raise UsageError(f"{resume} holds no record of its run (ultrarag.json), so it cannot be resumed")
-    then, now = _order(earlier), _order(record)
-    different = [f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
-    if different:
-        raise UsageError(
-            f"the run in {resume} cannot be resumed with other data or batches ({'; '.join(different)}); "
-            "give the same settings, or start anew in another output_dir"
-        )
-
-
-def _order(record: Training) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for value in [record.arguments, *record.arguments.values()]:
-        if isinstance(value, Mapping):
-            flat.update({name: item for name, item in value.items() if name in _ORDER})
-    flat["parent"] = record.parent[:12]
-    flat["data"] = sorted({item["sha256"][:12] for item in record.data})
-    return flat
