@@ -55,14 +55,19 @@ def lexical(count: int, seed: int) -> Any:
     return Sparse(ids, rng.random((count, TOKENS)).astype(np.float32) + 0.01)
 
 
-# Each contender gives (build, open), of which the second gives name -> search, called with a query's number
+# Each contender gives (build, open). The first makes the data and gives the build itself; the second gives
+# name -> search, called with a query's number.
 
 
 def our_dense(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
     """Our engine with dense vectors."""
     from ultrarag.types import Embeddings
 
-    data, queries = vectors(size, options.dim, 0), vectors(options.queries, options.dim, 9)
+    queries = vectors(options.queries, options.dim, 9)
+
+    def build() -> Callable[[], None]:
+        data = vectors(size, options.dim, 0)
+        return lambda: fill(folder / "dense", size, lambda rows: Embeddings(dense=data[rows]))
 
     def open_() -> dict[str, Callable[[int], Any]]:
         backend = opened(folder / "dense")
@@ -71,35 +76,44 @@ def our_dense(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any
             "dense approximate": lambda i: names(backend.search_dense(queries[i], K)),
         }
 
-    return lambda: fill(folder / "dense", size, lambda rows: Embeddings(dense=data[rows])), open_
+    return build, open_
 
 
 def our_sparse(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
     """Our engine with lexical weights."""
     from ultrarag.types import Embeddings, Sparse
 
-    data, queries = lexical(size, 0), lexical(options.queries, 9)
+    queries = lexical(options.queries, 9)
+
+    def build() -> Callable[[], None]:
+        data = lexical(size, 0)
+        part = lambda rows: Embeddings(sparse=Sparse(data.ids[rows], data.weights[rows]))  # noqa: E731
+        return lambda: fill(folder / "sparse", size, part)
 
     def open_() -> dict[str, Callable[[int], Any]]:
         backend = opened(folder / "sparse")
         return {"sparse": lambda i: names(backend.search_sparse(queries.ids[i], queries.weights[i], K))}
 
-    part = lambda rows: Embeddings(sparse=Sparse(data.ids[rows], data.weights[rows]))  # noqa: E731
-    return lambda: fill(folder / "sparse", size, part), open_
+    return build, open_
 
 
 def our_bm25(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
     """Our BM25."""
     from ultrarag.retrieve.bm25 import BM25
 
-    data, queries = texts(size, LENGTH, 0), texts(options.queries, 8, 9)
+    queries = texts(options.queries, 8, 9)
 
-    def build() -> None:
-        index = BM25.create(folder / "bm25")
-        for start in range(0, size, 1000):
-            part = data[start : start + 1000]
-            index.upsert([f"p{start + i}" for i in range(len(part))], part, [{}] * len(part))
-        index.close()
+    def build() -> Callable[[], None]:
+        data = texts(size, LENGTH, 0)
+
+        def run() -> None:
+            index = BM25.create(folder / "bm25")
+            for start in range(0, size, 1000):
+                part = data[start : start + 1000]
+                index.upsert([f"p{start + i}" for i in range(len(part))], part, [{}] * len(part))
+            index.close()
+
+        return run
 
     def open_() -> dict[str, Callable[[int], Any]]:
         index = BM25.open(folder / "bm25")
@@ -109,12 +123,10 @@ def our_bm25(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any,
 
 
 def our_hybrid(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Dense and BM25, 100 candidates each, and their min-max sum; what those two have built is not built again."""
+    """Dense and BM25, 100 candidates each, and their min-max sum, over what those two have built."""
     from ultrarag.retrieve.bm25 import BM25
     from ultrarag.retrieve.fusion import fuse
 
-    missing = [make for name, make in (("dense", our_dense), ("bm25", our_bm25)) if not (folder / name).exists()]
-    builds = [make(folder, size, options)[0] for make in missing]
     queries, asked = vectors(options.queries, options.dim, 9), texts(options.queries, 8, 9)
     weights = {"dense": 1.0, "bm25": 1.0}
 
@@ -127,7 +139,12 @@ def our_hybrid(folder: Path, size: int, options: argparse.Namespace) -> tuple[An
 
         return {"hybrid": search}
 
-    return (lambda: [build() for build in builds]) if len(builds) == 2 else None, open_
+    def build() -> Callable[[], None]:
+        missing = [make for name, make in (("dense", our_dense), ("bm25", our_bm25)) if not (folder / name).exists()]
+        ready = [make(folder, size, options)[0]() for make in missing]
+        return lambda: [part() for part in ready] and None
+
+    return build, open_
 
 
 def faiss_flat(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
@@ -151,14 +168,19 @@ def faiss_index(folder: Path, size: int, options: argparse.Namespace, name: str,
     import faiss
 
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    data, queries = vectors(size, options.dim, 0), vectors(options.queries, options.dim, 9)
+    queries = vectors(options.queries, options.dim, 9)
     path = str(folder / f"{name}.faiss")
 
-    def build() -> None:
-        index = make(faiss)
-        for start in range(0, size, 1000):
-            index.add(data[start : start + 1000])
-        faiss.write_index(index, path)
+    def build() -> Callable[[], None]:
+        data = vectors(size, options.dim, 0)
+
+        def run() -> None:
+            index = make(faiss)
+            for start in range(0, size, 1000):
+                index.add(data[start : start + 1000])
+            faiss.write_index(index, path)
+
+        return run
 
     def open_() -> dict[str, Callable[[int], Any]]:
         index = faiss.read_index(path)
@@ -171,12 +193,17 @@ def bm25s(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, An
     """bm25s; it has no updates: the whole corpus is indexed at once."""
     import bm25s as library
 
-    data, queries = texts(size, LENGTH, 0), texts(options.queries, 8, 9)
+    queries = texts(options.queries, 8, 9)
 
-    def build() -> None:
-        index = library.BM25(method="lucene", k1=1.2, b=0.75)
-        index.index(library.tokenize(data, stopwords=None, show_progress=False), show_progress=False)
-        index.save(str(folder / "bm25s"))
+    def build() -> Callable[[], None]:
+        data = texts(size, LENGTH, 0)
+
+        def run() -> None:
+            index = library.BM25(method="lucene", k1=1.2, b=0.75)
+            index.index(library.tokenize(data, stopwords=None, show_progress=False), show_progress=False)
+            index.save(str(folder / "bm25s"))
+
+        return run
 
     def open_() -> dict[str, Callable[[int], Any]]:
         index = library.BM25.load(str(folder / "bm25s"))
@@ -198,16 +225,20 @@ def lancedb(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, 
     import pyarrow as pa
     from lancedb.index import FTS, HnswSq
 
-    data, words = vectors(size, options.dim, 0), texts(size, LENGTH, 0)
     queries, asked = vectors(options.queries, options.dim, 9), texts(options.queries, 8, 9)
 
-    def build() -> None:
-        column = pa.FixedSizeListArray.from_arrays(pa.array(data.ravel()), options.dim)
-        rows = pa.table({"id": [f"p{row}" for row in range(size)], "text": words, "vector": column})
-        table = library.connect(str(folder / "lance")).create_table("passages", rows)
-        graph = HnswSq(distance_type="dot", m=HNSW_M, ef_construction=EF_CONSTRUCT)
-        table.create_index("vector", config=graph)
-        table.create_index("text", config=FTS())
+    def build() -> Callable[[], None]:
+        data, words = vectors(size, options.dim, 0), texts(size, LENGTH, 0)
+
+        def run() -> None:
+            column = pa.FixedSizeListArray.from_arrays(pa.array(data.ravel()), options.dim)
+            rows = pa.table({"id": [f"p{row}" for row in range(size)], "text": words, "vector": column})
+            table = library.connect(str(folder / "lance")).create_table("passages", rows)
+            graph = HnswSq(distance_type="dot", m=HNSW_M, ef_construction=EF_CONSTRUCT)
+            table.create_index("vector", config=graph)
+            table.create_index("text", config=FTS())
+
+        return run
 
     def open_() -> dict[str, Callable[[int], Any]]:
         table = library.connect(str(folder / "lance")).open_table("passages")

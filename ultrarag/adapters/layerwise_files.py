@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ultrarag.adapters.embedder_files import load_tokenizer, without_loading_report
+from ultrarag.adapters.embedder_files import load_tokenizer
 from ultrarag.adapters.layerwise_model import LayerwiseReranker
 from ultrarag.adapters.llm_reranker_model import part_of, refuse_pooling
 from ultrarag.adapters.minicpm_config import granite_config
+from ultrarag.adapters.minicpm_model import load_granite
 from ultrarag.adapters.pair_format import fast_backend, token_ids
 from ultrarag.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import GraniteModel
-
     from ultrarag.hookspecs import LoadOptions
 
 HEADS_FILE = "layerwise_heads.safetensors"
@@ -43,7 +42,7 @@ def load_layerwise(path: str, options: LoadOptions) -> LayerwiseReranker:
     values = _read_config(folder / "config.json")
     config = granite_config({**values, "is_causal": False}, folder / "config.json")
     config.is_causal = True  # the mapping is the embedder's; this one is a language model
-    backbone = _load_backbone(folder, config)
+    backbone, _ = load_granite(folder, config)
     stand_in = PreTrainedConfig()  # transformers must not look into the config.json of a kind that it does not know
     stand_in.tokenizer_class = values.get("tokenizer_class")
     tokenizer = load_tokenizer(folder, options, stand_in if values["model_type"] == "minicpm" else None)
@@ -81,23 +80,6 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: head_type is '{values['head_type']}'; only 'simple' heads, as published, are supported"
         )
     return values
-
-
-def _load_backbone(folder: Path, config: Any) -> GraniteModel:
-    from transformers import GraniteModel
-
-    with without_loading_report():
-        loaded: Any = GraniteModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
-    backbone, report = loaded
-    if report["missing_keys"]:
-        raise CheckpointError(
-            f"{folder}: the weights lack {len(report['missing_keys'])} tensor(s) that MiniCPM needs, first "
-            f"'{min(report['missing_keys'])}'; the checkpoint is incomplete"
-        )
-    result: GraniteModel = backbone
-    return result
 
 
 def _read_heads(folder: Path, start: int, layers: int, yes: int, training: bool) -> Tensor:

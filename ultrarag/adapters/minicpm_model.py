@@ -117,8 +117,15 @@ def _load_tokenizer(folder: Path, values: Mapping[str, Any], options: LoadOption
         raise
 
 
-def _load_backbone(folder: Path, config: GraniteConfig) -> tuple[GraniteModel, dict[str, Tensor]]:
-    """Return the model, bidirectional, and the tensors of the files that it has no place for."""
+def load_granite(folder: Path, config: Any) -> tuple[GraniteModel, list[str]]:
+    """Load MiniCPM's layers as transformers' Granite.
+
+    Returns:
+        The model, and the names of tensors in the files that it has no place for.
+
+    Raises:
+        CheckpointError: a tensor is missing; names it.
+    """
     from transformers import GraniteModel
 
     with without_loading_report():
@@ -131,10 +138,16 @@ def _load_backbone(folder: Path, config: GraniteConfig) -> tuple[GraniteModel, d
             f"{folder}: the weights lack {len(report['missing_keys'])} tensor(s) that MiniCPM needs, "
             f"first '{min(report['missing_keys'])}'; the checkpoint is incomplete"
         )
+    return backbone, list(report["unexpected_keys"])
+
+
+def _load_backbone(folder: Path, config: GraniteConfig) -> tuple[GraniteModel, dict[str, Tensor]]:
+    """Return the model, bidirectional, and the tensors of the files that it has no place for."""
+    backbone, unexpected = load_granite(folder, config)
     for module in backbone.modules():
         if hasattr(module, "is_causal"):
-            module.is_causal = False
-    unknown = [name for name in report["unexpected_keys"] if not name.endswith(_UNUSED)]
+            module.is_causal = False  # type: ignore[assignment]
+    unknown = [name for name in unexpected if not name.endswith(_UNUSED)]
     return backbone, _read_tensors(folder, unknown)
 
 
