@@ -219,8 +219,6 @@ def bm25s(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, An
 
 def lancedb(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
     """LanceDB: an IVF-HNSW index with 8-bit vectors, full-text search, and its own reciprocal rank fusion."""
-    os.environ.setdefault("LANCE_LOG", "error")  # it warns at every search
-
     import lancedb as library
     import pyarrow as pa
     from lancedb.index import FTS, HnswSq
@@ -244,7 +242,7 @@ def lancedb(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, 
         table = library.connect(str(folder / "lance")).open_table("passages")
 
         def dense(i: int) -> list[str]:
-            found = table.search(queries[i]).distance_type("dot").ef(EF_SEARCH).select(["id"]).limit(K)
+            found = table.search(queries[i]).distance_type("dot").ef(EF_SEARCH).select(["id", "_distance"]).limit(K)
             return [row["id"] for row in found.to_list()]
 
         def hybrid(i: int) -> list[str]:
