@@ -18,9 +18,10 @@ LAYERS = [
     {"hookspecs", "packing", "packed_attention"},
     {"adapters"},
     {"plugin_checks", "plugins"},
-    {"checkpoint", "fingerprint", "tokenize", "loading", "pairs", "encoder", "publish", "model_card"},
+    {"checkpoint", "fingerprint", "cuts", "tokenize", "loading", "pairs", "encoder", "publish", "model_card"},
     {"finetune"},
     {"retrieve"},
+    {"data"},
     {"testing", "demo", "cli"},
 ]
 #: What an adapter may use: it could be anybody's package.
@@ -77,6 +78,8 @@ def test_adapters_use_the_contract_alone(path):
         "import ultrarag; ultrarag.Passage; ultrarag.hookimpl; ultrarag.UltraragError",
         "import ultrarag.finetune",
         "import ultrarag.retrieve",
+        "import ultrarag.data",
+        "from ultrarag.cli import main\nassert main(['data', '--help']) == 0",
         "from ultrarag.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from ultrarag.plugins import registry; registry().plugins()",
     ],

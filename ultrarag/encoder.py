@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ultrarag.checkpoint import Manifest, Training, local_folder, read_manifest
+from ultrarag.cuts import Cuts
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.fingerprint import fingerprint
 from ultrarag.hookspecs import Features, LoadOptions
@@ -187,6 +188,7 @@ class Encoder:
         max_length: int | None = None,
         instruction: str | None = None,
         progress: bool | None = None,
+        cuts: Cuts | None = None,
     ) -> Embeddings:
         """Return the texts' embeddings as numpy arrays, in the order given.
 
@@ -197,6 +199,7 @@ class Encoder:
             precision: fp32, bf16 or fp16; default: the encoder's.
             instruction: in place of the declared one, for this call.
             progress: a bar on stderr; default: on a terminal, after two seconds.
+            cuts: counts the texts that were cut, for a caller of many calls; default: they are logged.
 
         Returns:
             Embeddings: `dense` (n, dim) float32; `sparse` ids and weights (n, tokens); `colbert`
@@ -218,6 +221,7 @@ class Encoder:
                 max_length=max_length,
                 instruction=instruction,
                 on_batch=bar.update,
+                cuts=cuts,
             )
             return Embeddings.cat(list(windows))
 
@@ -233,6 +237,7 @@ class Encoder:
         instruction: str | None = None,
         window: int = WINDOW,
         on_batch: Callable[[int], object] | None = None,
+        cuts: Cuts | None = None,
     ) -> Iterator[Embeddings]:
         """Yield the embeddings of `window` texts at a time, in order, for corpora larger than memory.
 
@@ -246,7 +251,7 @@ class Encoder:
         self._refuse_pairs()
         read = partial(self.tokenize, kind=kind, max_length=max_length, instruction=instruction)
         options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
-        options["on_batch"] = on_batch
+        options |= {"on_batch": on_batch, "cuts": cuts}
         length = self.max_length(kind, max_length)
         yield from self._encode_windows(tokenized_windows(texts, read, window), "texts", length, **options)
 
@@ -259,17 +264,18 @@ class Encoder:
         batch_tokens: int | None = None,
         precision: str | None = None,
         on_batch: Callable[[int], object] | None = None,
+        cuts: Cuts | None = None,
     ) -> Iterator[Embeddings]:
         """Yield the embeddings of each window of tokenized texts or pairs; say in the end how many were cut."""
         chosen = self._checked_heads(heads)
         budget = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
         dtype = PRECISIONS[checked_precision(precision or self.precision)]
-        truncated = total = 0
+        counted = cuts or Cuts()
         for tokens in windows:
-            truncated, total = truncated + tokens.truncated, total + len(tokens)
+            counted.add(tokens.truncated, len(tokens), what, length)
             yield self.encode_tokens(tokens, chosen, budget, dtype, on_batch)
-        if truncated:
-            logger.warning("%d of %d %s were longer than %s tokens and were cut", truncated, total, what, length)
+        if cuts is None:
+            counted.tell()
 
     def _refuse_pairs(self) -> None:
         if self.adapter.declared.pair_input:

@@ -81,7 +81,9 @@ def test_cut_texts_are_told_once(tmp_path: Path, tiny_m3: str, caplog, capsys: p
     lines = tmp_path / "x.jsonl"
     lines.write_text("".join(f'{{"id": "{n}", "text": "a text of more than four tokens"}}\n' for n in range(20)))
     assert main(["add", str(tmp_path / "kb"), str(lines)]) == 0
-    assert [record.getMessage() for record in caplog.records] == ["20 texts were longer than 4 tokens and were cut"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "20 of 20 texts were longer than 4 tokens and were cut"
+    ]
 
 
 def test_status_while_another_process_owns_the_index(full: str, tiny, capsys: pytest.CaptureFixture[str]) -> None:

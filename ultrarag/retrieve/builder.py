@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ultrarag.cuts import Cuts
 from ultrarag.errors import CheckpointError, IndexStateError, UltraragError
 from ultrarag.files import sync_tree, write_json
 from ultrarag.progress import progress_bar
@@ -46,6 +47,7 @@ class Build:
 
     def __init__(self, root: Path, generation: Generation, device: str | None, chunk: int = CHUNK) -> None:
         self.layout, self.generation, self.chunk = Layout(root), generation, chunk
+        self.cuts = Cuts()
         self.store = Store.open(root, read_only=True)
         self.directory = self.layout.building(generation.id)
         self.encoder = load_encoder(self.directory, generation, device)
@@ -64,6 +66,7 @@ class Build:
             self._catch_up()
             self.backend.optimize()
             self._commit(finished=True)
+            self.cuts.tell()
         self.backend.close()
         self.store.close()
         sync_tree(self.directory)
@@ -106,7 +109,7 @@ class Build:
         return max(self.store.count(), self.state["encoded"])
 
     def _encode(self, texts: Any) -> Embeddings:
-        return self.encoder.encode(list(texts), "passage", heads=self.generation.heads, progress=False)
+        return self.encoder.encode(list(texts), "passage", heads=self.generation.heads, progress=False, cuts=self.cuts)
 
     def _vectors(self) -> Backend:
         """Open what an earlier start left, or begin anew where it had not committed anything."""

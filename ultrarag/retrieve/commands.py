@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,6 @@ from ultrarag.beir import Collection, read_beir
 from ultrarag.errors import DataError, IndexStateError, UsageError
 from ultrarag.progress import progress_bar
 from ultrarag.retrieve import printing
-from ultrarag.retrieve.cuts import cuts_told_once
 from ultrarag.retrieve.evaluation import differences, evaluate_run
 from ultrarag.retrieve.generations import Generation
 from ultrarag.retrieve.live import LiveIndex
@@ -201,10 +200,8 @@ def vacuum(arguments: argparse.Namespace) -> None:
     _show(arguments, found, printing.vacuumed)
 
 
-@contextmanager
-def _open(arguments: argparse.Namespace) -> Iterator[LiveIndex]:
-    with LiveIndex.open(arguments.path, device=arguments.device) as live, cuts_told_once():
-        yield live
+def _open(arguments: argparse.Namespace) -> LiveIndex:
+    return LiveIndex.open(arguments.path, device=arguments.device)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Core:
             self.catch_up()
             self._check_count(repair)
             self.flush()
+            serving.cuts.tell()
             self._lock = lock
             undo.pop_all()
 

@@ -64,6 +64,7 @@ def go_live(
             raise
         core.replace(new, vectors)  # Ctrl-C between the two halves of the flip: carry it through
     core.let_go(old)
+    new.cuts.tell()
     return Flip(core.catalog.get(old.generation.id), core.catalog.get(generation.id), verdict, seconds)
 
 

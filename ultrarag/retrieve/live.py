@@ -17,7 +17,6 @@ from ultrarag.ir import DEFAULT_METRICS, Qrels
 from ultrarag.retrieve.backends.batches import check_ids
 from ultrarag.retrieve.building import Source, end, enter, finish, prepare, run_builder, stored_heads
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.cuts import cuts_told_once
 from ultrarag.retrieve.evaluation import Evaluation, evaluate
 from ultrarag.retrieve.flipping import Flip, Note, go_live
 from ultrarag.retrieve.gate import Gate
@@ -164,11 +163,13 @@ class LiveIndex:
         """
         if isinstance(passages, Passage | Mapping | str):
             raise UsageError("add takes an iterable of passages; put one alone into a list")
-        _ = self._core.live  # also a call without passages says that the index was closed
+        serving = self._core.live  # also a call without passages says that the index was closed
         total, source = Written(), records(passages)
-        with cuts_told_once():
+        try:
             while batch := list(islice(source, BATCH)):
                 total += self._core.write(lambda batch=batch: self._core.store.write(batch))  # type: ignore[misc]
+        finally:
+            serving.cuts.tell()
         return total
 
     upsert = add

@@ -6,8 +6,9 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ultrarag.cuts import Cuts
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.backends import Backend
 from ultrarag.retrieve.generations import Generation
@@ -78,7 +79,9 @@ class Serving:
                 f"{encoder.fingerprint[:12]}; open it with the encoder that built it, or build a new generation"
             )
         self.generation, self.encoder, self.backend = generation, encoder, backend
-        self._encoding = FairLock()  # a tokenizer must not be used by two threads at once
+        self._encoding = FairLock()  # one forward at a time: two would share the same cores, and both be slower
+        #: of the passages; told when the write, or whatever encoded them, is done
+        self.cuts = Cuts()
         self._idle = threading.Condition()
         self._users, self._retiring = 0, False
 
@@ -115,19 +118,24 @@ class Serving:
 
     def encode_queries(self, texts: Sequence[str], heads: Sequence[str]) -> Embeddings:
         """Encode queries with the given heads."""
-        return self._encode(texts, "query", heads, QUERIES)
+        cuts = Cuts()
+        found = self._encode(texts, "query", heads, QUERIES, cuts)
+        cuts.tell()
+        return found
 
     def encode_passages(self, texts: Sequence[str]) -> Embeddings:
         """Encode passages with all heads stored, a few at a time, so that queries come in between."""
-        return self._encode(texts, "passage", self.heads, WINDOW.get(self.encoder.device.type, WINDOW["cuda"]))
+        window = WINDOW.get(self.encoder.device.type, WINDOW["cuda"])
+        return self._encode(texts, "passage", self.heads, window, self.cuts)
 
-    def _encode(self, texts: Sequence[str], kind: Kind, heads: Sequence[str], window: int) -> Embeddings:
+    def _encode(self, texts: Sequence[str], kind: Kind, heads: Sequence[str], window: int, cuts: Cuts) -> Embeddings:
+        options: dict[str, Any] = {"heads": tuple(heads), "progress": False, "cuts": cuts}
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding within a window
         parts = []
         for start in range(0, len(texts), window):
             chunk = [texts[row] for row in order[start : start + window]]
             with self._encoding.turn():
-                parts.append(self._checked(self.encoder.encode(chunk, kind, heads=tuple(heads), progress=False)))
+                parts.append(self._checked(self.encoder.encode(chunk, kind, **options)))
         place = [0] * len(order)
         for position, row in enumerate(order):
             place[row] = position
