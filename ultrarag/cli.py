@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ultrarag.retrieve.cli import main as index
 
         return index(words[1:])
+    if words[:1] == ["data"]:
+        from ultrarag.data.cli import main as data
+
+        return data(words[1:])
     arguments = _parser().parse_args(words)
     try:
         return int(arguments.run(arguments))
@@ -42,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     commands.add_parser("finetune", help="fine-tune a model (ultrarag finetune --help)", add_help=False)
     commands.add_parser("index", help="make, search and renew a live index (ultrarag index --help)", add_help=False)
+    commands.add_parser("data", help="make, check and change training data (ultrarag data --help)", add_help=False)
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
     plugins.add_argument("--json", action="store_true", help="print JSON")
     plugins.set_defaults(run=_plugins)
