@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ultrarag.errors import UsageError
-from ultrarag.ir import DEFAULT_METRICS, Qrels, Run, Significance, per_query, significance
+from ultrarag.ir import DEFAULT_METRICS, Qrels, Significance, per_query, significance
+from ultrarag.report.measured import Evaluation, evaluate_run
 from ultrarag.types import Hit
+
+__all__ = ["Evaluation", "Searchable", "differences", "evaluate", "evaluate_run"]
 
 #: Queries searched at a time.
 BATCH = 256
@@ -21,22 +22,6 @@ class Searchable(Protocol):
     def search_many(self, queries: Sequence[str], **options: Any) -> list[list[Hit]]:
         """The hits of each query."""
         ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of `evaluate`."""
-
-    #: metric -> mean over the queries
-    metrics: dict[str, float]
-    #: query id -> metric -> value
-    per_query: dict[str, dict[str, float]]
-    #: query id -> passage id -> score, best first
-    run: dict[str, dict[str, float]]
-
-    def of(self, metric: str) -> dict[str, float]:
-        """The values of one metric, query id -> value, for `ultrarag.ir.significance`."""
-        return {query_id: values[metric] for query_id, values in self.per_query.items()}
 
 
 def evaluate(
@@ -70,21 +55,6 @@ def evaluate(
         found = index.search_many([queries[query_id] for query_id in part], k=depth, **search)
         run.update({q: {hit.id: hit.score for hit in hits} for q, hits in zip(part, found, strict=True)})
     return evaluate_run(qrels, run, metrics)
-
-
-def evaluate_run(qrels: Qrels, run: Run, metrics: Sequence[str] = DEFAULT_METRICS) -> Evaluation:
-    """Measure a run made earlier or by another system, such as one from `ultrarag.retrieve.trec.read_run`.
-
-    A judged query that the run lacks counts as 0.
-
-    Raises:
-        UsageError: for an unknown metric, no qrels, or a run that answers none of their queries.
-    """
-    if run and not qrels.keys() & run.keys():
-        raise UsageError(f"the run answers none of the judged queries; it has '{next(iter(run))}' and others")
-    values = per_query(qrels, run, metrics)
-    means = {name: math.fsum(row[name] for row in values.values()) / len(values) for name in metrics}
-    return Evaluation(means, values, {query_id: dict(hits) for query_id, hits in run.items()})
 
 
 def differences(before: Evaluation, after: Evaluation) -> dict[str, Significance]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultrarag.errors import GateError
+from ultrarag.report.measured import Verdict
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.followers import Follower
-from ultrarag.retrieve.gate import Gate, Verdict, check_count, check_sound, compare
+from ultrarag.retrieve.gate import Gate, check_count, check_sound, compare
 from ultrarag.retrieve.generations import Generation
 from ultrarag.retrieve.searching import Searcher
 from ultrarag.retrieve.serving import Serving

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ultrarag.errors import GateError, UsageError
-from ultrarag.ir import DEFAULT_METRICS, Qrels, Significance, significance
-from ultrarag.retrieve.evaluation import Evaluation, Searchable, evaluate
+from ultrarag.ir import DEFAULT_METRICS, Qrels
+from ultrarag.report.measured import Verdict
+from ultrarag.retrieve.evaluation import Searchable, evaluate
 from ultrarag.retrieve.serving import Serving
 from ultrarag.retrieve.store import Store
 from ultrarag.types import Embeddings, Passage
@@ -19,39 +19,6 @@ from ultrarag.types import Embeddings, Passage
 SAMPLE, CANARIES = 256, 8
 #: How far stored vectors may be from those of the encoder: bf16 moves components by some 0.005.
 TOLERANCE = 0.03
-#: The gate refuses below this probability that chance alone made the new generation look worse.
-SIGNIFICANT = 0.05
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the gate measured."""
-
-    metric: str
-    old: float
-    new: float
-    change: Significance
-    #: all that was measured: every default metric, each query, and the runs
-    before: Evaluation = field(repr=False, compare=False)
-    after: Evaluation = field(repr=False, compare=False)
-
-    @classmethod
-    def of(cls, metric: str, before: Evaluation, after: Evaluation) -> Verdict:
-        """Compare two evaluations of the same queries by one metric."""
-        change = significance(before.of(metric), after.of(metric))
-        return cls(metric, before.metrics[metric], after.metrics[metric], change, before, after)
-
-    @property
-    def worse(self) -> bool:
-        """Significantly worse."""
-        return self.change.difference < 0 and self.change.p_value < SIGNIFICANT
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; means only, not the single queries."""
-        return {"metric": self.metric, "old": self.old, "new": self.new, "change": asdict(self.change)}
-
-    def __str__(self) -> str:
-        return f"{self.metric} {self.old:.4f} -> {self.new:.4f}: {self.change}"
 
 
 #: Queries and what is relevant to them, or what was measured elsewhere.

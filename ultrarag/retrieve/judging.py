@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ultrarag import ir
-from ultrarag.retrieve.evaluation import Evaluation
-from ultrarag.retrieve.gate import Verdict
+from ultrarag.report.measured import Evaluation, Measured, Verdict
 from ultrarag.types import Passage
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 #: A BEIR folder is about the index's passages when this share of its relevant ones have the same text there.
 SAME_TEXT = 0.5
 DEPTH = 10
-#: Queries whose hits are shown: so many of those that gained most, and of those that lost most.
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -98,73 +95,12 @@ def _evaluate(encoder: Encoder, asked: Questions, names: list[str]) -> Evaluatio
     return Evaluation(ir.metrics(asked.qrels, run, names), ir.per_query(asked.qrels, run, names), run)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the gate measured, with the texts of the queries and of the passages that a reader wants to see."""
+def measured(verdict: Verdict, asked: Questions, store: Store) -> Measured:
+    """What the gate measured, with the texts of what a reader wants to see."""
 
-    metric: str
-    before: Evaluation
-    after: Evaluation
-    queries: Mapping[str, str]
-    qrels: ir.Qrels
-    passages: Mapping[str, Passage]
-    #: such as "300 queries on the index"
-    where: str
-
-    @classmethod
-    def of(cls, verdict: Verdict, asked: Questions, store: Store) -> Measured:
-        """Add the texts: of all judged queries, and of the passages of those that are shown."""
-        queries = {query_id: asked.queries[query_id] for query_id in asked.qrels}
-        qrels = {query_id: dict(judged) for query_id, judged in asked.qrels.items()}
-        found = cls(verdict.metric, verdict.before, verdict.after, queries, qrels, {}, str(asked))
-        ids = list(dict.fromkeys(id for query_id in found.shown() for id in found.ids_of(query_id)))
+    def passages(ids: list[str]) -> Mapping[str, Passage]:
         if asked.corpus is None:
-            return replace(found, passages=store.get(ids))
-        return replace(found, passages={id: Passage(id, asked.corpus[id]) for id in ids if id in asked.corpus})
+            return store.get(ids)
+        return {id: Passage(id, asked.corpus[id]) for id in ids if id in asked.corpus}
 
-    def ids_of(self, query_id: str) -> list[str]:
-        """The passages that one query is about: what was found, and what should have been."""
-        return [*self.before.run[query_id], *self.after.run[query_id], *self.qrels[query_id]]
-
-    def gained(self) -> list[tuple[str, float]]:
-        """The queries that are answered better, and by how much, the most first."""
-        return [change for change in self._changes() if change[1] > 0]
-
-    def lost(self) -> list[tuple[str, float]]:
-        """The queries that are answered worse, and by how much, the most first."""
-        return [change for change in reversed(self._changes()) if change[1] < 0]
-
-    def shown(self) -> list[str]:
-        """The queries whose hits are worth showing: those that gained and lost most."""
-        return [query_id for query_id, _ in (*self.gained()[:SHOWN], *self.lost()[:SHOWN])]
-
-    def _changes(self) -> list[tuple[str, float]]:
-        before, after = self.before.of(self.metric), self.after.of(self.metric)
-        changed = [(id, after[id] - before[id]) for id in before if abs(after[id] - before[id]) > 1e-9]
-        return sorted(changed, key=lambda change: (-change[1], change[0]))
-
-    @property
-    def verdict(self) -> Verdict:
-        """The comparison of the two."""
-        return Verdict.of(self.metric, self.before, self.after)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        plain = asdict(self)
-        # runs as lists of pairs: JSON files are written with sorted keys, and hits have an order
-        for side in ("before", "after"):
-            run = plain[side]["run"]
-            plain[side]["run"] = {query_id: [[*hit] for hit in hits.items()] for query_id, hits in run.items()}
-        return plain
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Measured:
-        """Read what `to_dict` gave."""
-        sides = {}
-        for side in ("before", "after"):
-            found = values[side]
-            run = {query_id: dict(hits) for query_id, hits in found["run"].items()}
-            first = sorted(found["metrics"].items(), key=lambda item: (item[0] != values["metric"], item[0]))
-            sides[side] = Evaluation(dict(first), found["per_query"], run)
-        passages = {id: Passage(**passage) for id, passage in values["passages"].items()}
-        return cls(**{**values, **sides, "passages": passages})
+    return Measured.of(verdict, asked.queries, asked.qrels, str(asked), passages)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import GateError, IndexStateError, UsageError
-from ultrarag.retrieve.gate import Gate, Verdict
+from ultrarag.report.measured import Verdict
+from ultrarag.retrieve.gate import Gate
 from ultrarag.retrieve.generations import Generation, Layout
-from ultrarag.retrieve.judging import Measured, Questions, compare_encoders, questions
+from ultrarag.retrieve.judging import Questions, compare_encoders, measured, questions
 from ultrarag.retrieve.refresh_report import JSON_FILE, RefreshReport, write_report
 from ultrarag.retrieve.refresh_state import STATE_FILE, Request, State
 
@@ -166,7 +167,7 @@ class _Refresh:
     def _note(self, verdict: Verdict) -> None:
         """Keep what was measured before the flip: after a crash behind it, the old side can no longer be asked."""
         assert self.asked is not None
-        self.state.measured = Measured.of(verdict, self.asked, self.core.store).to_dict()
+        self.state.measured = measured(verdict, self.asked, self.core.store).to_dict()
         self._save()
 
     def _report(self, refused: GateError | None) -> RefreshReport:

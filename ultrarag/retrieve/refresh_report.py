@@ -12,10 +12,10 @@ from typing import Any
 from ultrarag.checkpoint import read_manifest
 from ultrarag.errors import IndexStateError
 from ultrarag.files import write_json
+from ultrarag.report.measured import Measured
+from ultrarag.report.render import Page, render
 from ultrarag.retrieve.generations import Generation
-from ultrarag.retrieve.judging import Measured
 from ultrarag.retrieve.refresh_state import State
-from ultrarag.retrieve.report import Page, render
 
 JSON_FILE, HTML_FILE = "refresh.json", "refresh.html"
 

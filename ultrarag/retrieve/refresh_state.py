@@ -52,7 +52,7 @@ class State:
     trained: dict[str, Any] | None = None
     #: the generation built from it
     generation: int | None = None
-    #: what was measured before the swap; see `ultrarag.retrieve.judging`
+    #: what was measured before the swap; see `ultrarag.report.measured`
     measured: dict[str, Any] | None = None
     #: stage -> seconds
     seconds: dict[str, float] = field(default_factory=dict)

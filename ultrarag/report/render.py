@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ultrarag.ir import Significance, significance
-from ultrarag.retrieve.charts import line_chart
-from ultrarag.retrieve.judging import SHOWN, Measured
-from ultrarag.retrieve.page import document, section, signed, table, text
+from ultrarag.report.charts import line_chart
+from ultrarag.report.measured import SHOWN, Measured
+from ultrarag.report.page import document, section, signed, table, text
 from ultrarag.types import Passage
 
 #: Hits of each side, characters of a passage, and queries in each list.

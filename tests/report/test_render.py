@@ -9,10 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from ultrarag.ir import metrics, per_query
-from ultrarag.retrieve.charts import line_chart
-from ultrarag.retrieve.evaluation import Evaluation
-from ultrarag.retrieve.judging import Measured
-from ultrarag.retrieve.report import Page, evaluation_curve, loss_curve, render
+from ultrarag.report.charts import line_chart
+from ultrarag.report.measured import Evaluation, Measured
+from ultrarag.report.render import Page, evaluation_curve, loss_curve, render
 from ultrarag.types import Passage
 
 EVIL = "<script>alert('x')</script> & \"q\" \ud800\x00"
