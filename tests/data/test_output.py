@@ -36,6 +36,20 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
 
 
+def test_a_run_stopped_inside_an_item_writes_it_once(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt), resumable(path, {}) as out:
+        out.write({"item": 1})
+        out.advance()
+        out.write({"item": 2})  # and its other lines are not written yet
+        raise KeyboardInterrupt
+    with resumable(path, {}) as out:
+        assert out.done == 1
+        out.write({"item": 2})
+        out.advance()
+    assert path.read_text().count("\n") == 2
+
+
 def test_what_was_written_after_the_last_commit_is_written_again(tmp_path):
     path = tmp_path / "out.jsonl"
     code = f"""

@@ -37,6 +37,8 @@ class Output:
         self.state: dict[str, Any] = {}
         self._files: list[BinaryIO] = []
         self._saved = 0.0
+        #: done, sizes and state when they last agreed: what a run that stops between two lines goes back to
+        self._position: dict[str, Any] = {}
 
     def write(self, row: Mapping[str, Any] | str, file: int = 0) -> None:
         """Append a JSON line, or a line of text as it stands, to one of the files."""
@@ -47,11 +49,16 @@ class Output:
     def advance(self, items: int = 1) -> None:
         """Count input items as done: all that they give has been written. Saves the position now and then."""
         self.done += items
+        self._position = self._now()
         if time.monotonic() - self._saved > COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
         """Make everything written so far survive a kill or a power cut."""
+        self._position = self._now()
+        self._save()
+
+    def _save(self) -> None:
         for target, file in zip(self.targets, self._files, strict=True):
             with _explained(target):
                 file.flush()
@@ -61,9 +68,12 @@ class Output:
 
     # ---- opening and finishing
 
-    def _note(self, finished: bool) -> None:
+    def _now(self) -> dict[str, Any]:
         sizes = [file.tell() for file in self._files]
-        note = {"made_by": self.made_by, "done": self.done, "sizes": sizes, "state": self.state, "finished": finished}
+        return {"done": self.done, "sizes": sizes, "state": json.loads(json.dumps(self.state))}
+
+    def _note(self, finished: bool) -> None:
+        note = {"made_by": self.made_by, **self._position, "finished": finished}
         with _explained(self.targets[0]):
             write_json(note_path(self.targets[0]), note)
 
@@ -141,14 +151,14 @@ def resumable(
 
 
 def _saved_when_stopped(output: Output) -> Iterator[Output]:
-    """Give the output; whatever stops the work, what is written until then is kept."""
+    """Give the output; whatever stops the work, all items done until then are kept."""
     try:
         yield output
     except KeyboardInterrupt:
-        output.commit()
+        output._save()
         raise KeyboardInterrupt("the same command goes on where this one stopped") from None
     except Exception:
-        output.commit()
+        output._save()
         raise
 
 
