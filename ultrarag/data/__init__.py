@@ -5,9 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOMES: dict[str, str] = {}
+_HOMES = {
+    "DataReport": "ultrarag.finetune.checking",
+    "check": "ultrarag.data.checking",
+    "clean": "ultrarag.data.cleaning",
+    "convert": "ultrarag.data.converting",
+    "split": "ultrarag.data.splitting",
+}
 
-__all__: list[str] = []
+__all__ = ["DataReport", "check", "clean", "convert", "split"]
 
 
 def __getattr__(name: str) -> Any:
