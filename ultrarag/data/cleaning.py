@@ -1,4 +1,4 @@
-"""`ultrarag data clean`: positives and negatives left out by their teacher's scores, each for a reason that is counted."""
+"""`ultrarag data clean`: texts left out by their teacher's scores, each for a reason that is counted."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ class CleanReport:
     @classmethod
     def of(cls, state: dict[str, Any]) -> CleanReport:
         """Take up the counts of a run that was stopped."""
-        return cls(**{name: Counter(value) if isinstance(value, dict) else value for name, value in state.items()})
+        counts: dict[str, Any] = {
+            name: Counter(value) if isinstance(value, dict) else value for name, value in state.items()
+        }
+        return cls(**counts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -197,7 +200,7 @@ def main(argv: Sequence[str]) -> int:
         "--target", choices=TARGETS, default="encoder", help="reranker: a row without negatives is left out"
     )
     found = vars(parser.read(argv))
-    as_json_, files, output = found.pop("json"), found.pop("files"), found.pop("output")
+    plain, files, output = found.pop("json"), found.pop("files"), found.pop("output")
     report = clean(files, output, **found)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if as_json_ else report)
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if plain else report)
     return 0
