@@ -19,7 +19,7 @@ LAYERS = [
     {"adapters"},
     {"plugin_checks", "plugins"},
     {"checkpoint", "fingerprint", "cuts", "tokenize", "loading", "pairs", "encoder", "publish", "model_card"},
-    {"report"},
+    {"lineage", "report"},
     {"finetune"},
     {"retrieve"},
     {"data"},

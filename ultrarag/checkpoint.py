@@ -39,6 +39,12 @@ class Training:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     steps: int = 0
     loss: float | None = None
+    #: which model the trained weights were averaged with, the weight, and how it was chosen
+    merge: dict[str, Any] | None = None
+    #: digests of files and keys of rows that were trained on; see `ultrarag.finetune.seen`
+    seen: dict[str, Any] | None = None
+    #: the records of all models before this one, the oldest first; they outlive their folders
+    ancestors: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -57,6 +63,14 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {**asdict(self), "settings": self.settings.to_dict(), "format": FORMAT}
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """This model's record and those of all before it that were trained by ultrarag, the oldest first."""
+        if self.training is None:
+            return []
+        own = asdict(self.training)
+        before = own.pop("ancestors")
+        return [*before, {"fingerprint": self.fingerprint, "created": self.created, "adapter": self.adapter, **own}]
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ultrarag import __version__
 from ultrarag.errors import UltraragError, UsageError
@@ -47,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("finetune", help="fine-tune a model (ultrarag finetune --help)", add_help=False)
     commands.add_parser("index", help="make, search and renew a live index (ultrarag index --help)", add_help=False)
     commands.add_parser("data", help="make, check and change training data (ultrarag data --help)", add_help=False)
+    checkpoint = commands.add_parser("checkpoint", help="tell where a checkpoint comes from")
+    _checkpoint_actions(checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION"))
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
     plugins.add_argument("--json", action="store_true", help="print JSON")
     plugins.set_defaults(run=_plugins)
@@ -58,6 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     check.set_defaults(run=_check_plugin)
     return parser
+
+
+def _checkpoint_actions(actions: Any) -> None:
+    log = actions.add_parser("log", help="the models that led to it, each with its data, arguments and metrics")
+    log.add_argument("path", metavar="PATH", help="the checkpoint's folder")
+    log.add_argument("--json", action="store_true", help="print JSON: a list, the newest model first")
+    log.set_defaults(run=_checkpoint_log)
+
+
+def _checkpoint_log(arguments: argparse.Namespace) -> int:
+    """Print the chain of models that led to a checkpoint."""
+    from ultrarag.lineage import checkpoint_log, told
+
+    chain = checkpoint_log(arguments.path)
+    print(json.dumps(chain, ensure_ascii=False) if arguments.json else told(chain))
+    return 0
 
 
 def _plugins(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ def _flag(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class LossArguments:
-    """The settings of a loss: the run's, and (the last two) the batch's, set by `dataclasses.replace`.
+    """The settings of a loss: the run's, and (the last three) the batch's, set by `dataclasses.replace`.
 
     Names, defaults and meaning are those of FlagEmbedding 1.4.2's command line; every field with a `help` is a flag.
 
@@ -52,6 +52,8 @@ class LossArguments:
     group_size: int | None = None
     #: the other queries' passages are negatives in this batch
     in_batch_negatives: bool = True
+    #: (queries, passages) bool tensor: True where a passage is no negative of the query; never its positive
+    false_negatives: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)

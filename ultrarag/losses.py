@@ -72,6 +72,24 @@ def group_scores(scores: Tensor, group_size: int) -> Tensor:
     return scores.gather(1, columns)
 
 
+def hide(scores: Tensor, false_negatives: Tensor | None) -> Tensor:
+    """Scores so low that the masked passages have no share in a softmax and get no gradient.
+
+    Args:
+        scores: (queries, passages); `false_negatives`: (queries, passages) bool, or None to hide nothing.
+    """
+    if false_negatives is None:
+        return scores
+    # not -inf: a distillation loss multiplies the logarithm of a share with a target of 0
+    return scores.masked_fill(false_negatives, torch.finfo(scores.dtype).min)
+
+
+def combined_scores(query: Embeddings, passage: Embeddings) -> Tensor:
+    """The scores of the one head that both sides have, or the ensemble of several: (queries, passages)."""
+    scores = head_scores(query, passage)
+    return _weighted(scores, ENSEMBLE_WEIGHTS) if len(scores) > 1 else next(iter(scores.values()))
+
+
 def _positives(scores: Tensor, group_size: int) -> Tensor:
     return torch.arange(scores.shape[0], device=scores.device) * group_size
 
@@ -129,12 +147,13 @@ def embedding_loss(
         raise UsageError(f"queries hold the heads {query.heads} and passages {passage.heads}: none is shared")
     group_size = args.group_size or len(passage) // len(query)
     target = _teacher_probabilities(teacher, len(query), group_size)
+    whole, scores = scores, {name: hide(matrix, args.false_negatives) for name, matrix in scores.items()}
     losses = {name: ranking_loss(matrix, target, args, group_size) for name, matrix in scores.items()}
     if args.use_mrl and "dense" in losses:
         losses["dense"] = matryoshka(query, passage, target, args, group_size)
     if len(losses) == 1:
         return next(iter(losses.values()))
-    ensemble = _weighted(scores, ENSEMBLE_WEIGHTS)
+    ensemble = hide(_weighted(whole, ENSEMBLE_WEIGHTS), args.false_negatives)
     parts = _weighted(losses, LOSS_WEIGHTS) + ranking_loss(ensemble, target, args, group_size)
     loss = parts / (len(losses) + 1)
     if args.use_self_distill and step > args.self_distill_start_step:
@@ -164,7 +183,7 @@ def matryoshka(
     for dim in args.mrl_dims:
         short = (_truncate(side.dense, dim, args.normalize_embeddings) for side in (query, passage))
         scores = head_scores(*(Embeddings(dense=dense) for dense in short))["dense"] / args.temperature
-        losses.append(ranking_loss(scores, teacher, args, group_size))
+        losses.append(ranking_loss(hide(scores, args.false_negatives), teacher, args, group_size))
     return torch.stack(losses).mean()
 
 

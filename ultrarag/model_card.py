@@ -80,6 +80,9 @@ def _training(training: Training) -> list[str]:
     lines = ["## Training", "", f"Parent: {training.parent_name or '-'} (`{training.parent}`)", ""]
     lines += [f"Optimizer steps: {training.steps}" + (f"; loss {training.loss:.4f}" if training.loss else ""), ""]
     lines += _table(("data", "rows", "sha256"), [(d["name"], d["rows"], d["sha256"][:16]) for d in training.data])
+    if training.merge:
+        merge = training.merge
+        lines += ["", f"Weights: {merge['weight']:g} of the trained ones, the rest of {merge['with']} ({merge['path']})."]
     if training.metrics:
         names = sorted({name for values in training.metrics.values() for name in values})
         columns = list(training.metrics)

@@ -31,10 +31,10 @@ def arm(stage: str) -> None:
         saved = EmbeddingTrainer._save_checkpoint
         EmbeddingTrainer._save_checkpoint = lambda *args: (saved(*args), die())  # type: ignore[method-assign]
     if stage == "published":
-        from ultrarag.finetune import run
+        from ultrarag.finetune import finishing
 
-        published = run.publish
-        run.publish = lambda *args, **kwargs: (published(*args, **kwargs), die())  # type: ignore[assignment]
+        published = finishing.publish
+        finishing.publish = lambda *args, **kwargs: (published(*args, **kwargs), die())  # type: ignore[assignment]
     if stage == "build":
         from ultrarag.retrieve import builder
 

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from ultrarag.finetune.arguments import FinetuneArguments
-    from ultrarag.finetune.run import FinetuneResult, Interrupted
+    from ultrarag.finetune.incremental import Interrupted
+    from ultrarag.finetune.result import FinetuneResult
 
 __all__ = ["FinetuneArguments", "FinetuneResult", "Interrupted", "finetune"]
 
 _HOMES = {
     "FinetuneArguments": "ultrarag.finetune.arguments",
-    "FinetuneResult": "ultrarag.finetune.run",
-    "Interrupted": "ultrarag.finetune.run",
+    "FinetuneResult": "ultrarag.finetune.result",
+    "Interrupted": "ultrarag.finetune.incremental",
 }
 
 
@@ -57,7 +58,7 @@ def finetune(
     name = adapter or _adapter_of(str(model))
     result = run(from_keywords(model, train_data, output_dir, name, adapter_defaults(name), **arguments))
     if result is None:  # another rank of a distributed run: the first one wrote the checkpoint
-        from ultrarag.finetune.run import FinetuneResult
+        from ultrarag.finetune.result import FinetuneResult
 
         return FinetuneResult(str(output_dir), str(model), "", 0, None, 0.0)
     return result

@@ -22,7 +22,9 @@ from ultrarag.finetune.command_line import (
     refuse_unknown,
     with_defaults,
 )
+from ultrarag.finetune.false_negative_flags import FalseNegativeArguments
 from ultrarag.finetune.flags import DataArguments, EvaluationArguments, LoraArguments, ModelArguments
+from ultrarag.finetune.incremental_flags import IncrementalArguments
 from ultrarag.finetune.transformers_arguments import build_training_arguments, described, training_flags
 from ultrarag.finetune.values import Flag, flags_of
 from ultrarag.loss_arguments import LossArguments
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 __all__ = [
     "DataArguments",
     "EvaluationArguments",
+    "FalseNegativeArguments",
     "FinetuneArguments",
+    "IncrementalArguments",
     "LoraArguments",
     "LossArguments",
     "ModelArguments",
@@ -46,8 +50,10 @@ _OWN = {
     "Model": ModelArguments,
     "Data": DataArguments,
     "Loss and training of embeddings": LossArguments,
+    "False negatives": FalseNegativeArguments,
     "Low-rank adapters": LoraArguments,
     "Evaluation": EvaluationArguments,
+    "Incremental fine-tuning": IncrementalArguments,
 }
 
 _RUN = {
@@ -86,6 +92,8 @@ class FinetuneArguments:
     lora: LoraArguments
     evaluation: EvaluationArguments
     training: TrainingArguments
+    false_negatives: FalseNegativeArguments = field(default_factory=FalseNegativeArguments)
+    incremental: IncrementalArguments = field(default_factory=IncrementalArguments)
     #: write into an output directory that holds a model or checkpoints
     overwrite_output_dir: bool = False
     #: what was translated or changed, one line each; for the first process to print
@@ -101,6 +109,8 @@ class FinetuneArguments:
             "loss": asdict(self.loss),
             "lora": asdict(self.lora),
             "evaluation": _without_secrets(self.evaluation, "eval_data"),
+            "false_negatives": asdict(self.false_negatives),
+            "incremental": _without_secrets(self.incremental, "replay_data", "guard_data"),
             "training": described(self.training),
         }
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
@@ -236,10 +246,30 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     lora = LoraArguments(**own[LoraArguments])
     notes += _without_effect(loss, values)
     overwrite = values.pop("overwrite_output_dir", False)
+    masks = FalseNegativeArguments(**own[FalseNegativeArguments])
+    incremental = IncrementalArguments(**own[IncrementalArguments])
+    _check_merge(incremental, evaluation, values)
     ours = {name for chosen in own.values() for name in chosen}
     rest = {name: value for name, value in values.items() if name not in ours}
     training = build_training_arguments(rest, evaluation.eval_data is not None, notes)
-    return FinetuneArguments(adapter, model, data, loss, lora, evaluation, training, overwrite, notes)
+    return FinetuneArguments(
+        adapter, model, data, loss, lora, evaluation, training, masks, incremental, overwrite, notes
+    )
+
+
+def _check_merge(incremental: IncrementalArguments, evaluation: EvaluationArguments, values: Mapping[str, Any]) -> None:
+    """Refuse a search for a weight without anything to search by, and merging of weights that no process has whole."""
+    if incremental.merge_with is None:
+        return
+    for name in ("fsdp", "deepspeed"):
+        if values.get(name):
+            raise UsageError(
+                f"--merge_with does not work with --{name}, which splits the weights; leave one of them out"
+            )
+    held_out = {"eval_data": evaluation.eval_data, "guard_data": incremental.guard_data}
+    missing = [name for name, given in held_out.items() if given is None]
+    if incremental.fixed_weight is None and missing:
+        raise UsageError(f"--merge_weight auto needs --{missing[0]} to choose by; or give a weight, such as 0.5")
 
 
 def _pick(values: Mapping[str, Any], arguments: type) -> dict[str, Any]:
@@ -255,9 +285,12 @@ def _without_effect(loss: LossArguments, values: Mapping[str, Any]) -> list[str]
     return notes
 
 
-def _without_secrets(arguments: Any, data: str | None = None) -> dict[str, Any]:
-    """Return a dataclass as a dict without its token, and with rows in the field `data` counted."""
-    held = getattr(arguments, data) if data else None
-    rows = held if held and not isinstance(held, str) and isinstance(held[0], Mapping) else None
-    plain = asdict(replace(arguments, **{data: ({"rows": len(rows)},)}) if data and rows else arguments)
+def _without_secrets(arguments: Any, *data: str) -> dict[str, Any]:
+    """Return a dataclass as a dict without its token, and with rows in the fields `data` counted."""
+    counted = {}
+    for name in data:
+        held = getattr(arguments, name)
+        if held and not isinstance(held, str) and isinstance(held[0], Mapping):
+            counted[name] = ({"rows": len(held)},)
+    plain = asdict(replace(arguments, **counted) if counted else arguments)
     return {name: value for name, value in plain.items() if not name.endswith("token")}

@@ -85,6 +85,12 @@ class ArrowRows:
         counts = [np.diff(batch.column(neg).offsets.to_numpy()) for batch in self._batches]
         return np.concatenate(counts).astype(np.int32) if counts else np.zeros(0, np.int32)
 
+    def texts(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the query and the positives of each row, in order."""
+        query, pos = SCHEMA.get_field_index("query"), SCHEMA.get_field_index("pos")
+        for batch in self._batches:
+            yield from zip(batch.column(query).to_pylist(), batch.column(pos).to_pylist(), strict=True)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_source": self._source}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -42,6 +42,8 @@ class Batch:
     prompts: list[str | None]
     #: passages are of the queries' kind (symmetric tasks) and get the instruction of their query
     passages_as_queries: bool = False
+    #: (queries,) all positives of each row, drawn or not
+    positives: list[tuple[str, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ class BatchPlan:
             sources=[item.example.source for item in drawn],
             prompts=[item.example.prompt for item in drawn],
             passages_as_queries=pool.passages_as_queries,
+            positives=[item.example.pos for item in drawn],
         )
 
     # ---- what is said about the ends

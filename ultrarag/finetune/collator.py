@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -30,6 +31,8 @@ class TrainingBatch(TypedDict):
     dataset: str
     #: "file:line" of each query
     sources: list[str]
+    #: what finding false negatives needs; None where none are looked for
+    masking: dict[str, Any] | None
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Collator:
     query_max_length: int
     passage_max_length: int
     pad_to_multiple_of: int | None = None
+    #: gives what finding false negatives needs of a batch's texts
+    masking: Callable[[Batch], dict[str, Any]] | None = None
 
     def __call__(self, batches: list[Batch]) -> TrainingBatch:
         (batch,) = batches
@@ -53,6 +58,7 @@ class Collator:
             in_batch_negatives=batch.in_batch_negatives,
             dataset=batch.dataset,
             sources=list(batch.sources),
+            masking=self.masking(batch) if self.masking else None,
         )
 
     def _passages(self, batch: Batch) -> list[str]:
@@ -92,6 +98,7 @@ class PairCollator:
             in_batch_negatives=False,
             dataset=batch.dataset,
             sources=list(batch.sources),
+            masking=None,
         )
 
     def _features(self, batch: Batch) -> Features:

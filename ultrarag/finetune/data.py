@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from ultrarag.finetune.arrow_rows import ArrowRows, write_rows
@@ -17,6 +18,8 @@ from ultrarag.finetune.datasets import Choice, DatasetInfo, arrange
 from ultrarag.finetune.row_cache import CheckedRows, cached_rows
 from ultrarag.finetune.rows import IN_MEMORY, Dataset, RowReader, in_memory, rows_given
 from ultrarag.finetune.sources import DataFile, find_files
+from ultrarag.finetune.text_keys import row_key
+from ultrarag.progress import progress_bar
 from ultrarag.types import Example
 
 __all__ = ["DatasetInfo", "TrainData"]
@@ -28,6 +31,7 @@ class TrainData:
     Attributes:
         datasets: what each range of rows is.
         digest: SHA-256 of the sources' content, whatever they are called.
+        files: path -> SHA-256 of each file; rows in memory count as one.
         notes: what was left out, merged or not understood, one remark each.
         teacher: every row has a teacher's scores.
         negatives: (rows,) how many negatives each row has.
@@ -40,9 +44,11 @@ class TrainData:
         self._places = arranged.places
         self.datasets = arranged.datasets
         self.digest = checked.digest
+        self.files = checked.files or {IN_MEMORY: checked.digest}
         self.notes = [*checked.notes, *arranged.notes]
         self.teacher = teacher
         self.negatives = checked.rows.negatives()[self._places]
+        self._keys: np.ndarray | None = None
         self._stops = [dataset.stop for dataset in self.datasets]
 
     @classmethod
@@ -106,6 +112,17 @@ class TrainData:
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         return self._rows[int(self._places[number])]
+
+    def keys(self) -> np.ndarray:
+        """A number for each row, (rows,) uint64, that is the same for the same query and positives anywhere."""
+        if self._keys is None:
+            found = np.empty(len(self._rows), np.uint64)
+            with progress_bar(len(found), "compare rows", "row") as bar:
+                for number, (query, positives) in enumerate(self._rows.texts()):
+                    found[number] = row_key(query, positives)
+                    bar.update()
+            self._keys = found[self._places]
+        return self._keys
 
     def dataset_of(self, number: int) -> DatasetInfo:
         """Return the dataset that row `number` belongs to."""

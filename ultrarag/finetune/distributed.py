@@ -37,6 +37,16 @@ def gather(embeddings: Embeddings) -> Embeddings:
     return widened.map(lambda array: _own_first(array, rows))
 
 
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Return all ranks' rows of a tensor in the order of `gather`; the other dimensions are the same on all."""
+    if world_size() == 1:
+        return tensor
+    mine = torch.tensor([tensor.shape[0]], device=tensor.device)
+    counts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(counts, mine)
+    return _own_first(tensor, [int(count) for count in counts])
+
+
 def mean_weight(queries: int, device: torch.device) -> float:
     """What this rank's mean loss counts for, so that the ranks' average is the mean over all queries.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,16 @@ import numpy as np
 import torch.distributed as dist
 
 from ultrarag import ir
-from ultrarag.encoder import Encoder
+from ultrarag.encoder import BATCH_TOKENS, Encoder
 from ultrarag.errors import DataError
 from ultrarag.finetune.distributed import rank, world_size
-from ultrarag.types import Embeddings, Kind
+from ultrarag.progress import progress_bar
+from ultrarag.report.measured import Evaluation, Measured, Verdict, evaluate_run
+from ultrarag.types import Embeddings, Kind, Passage, Tokens
 
 METRICS = ("nDCG@10", "Recall@10", "MRR@10")
+#: The metric that decides.
+METRIC = "nDCG@10"
 _DEPTH = 10
 
 
@@ -29,31 +33,66 @@ class Evaluator:
     qrels: Mapping[str, Mapping[str, int]]
     query_max_length: int | None = None
     passage_max_length: int | None = None
+    #: tokenize once and keep the token ids, for many evaluations of one model in memory
+    keep_tokens: bool = False
+    _tokens: dict[Kind, Tokens] = field(default_factory=dict, repr=False)
 
     def __call__(self, encoder: Encoder, heads: tuple[str, ...]) -> dict[str, float]:
-        """Return nDCG@10, Recall@10 and MRR@10 of exact search with the dense head, or else the first of `heads`.
+        """Return nDCG@10, Recall@10 and MRR@10."""
+        return self.evaluate(encoder, heads).metrics
+
+    def evaluate(self, encoder: Encoder, heads: tuple[str, ...], metrics: Sequence[str] = METRICS) -> Evaluation:
+        """Search exactly with the dense head, or else the first of `heads`.
 
         In a distributed run every rank encodes its share of the texts.
         """
-        judged = [key for key in self.queries if self.qrels.get(key)]
         passages = list(self.corpus)
         head = "dense" if "dense" in heads else heads[0]
-        query = self._encode(encoder, [self.queries[key] for key in judged], "query", head)
+        query = self._encode(encoder, [self.queries[key] for key in self.judged], "query", head)
         passage = self._encode(encoder, [self.corpus[key] for key in passages], "passage", head)
         scores, rows = _search(encoder, query, passage, head)
-        run = ir.run_of(judged, passages, scores, rows)
-        return ir.metrics({key: dict(self.qrels[key]) for key in judged}, run, METRICS)
+        return evaluate_run(self._qrels(), ir.run_of(self.judged, passages, scores, rows), metrics)
+
+    def measured(self, before: Evaluation, after: Evaluation) -> Measured:
+        """Two evaluations compared, with the texts that a reader wants to see."""
+
+        def passages(ids: list[str]) -> dict[str, Passage]:
+            return {id: Passage(id, self.corpus[id]) for id in ids if id in self.corpus}
+
+        where = f"{len(self.judged)} queries on the {len(self.corpus)} passages of the evaluation data"
+        return Measured.of(Verdict.of(METRIC, before, after), self.queries, self._qrels(), where, passages)
+
+    @property
+    def judged(self) -> list[str]:
+        """The queries for which something is relevant."""
+        return [key for key in self.queries if self.qrels.get(key)]
+
+    def _qrels(self) -> dict[str, dict[str, int]]:
+        return {key: dict(self.qrels[key]) for key in self.judged}
 
     def _encode(self, encoder: Encoder, texts: Sequence[str], kind: Kind, head: str) -> Embeddings:
-        limit = self.query_max_length if kind == "query" else self.passage_max_length
         mine = list(texts[rank() :: world_size()])
-        part = encoder.encode(mine, kind, heads=(head,), max_length=limit)
+        part = self._encode_kept(encoder, mine, kind, head) if self.keep_tokens else None
+        if part is None:
+            part = encoder.encode(mine, kind, heads=(head,), max_length=self._limit(kind))
         if world_size() == 1:
             return part
         parts: list[Any] = [None] * world_size()
         dist.all_gather_object(parts, part)
         order = np.argsort(np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())]))
         return Embeddings.cat(parts)[order]
+
+    def _encode_kept(self, encoder: Encoder, texts: list[str], kind: Kind, head: str) -> Embeddings | None:
+        if not texts:
+            return None
+        if kind not in self._tokens:
+            self._tokens[kind] = encoder.tokenize(texts, kind, self._limit(kind))
+        budget = BATCH_TOKENS.get(encoder.device.type, BATCH_TOKENS["cuda"])
+        with progress_bar(len(texts), "encode", "text") as bar:
+            return encoder.encode_tokens(self._tokens[kind], (head,), budget, on_batch=bar.update)
+
+    def _limit(self, kind: Kind) -> int | None:
+        return self.query_max_length if kind == "query" else self.passage_max_length
 
 
 def _search(encoder: Encoder, query: Embeddings, passage: Embeddings, head: str) -> tuple[np.ndarray, np.ndarray]:
@@ -65,9 +104,15 @@ def _search(encoder: Encoder, query: Embeddings, passage: Embeddings, head: str)
 
 
 def read_evaluator(
-    eval_data: str | Sequence[Any], query_max_length: int | None, passage_max_length: int | None
+    eval_data: str | Sequence[Any],
+    query_max_length: int | None,
+    passage_max_length: int | None,
+    name: str = "eval_data",
 ) -> Evaluator:
     """Read rows like the training data's, or a folder in BEIR's layout.
+
+    Args:
+        name: the flag that gave it.
 
     Raises:
         DataError: nothing to evaluate on, or a line that cannot be read.
@@ -83,7 +128,7 @@ def read_evaluator(
         sources = [eval_data] if isinstance(eval_data, str) else list(eval_data)
         corpus, queries, qrels = read_eval_rows(sources)
     if not any(qrels.get(key) for key in queries):
-        raise DataError(f"eval_data {eval_data if isinstance(eval_data, str) else ''} has no query with a judgement")
+        raise DataError(f"{name} {eval_data if isinstance(eval_data, str) else ''} has no query with a judgement")
     return Evaluator(corpus, queries, qrels, query_max_length, passage_max_length)
 
 

@@ -9,14 +9,15 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import TrainingArguments
 
-from ultrarag.finetune.batches import Batch, BatchPlan
+from ultrarag.finetune.batches import Batch
 from ultrarag.finetune.collator import Collator, PairCollator
+from ultrarag.finetune.replay import Plan
 
 
 class PlannedBatches(Dataset[Batch]):
     """Item (epoch, index) is this rank's batch."""
 
-    def __init__(self, plan: BatchPlan, rank: int) -> None:
+    def __init__(self, plan: Plan, rank: int) -> None:
         self.plan = plan
         self.rank = rank
 
@@ -58,9 +59,7 @@ class PlannedLoader(DataLoader[Any]):
         cast(EpochOrder, self.batch_sampler).set_epoch(epoch)
 
 
-def make_loader(
-    plan: BatchPlan, collator: Collator | PairCollator, rank: int, args: TrainingArguments
-) -> PlannedLoader:
+def make_loader(plan: Plan, collator: Collator | PairCollator, rank: int, args: TrainingArguments) -> PlannedLoader:
     """Return the loader of one rank's batches, with the run's dataloader settings."""
     workers = args.dataloader_num_workers
     return PlannedLoader(

@@ -17,7 +17,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ORDER = (
     *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("train_group_size", "dataloader_drop_last", "same_dataset_within_batch", "small_threshold", "drop_threshold"),
-    *("shuffle_ratio", "max_example_num_per_dataset", "no_in_batch_neg", "negatives_cross_device"),
+    *("replay_ratio", "shuffle_ratio", "max_example_num_per_dataset", "no_in_batch_neg", "negatives_cross_device"),
 )
 
 
@@ -25,6 +25,11 @@ def checkpoints_in(output: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [path for path in output.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def asked_to_resume(arguments: FinetuneArguments) -> bool:
+    """Whether the run shall go on where it was, if it had begun."""
+    return arguments.training.resume_from_checkpoint not in (None, False, "", "False")
 
 
 def find_resume(arguments: FinetuneArguments, note: Callable[[str], None]) -> Path | None:
@@ -37,7 +42,7 @@ def find_resume(arguments: FinetuneArguments, note: Callable[[str], None]) -> Pa
         UsageError: a named checkpoint does not exist or is incomplete.
     """
     asked = arguments.training.resume_from_checkpoint
-    if asked in (None, False, "", "False"):
+    if not asked_to_resume(arguments):
         return None
     if asked in (True, "True"):
         found = checkpoints_in(Path(str(arguments.training.output_dir)))

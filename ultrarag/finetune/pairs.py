@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ultrarag.encoder import Encoder
 from ultrarag.errors import DataError, UsageError
 from ultrarag.finetune.arguments import DataArguments, FinetuneArguments
-from ultrarag.finetune.batches import BatchPlan
 from ultrarag.finetune.collator import PairCollator
+from ultrarag.finetune.replay import Plan
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ def refuse_for_pairs(arguments: FinetuneArguments) -> None:
         "use_mrl": (loss.use_mrl, "it gives no vector whose dimensions could be cut"),
         "unified_finetuning": (loss.unified_finetuning, "it has one head"),
         "sentence_pooling_method": (model.sentence_pooling_method is not None, "it gives a score and no vector"),
+        "false_negative_mask": (
+            arguments.false_negatives.false_negative_mask != "none",
+            "a query is compared with its own candidates only",
+        ),
         "kd_loss_type": (loss.kd_loss_type != "kl_div", "its group of candidates is learned with kl_div"),
     }
     for name, (given, why) in refused.items():
@@ -58,7 +62,7 @@ def refuse_without_pairs(arguments: FinetuneArguments) -> None:
             )
 
 
-def check_groups(plan: BatchPlan) -> None:
+def check_groups(plan: Plan) -> None:
     """Refuse data in which a query has no negative: the loss of a group of one is 0.
 
     Raises:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from ultrarag import ir
 from ultrarag.encoder import Encoder
 from ultrarag.errors import DataError, UsageError
 from ultrarag.finetune.distributed import rank, world_size
-from ultrarag.finetune.evaluation import METRICS
+from ultrarag.finetune.evaluation import METRIC, METRICS
+from ultrarag.report.measured import Evaluation, Measured, Verdict, evaluate_run
+from ultrarag.types import Passage
 
 
 @dataclass
@@ -29,21 +30,47 @@ class RerankEvaluator:
     max_length: int | None = None
 
     def __call__(self, encoder: Encoder, heads: tuple[str, ...]) -> dict[str, float]:
-        """Return nDCG@10, Recall@10 and MRR@10 of the candidates in the order of the scores.
+        """Return nDCG@10, Recall@10 and MRR@10."""
+        return self.evaluate(encoder, heads).metrics
+
+    def evaluate(self, encoder: Encoder, heads: tuple[str, ...]) -> Evaluation:
+        """Measure the candidates in the order of the scores.
 
         In a distributed run every rank scores its share of the pairs.
         """
         pairs = [(query, text) for query, texts in self.candidates.items() for text in texts]
-        scores = self._score(encoder, pairs)
-        run: dict[str, dict[str, float]] = {}
-        qrels: dict[str, dict[str, int]] = {}
-        start = 0
-        for number, (query, texts) in enumerate(self.candidates.items()):
-            # of equal scores the last id counts as first: a model that scores all alike must not look good
-            run[f"q{number}"] = {f"p{place:06d}": float(scores[start + place]) for place in range(len(texts))}
-            qrels[f"q{number}"] = {f"p{place:06d}": 1 for place in range(self.relevant[query])}
-            start += len(texts)
-        return ir.metrics(qrels, run, METRICS)
+        scores = iter(self._score(encoder, pairs).tolist())
+        # of equal scores the last id counts as first: a model that scores all alike must not look good
+        run = {f"q{number}": {id: next(scores) for id in texts} for number, texts in enumerate(self._ids())}
+        best_first = {
+            query: dict(sorted(found.items(), key=lambda hit: (hit[1], hit[0]), reverse=True))
+            for query, found in run.items()
+        }
+        return evaluate_run(self._qrels(), best_first, METRICS)
+
+    def measured(self, before: Evaluation, after: Evaluation) -> Measured:
+        """Two evaluations compared, with the texts that a reader wants to see."""
+        queries = {f"q{number}": query for number, query in enumerate(self.candidates)}
+        texts = {id: text for named in self._ids() for id, text in named.items()}
+
+        def passages(ids: list[str]) -> dict[str, Passage]:
+            return {id: Passage(id, texts[id]) for id in ids}
+
+        where = f"{len(queries)} queries, each with its own candidates"
+        return Measured.of(Verdict.of(METRIC, before, after), queries, self._qrels(), where, passages)
+
+    def _ids(self) -> list[dict[str, str]]:
+        """Per query, an id for each candidate: id -> text; the relevant ones first."""
+        return [
+            {f"q{number}-p{place:06d}": text for place, text in enumerate(texts)}
+            for number, texts in enumerate(self.candidates.values())
+        ]
+
+    def _qrels(self) -> dict[str, dict[str, int]]:
+        return {
+            f"q{number}": dict.fromkeys(list(ids)[: self.relevant[query]], 1)
+            for number, (query, ids) in enumerate(zip(self.candidates, self._ids(), strict=True))
+        }
 
     def _score(self, encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         limits: dict[str, Any] = {"query_max_length": self.query_max_length, "max_length": self.max_length}
@@ -59,9 +86,15 @@ class RerankEvaluator:
 
 
 def read_rerank_evaluator(
-    eval_data: str | Sequence[Any], query_max_length: int | None, max_length: int | None
+    eval_data: str | Sequence[Any],
+    query_max_length: int | None,
+    max_length: int | None,
+    name: str = "eval_data",
 ) -> RerankEvaluator:
     """Read rows like the training data's: a query's candidates are its `pos` and `neg`.
+
+    Args:
+        name: the flag that gave it.
 
     Raises:
         DataError: no query has a negative, or a line cannot be read.
@@ -71,7 +104,7 @@ def read_rerank_evaluator(
 
     if isinstance(eval_data, str) and (Path(eval_data) / "corpus.jsonl").is_file():
         raise UsageError(
-            f"--eval_data {eval_data} is a corpus with queries; a cross-encoder orders candidates that a search has "
+            f"--{name} {eval_data} is a corpus with queries; a cross-encoder orders candidates that a search has "
             "found: give rows with 'pos' and 'neg', such as mined hard negatives"
         )
     positives: dict[str, dict[str, None]] = {}
@@ -84,5 +117,5 @@ def read_rerank_evaluator(
     }
     useful = {query: texts for query, texts in candidates.items() if len(texts) > len(positives[query])}
     if not useful:
-        raise DataError("eval_data has no query with 'neg': a cross-encoder is measured by how it orders candidates")
+        raise DataError(f"{name} has no query with 'neg': a cross-encoder is measured by how it orders candidates")
     return RerankEvaluator(useful, {query: len(positives[query]) for query in useful}, query_max_length, max_length)

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +41,8 @@ class CheckedRows:
     notes: list[str]
     #: SHA-256 of the files' content
     digest: str
+    #: path -> SHA-256 of each file
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def cached_rows(files: Sequence[DataFile], reader: RowReader, cache_path: str | os.PathLike[str] | None) -> CheckedRows:
@@ -53,7 +55,8 @@ def cached_rows(files: Sequence[DataFile], reader: RowReader, cache_path: str | 
     contents = [_content(file) for file in files]
     digest = hashlib.sha256("".join(contents).encode()).hexdigest()
     manifest = folder / f"{_key(files, contents, reader)}.json"
-    return _read(manifest, digest) or _build(manifest, digest, files, contents, reader)
+    found = _read(manifest, digest) or _build(manifest, digest, files, contents, reader)
+    return replace(found, files={file.path: content for file, content in zip(files, contents, strict=True)})
 
 
 def default_cache() -> Path:

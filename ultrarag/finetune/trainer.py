@@ -27,6 +27,7 @@ from ultrarag.finetune.evaluation import Evaluator
 from ultrarag.finetune.gradcache import cached_step
 from ultrarag.finetune.loader import PlannedLoader
 from ultrarag.finetune.lora import Lora
+from ultrarag.finetune.masking import FalseNegatives
 from ultrarag.finetune.rerank_evaluation import RerankEvaluator
 from ultrarag.finetune.trainable import Trainable
 from ultrarag.hookspecs import Features, LoadOptions
@@ -51,6 +52,7 @@ class EmbeddingTrainer(Trainer):
         evaluator: Evaluator | RerankEvaluator | None = None,
         callbacks: Sequence[Any] = (),
         lora: Lora | None = None,
+        masking: FalseNegatives | None = None,
     ) -> None:
         super().__init__(
             model=Trainable(encoder, heads),
@@ -68,6 +70,7 @@ class EmbeddingTrainer(Trainer):
         self.record = record
         self.evaluator = evaluator
         self.lora = lora
+        self.masking = masking
         self.interrupt = StopOnInterrupt()
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
@@ -117,17 +120,29 @@ class EmbeddingTrainer(Trainer):
     def _loss(self, batch: TrainingBatch, embeddings: list[Embeddings]) -> Tensor:
         query, passage = embeddings if len(embeddings) == 2 else (None, embeddings[0])
         queries = len(passage) // batch["group_size"]
-        if query is not None and self.loss_arguments.negatives_cross_device and batch["in_batch_negatives"]:
+        across = query is not None and self.loss_arguments.negatives_cross_device and batch["in_batch_negatives"]
+        if across:
             passage = gather(passage)
+        step, teacher, mask = self.state.global_step, batch["teacher"], None
+        if self.masking and query is not None and batch["masking"] is not None:
+            groups = (batch["group_size"], teacher is not None, across)
+            mask = self.masking(batch["masking"], query, passage, *groups)
         arguments = replace(
-            self.loss_arguments, group_size=batch["group_size"], in_batch_negatives=batch["in_batch_negatives"]
+            self.loss_arguments,
+            group_size=batch["group_size"],
+            in_batch_negatives=batch["in_batch_negatives"],
+            false_negatives=mask,
         )
-        step = self.state.global_step
-        teacher = batch["teacher"]
         loss = self.encoder.adapter.loss(self.encoder.model, query, passage, teacher, step, arguments)
         if not torch.isfinite(loss):
             raise TrainingError(_not_finite(loss, step, batch))
         return loss * mean_weight(queries, loss.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what was measured, and how many passages per query were left out as false negatives."""
+        if self.masking and "loss" in logs:
+            logs["false_negatives"] = round(self.masking.share(), 4)
+        super().log(logs, *args, **kwargs)
 
     # ---- evaluation
 

@@ -21,6 +21,8 @@ GROUP = "transformers' TrainingArguments"
 #: Where our default is not transformers'.
 DEFAULTS: dict[str, Any] = {
     "report_to": "none",
+    # a share of all steps: fifty points of the report's loss curve, however long the run
+    "logging_steps": 0.02,
     # every head that is trained gets a gradient at every step
     "ddp_find_unused_parameters": False,
     # our rows are no columns of the model's forward

@@ -25,7 +25,7 @@ class Flag:
     """One setting: its name, how its value reads, and what `--help` says about it."""
 
     name: str
-    #: bool, int, float, str, strs, ints, str_or_strs, str_or_bool, json, data, object (Python values only)
+    #: bool, int, float, str, strs, ints, str_or_strs, str_or_bool, str_or_number, json, data, object (Python values only)
     kind: str
     default: Any
     help: str
@@ -164,6 +164,10 @@ def _str(flag: Flag, value: Any) -> str:
     return os.fspath(value)
 
 
+def _str_or_number(flag: Flag, value: Any) -> str:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else _str(flag, value)
+
+
 def _str_or_bool(flag: Flag, value: Any) -> str | bool:
     if isinstance(value, bool):
         return value
@@ -237,6 +241,7 @@ _READERS: dict[str, Callable[[Flag, Any], Any]] = {
     "float": _float,
     "str": _str,
     "str_or_bool": _str_or_bool,
+    "str_or_number": _str_or_number,
     "strs": _strs,
     "str_or_strs": _str_or_strs,
     "ints": _ints,
@@ -251,6 +256,7 @@ _WANTED = {
     "float": "a number",
     "str": "text",
     "str_or_bool": "text, True or False",
+    "str_or_number": "text or a number",
     "strs": "one or more texts",
     "str_or_strs": "one or more texts",
     "ints": "whole numbers, such as 64 128 or 64,128",

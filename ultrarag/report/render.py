@@ -33,6 +33,10 @@ class Page:
     history: Sequence[Mapping[str, Any]] = ()
     #: both systems' answers to the same queries
     measured: Measured | None = None
+    #: "before", "after" and more: metric -> value, on what was not to be forgotten
+    guard: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    #: how the trained weights were averaged with an older model's: with, weight, tried
+    merge: Mapping[str, Any] | None = None
     #: name and value of everything else worth knowing
     facts: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
@@ -44,6 +48,8 @@ def render(page: Page) -> str:
         f"<h1>{text(page.title)}</h1>",
         f'<p class="banner {"good" if page.good else "bad"}">{text(page.outcome)}</p>',
         _metrics(page),
+        _guard(page.guard),
+        _merge(page.merge) if page.merge else "",
         section("Loss while training", loss_curve(page.history)),
         section("Evaluation while training", evaluation_curve(page.history)),
         _changes(page.measured) if page.measured else "",
@@ -74,9 +80,33 @@ def _metrics(page: Page) -> str:
         return section(f"Before and after: {page.measured.where}", _measured_metrics(page.measured))
     if not page.metrics.get("before"):
         return ""
-    before, after = page.metrics["before"], page.metrics["after"]
+    return section("Before and after", _two_columns(page.metrics))
+
+
+def _two_columns(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    before, after = metrics["before"], metrics["after"]
     rows = [(text(m), f"{old:.4f}", f"{after[m]:.4f}", signed(after[m] - old)) for m, old in before.items()]
-    return section("Before and after", table(("metric", "before", "after", "change"), rows, (1, 2, 3)))
+    return table(("metric", "before", "after", "change"), rows, (1, 2, 3))
+
+
+def _guard(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    if not metrics.get("before"):
+        return ""
+    return section("Before and after: the guard, which was not to be forgotten", _two_columns(metrics))
+
+
+def _merge(merge: Mapping[str, Any]) -> str:
+    told = f"<p>{merge['weight']:g} of the trained weights, the rest of {text(merge['with'])}.</p>"
+    rows = [
+        (
+            f"{trial['weight']:g}" + (" ✓" if trial["weight"] == merge["weight"] else ""),
+            "-" if trial["domain"] is None else f"{trial['domain']:.4f}",
+            "-" if trial["guard"] is None else f"{trial['guard']:.4f}",
+        )
+        for trial in merge["tried"]
+    ]
+    tried = table(("weight of the trained model", "nDCG@10", "nDCG@10 on the guard"), rows, (1, 2)) if rows else ""
+    return section("Merging", told + tried)
 
 
 def _measured_metrics(measured: Measured) -> str:

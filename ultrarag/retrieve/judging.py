@@ -8,19 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ultrarag import ir
-from ultrarag.report.measured import Evaluation, Measured, Verdict
+from ultrarag.report.measured import Measured, Verdict
 from ultrarag.types import Passage
 
 if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
     from ultrarag.retrieve.store import Store
 
 #: A BEIR folder is about the index's passages when this share of its relevant ones have the same text there.
 SAME_TEXT = 0.5
-DEPTH = 10
 
 
 @dataclass(frozen=True)
@@ -71,28 +67,16 @@ def compare_encoders(
 ) -> Verdict:
     """Search the questions' own corpus with both checkpoints, exactly: with the dense head, or the first there is."""
     from ultrarag.encoder import Encoder
+    from ultrarag.finetune.evaluation import Evaluator
 
+    assert asked.corpus is not None
     names = list(dict.fromkeys((metric, *ir.DEFAULT_METRICS)))
+    evaluator = Evaluator(asked.corpus, asked.queries, asked.qrels)
     before, after = (
-        _evaluate(Encoder.load(folder, device=device, precision=precision), asked, names) for folder in (old, new)
+        evaluator.evaluate(encoder, encoder.heads, names)
+        for encoder in (Encoder.load(folder, device=device, precision=precision) for folder in (old, new))
     )
     return Verdict.of(metric, before, after)
-
-
-def _evaluate(encoder: Encoder, asked: Questions, names: list[str]) -> Evaluation:
-    assert asked.corpus is not None
-    head = "dense" if "dense" in encoder.heads else encoder.heads[0]
-    ids, passage_ids = list(asked.qrels), list(asked.corpus)
-    queries = encoder.encode([asked.queries[id] for id in ids], "query", heads=(head,))
-    passages = encoder.encode(list(asked.corpus.values()), "passage", heads=(head,))
-    if head == "dense":
-        scores, rows = ir.top_k(queries.dense, passages.dense, DEPTH)
-    else:
-        scores = encoder.similarity(queries, passages, weights={head: 1.0})
-        rows = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
-        scores = np.take_along_axis(scores, rows, axis=1)
-    run = ir.run_of(ids, passage_ids, scores, rows)
-    return Evaluation(ir.metrics(asked.qrels, run, names), ir.per_query(asked.qrels, run, names), run)
 
 
 def measured(verdict: Verdict, asked: Questions, store: Store) -> Measured:

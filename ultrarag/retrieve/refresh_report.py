@@ -12,6 +12,7 @@ from typing import Any
 from ultrarag.checkpoint import read_manifest
 from ultrarag.errors import IndexStateError
 from ultrarag.files import write_json
+from ultrarag.finetune.report import read_history, write_text
 from ultrarag.report.measured import Measured
 from ultrarag.report.render import Page, render
 from ultrarag.retrieve.generations import Generation
@@ -130,27 +131,8 @@ def write_report(report: RefreshReport, measured: Mapping[str, Any] | None, fold
         facts=_facts(report),
         notes=report.notes,
     )
-    _write_text(folder / HTML_FILE, render(page))
+    write_text(folder / HTML_FILE, render(page))
     write_json(folder / JSON_FILE, report.to_dict())
-
-
-def read_history(checkpoint: Path) -> list[dict[str, Any]]:
-    """The trainer's log of the run that made a checkpoint; empty where it kept none."""
-    from ultrarag.finetune.output import checkpoints_in
-
-    for folder in reversed(checkpoints_in(checkpoint)):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            return list(state["log_history"])
-        except (OSError, ValueError, KeyError):
-            continue  # cut off while it was written: the one before has almost as much
-    return []
-
-
-def _write_text(path: Path, value: str) -> None:
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staging.write_text(value, encoding="utf-8")
-    os.replace(staging, path)
 
 
 def _metrics(measured: Measured | None, trained: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,40 @@
+"""Flags that could not do here what they say: refused before anything is loaded."""
+
+from __future__ import annotations
+
+from ultrarag.errors import UsageError
+from ultrarag.finetune.arguments import FinetuneArguments
+
+
+def refuse_unsupported(arguments: FinetuneArguments) -> None:
+    """Flags of transformers that could not do here what they say."""
+    training = arguments.training
+    refused = {
+        "auto_find_batch_size": "use --sub_batch_size, which changes memory but not the loss",
+        "label_smoothing_factor": "the contrastive loss has no smoothed labels",
+        "include_num_input_tokens_seen": "token counts are not kept",
+        "neftune_noise_alpha": "noise on embeddings would change the loss that is compared with the peers'",
+    }
+    for name, why in refused.items():
+        if getattr(training, name, None) not in (None, False, 0, 0.0, "no"):
+            raise UsageError(f"--{name} is not supported by this trainer: {why}")
+    if getattr(training, "train_sampling_strategy", "random") not in ("random",):
+        raise UsageError(
+            f"--train_sampling_strategy {training.train_sampling_strategy} (group_by_length) is not supported: "
+            "the order of rows is a function of the seed and the epoch alone"
+        )
+    if arguments.lora.use_lora:
+        _refuse_with_lora(arguments)
+    if arguments.model.sub_batch_size and training.deepspeed:
+        raise UsageError(
+            "--sub_batch_size does not work with --deepspeed, whose engine allows one backward per step; "
+            "leave one of them out (plain DDP works with --sub_batch_size)"
+        )
+
+
+def _refuse_with_lora(arguments: FinetuneArguments) -> None:
+    """Sharded weights cannot be merged with their adapters on the way to a checkpoint."""
+    if arguments.model.fix_encoder:
+        raise UsageError("--use_lora adapts the backbone that --fix_encoder freezes; leave one of them out")
+    if arguments.training.fsdp or arguments.training.deepspeed:
+        raise UsageError("--use_lora does not work with --fsdp or --deepspeed; leave them out (plain DDP works)")

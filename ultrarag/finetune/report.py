@@ -1,0 +1,124 @@
+"""The report of a run beside its checkpoint: `report.json` for programs, `report.html` for people."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.checkpoint import Training
+from ultrarag.files import write_json
+from ultrarag.report.measured import Measured
+from ultrarag.report.render import Page, render
+
+if TYPE_CHECKING:
+    from ultrarag.finetune.result import FinetuneResult
+
+JSON_FILE, HTML_FILE = "report.json", "report.html"
+
+
+def write_report(
+    folder: Path,
+    result: FinetuneResult,
+    record: Training,
+    history: Sequence[Mapping[str, Any]],
+    measured: Measured | None,
+) -> None:
+    """Write `report.html`, then `report.json`, which names it.
+
+    Args:
+        history: the trainer's log.
+        measured: the evaluation before and after; None without any.
+    """
+    page = Page(
+        title=f"Fine-tuning: {folder.name}",
+        outcome=_outcome(result),
+        good=not _worse(result.metrics),
+        metrics=result.metrics,
+        history=history,
+        measured=measured,
+        guard=_guard(result.metrics),
+        merge=result.merge,
+        facts=_facts(result, record),
+        notes=result.notes,
+    )
+    write_text(folder / HTML_FILE, render(page))
+    found = {**result.to_dict(), "parent_fingerprint": record.parent, "data": record.data, "history": list(history)}
+    found["gained"] = dict(measured.gained()) if measured else {}
+    found["lost"] = dict(measured.lost()) if measured else {}
+    found["measured"] = measured.short().to_dict() if measured else None
+    write_json(folder / JSON_FILE, found)
+
+
+def read_measured(folder: Path) -> dict[str, Any] | None:
+    """What the run in `folder` measured, as `Measured.from_dict` reads it; None where it measured nothing."""
+    found = _read(folder).get("measured")
+    return dict(found) if found else None
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The trainer's log of the run that made a checkpoint; empty where it kept none."""
+    if found := _read(folder).get("history"):
+        return list(found)
+    from ultrarag.finetune.output import checkpoints_in
+
+    for checkpoint in reversed(checkpoints_in(folder)):
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            return list(state["log_history"])
+        except (OSError, ValueError, KeyError):
+            continue  # cut off while it was written: the one before has almost as much
+    return []
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / JSON_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def write_text(path: Path, value: str) -> None:
+    """Replace a text file in one step."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging.write_text(value, encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _worse(metrics: Mapping[str, Mapping[str, float]]) -> bool:
+    return bool(metrics.get("before")) and metrics["after"]["nDCG@10"] < metrics["before"]["nDCG@10"]
+
+
+def _outcome(result: FinetuneResult) -> str:
+    done = f"{result.steps} steps" + (f", mean loss {result.loss:.4f}" if result.loss is not None else "")
+    if not result.metrics.get("before"):
+        return f"Trained: {done}; nothing was evaluated (no --eval_data)"
+    before, after = (result.metrics[stage]["nDCG@10"] for stage in ("before", "after"))
+    return f"{'Worse' if after < before else 'Trained'}: {done}; nDCG@10 {before:.4f} → {after:.4f}"
+
+
+def _guard(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The metrics on the guard, under the names that those on the domain have."""
+    return {stage.removeprefix("guard_"): found for stage, found in metrics.items() if stage.startswith("guard_")}
+
+
+def _facts(result: FinetuneResult, record: Training) -> list[tuple[str, str]]:
+    merge = result.merge
+    return [
+        ("checkpoint", result.checkpoint),
+        ("fingerprint", result.fingerprint),
+        ("parent", result.parent),
+        ("parent's fingerprint", record.parent),
+        *([("merged with", f"{merge['with']}: {merge['path']}, {merge['fingerprint']}")] if merge else []),
+        *[(f"{_kind(item)}: {item['name']}", f"{item['rows']} rows, sha256 {item['sha256']}") for item in record.data],
+        ("models before it", str(len(record.ancestors))),
+        ("steps", str(result.steps)),
+        ("seconds of training", f"{result.seconds:.1f}"),
+        ("arguments", json.dumps(record.arguments, ensure_ascii=False, sort_keys=True)),
+    ]
+
+
+def _kind(item: Mapping[str, Any]) -> str:
+    return "replayed data" if item.get("replay") else "data"
