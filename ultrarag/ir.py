@@ -19,6 +19,7 @@ __all__ = [
     "Qrels",
     "Run",
     "Significance",
+    "best_columns",
     "metrics",
     "per_query",
     "read_beir",
@@ -207,7 +208,7 @@ def _top_k_of_block(queries: np.ndarray, passages: np.ndarray, k: int, chunk: in
         new = queries @ passages[start : start + chunk].T
         if not np.isfinite(new).all():
             raise UsageError("some scores are not finite numbers: the vectors hold NaN or infinity")
-        best = _best_columns(new, k)
+        best = best_columns(new, k)
         # Rows found so far come first, so that a stable sort keeps the lower number among equals.
         scores = np.concatenate([scores, np.take_along_axis(new, best, 1)], 1)
         rows = np.concatenate([rows, best + start], 1)
@@ -216,7 +217,7 @@ def _top_k_of_block(queries: np.ndarray, passages: np.ndarray, k: int, chunk: in
     return scores, rows
 
 
-def _best_columns(scores: np.ndarray, k: int) -> np.ndarray:
+def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
     """Return each row's k best columns in ascending order; among equals at the limit the lowest columns."""
     width = scores.shape[1]
     if k >= width:

@@ -38,11 +38,16 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
 
 def test_a_run_stopped_inside_an_item_writes_it_once(tmp_path):
     path = tmp_path / "out.jsonl"
-    with pytest.raises(KeyboardInterrupt), resumable(path, {}) as out:
-        out.write({"item": 1})
-        out.advance()
-        out.write({"item": 2})  # and its other lines are not written yet
-        raise KeyboardInterrupt
+
+    def stopped():
+        with resumable(path, {}) as out:
+            out.write({"item": 1})
+            out.advance()
+            out.write({"item": 2})  # and its other lines are not written yet
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     with resumable(path, {}) as out:
         assert out.done == 1
         out.write({"item": 2})

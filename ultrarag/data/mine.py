@@ -167,7 +167,7 @@ def _add_filters(parser: Parser) -> None:
         type=float,
         default=0.8,
         metavar="X",
-        help="share of common 3-word sequences from which a text counts as the positive; 0: not looked at (default: 0.8)",
+        help="share of common 3-word sequences from which a text counts as the positive; 0: any (default: 0.8)",
     )
     add("--reranker_name_or_path", metavar="MODEL", help="a cross-encoder that reads what was drawn")
     add("--reranker_adapter", metavar="NAME", help="the kind of reranker; not needed for a checkpoint of ours")

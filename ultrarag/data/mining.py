@@ -88,7 +88,10 @@ def mine_files(
 def _mine(miner: Miner, paths: list[str], out: Output, window: int) -> None:
     """Go on after the rows that earlier runs have written."""
     if out.state:
-        miner.report = MiningReport.from_dict(out.state)
+        earlier = MiningReport.from_dict(out.state)
+        for name, seconds in miner.report.seconds.items():
+            earlier.seconds[name] += seconds
+        miner.report = earlier
     with reading(paths, "mine", skip=out.done) as items:
         while batch := list(islice(items, window)):
             rows = [checked_row(place, raw) for place, raw in batch]

@@ -1,4 +1,4 @@
-"""Retrieval: a live index over passages, evaluation, and reranking; names load when they are first used."""
+"""Retrieval: a live index over passages, evaluation, reranking, and mining; names load when they are first used."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.flipping import Flip
     from ultrarag.retrieve.generations import Generation
     from ultrarag.retrieve.live import LiveIndex
+    from ultrarag.retrieve.mining.miner import mine
     from ultrarag.retrieve.refresh_report import RefreshReport
     from ultrarag.retrieve.reranking import rerank
     from ultrarag.retrieve.status import read_passages, read_status
@@ -26,6 +27,7 @@ _HOMES = {
     "differences": "ultrarag.retrieve.evaluation",
     "evaluate": "ultrarag.retrieve.evaluation",
     "evaluate_run": "ultrarag.retrieve.evaluation",
+    "mine": "ultrarag.retrieve.mining.miner",
     "read_passages": "ultrarag.retrieve.status",
     "read_run": "ultrarag.retrieve.trec",
     "read_status": "ultrarag.retrieve.status",
@@ -43,6 +45,7 @@ __all__ = [
     "differences",
     "evaluate",
     "evaluate_run",
+    "mine",
     "read_passages",
     "read_run",
     "read_status",

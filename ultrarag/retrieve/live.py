@@ -185,6 +185,10 @@ class LiveIndex:
         _ = self._core.live
         return self._core.store.get([id]).get(id)
 
+    def vectors(self, ids: Sequence[str]) -> Embeddings:
+        """What the live generation stores for these passages, a row each; UsageError for an unknown id."""
+        return self._core.live.backend.vectors(ids)
+
     def passages(self) -> Iterator[Passage]:
         """Iterate over all passages, in the order in which they were first added; writes may go on."""
         _ = self._core.live
