@@ -28,6 +28,7 @@ from ultrarag.loading import (
     settings_of,
 )
 from ultrarag.pairs import score_pairs, score_texts, tokenize_pairs
+from ultrarag.parallel import map_side_by_side, side_by_side
 from ultrarag.plugins import Adapter, registry
 from ultrarag.progress import progress_bar, quiet_progress
 from ultrarag.scores import head_scores
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ultrarag")
 
 #: Padded tokens per forward: small enough for a CPU's caches, large enough for a GPU to be busy.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 #: Texts tokenized and sorted by length together; the next window is tokenized while one is encoded.
 WINDOW = 4096
 
@@ -284,7 +285,6 @@ class Encoder:
                 "use encoder.score([(query, passage), ...])"
             )
 
-    @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
     def encode_tokens(
         self,
         tokens: Tokens,
@@ -300,16 +300,28 @@ class Encoder:
             dtype: of the forward, if not float32.
             on_batch: told the number of texts after each forward.
         """
-        parts, order = [], []
         self.model.eval()
-        for rows in batches_by_tokens([len(row) for row in tokens.ids], budget):
-            parts.append(self._forward(self.features(tokens, rows), heads, dtype).numpy())
+        batches = list(batches_by_tokens([len(row) for row in tokens.ids], budget))
+
+        @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
+        def forward(rows: list[int]) -> Embeddings:
+            return self._forward(self.features(tokens, rows), heads, dtype).numpy()
+
+        parts, order = [], []
+        for rows, part in map_side_by_side(forward, batches, self._workers(len(batches))):
+            parts.append(part)
             order.extend(rows)
             if on_batch:
                 on_batch(len(rows))
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         return Embeddings.cat(parts)[place]
+
+    def _workers(self, batches: int) -> int:
+        """Forwards to run at a time: one on a GPU, and where a plugin does not say that several may run."""
+        if self.device.type != "cpu" or not self.adapter.registry.threaded_encode(self.adapter.name):
+            return 1
+        return side_by_side(batches)
 
     def _forward(self, features: Features, heads: tuple[str, ...], dtype: torch.dtype | None) -> Embeddings:
         moved = cast(Features, {name: value.to(self.device) for name, value in features.items()})  # type: ignore[attr-defined]

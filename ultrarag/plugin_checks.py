@@ -24,6 +24,8 @@ class Declared:
     heads: tuple[str, ...] = ("dense",)
     #: True for a cross-encoder, which reads (query, passage) pairs and gives `scores`
     pair_input: bool = False
+    #: True where `encode` may run in several threads at once on one model that is not in training
+    threaded_encode: bool = False
     #: defaults of fine-tuning flags that differ for this adapter
     finetune_defaults: Mapping[str, Any] = field(default_factory=dict)
     #: the version of the hook contract it was written for

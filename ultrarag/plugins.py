@@ -162,6 +162,20 @@ class Registry:
         """The adapter and its package, for error messages."""
         return str(self._active(name, "adapter")[0])
 
+    def plugin(self, name: str) -> object:
+        """An adapter's plugin object itself."""
+        return self._active(name, "adapter")[0].plugin
+
+    def around(self, hook: str) -> list[PluginInfo]:
+        """The extensions that wrap a hook."""
+        return [row for row in self.plugins() if row.kind == "extension" and not row.problem and hook in row.hooks]
+
+    def threaded_encode(self, name: str) -> bool:
+        """Whether an adapter and every extension around its `encode` may run in several threads at once."""
+        sources = [s for s in self._sources if s.kind == "extension" and s.plugin is not None and not s.disabled]
+        chain = [self.plugin(name), *(s.plugin for s in sources if "encode" in hook_functions(s.plugin))]
+        return all(getattr(plugin, "threaded_encode", False) for plugin in chain)
+
     def _named(self, name: str, kind: PluginKind) -> list[_Source]:
         return [source for source in self._sources if source.name == name and source.kind == kind]
 
@@ -254,7 +268,9 @@ class Adapter:
 
     def _wrong(self, hook: str, result: Any, wanted: str) -> PluginError:
         got = "None (is a `return` missing?)" if result is None else f"a {type(result).__name__}"
-        return PluginError(f"{self.describe()}: hook '{hook}' returned {got}; return {wanted}")
+        others = " and ".join(f"'{row.name}' of {row.package}" for row in self.registry.around(hook))
+        whose = f" (or the extension {others} around it lost the result)" if others else ""
+        return PluginError(f"{self.describe()}: hook '{hook}' returned {got}{whose}; return {wanted}")
 
 
 @cache

@@ -9,6 +9,7 @@ class BGEAdapter(EmbedderAdapter):
     """Pooling (cls, mean, last_token, weighted_mean), prompts and normalisation as the checkpoint declares."""
 
     heads = ("dense",)
+    threaded_encode = True
 
 
 adapter = BGEAdapter()

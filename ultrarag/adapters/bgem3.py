@@ -13,6 +13,7 @@ class BGEM3Adapter(EmbedderAdapter):
     """
 
     heads = ("dense", "sparse", "colbert")
+    threaded_encode = True
 
 
 adapter = BGEM3Adapter()

@@ -26,6 +26,7 @@ class RerankerAdapter:
 
     heads = ("scores",)
     pair_input = True
+    threaded_encode = True
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:

@@ -121,4 +121,4 @@ def run_check(name: str, subject: Subject) -> Result:
 
 def _plugin(adapter: Adapter) -> object:
     """The plugin object itself, which may offer an example model."""
-    return adapter.registry._active(adapter.name, "adapter")[0].plugin
+    return adapter.registry.plugin(adapter.name)
