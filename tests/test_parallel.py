@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -40,6 +41,7 @@ def test_an_error_ends_the_rest(two_threads):
 
     def fail(item: int) -> None:
         done.append(item)
+        time.sleep(0.002)
         if item == 1:
             raise ValueError("1")
 
