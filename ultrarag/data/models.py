@@ -60,8 +60,8 @@ def template(text: str) -> str:
     return text
 
 
-def add_embedder(parser: argparse.ArgumentParser, title: str) -> None:
-    """Add the flags of an embedding model."""
+def add_embedder(parser: argparse.ArgumentParser, title: str, *also_query_length: str) -> None:
+    """Add the flags of an embedding model; `also_query_length` are more names of --query_max_length."""
     group = parser.add_argument_group(title)
     add = group.add_argument
     add(
@@ -77,7 +77,8 @@ def add_embedder(parser: argparse.ArgumentParser, title: str) -> None:
         metavar="FORMAT",
         help="how it is put there, such as '{}{}'",
     )
-    add("--query_max_length", "--embedder_query_max_length", type=int, metavar="N", help="longest query in tokens")
+    lengths = ("--query_max_length", "--embedder_query_max_length", *also_query_length)
+    add(*lengths, type=int, metavar="N", help="longest query in tokens")
     add(
         "--passage_max_length", "--embedder_passage_max_length", type=int, metavar="N", help="longest passage in tokens"
     )
