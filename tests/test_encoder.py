@@ -11,6 +11,7 @@ import pytest
 from ultrarag import Embeddings, Encoder
 from ultrarag.errors import CheckpointError, DataError, UsageError
 from ultrarag.hookspecs import LoadOptions
+from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder, tiny_m3, tiny_minicpm
 
 TEXTS = ["a", "向量数据库是什么？", "the quick brown fox " * 6, "", "two words", "x " * 40]
 
@@ -183,3 +184,14 @@ def test_progress_moves_with_every_forward(m3_encoder):
     seen = []
     list(m3_encoder.iter_encode(TEXTS, batch_tokens=1, on_batch=seen.append))
     assert seen == [1] * len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("make", "adapter"),
+    [(tiny_bert, "bge"), (tiny_m3, "bgem3"), (tiny_cross_encoder, "bge-reranker"), (tiny_minicpm, "minicpm-embedding")],
+)
+def test_a_folder_without_manifest_gets_a_suggestion_that_loads(tmp_path, make, adapter):
+    make(tmp_path)
+    with pytest.raises(UsageError, match=f"for example adapter='{adapter}'"):
+        Encoder.load(tmp_path)
+    assert Encoder.load(tmp_path, adapter).heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,27 @@ def adapter_name(adapter: str | None, manifest: Manifest | None, folder: Path) -
         return manifest.adapter
     raise UsageError(
         f"{folder} is no checkpoint of ultrarag's (it has no ultrarag.json): name the adapter, "
-        f"for example adapter='{'bgem3' if (folder / 'sparse_linear.pt').exists() else 'bge'}' "
+        f"for example adapter='{_likely(folder)}' "
         f"(installed: {', '.join(registry().names())})"
     )
+
+
+def _likely(folder: Path) -> str:
+    """The built-in adapter that a folder looks made for; only a suggestion."""
+    if (folder / "sparse_linear.pt").exists():
+        return "bgem3"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "sentence-transformers" if (folder / "modules.json").exists() else "bge"
+    kinds = " ".join(config.get("architectures") or [])
+    if "ForSequenceClassification" in kinds:
+        return "bge-reranker"
+    if "LayerWise" in kinds:
+        return "bge-reranker-minicpm-layerwise"
+    if config.get("model_type") == "minicpm":
+        return "minicpm-embedding"
+    return "bge"
 
 
 def declared_options(options: LoadOptions, settings: EncoderSettings) -> LoadOptions:
