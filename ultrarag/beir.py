@@ -37,6 +37,9 @@ class _PassageRow(_Row):
     title: str | None = None
     metadata: dict[str, Any] | None = None
 
+    def passage(self) -> Passage:
+        return Passage(self.id, self.text, self.title or "", self.metadata or {})
+
 
 class _QueryRow(_Row):
     text: str = Field(pattern=r"\S")
@@ -58,17 +61,19 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
         The layout of BEIR (Thakur et al., 2021).
     """
     folder = Path(folder)
-    qrels_file = _qrels_file(folder, split)
-    corpus = {
-        row.id: Passage(row.id, row.text, row.title or "", row.metadata or {})
-        for row in _read_rows(folder / "corpus.jsonl", _PassageRow)
-    }
+    judged = qrels_file(folder, split)
+    corpus = {row.id: row.passage() for row in _read_rows(folder / "corpus.jsonl", _PassageRow)}
     queries = {row.id: row.text for row in _read_rows(folder / "queries.jsonl", _QueryRow)}
-    qrels = _read_qrels(qrels_file, queries, corpus)
+    qrels = _read_qrels(judged, queries, corpus)
     return Collection(corpus, {query_id: queries[query_id] for query_id in qrels}, qrels)
 
 
-def _qrels_file(folder: Path, split: str) -> Path:
+def qrels_file(folder: Path, split: str) -> Path:
+    """Return the file of a split's judgements.
+
+    Raises:
+        DataError: it does not exist; names those that do.
+    """
     if not folder.is_dir():
         raise DataError(f"'{folder}' is not a folder; it should hold corpus.jsonl, queries.jsonl and qrels/")
     file = folder / "qrels" / f"{split}.tsv"
@@ -95,16 +100,31 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 def _read_rows(file: Path, row_type: type[_RowType]) -> Iterator[_RowType]:
     seen: dict[str, str] = {}
     for place, line in _lines(file):
-        try:
-            row = row_type.model_validate_json(line)
-        except ValidationError as error:
-            raise DataError(f"{place}: {_reason(error)}") from error
+        row = _row(place, line, row_type)
         if row.id in seen:
             raise DataError(f"{place}: '_id' '{row.id}' was used before, at {seen[row.id]}")
         seen[row.id] = place
         yield row
     if not seen:
         raise DataError(f"'{file}' holds no rows")
+
+
+def _row(place: str, line: str | bytes, row_type: type[_RowType]) -> _RowType:
+    try:
+        return row_type.model_validate_json(line)
+    except ValidationError as error:
+        raise DataError(f"{place}: {_reason(error)}") from error
+
+
+def parse_passage(place: str, line: str | bytes) -> Passage:
+    """Return the passage of one line of corpus.jsonl; raises DataError, naming `place`, when it is none."""
+    return _row(place, line, _PassageRow).passage()
+
+
+def parse_query(place: str, line: str | bytes) -> tuple[str, str]:
+    """Return id and text of one line of queries.jsonl; raises DataError, naming `place`, when it is none."""
+    row = _row(place, line, _QueryRow)
+    return row.id, row.text
 
 
 def _reason(error: ValidationError) -> str:
@@ -117,7 +137,7 @@ def _reason(error: ValidationError) -> str:
 
 def _read_qrels(file: Path, queries: Mapping[str, str], corpus: Mapping[str, Passage]) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    for place, query_id, passage_id, relevance in _judgements(file):
+    for place, query_id, passage_id, relevance in judgements(file):
         if query_id not in queries:
             raise DataError(f"{place}: query '{query_id}' is not in queries.jsonl")
         if passage_id not in corpus:
@@ -131,7 +151,7 @@ def _read_qrels(file: Path, queries: Mapping[str, str], corpus: Mapping[str, Pas
     return qrels
 
 
-def _judgements(file: Path) -> Iterator[tuple[str, str, str, int]]:
+def judgements(file: Path) -> Iterator[tuple[str, str, str, int]]:
     """Yield (place, query id, passage id, relevance); the first line is a header unless it ends in a number."""
     header_possible = True
     for place, line in _lines(file):

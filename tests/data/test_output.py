@@ -85,6 +85,13 @@ def test_other_arguments_are_refused_unless_overwritten(tmp_path):
         write(path, [1, 2])
 
 
+def test_a_run_that_did_nothing_leaves_nothing(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError):
+        write(path, [1], stop_before=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_second_writer_is_refused(tmp_path):
     path = tmp_path / "out.jsonl"
     with resumable(path, {}), pytest.raises(DataError, match="another process"), resumable(path, {}):

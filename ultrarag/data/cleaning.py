@@ -16,40 +16,32 @@ from ultrarag.errors import DataError, UsageError
 from ultrarag.finetune.row import Row
 from ultrarag.tables import table
 
-#: What the rows are for.
-TARGETS = ("encoder", "reranker")
-
 
 @dataclass(frozen=True)
 class Rules:
-    """When a text is left out; None: the rule is off.
+    """When a negative, or a row, is left out: the rules of UltraRAG's encoder and reranker cleaning; None: it is off.
 
-    The reference of a row is the score of its worst positive that is kept.
+    The reference of a row is the score of its worst positive.
     """
 
-    #: of the negatives that pass the other rules, keep this many: the highest scored
+    #: a row with fewer negatives left than this is left out
     keep_neg_num: int | None = None
     #: a negative above this share of the reference is left out (below 0: above reference - (1 - share) x |reference|)
     score_ratio: float | None = None
     #: a negative above reference - margin is left out
     score_margin: float | None = None
-    #: a positive below this is left out
+    #: a row whose reference is below this is left out
     min_pos_score: float | None = None
     #: a negative above this is left out
     max_neg_score: float | None = None
-    #: "encoder": a row without a negative is kept, others of its batch will do; "reranker": it is left out
-    target: str = "encoder"
 
     def __post_init__(self) -> None:
         if self.keep_neg_num is not None and self.keep_neg_num < 0:
             raise UsageError(f"keep_neg_num is {self.keep_neg_num}; it must be at least 0")
         if self.score_ratio is not None and not self.score_ratio > 0:
             raise UsageError(f"score_ratio is {self.score_ratio}; it must be above 0")
-        if self.target not in TARGETS:
-            raise UsageError(f"target is '{self.target}'; it must be one of {', '.join(TARGETS)}")
-        if all(value is None for name, value in vars(self).items() if name != "target"):
-            names = ", ".join(name for name in vars(self) if name != "target")
-            raise UsageError(f"no rule was given, so nothing would be left out; give one of {names}")
+        if all(value is None for value in vars(self).values()):
+            raise UsageError(f"no rule was given, so nothing would be left out; give one of {', '.join(vars(self))}")
 
     def against(self, score: float, reference: float) -> str | None:
         """Return the name of the first rule that leaves a negative of this score out, or None."""
@@ -57,6 +49,7 @@ class Rules:
             return "max_neg_score"
         if self.score_margin is not None and score > reference - self.score_margin:
             return "score_margin"
+        # a share of a number below 0 is above it: the distance counts, which is the same for numbers above 0
         if self.score_ratio is not None and score > reference - (1 - self.score_ratio) * abs(reference):
             return "score_ratio"
         return None
@@ -67,14 +60,13 @@ class CleanReport:
     """What was left out, and why."""
 
     rows: int = 0
-    rows_kept: int = 0
     #: reason -> rows
     rows_left_out: Counter[str] = field(default_factory=Counter)
-    positives: int = 0
-    positives_left_out: Counter[str] = field(default_factory=Counter)
+    #: of all rows
     negatives: int = 0
+    #: reason -> negatives; those of rows that are left out whole do not count
     negatives_left_out: Counter[str] = field(default_factory=Counter)
-    #: rows that keep none of their negatives
+    #: rows written that keep none of their negatives
     without_negatives: int = 0
 
     @classmethod
@@ -90,22 +82,18 @@ class CleanReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows: list[Sequence[object]] = []
-        for name, left_out in (
-            ("rows", self.rows_left_out),
-            ("positives", self.positives_left_out),
-            ("negatives", self.negatives_left_out),
-        ):
-            rows.append((name, getattr(self, name), getattr(self, name) - left_out.total(), ""))
-            rows += [("", "", "", f"{count} {reason}") for reason, count in sorted(left_out.items())]
+        lines = []
+        for name, left_out in (("rows", self.rows_left_out), ("negatives", self.negatives_left_out)):
+            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
+            lines.append((name, getattr(self, name), left_out.total(), reasons))
         more = f"\n{self.without_negatives} rows keep no negative" if self.without_negatives else ""
-        return table(("", "read", "kept", "left out by"), rows) + more
+        return table(("", "read", "left out", "by"), lines) + more
 
 
 def clean(
     files: Paths, output: str | os.PathLike[str], *, overwrite: bool = False, rules: Rules | None = None, **given: Any
 ) -> CleanReport:
-    """Leave texts out of rows that have `pos_scores` and `neg_scores`, and rows that are then of no use.
+    """Leave negatives out of rows with `pos_scores` and `neg_scores`, and rows that are then of no use.
 
     Args:
         files: a file, files, or directories of them.
@@ -131,43 +119,22 @@ def clean(
 
 def cleaned(row: Row, rules: Rules, report: CleanReport) -> Row | None:
     """Return the row without what the rules leave out, or None; `report` counts."""
+    scores, reference = row.neg_scores or [], min(row.pos_scores or [])
     report.rows += 1
-    kept = _positives(row, rules, report)
-    negatives = _negatives(row, min((row.pos_scores or [])[i] for i in kept), rules, report) if kept else []
-    reason = "min_pos_score" if not kept else "no_negative" if rules.target == "reranker" and not negatives else None
-    if reason:
-        report.rows_left_out[reason] += 1
-        return None
-    report.rows_kept += 1
-    report.without_negatives += not negatives
-    for name, places in (("pos", kept), ("neg", negatives)):
-        if getattr(row, name) is not None:
-            setattr(row, name, [getattr(row, name)[i] for i in places])
-            setattr(row, f"{name}_scores", [getattr(row, f"{name}_scores")[i] for i in places])
-    return row
-
-
-def _positives(row: Row, rules: Rules, report: CleanReport) -> list[int]:
-    """The numbers of the positives that are kept."""
-    scores, least = row.pos_scores or [], rules.min_pos_score
-    kept = [i for i, score in enumerate(scores) if least is None or score >= least]
-    report.positives += len(scores)
-    if len(kept) < len(scores):
-        report.positives_left_out["min_pos_score"] += len(scores) - len(kept)
-    return kept
-
-
-def _negatives(row: Row, reference: float, rules: Rules, report: CleanReport) -> list[int]:
-    """The numbers of the negatives that are kept, in their order."""
-    scores = row.neg_scores or []
     report.negatives += len(scores)
     reasons = [rules.against(score, reference) for score in scores]
-    report.negatives_left_out.update(reason for reason in reasons if reason)
     kept = [i for i, reason in enumerate(reasons) if reason is None]
-    if rules.keep_neg_num is not None and len(kept) > rules.keep_neg_num:
-        report.negatives_left_out["keep_neg_num"] += len(kept) - rules.keep_neg_num
-        kept = sorted(sorted(kept, key=lambda i: -scores[i])[: rules.keep_neg_num])
-    return kept
+    if rules.min_pos_score is not None and reference < rules.min_pos_score:
+        report.rows_left_out["min_pos_score"] += 1
+        return None
+    if rules.keep_neg_num is not None and len(kept) < rules.keep_neg_num:
+        report.rows_left_out["keep_neg_num"] += 1
+        return None
+    report.negatives_left_out.update(reason for reason in reasons if reason)
+    report.without_negatives += not kept
+    if row.neg is not None:
+        row.neg, row.neg_scores = [row.neg[i] for i in kept], [scores[i] for i in kept]
+    return row
 
 
 def _scored(place: str, row: Row) -> Row:
@@ -181,10 +148,10 @@ def _scored(place: str, row: Row) -> Row:
 
 def main(argv: Sequence[str]) -> int:
     """Run `ultrarag data clean`."""
-    parser = Parser("clean", "Leave positives and negatives out by their teacher's scores (pos_scores, neg_scores).")
+    parser = Parser("clean", "Leave negatives and rows out by their teacher's scores (pos_scores, neg_scores).")
     parser.add_argument("files", nargs="+", metavar="FILE", help="files of rows with scores, or directories of them")
     parser.add_output("the file of rows to write")
-    parser.add_argument("--min_pos_score", type=float, metavar="X", help="leave out positives below this")
+    parser.add_argument("--min_pos_score", type=float, metavar="X", help="leave out rows whose worst positive is below")
     parser.add_argument("--max_neg_score", type=float, metavar="X", help="leave out negatives above this")
     parser.add_argument(
         "--score_margin", type=float, metavar="X", help="leave out negatives above the row's worst positive less this"
@@ -195,10 +162,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="X",
         help="leave out negatives above this share of the row's worst positive",
     )
-    parser.add_argument("--keep_neg_num", type=int, metavar="N", help="keep the N highest scored of the negatives left")
-    parser.add_argument(
-        "--target", choices=TARGETS, default="encoder", help="reranker: a row without negatives is left out"
-    )
+    parser.add_argument("--keep_neg_num", type=int, metavar="N", help="leave out rows with fewer negatives left")
     found = vars(parser.read(argv))
     plain, files, output = found.pop("json"), found.pop("files"), found.pop("output")
     report = clean(files, output, **found)

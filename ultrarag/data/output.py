@@ -99,6 +99,14 @@ class Output:
         with _explained(self.targets[0]):
             _rename(self.targets)
 
+    def _stop(self) -> None:
+        """Keep what is done; leave nothing behind where that is nothing."""
+        if self._position["done"]:
+            self._save()
+            return
+        for path in (note_path(self.targets[0]), *map(part_path, self.targets)):
+            path.unlink(missing_ok=True)
+
     def _close(self) -> None:
         for file in self._files:
             file.close()
@@ -155,10 +163,10 @@ def _saved_when_stopped(output: Output) -> Iterator[Output]:
     try:
         yield output
     except KeyboardInterrupt:
-        output._save()
+        output._stop()
         raise KeyboardInterrupt("the same command goes on where this one stopped") from None
     except Exception:
-        output._save()
+        output._stop()
         raise
 
 
@@ -192,26 +200,27 @@ def identity(path: str | os.PathLike[str]) -> list[Any]:
 
 
 def _begun(output: Output) -> dict[str, Any] | None:
-    """Return the note of an earlier run, if there is one that fits."""
+    """Return the note of an earlier run that has done something, if it fits."""
     path = note_path(output.targets[0])
     try:
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        same = note["made_by"] == output.made_by and len(note["sizes"]) == len(output.targets)
-    except FileNotFoundError:
-        for target in output.targets:
-            if target.exists():
-                raise DataError(_exists(target)) from None
-        return None
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        begun = bool(note) and bool(note["done"] or note["finished"])
+        same = begun and note["made_by"] == output.made_by and len(note["sizes"]) == len(output.targets)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"'{path}' is damaged; begin anew with --overwrite") from error
-    if not same:
+    if same:
+        return note
+    if begun:
         other = [key for key in output.made_by if note["made_by"].get(key) != output.made_by[key]]
         what = ", ".join(other) or "set of arguments"
         raise DataError(
             f"'{path}' says that '{output.targets[0]}' was begun with another {what}: "
             "give the same again to go on, or begin anew with --overwrite"
         )
-    return note
+    for target in output.targets:
+        if target.exists():
+            raise DataError(_exists(target))
+    return None
 
 
 def _exists(target: Path) -> str:

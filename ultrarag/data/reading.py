@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from ultrarag.finetune.row import BadRow, Row, parse_row
 from ultrarag.finetune.sources import find_files
 from ultrarag.progress import progress_bar
 
+#: What was left out or changed -> how often.
+Counts = Counter[str]
 #: A file, files, or directories of files.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 

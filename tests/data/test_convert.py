@@ -1,0 +1,125 @@
+"""Conversions: both ways round gives the same rows again; what cannot be converted is named or counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.data.files import read, write
+from ultrarag.beir import read_beir, write_beir
+from ultrarag.data import convert
+from ultrarag.errors import DataError, UsageError
+from ultrarag.types import Passage
+
+ROWS = [
+    {"query": "what is bread?", "pos": ["dough, baked", "a food\nof flour"], "neg": ["water", '"steel", hot']},
+    {"query": "面包是什么", "pos": ["面粉做的食物"], "neg": ["水"]},
+]
+SCORED = [
+    {"query": "q1", "pos": ["a"], "pos_scores": [0.9], "neg": ["b", "c"], "neg_scores": [0.2, 0.1]},
+    {"query": "q2", "pos": ["d", "e"], "pos_scores": [0.8, 0.7]},
+]
+
+
+def round_trip(tmp_path, rows, middle, back, **to):
+    path = write(tmp_path / "in.jsonl", *rows)
+    report = convert(path, tmp_path / middle, source_format="rows", **to)
+    convert(tmp_path / middle, tmp_path / "back.jsonl", source_format=back)
+    return read(tmp_path / "back.jsonl"), report
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.jsonl"])
+@pytest.mark.parametrize(("layout", "rows"), [("triplet", ROWS), ("scored", SCORED)])
+def test_columns_and_back(tmp_path, name, layout, rows):
+    found, _ = round_trip(tmp_path, rows, name, "columns", target_format="columns", layout=layout)
+    assert found == rows
+
+
+def test_pairs_and_n_tuples(tmp_path):
+    path = write(tmp_path / "in.jsonl", *ROWS)
+    convert(path, tmp_path / "pairs.jsonl", source_format="rows", target_format="columns", layout="pair")
+    assert read(tmp_path / "pairs.jsonl")[1] == {"anchor": "what is bread?", "positive": "a food\nof flour"}
+    options = {"target_format": "columns", "layout": "n-tuple", "negatives": 2}
+    report = convert(path, tmp_path / "n.jsonl", source_format="rows", **options)
+    assert list(read(tmp_path / "n.jsonl")[0]) == ["anchor", "positive", "negative_1", "negative_2"]
+    assert report.left_out == {"rows without enough negatives": 1}
+    convert(tmp_path / "n.jsonl", tmp_path / "back.jsonl", source_format="columns")
+    assert read(tmp_path / "back.jsonl") == ROWS[:1]
+
+
+def test_columns_are_named_or_an_error_says_how(tmp_path):
+    path = write(tmp_path / "in.csv", "frage,antwort,falsch", "q,a,b")
+    with pytest.raises(DataError, match=r"which of the columns frage, antwort, falsch.*--columns"):
+        convert(path, tmp_path / "out.jsonl")
+    convert(path, tmp_path / "out.jsonl", columns=("frage", "antwort", "falsch"))
+    assert read(tmp_path / "out.jsonl") == [{"query": "q", "pos": ["a"], "neg": ["b"]}]
+
+
+def test_a_short_line_of_a_table_is_named(tmp_path):
+    path = write(tmp_path / "in.csv", "query,positive", "q,a", "q2")
+    with pytest.raises(DataError, match=r"in\.csv:3: not 2 fields"):
+        convert(path, tmp_path / "out.jsonl")
+
+
+def test_beir_to_rows(tmp_path):
+    corpus = [Passage("1", "baked", "Bread"), Passage("2", "wet"), Passage("3", "hot")]
+    splits = {"train": {"q1": {"1": 2, "2": 0}, "q2": {"3": -1}}}
+    write_beir(tmp_path / "beir", corpus, {"q1": "what?", "q2": "who?", "q3": "never judged"}, splits)
+    report = convert(tmp_path / "beir", tmp_path / "out.jsonl")
+    assert read(tmp_path / "out.jsonl") == [{"query": "what?", "pos": ["Bread\nbaked"], "neg": ["wet"], "id": "q1"}]
+    assert report.left_out == {"queries without a relevant passage": 1}
+
+
+def test_rows_to_beir_and_back(tmp_path):
+    again = {"query": "what is bread?", "pos": ["dough, baked", "another"]}
+    path = write(tmp_path / "in.jsonl", *ROWS, again)
+    report = convert(path, tmp_path / "beir", source_format="rows", target_format="beir", split="test")
+    found = read_beir(tmp_path / "beir", "test")
+    assert len(found.corpus) == 7  # equal texts are one passage
+    assert len(found.queries) == 2
+    assert report.files[str(tmp_path / "beir" / "qrels" / "test.tsv")] == 5  # a header, and four judgements
+    convert(tmp_path / "beir", tmp_path / "back.jsonl", split="test")
+    assert [row["pos"] for row in read(tmp_path / "back.jsonl")] == [[*ROWS[0]["pos"], "another"], ROWS[1]["pos"]]
+
+
+def test_rag_retrieval(tmp_path):
+    found, _ = round_trip(tmp_path, SCORED[:1], "rr.jsonl", "rag-retrieval", target_format="rag-retrieval")
+    assert found == SCORED[:1]
+    points = [{"query": "q", "content": text, "label": label} for text, label in (("a", 2), ("b", 0), ("c", 1))]
+    groups = {"query": "q", "hits": [{"content": point["content"], "label": point["label"]} for point in points]}
+    graded = {"query": "q", "pos": ["a", "b", "c"], "scores": [2, 0, 1]}
+    expected = [{"query": "q", "pos": ["a", "c"], "neg": ["b"], "pos_scores": [2, 1], "neg_scores": [0]}]
+    for name, lines in (("points", points), ("groups", [groups]), ("graded", [graded])):
+        path = write(tmp_path / f"{name}.jsonl", *lines)
+        convert(path, tmp_path / f"{name}.out", source_format="rag-retrieval", threshold=1)
+        assert read(tmp_path / f"{name}.out") == expected
+
+
+def test_a_stopped_conversion_goes_on_and_knows_the_passages_before(tmp_path, monkeypatch):
+    from ultrarag.data import converting
+
+    rows = [{"query": f"q{i}", "pos": ["shared", f"p{i}"]} for i in range(6)]
+    path = write(tmp_path / "in.jsonl", *rows)
+
+    def stop(out, lines, written, real=converting._write):
+        if out.done == 3:
+            raise KeyboardInterrupt
+        real(out, lines, written)
+
+    options = {"source_format": "rows", "target_format": "beir"}
+    monkeypatch.setattr(converting, "_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(path, tmp_path / "beir", **options)
+    monkeypatch.undo()
+    report = convert(path, tmp_path / "beir", **options)
+    assert len(read_beir(tmp_path / "beir", "train").corpus) == 7
+    assert list(report.files.values()) == [7, 6, 13]
+
+
+def test_what_cannot_be_told_is_asked_for(tmp_path):
+    path = write(tmp_path / "in.jsonl", *ROWS)
+    with pytest.raises(UsageError, match=r"--from, one of rows, beir"):
+        convert(path, tmp_path / "out.jsonl")
+    with pytest.raises(UsageError, match="both rows"):
+        convert(path, tmp_path / "out.jsonl", source_format="rows")
+    with pytest.raises(UsageError, match="did you mean 'columns'"):
+        convert(path, tmp_path / "out.jsonl", source_format="column")

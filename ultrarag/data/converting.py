@@ -1,0 +1,202 @@
+"""`ultrarag data convert`: test collections, columns and RAG-Retrieval's files into rows, and rows into them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ultrarag.data.converting_beir import BeirLines, is_beir, read_beir_rows
+from ultrarag.data.converting_columns import LAYOUTS, ColumnLines, delimiter_of, read_column_rows
+from ultrarag.data.converting_rag_retrieval import RagRetrievalLines, read_rag_retrieval_rows
+from ultrarag.data.flags import Parser
+from ultrarag.data.output import identity, resumable
+from ultrarag.data.reading import Counts, Paths, as_json, checked_row, file_paths, reading
+from ultrarag.errors import DataError, UsageError, did_you_mean
+from ultrarag.finetune.row import Row
+
+FORMATS = ("rows", "beir", "columns", "rag-retrieval")
+
+#: A row -> (number of the file, line).
+Lines = Callable[[Row], Iterator[tuple[int, str]]]
+
+
+@dataclass
+class ConvertReport:
+    """What was written."""
+
+    rows: int = 0
+    #: file -> lines, the header included
+    files: dict[str, int] = field(default_factory=dict)
+    #: reason -> how often
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows} rows"]
+        lines += [f"{count} lines in {name}" for name, count in self.files.items()]
+        return "\n".join([*lines, *(f"left out: {count} {reason}" for reason, count in self.left_out.items())])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion may be told."""
+
+    #: BEIR: the qrels that are read or written
+    split: str = "train"
+    #: columns: the query, the positive and the negatives, where the header does not say it
+    columns: tuple[str, ...] | None = None
+    #: scored or graded texts are positives from this score on
+    threshold: float = 0.5
+    #: columns: what a line is (see `ColumnLines`)
+    layout: str = "triplet"
+    #: columns: negatives of an n-tuple
+    negatives: int = 1
+
+
+def convert(
+    source: Paths,
+    output: str | os.PathLike[str],
+    *,
+    source_format: str | None = None,
+    target_format: str = "rows",
+    overwrite: bool = False,
+    **options: Any,
+) -> ConvertReport:
+    """Convert training data, a row at a time.
+
+    Args:
+        source: files; for BEIR a folder with corpus.jsonl, queries.jsonl and qrels/.
+        output: the file to write; for BEIR a folder.
+        source_format: rows, beir, columns or rag-retrieval; None: told by the source where that is possible.
+        target_format: likewise.
+        options: fields of `Options`.
+
+    Raises:
+        DataError: a line cannot be used (names file and line), or the output is there.
+        UsageError: an unknown format or layout.
+    """
+    chosen = Options(**options)
+    from_, to = _format(source_format or _guess(source)), _format(target_format)
+    if from_ == to and from_ != "columns":
+        raise UsageError(f"source and target are both {from_}; name another with --from or --to")
+    counts: Counts = Counter()
+    lines = _writer(to, Path(output), chosen, counts)
+    rows = _rows(source, from_, chosen, counts)
+    paths = [os.fspath(source)] if from_ == "beir" else file_paths(source)  # type: ignore[arg-type]
+    made_by = {"command": "convert", "inputs": [identity(path) for path in paths], "from": from_, "to": to}
+    report = ConvertReport(left_out=counts)
+    targets = [Path(output) / name if to == "beir" else Path(name) for name in lines.files]
+    with resumable(targets, {**made_by, **asdict(chosen)}, overwrite) as out:
+        written = out.state.setdefault("lines", [0] * len(targets))
+        for place, value in rows:
+            # rows that an earlier run wrote are made again, since lines depend on those before them
+            found = list(lines(checked_row(place, value)))
+            report.rows += 1
+            if report.rows > out.done:
+                _write(out, found, written)
+        if not report.rows:
+            raise DataError(f"there is no row in {', '.join(map(str, paths))}")
+    report.files = {str(target): count for target, count in zip(targets, written, strict=True)}
+    return report
+
+
+def _write(out: Any, lines: Sequence[tuple[int, str]], written: list[int]) -> None:
+    for number, line in lines:
+        out.write(line, number)
+        written[number] += 1
+    out.advance()
+
+
+def _format(name: str) -> str:
+    if name not in FORMATS:
+        raise UsageError(
+            f"the format '{name}' is not known{did_you_mean(name, FORMATS)}; known are {', '.join(FORMATS)}"
+        )
+    return name
+
+
+def _guess(source: Paths) -> str:
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else os.fspath(source[0])
+    if is_beir(path):
+        return "beir"
+    if delimiter_of(path):
+        return "columns"
+    raise UsageError(f"what '{path}' holds cannot be told from its name: give --from, one of {', '.join(FORMATS)}")
+
+
+def _rows(source: Paths, name: str, options: Options, counts: Counts) -> Iterator[tuple[str, Any]]:
+    if name == "beir":
+        if not isinstance(source, str | os.PathLike):
+            raise UsageError("--from beir takes one folder")
+        return read_beir_rows(os.fspath(source), options.split, counts)
+    paths = file_paths(source)
+    if name == "columns":
+        return read_column_rows(paths, options.columns, options.threshold, counts)
+    if name == "rag-retrieval":
+        return read_rag_retrieval_rows(paths, options.threshold, counts)
+    return _own_rows(paths)
+
+
+def _own_rows(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    with reading(paths, "convert") as items:
+        yield from items
+
+
+class _RowLines:
+    """Rows as they are."""
+
+    def __init__(self, path: str) -> None:
+        self.files = [path]
+
+    def __call__(self, row: Row) -> Iterator[tuple[int, str]]:
+        yield 0, json.dumps(as_json(row), ensure_ascii=False)
+
+
+def _writer(name: str, output: Path, options: Options, counts: Counts) -> Any:
+    if name == "beir":
+        return BeirLines(options.split)
+    if name == "columns":
+        return ColumnLines(str(output), options.layout, options.negatives, counts)
+    return RagRetrievalLines(str(output)) if name == "rag-retrieval" else _RowLines(str(output))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `ultrarag data convert`."""
+    parser = Parser("convert", "Convert training data: BEIR folders, columns (JSONL, CSV, TSV), RAG-Retrieval's files.")
+    parser.add_argument("source", nargs="+", metavar="SOURCE", help="files, or a folder in BEIR's layout")
+    parser.add_output("the file to write, or the folder for BEIR")
+    parser.add_argument("--from", dest="source_format", metavar="FORMAT", help=f"what SOURCE is: {', '.join(FORMATS)}")
+    parser.add_argument("--to", dest="target_format", default="rows", metavar="FORMAT", help="(default: rows)")
+    parser.add_argument("--split", default="train", help="BEIR: the qrels to read or write (default: train)")
+    parser.add_argument(
+        "--columns",
+        type=_names,
+        metavar="A,B,...",
+        help="columns: query, positive and negatives; default: by their names",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="scored texts are positives from this on (default: 0.5)",
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, default="triplet", help="columns: a line is (default: triplet)")
+    parser.add_argument("--negatives", type=int, default=1, metavar="N", help="columns: of an n-tuple (default: 1)")
+    found = vars(parser.read(argv))
+    plain, source, output = found.pop("json"), found.pop("source"), found.pop("output")
+    report = convert(source[0] if len(source) == 1 else source, output, **found)
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if plain else report)
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,0 +1,79 @@
+"""Rows from RAG-Retrieval's training files, and back.
+
+Read are its embedding rows (query, pos, neg, and `scores` of pos), its reranker rows (pos_scores, neg_scores; graded:
+all texts in pos), its pointwise lines (query, content, label) and its groups (query, hits of content and label).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from ultrarag.data.converting_groups import Judged, grouped
+from ultrarag.data.reading import Counts, checked_object, reading
+from ultrarag.errors import DataError
+from ultrarag.finetune.row import Row
+
+_KEYS = ("query", "pos", "neg", "pos_scores", "neg_scores")
+
+
+def read_rag_retrieval_rows(
+    paths: Sequence[str], threshold: float, counts: Counts
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row); in graded data, texts with at least `threshold` are positives, the others negatives.
+
+    Raises:
+        DataError: a line is none of the four kinds.
+    """
+    with reading(paths, "convert") as items:
+        lines = ((place, checked_object(place, raw)) for place, raw in items)
+        first = next(lines, None)
+        if first is None:
+            return
+        everything = chain([first], lines)
+        if "content" in first[1]:
+            points = (_hits(place, [value], value, threshold) for place, value in everything)
+            yield from grouped(points, counts)
+            return
+        for place, value in everything:
+            if "hits" in value:
+                yield from _hits(place, value["hits"], value, threshold).rows(counts)
+            else:
+                yield from _plain(place, value, threshold, counts)
+
+
+def _hits(place: str, hits: Any, value: Mapping[str, Any], threshold: float) -> Judged:
+    try:
+        texts, labels = [hit["content"] for hit in hits], [float(hit["label"]) for hit in hits]
+        query = value["query"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place}: expected 'query', 'content' and a number as 'label' ({error})") from error
+    return Judged.graded(place, query, texts, labels, threshold)
+
+
+def _plain(place: str, value: dict[str, Any], threshold: float, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A row like ours; one whose scores grade the texts of `pos` alone is divided by the threshold."""
+    scores = value.get("pos_scores", value.get("scores"))
+    if not scores or value.get("neg"):
+        row = {key: value[key] for key in _KEYS if value.get(key) is not None}
+        yield place, {**row, **({"pos_scores": scores} if scores and value.get("neg_scores") else {})}
+        return
+    try:
+        judged = Judged.graded(place, value["query"], value["pos"], scores, threshold)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place}: expected 'query', and as many scores as texts in 'pos' ({error})") from error
+    yield from judged.rows(counts)
+
+
+class RagRetrievalLines:
+    """What a row gives to a file that RAG-Retrieval trains embedding models and rerankers on."""
+
+    def __init__(self, path: str) -> None:
+        self.files = [path]
+
+    def __call__(self, row: Row) -> Iterator[tuple[int, str]]:
+        """Yield (0, line)."""
+        found = {key: getattr(row, key) for key in _KEYS}
+        yield 0, json.dumps({key: value for key, value in found.items() if value}, ensure_ascii=False)
