@@ -19,8 +19,8 @@ from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.batches import BatchPlan
 from ultrarag.finetune.data import TrainData
-from ultrarag.finetune.incremental import UNMERGED
 from ultrarag.finetune.merging import Search, Trial
+from ultrarag.finetune.output import UNMERGED
 from ultrarag.finetune.replay import ReplayPlan
 from ultrarag.finetune.seen import KEPT, record_of, seen_before
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.retrieve.refresh_worker import ARGUMENTS, GATE, IDS, QRELS, QUERIES, ROWS, TEXTS
 from ultrarag.checkpoint import read_manifest
-from ultrarag.errors import GateError, IndexStateError, UltraragError, UsageError
+from ultrarag.errors import DataError, GateError, IndexStateError, UltraragError, UsageError
 from ultrarag.ir import write_beir
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.refresh_report import RefreshReport
@@ -188,3 +188,38 @@ def test_other_evaluation_data_is_searched_in_its_own_corpus(again, tiny, tmp_pa
     with LiveIndex.create(tmp_path / "elsewhere", tiny, backend="numpy") as other:
         other.add(elsewhere)
         assert report.verdict["old"] == pytest.approx(other.evaluate(*GATE, heads=["dense"]).metrics["nDCG@10"])
+
+
+def test_without_a_gate_the_page_shows_what_the_fine_tuning_measured(corpus, again, tmp_path):
+    held_out = [{"query": row["query"], "pos": row["pos"]} for row in ROWS]
+    report = again(gate=False, eval_data=held_out, learning_rate=5e-3)
+    assert report.outcome == "swapped"
+    assert report.verdict is None
+    assert report.measured_on is not None
+    assert report.gained or report.lost
+    page = (tmp_path / "out" / "refresh.html").read_text(encoding="utf-8")
+    assert "no gate was asked" in page
+    assert "<h3>Before</h3>" in page
+    assert 'class="hits"' in page
+
+
+def test_data_that_the_model_has_seen_is_refused_unless_asked_for(corpus, again, tmp_path):
+    again(gate=False)
+    before = corpus.fingerprint
+    with pytest.raises(DataError, match=r"100% of the rows were trained on before.*allow_seen_data=True"):
+        again(gate=False, output_dir=tmp_path / "2")
+    assert not (tmp_path / "2").exists()
+    grown = [*ROWS, {"query": "what is new here", "pos": ["the long sleep of seals"], "neg": ["hot bread"]}]
+    with pytest.raises(DataError, match="of the rows were trained on before"):
+        again(gate=False, output_dir=tmp_path / "2", rows=grown)
+    report = again(gate=False, output_dir=tmp_path / "2", allow_seen_data=True)
+    assert report.lineage["parent"] == before
+
+
+def test_ctrl_c_says_how_to_go_on(again, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt("stopped after step 3; continue with --resume_from_checkpoint True")
+
+    monkeypatch.setattr("ultrarag.finetune.finetune", stop)
+    with pytest.raises(KeyboardInterrupt, match="refresh again with the same arguments to go on"):
+        again()

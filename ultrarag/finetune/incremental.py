@@ -18,11 +18,10 @@ from ultrarag.finetune.evaluation import METRIC
 from ultrarag.finetune.incremental_flags import IncrementalArguments
 from ultrarag.finetune.measures import GUARD, Measures
 from ultrarag.finetune.merging import Other, Search, Trial, average, copy_of
+from ultrarag.finetune.output import UNMERGED
 from ultrarag.finetune.seen import seen_before
 from ultrarag.report.measured import Evaluation
 
-#: Where a checkpoint keeps the weights as trained, when its own are merged ones.
-UNMERGED = "unmerged"
 #: Settings that may differ between a run that was stopped before merging and the one that goes on.
 _INCIDENTAL = ("overwrite_output_dir", "incremental")
 

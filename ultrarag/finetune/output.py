@@ -12,6 +12,10 @@ from ultrarag.checkpoint import MANIFEST, Training, read_manifest
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.arguments import FinetuneArguments
 
+#: Where a checkpoint keeps the weights as trained, when its own are merged ones.
+UNMERGED = "unmerged"
+#: What a run leaves beside its checkpoint, which is not to be taken for that of the next one.
+LEFT = (UNMERGED, "report.json", "report.html")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: Settings without which the order of batches, and so a resumed run, would be another.
 _ORDER = (
@@ -80,6 +84,15 @@ def claim_output_dir(output: Path, overwrite: bool, note: Callable[[str], None])
         for path in old:
             shutil.rmtree(path)
     output.mkdir(parents=True, exist_ok=True)
+
+
+def remove_left(output: Path) -> None:
+    """Remove what an earlier run left beside its checkpoint."""
+    for path in (output / name for name in LEFT):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def kept_in_output(output: Path) -> Callable[[str], bool]:

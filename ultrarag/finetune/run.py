@@ -12,10 +12,17 @@ from ultrarag.checkpoint import Training
 from ultrarag.finetune.arguments import FinetuneArguments
 from ultrarag.finetune.distributed import rank
 from ultrarag.finetune.finishing import Start, merge_adapters, write_finished
-from ultrarag.finetune.incremental import UNMERGED, Interrupted, find_trained, merge_weights, tell_seen
+from ultrarag.finetune.incremental import Interrupted, find_trained, merge_weights, tell_seen
 from ultrarag.finetune.lora import add_lora
 from ultrarag.finetune.measures import Measures
-from ultrarag.finetune.output import asked_to_resume, check_same_order, claim_output_dir, find_resume
+from ultrarag.finetune.output import (
+    UNMERGED,
+    asked_to_resume,
+    check_same_order,
+    claim_output_dir,
+    find_resume,
+    remove_left,
+)
 from ultrarag.finetune.pairs import (
     check_groups,
     refuse_for_pairs,
@@ -56,6 +63,8 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
     resume = find_resume(arguments, notes.add)
     if rank() == 0 and resume is None:
         claim_output_dir(output, arguments.overwrite_output_dir, notes.add)
+        if not asked_to_resume(arguments):
+            remove_left(output)
     data = read_data(arguments)
     plan = make_plan(arguments, data)
     if pairs:

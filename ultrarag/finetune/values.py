@@ -25,7 +25,7 @@ class Flag:
     """One setting: its name, how its value reads, and what `--help` says about it."""
 
     name: str
-    #: bool, int, float, str, strs, ints, str_or_strs, str_or_bool, str_or_number, json, data, object (Python values only)
+    #: bool, int, float, str, strs, ints, str_or_strs, str_or_bool, str_or_number, json, data, or object (Python only)
     kind: str
     default: Any
     help: str

@@ -32,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; every write that was reported is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(
+            f"interrupted: {stop}" if str(stop) else "interrupted; every write that was reported is kept",
+            file=sys.stderr,
+        )
         return 130
 
 

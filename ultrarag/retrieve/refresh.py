@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.errors import GateError, IndexStateError, UsageError
-from ultrarag.report.measured import Verdict
+from ultrarag.checkpoint import MANIFEST, read_manifest
+from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
+from ultrarag.finetune.report import read_measured
+from ultrarag.report.measured import Measured, Verdict
 from ultrarag.retrieve.gate import Gate
 from ultrarag.retrieve.generations import Generation, Layout
 from ultrarag.retrieve.judging import Questions, compare_encoders, measured, questions
@@ -24,10 +26,8 @@ if TYPE_CHECKING:
 
 #: Arguments of `finetune` that a refresh decides itself.
 _OWN = ("model_name_or_path", "model", "adapter", "resume_from_checkpoint")
-#: Points of the loss curve: a share of the steps, where `logging_steps` is not given.
-LOGGED = 0.02
 #: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
-_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm")
+_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data")
 
 logger = logging.getLogger("ultrarag")
 
@@ -56,9 +56,16 @@ def refresh(
     if (done := work.finished()) is not None:
         return done
     work.begin()
-    work.train()
-    work.build()
-    return work.swap()
+    try:
+        work.train()
+        work.build()
+        return work.swap()
+    except KeyboardInterrupt as stop:
+        from ultrarag.finetune import Interrupted
+
+        raise Interrupted(
+            f"stopped, and all that was done is kept in '{work.output}': refresh again with the same arguments to go on"
+        ) from stop
 
 
 class _Refresh:
@@ -106,11 +113,33 @@ class _Refresh:
         from ultrarag.finetune.output import claim_output_dir
 
         overwrite = found is not None or bool(self.arguments.get("overwrite_output_dir"))
+        if overwrite or not (self.output / MANIFEST).exists():  # else the folder is the first thing to say
+            self._refuse_seen()
         claim_output_dir(self.output, overwrite, logger.info)
         for name in (JSON_FILE, STATE_FILE):
             (self.output / name).unlink(missing_ok=True)
         self.state = State(self.request, self.parent.fingerprint, self.parent.id)
         self._save()
+
+    def _refuse_seen(self) -> None:
+        """Refuse rows that the live encoder, or one before it, was trained on.
+
+        Raises:
+            DataError: they are too many, and `allow_seen_data` is not given.
+        """
+        from ultrarag.finetune.seen import seen_before
+        from ultrarag.finetune.set_up import read_data
+
+        manifest = read_manifest(Path(self._parent_checkpoint()))
+        parent = manifest.training if manifest else None
+        if parent is None or self.settings.incremental.allow_seen_data:
+            return
+        seen = seen_before(read_data(self.settings), parent)
+        if seen and seen.too_many:
+            raise DataError(
+                f"{seen}: give the new rows alone as train_data and the old ones as replay_data, or say "
+                "allow_seen_data=True (--allow_seen_data)"
+            )
 
     def train(self) -> None:
         """Fine-tune the live generation's own copy of its checkpoint; a run that was cut off goes on."""
@@ -143,7 +172,7 @@ class _Refresh:
             except GateError as error:
                 refused = error
         report = self._report(refused)
-        write_report(report, self.state.measured, self.output)
+        write_report(report, self._shown(), self.output)
         if refused is not None:
             raise GateError(f"{refused}; see '{report.html}'") from refused
         (self.output / STATE_FILE).unlink(missing_ok=True)
@@ -179,7 +208,13 @@ class _Refresh:
             self.live.path,
             len(self.live),
             None if refused is None else str(refused),
+            self._shown(),
         )
+
+    def _shown(self) -> Measured | None:
+        """What the gate measured; without a gate, what the fine-tuning measured on its evaluation data."""
+        found = self.state.measured or read_measured(self.output)
+        return Measured.from_dict(found) if found else None
 
     def _goes_on(self, found: State) -> bool:
         """Whether a state is that of this refresh; False when what is there is worth nothing, an error otherwise."""
@@ -219,7 +254,7 @@ class _Refresh:
         from ultrarag.finetune.arguments import from_keywords
 
         adapter = self.core.live.encoder.adapter.name
-        from_keywords(
+        self.settings = from_keywords(
             self._parent_checkpoint(),
             self.train_data,
             self.output,
@@ -239,17 +274,16 @@ class _Refresh:
 
     def _for_finetune(self) -> dict[str, Any]:
         """The arguments given, and ours."""
-        from ultrarag.finetune.output import checkpoints_in
+        from ultrarag.finetune.output import UNMERGED, checkpoints_in
 
         given = dict(self.arguments)
-        if not {"logging_steps", "log_interval", "logging_strategy"} & given.keys():
-            given["logging_steps"] = LOGGED
         if self.eval_data is not None:
             given["eval_data"] = (
                 os.fspath(self.eval_data) if isinstance(self.eval_data, os.PathLike) else self.eval_data
             )
         # the folder is ours by its state file: where nothing can be resumed, what lies there is written anew
-        return {**given, "resume_from_checkpoint": bool(checkpoints_in(self.output)), "overwrite_output_dir": True}
+        left = bool(checkpoints_in(self.output)) or (self.output / UNMERGED).is_dir()
+        return {**given, "resume_from_checkpoint": left, "overwrite_output_dir": True}
 
     def _generation(self) -> Generation:
         assert self.state.generation is not None

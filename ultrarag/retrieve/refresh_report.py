@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -61,9 +60,16 @@ class RefreshReport:
 
     @classmethod
     def of(
-        cls, state: State, generation: Generation, folder: Path, index: Path, passages: int, refused: str | None
+        cls,
+        state: State,
+        generation: Generation,
+        folder: Path,
+        index: Path,
+        passages: int,
+        refused: str | None,
+        shown: Measured | None,
     ) -> RefreshReport:
-        """Collect what a refresh came to."""
+        """Collect what a refresh came to; `shown` is what the gate measured, else what the fine-tuning did."""
         assert state.trained is not None
         measured = Measured.from_dict(state.measured) if state.measured else None
         trained = state.trained
@@ -78,9 +84,9 @@ class RefreshReport:
             passages=passages,
             metrics=_metrics(measured, trained["metrics"]),
             verdict=measured.verdict.to_dict() if measured else None,
-            measured_on=measured.where if measured else None,
-            gained=dict(measured.gained()) if measured else {},
-            lost=dict(measured.lost()) if measured else {},
+            measured_on=shown.where if shown else None,
+            gained=dict(shown.gained()) if shown else {},
+            lost=dict(shown.lost()) if shown else {},
             seconds=dict(state.seconds),
             lineage=_lineage(state, folder),
             steps=trained["steps"],
@@ -119,7 +125,7 @@ class RefreshReport:
         return "\n".join([*lines, f"report      {self.html}"])
 
 
-def write_report(report: RefreshReport, measured: Mapping[str, Any] | None, folder: Path) -> None:
+def write_report(report: RefreshReport, measured: Measured | None, folder: Path) -> None:
     """Write `refresh.html`, then `refresh.json`: what names the page comes after it."""
     page = Page(
         title=f"Refresh of the index '{Path(report.index).name}'",
@@ -127,7 +133,7 @@ def write_report(report: RefreshReport, measured: Mapping[str, Any] | None, fold
         good=report.outcome == "swapped" and not report.forced,
         metrics=report.metrics,
         history=read_history(folder),
-        measured=Measured.from_dict(measured) if measured else None,
+        measured=measured,
         facts=_facts(report),
         notes=report.notes,
     )
@@ -159,7 +165,7 @@ def _outcome(report: RefreshReport) -> str:
         return f"Refused: {report.refused}"
     told = f"generation {report.generation} is live in place of {report.old_generation}"
     if report.verdict is None:
-        return f"Swapped: {told}; nothing was measured before"
+        return f"Swapped: {told}; no gate was asked"
     verdict = report.verdict
     numbers = (
         f"{verdict['metric']} {verdict['old']:.4f} → {verdict['new']:.4f} (p = {verdict['change']['p_value']:.4f})"
