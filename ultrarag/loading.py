@@ -35,20 +35,18 @@ def adapter_name(adapter: str | None, manifest: Manifest | None, folder: Path) -
 
 def _likely(folder: Path) -> str:
     """The built-in adapter that a folder looks made for; only a suggestion."""
-    if (folder / "sparse_linear.pt").exists():
-        return "bgem3"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "sentence-transformers" if (folder / "modules.json").exists() else "bge"
     kinds = " ".join(config.get("architectures") or [])
-    if "ForSequenceClassification" in kinds:
-        return "bge-reranker"
     if "LayerWise" in kinds:
         return "bge-reranker-minicpm-layerwise"
     if config.get("model_type") == "minicpm":
         return "minicpm-embedding"
-    return "bge"
+    if "ForSequenceClassification" in kinds:
+        return "bge-reranker"
+    return "bgem3" if (folder / "sparse_linear.pt").exists() else "bge"
 
 
 def declared_options(options: LoadOptions, settings: EncoderSettings) -> LoadOptions:

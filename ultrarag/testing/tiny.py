@@ -106,7 +106,10 @@ def tiny_minicpm(folder: Path, seed: int = 0) -> None:
     model = _random(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(_minicpm_config(len(tokenizer))), encoding="utf-8")
-    save_file(dict(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+    weights = dict(model.state_dict())
+    # With a plain RMSNorm all tokens would be equally long, and rounding decide which is the longest of a text.
+    weights["norm.weight"] = torch.linspace(0.5, 1.5, 32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     torch.save({"weight": torch.full((1, 32), 0.1), "bias": torch.tensor([1.0])}, folder / "sparse_linear.pt")
 
 
