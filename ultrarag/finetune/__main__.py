@@ -6,8 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from typing import TYPE_CHECKING
 
 from ultrarag.errors import UltraragError, UsageError
+
+if TYPE_CHECKING:
+    from ultrarag.finetune.arguments import FinetuneArguments
+    from ultrarag.finetune.checking_batch import RenderedBatch
+    from ultrarag.finetune.run import FinetuneResult
 
 
 def main(argv: Sequence[str] | None = None, adapter: str | None = None) -> int:
@@ -41,12 +47,22 @@ def _run(words: list[str], adapter: str | None, as_json: bool) -> int:
     name = adapter or named_adapter(words)
     arguments = parse_command_line(words, adapter, adapter_defaults(name) if name else None)
     with redirect_stdout(sys.stderr):  # libraries that print (DeepSpeed does) must not spoil the result
-        from ultrarag.finetune.run import run
-
-        result = run(arguments)
+        result = _dry_run(arguments) if arguments.dry_run else _train(arguments)
     if result is not None:
         print(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result)
     return 0
+
+
+def _train(arguments: FinetuneArguments) -> FinetuneResult | None:
+    from ultrarag.finetune.run import run
+
+    return run(arguments)
+
+
+def _dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
+    from ultrarag.finetune.checking_batch import dry_run
+
+    return dry_run(arguments)
 
 
 if __name__ == "__main__":

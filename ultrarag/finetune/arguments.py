@@ -76,6 +76,14 @@ _RUN = {
             "Write into an output directory that already holds a model or checkpoints.",
             "Run",
         ),
+        Flag("skip_data_check", "bool", False, "Do not look for faults in the rows before training.", "Run"),
+        Flag(
+            "dry_run",
+            "bool",
+            False,
+            "Print the first batch exactly as the model will see it, and stop: nothing is trained or written.",
+            "Run",
+        ),
         Flag("logging_dir", "str", None, "TensorBoard's directory.", "Run", optional=True, metavar="DIR"),
     )
 }
@@ -96,6 +104,10 @@ class FinetuneArguments:
     incremental: IncrementalArguments = field(default_factory=IncrementalArguments)
     #: write into an output directory that holds a model or checkpoints
     overwrite_output_dir: bool = False
+    #: do not look for faults in the rows before training
+    skip_data_check: bool = False
+    #: render the first batch, and stop
+    dry_run: bool = False
     #: what was translated or changed, one line each; for the first process to print
     notes: list[str] = field(default_factory=list)
 
@@ -245,7 +257,7 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     loss, evaluation = LossArguments(**own[LossArguments]), EvaluationArguments(**own[EvaluationArguments])
     lora = LoraArguments(**own[LoraArguments])
     notes += _without_effect(loss, values)
-    overwrite = values.pop("overwrite_output_dir", False)
+    run = {name: values.pop(name, False) for name in ("overwrite_output_dir", "skip_data_check", "dry_run")}
     masks = FalseNegativeArguments(**own[FalseNegativeArguments])
     incremental = IncrementalArguments(**own[IncrementalArguments])
     _check_merge(incremental, evaluation, values)
@@ -253,7 +265,7 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     rest = {name: value for name, value in values.items() if name not in ours}
     training = build_training_arguments(rest, evaluation.eval_data is not None, notes)
     return FinetuneArguments(
-        adapter, model, data, loss, lora, evaluation, training, masks, incremental, overwrite, notes
+        adapter, model, data, loss, lora, evaluation, training, masks, incremental, **run, notes=notes
     )
 
 

@@ -18,6 +18,7 @@ from ultrarag.tables import table
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+    from ultrarag.finetune.arguments import FinetuneArguments
     from ultrarag.finetune.data import TrainData
 
 #: A fine-tune looks at this many rows, drawn evenly: two to three seconds. `ultrarag data check` looks at all.
@@ -87,6 +88,26 @@ def findings_table(findings: Sequence[Finding]) -> str:
 def _places(finding: Finding) -> str:
     more = ", ..." if finding.rows > len(finding.places) else ""
     return f" [{', '.join(finding.places[:3])}{more}]" if finding.places else ""
+
+
+def check_run(
+    arguments: FinetuneArguments, data: TrainData, encoder: Encoder, evaluator: Any, note: Callable[[str], None]
+) -> None:
+    """Check the rows of a run on its first rank, unless it is told not to.
+
+    Raises:
+        DataError: a finding is an error.
+    """
+    from ultrarag.finetune.distributed import rank
+    from ultrarag.finetune.pairs import PairLengths
+
+    if arguments.skip_data_check or rank() != 0:
+        return
+    limits = {"query": arguments.data.query_max_len, "passage": arguments.data.passage_max_len}
+    if encoder.adapter.declared.pair_input:
+        pair = PairLengths.of(arguments.data)
+        limits = {"query": pair.query, "pair": pair.pair}
+    check_before_training(data, encoder, arguments.data.train_group_size, limits, evaluator, note)
 
 
 def check_before_training(

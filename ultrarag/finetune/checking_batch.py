@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
-    from ultrarag.finetune.batches import Batch, BatchPlan
+    from ultrarag.finetune.arguments import FinetuneArguments
+    from ultrarag.finetune.batches import Batch
     from ultrarag.finetune.collator import Collator, PairCollator
+    from ultrarag.finetune.replay import Plan
 
 
 @dataclass
@@ -82,7 +85,25 @@ class RenderedBatch:
         return "\n".join(lines)
 
 
-def rendered_batch(encoder: Encoder, plan: BatchPlan, collator: Collator | PairCollator) -> RenderedBatch:
+def dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
+    """Render a run's first batch; None on all ranks but the first. Nothing is written, not even the cache of rows.
+
+    Raises:
+        UltraragError: what the run itself would raise until then.
+    """
+    from ultrarag.finetune.distributed import rank
+    from ultrarag.finetune.refusals import refuse_unsupported
+    from ultrarag.finetune.set_up import load_encoder, make_collator, make_plan, read_data
+
+    refuse_unsupported(arguments)
+    with tempfile.TemporaryDirectory(prefix="ultrarag-") as cache:
+        settings = replace(arguments, data=replace(arguments.data, cache_path=cache))
+        plan = make_plan(settings, read_data(settings))
+        encoder = load_encoder(settings, lambda note: None)
+        return rendered_batch(encoder, plan, make_collator(settings, encoder)) if rank() == 0 else None
+
+
+def rendered_batch(encoder: Encoder, plan: Plan, collator: Collator | PairCollator) -> RenderedBatch:
     """Render batch 0 of epoch 0, by the run's own plan and collator."""
     batch = plan.batch(0, 0, 0)
     made = collator([batch])

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.checkpoint import Training
+from ultrarag.errors import UsageError
 from ultrarag.finetune.arguments import FinetuneArguments
+from ultrarag.finetune.checking import check_run
 from ultrarag.finetune.distributed import rank
 from ultrarag.finetune.finishing import Start, merge_adapters, write_finished
 from ultrarag.finetune.incremental import Interrupted, find_trained, merge_weights, tell_seen
@@ -54,6 +56,8 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
         UltraragError: what is wrong and what to do.
         Interrupted: after Ctrl-C.
     """
+    if arguments.dry_run:
+        raise UsageError("dry_run is for the command line; in Python call ultrarag.finetune.checking_batch.dry_run")
     refuse_unsupported(arguments)
     pairs = registry().adapter(arguments.adapter).declared.pair_input
     (refuse_for_pairs if pairs else refuse_without_pairs)(arguments)
@@ -80,6 +84,8 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
     masking = make_masking(arguments, encoder, heads)
     lora = add_lora(encoder, arguments.lora) if arguments.lora.use_lora else None
     measures = Measures(*evaluators(arguments, pairs))
+    if resume is None:
+        check_run(arguments, data, encoder, measures.domain, notes.add)
     measures.take("before", encoder, heads)
     record = make_record(arguments, data, plan, encoder, start.fingerprint)
     if resume:

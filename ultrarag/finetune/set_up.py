@@ -177,6 +177,17 @@ def _row(item: DatasetInfo, data: TrainData) -> dict[str, Any]:
     return {"name": item.name, "rows": item.stop - item.start, "sha256": data.digest}
 
 
+def make_collator(
+    arguments: FinetuneArguments, encoder: Encoder, masking: FalseNegatives | None = None
+) -> Collator | PairCollator:
+    """What makes features of a batch."""
+    data = arguments.data
+    if encoder.adapter.declared.pair_input:
+        return pair_collator(encoder, data)
+    lengths = (data.query_max_len, data.passage_max_len, data.pad_to_multiple_of)
+    return Collator(encoder.tokenizer, encoder.settings, *lengths, masking.features if masking else None)
+
+
 def make_trainer(
     arguments: FinetuneArguments,
     encoder: Encoder,
@@ -190,12 +201,7 @@ def make_trainer(
     """The trainer of the run."""
     from transformers import EarlyStoppingCallback
 
-    data = arguments.data
-    lengths = (data.query_max_len, data.passage_max_len, data.pad_to_multiple_of)
-    masks = masking.features if masking else None
-    collator: Collator | PairCollator = Collator(encoder.tokenizer, encoder.settings, *lengths, masks)
-    if encoder.adapter.declared.pair_input:
-        collator = pair_collator(encoder, data)
+    collator = make_collator(arguments, encoder, masking)
     patience = arguments.evaluation.early_stopping_patience
     return EmbeddingTrainer(
         encoder,
