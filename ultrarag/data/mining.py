@@ -109,7 +109,7 @@ def _rows(paths: list[str]) -> Iterator[Row]:
 
 
 def _pool_of(path: str | Path | None) -> Any:
-    return None if path is None else lambda: read_pool(path)
+    return None if path is None else lambda: (passage.content for passage in read_pool(path))
 
 
 def _pool_identity(

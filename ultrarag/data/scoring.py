@@ -120,8 +120,8 @@ class Scorer:
         return scores
 
     def _encoded(self, texts: list[str], kind: Any, instruction: str | None = None) -> Any:
-        more: dict[str, Any] = {"heads": tuple(self.weights), "instruction": instruction, "progress": False, "cuts": self.cuts}
-        return self.teacher.encode(texts, kind, **more, **self.options)
+        more: dict[str, Any] = {"heads": tuple(self.weights), "instruction": instruction, "cuts": self.cuts}
+        return self.teacher.encode(texts, kind, progress=False, **more, **self.options)
 
 
 def score_files(

@@ -127,7 +127,7 @@ class Miner:
         """Encode the pool into `folder`, or take up what is there of the same `identity`."""
         self.settings = settings
         self.veto = _veto(settings, reranker, reranker_options or {})
-        weights = checked_weights(settings, encoder)
+        weights = checked_weights(settings.weights, encoder)
         heads = tuple(head for head in (*weights, *candidate_heads(tuple(weights), encoder)))
         vectors = tuple(head for head in heads if head != BM25_HEAD)
         self.prepared = prepare(
@@ -214,7 +214,7 @@ class Miner:
             )
 
 
-def checked_weights(settings: MiningSettings, encoder: Encoder | None) -> dict[str, float]:
+def checked_weights(asked: Mapping[str, float] | None, encoder: Encoder | None) -> dict[str, float]:
     """The heads that count with their weights; without any given, the dense head or the only one.
 
     Raises:
@@ -222,14 +222,14 @@ def checked_weights(settings: MiningSettings, encoder: Encoder | None) -> dict[s
     """
     if encoder is not None and encoder.adapter.declared.pair_input:
         raise UsageError("a cross-encoder cannot search: give an embedding model, and this one as the reranker")
-    if settings.weights is None:
+    if asked is None:
         if encoder is None:
             raise UsageError("candidates are found by an embedding model, or by BM25 alone (weights bm25=1)")
         return {"dense" if "dense" in encoder.heads else encoder.heads[0]: 1.0}
-    check_heads(settings.weights, encoder)
-    weights = {head: float(weight) for head, weight in settings.weights.items() if weight}
+    check_heads(asked, encoder)
+    weights = {head: float(weight) for head, weight in asked.items() if weight}
     if not weights or any(not weight > 0 for weight in weights.values()):
-        raise UsageError(f"weights: {dict(settings.weights)}; at least one head must count, and none below 0")
+        raise UsageError(f"weights: {dict(asked)}; at least one head must count, and none below 0")
     return weights
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from ultrarag.errors import DataError
 from ultrarag.finetune.json_rows import BadJson, raw_rows
@@ -23,29 +23,30 @@ if TYPE_CHECKING:
 
 
 class _PoolRow(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    id: str = Field("", validation_alias=AliasChoices("_id", "id"))
     text: str = Field(validation_alias=AliasChoices("text", "contents"))
     title: str | None = None
 
 
-def read_pool(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the texts of a pool: a JSONL file (or JSON list) with `text` and maybe `title`, or a BEIR folder.
+def read_pool(path: str | os.PathLike[str]) -> Iterator[Passage]:
+    """Yield the passages of a pool: a JSONL file (or list) with `text` and maybe `title` and `id`, or a BEIR folder.
 
-    A passage is title, newline, text, as everywhere; an empty one is left out.
+    Empty ones are left out, and an id may be missing: it is empty then.
 
     Raises:
         DataError: names file and line of what cannot be used.
     """
-    file = pool_file(path)
-    for place, raw in raw_rows(str(file)):
+    for place, raw in raw_rows(str(pool_file(path))):
         if isinstance(raw, BadJson):
             raise DataError(f"{place}: {raw}")
         try:
             row = _PoolRow.model_validate_json(raw) if isinstance(raw, bytes) else _PoolRow.model_validate(raw)
         except ValidationError as error:
-            raise DataError(f"{place}: a candidate is a JSON object with 'text': {_reason(error)}") from None
-        text = Passage("", row.text, row.title or "").content
-        if text.strip():
-            yield text
+            raise DataError(f"{place}: a passage is a JSON object with 'text': {_reason(error)}") from None
+        passage = Passage(row.id, row.text, row.title or "")
+        if passage.content.strip():
+            yield passage
 
 
 def pool_file(path: str | os.PathLike[str]) -> Path:
