@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ultrarag.finetune.arguments import FinetuneArguments
     from ultrarag.finetune.data import TrainData
 
-#: A fine-tune looks at this many rows, drawn evenly: two to three seconds. `ultrarag data check` looks at all.
-ROWS_BEFORE_TRAINING = 20_000
+#: A fine-tune looks at this many rows, drawn evenly: two seconds at 9 texts a row. `ultrarag data check` looks at all.
+ROWS_BEFORE_TRAINING = 10_000
 #: Rows and characters whose tokens are counted.
 SAMPLE_BEFORE_TRAINING, SAMPLE = (500, 1_000_000), (5_000, 20_000_000)
 
