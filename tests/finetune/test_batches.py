@@ -450,3 +450,41 @@ def test_sizes_must_be_positive(name):
         BatchPlan(TrainData.from_rows(rows(4)), **sizes)
     with pytest.raises(UsageError, match="seed is -1"):
         BatchPlan(TrainData.from_rows(rows(4)), 4, seed=-1)
+
+
+# ---- grouped by length
+
+
+def uneven(count: int) -> list[dict[str, object]]:
+    """Rows whose texts' lengths are spread over two orders of magnitude, in no order."""
+    sizes = [1 + (number * 7919) % count for number in range(count)]
+    return [
+        {"query": f"q{n}", "pos": [f"p{n} " + "x" * size], "neg": [f"n{n} " + "y" * size]}
+        for n, size in enumerate(sizes)
+    ]
+
+
+def spread(plan: BatchPlan, epoch: int = 0) -> float:
+    """How much longer the longest passage of a rank's batch is than its mean, over the epoch: padding's share."""
+    batches = [batch for step in steps(plan, epoch) for batch in step]
+    longest = sum(max(map(len, batch.passages)) * len(batch.passages) for batch in batches)
+    return 1 - sum(len(text) for batch in batches for text in batch.passages) / longest
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_grouping_by_length_saves_padding_and_keeps_every_row_and_chance(world_size):
+    data = TrainData.from_rows(uneven(900))
+    plain = BatchPlan(data, 4, world_size, train_group_size=2)
+    grouped = BatchPlan(data, 4, world_size, train_group_size=2, group_by_length=True)
+    assert spread(grouped) < 0.3 * spread(plain)
+    seen = [[tuple(sources(step)) for step in steps(grouped, epoch)] for epoch in (0, 1)]
+    assert all(len({source for step in epoch for source in step}) == len(data) for epoch in seen)
+    assert {frozenset(step) for step in seen[0]}.isdisjoint(frozenset(step) for step in seen[1])
+    lengths = [max(map(len, step[0].passages)) for step in steps(grouped)]
+    assert lengths != sorted(lengths)  # the steps come in random order
+
+
+def test_grouped_batches_are_a_function_of_their_numbers():
+    data = TrainData.from_rows(uneven(100))
+    first, again = (BatchPlan(data, 4, 2, train_group_size=2, group_by_length=True) for _ in range(2))
+    assert again.batch(3, 5, 1) == first.batch(3, 5, 1)

@@ -55,6 +55,20 @@ def _grouped(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield rows
 
 
+def _bytes(texts: pa.StringArray) -> np.ndarray:
+    """The length of each text."""
+    import pyarrow.compute as pc
+
+    return pc.binary_length(texts).to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def _sizes(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of each row's texts together, and how many there are."""
+    offsets = lists.offsets.to_numpy()
+    total = np.concatenate([[0.0], np.cumsum(_bytes(lists.values))])
+    return total[offsets[1:]] - total[offsets[:-1]], np.diff(offsets)
+
+
 class ArrowRows:
     """Rows by number; a mapped file is opened again in each process that receives it."""
 
@@ -84,6 +98,18 @@ class ArrowRows:
         neg = SCHEMA.get_field_index("neg")
         counts = [np.diff(batch.column(neg).offsets.to_numpy()) for batch in self._batches]
         return np.concatenate(counts).astype(np.int32) if counts else np.zeros(0, np.int32)
+
+    def lengths(self) -> np.ndarray:
+        """About how long each row's texts are, (rows,) float64: bytes of the query and of its mean passage."""
+        names = ("query", "pos", "neg")
+        query, pos, neg = (SCHEMA.get_field_index(name) for name in names)
+        found = []
+        for batch in self._batches:
+            sums, counts = (
+                sum(part) for part in zip(*(_sizes(batch.column(column)) for column in (pos, neg)), strict=True)
+            )
+            found.append(_bytes(batch.column(query)) + sums / np.maximum(counts, 1))
+        return np.concatenate(found) if found else np.zeros(0)
 
     def texts(self) -> Iterator[tuple[str, list[str]]]:
         """Yield the query and the positives of each row, in order."""

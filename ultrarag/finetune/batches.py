@@ -17,6 +17,8 @@ from ultrarag.finetune.pools import Pool, Sizes, check_teacher, make_pools, rema
 # the first number of a key says what is drawn, so that no two streams are the same
 _ROWS, _STEPS, _TEXTS = range(3)
 
+#: Steps among whose rows those of similar length are grouped: few enough that the groups differ in every epoch.
+STRETCH = 50
 #: `Batch.dataset` where a batch holds rows of several.
 MIXED = "mixed"
 
@@ -72,6 +74,8 @@ class BatchPlan:
         shuffle_ratio: the share of long positives whose thirds are put into another order.
         negatives_cross_device: passages of other ranks are negatives too.
         knowledge_distillation: batches carry the teacher's scores.
+        group_by_length: rows of similar length share a step: of every 50 steps' rows, drawn at random, each step
+            gets neighbours in length, and the steps come in random order. Less padding, where padding costs.
 
     Raises:
         DataError, UsageError: no batch is left, or one in which a query has no second candidate.
@@ -89,6 +93,7 @@ class BatchPlan:
         shuffle_ratio: float = 0.0,
         negatives_cross_device: bool = False,
         knowledge_distillation: bool = False,
+        group_by_length: bool = False,
     ) -> None:
         if seed < 0:
             raise UsageError(f"seed is {seed}; it must be 0 or more")
@@ -98,6 +103,7 @@ class BatchPlan:
         self.drop_last = drop_last
         self.shuffle_ratio = shuffle_ratio
         self.teacher = knowledge_distillation
+        self._lengths = data.lengths() if group_by_length else None
         self.pools = make_pools(data, self.sizes, same_dataset_within_batch)
         if self.teacher:
             check_teacher(data, self.pools)
@@ -142,14 +148,23 @@ class BatchPlan:
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
-            rows = [
-                pool.rows[Draws(_ROWS, self.seed, number, which).order(len(pool.rows))]
-                for which, pool in enumerate(self.pools)
-            ]
+            rows = [self._order(pool, Draws(_ROWS, self.seed, number, which)) for which, pool in enumerate(self.pools)]
             steps = Draws(_STEPS, self.seed, number).order(self.steps_per_epoch)
             kept = {key: self._epochs[key] for key in self._epochs if key == number - 1}
             self._epochs = {**kept, number: _Epoch(number, rows, steps)}
         return self._epochs[number]
+
+    def _order(self, pool: Pool, draws: Draws) -> np.ndarray:
+        """The pool's rows in random order, those of every stretch grouped by length where that is asked for."""
+        rows = pool.rows[draws.order(len(pool.rows))]
+        if self._lengths is None:
+            return rows
+        stretch = STRETCH * self._global_batch(pool)
+        parts = [rows[start : start + stretch] for start in range(0, len(rows), stretch)]
+        grouped = np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in parts])
+        step = np.arange(len(rows)) // self._global_batch(pool)
+        # within a step at random again: the ranks' shares are equally long, and a row has other neighbours each epoch
+        return grouped[np.lexsort((draws.order(len(rows)), step))]
 
     def _check(self, epoch: int, index: int, rank: int) -> None:
         if epoch < 0 or not 0 <= index < self.steps_per_epoch or not 0 <= rank < self.sizes.world_size:

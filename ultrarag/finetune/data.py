@@ -113,6 +113,10 @@ class TrainData:
             raise IndexError(f"row {number} of {len(self)}")
         return self._rows[int(self._places[number])]
 
+    def lengths(self) -> np.ndarray:
+        """About how long each row's texts are, (rows,) float64: bytes of the query and of its mean passage."""
+        return self._rows.lengths()[self._places]
+
     def keys(self) -> np.ndarray:
         """A number for each row, (rows,) uint64, that is the same for the same query and positives anywhere."""
         if self._keys is None:

@@ -71,6 +71,11 @@ class ModelArguments:
         "Encode this many texts at a time and keep no graph between them (GradCache): a big batch in the memory of "
         "a small one. None or -1: the whole batch at once.",
     )
+    peak_tflops: float | None = _flag(
+        None,
+        "What the device can do, in 1e12 operations per second: the logs then say which share of it is used (MFU).",
+        shown_default="known for common GPUs in bf16 and fp16",
+    )
 
     def __post_init__(self) -> None:
         if not self.model_name_or_path:
@@ -81,6 +86,8 @@ class ModelArguments:
         if self.sub_batch_size == -1:
             self.sub_batch_size = None
         _at_least(self, "sub_batch_size", 1)
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UsageError(f"peak_tflops is {self.peak_tflops}; it must be above 0")
         if self.heads is not None:
             self.heads = _checked_heads(self.heads)
 

@@ -19,7 +19,14 @@ LEFT = (UNMERGED, "report.json", "report.html")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: Settings without which the order of batches, and so a resumed run, would be another.
 _ORDER = (
-    *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *(
+        "seed",
+        "data_seed",
+        "train_sampling_strategy",
+        "world_size",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ),
     *("train_group_size", "dataloader_drop_last", "same_dataset_within_batch", "small_threshold", "drop_threshold"),
     *("replay_ratio", "shuffle_ratio", "max_example_num_per_dataset", "no_in_batch_neg", "negatives_cross_device"),
 )

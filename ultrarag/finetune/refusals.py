@@ -18,10 +18,10 @@ def refuse_unsupported(arguments: FinetuneArguments) -> None:
     for name, why in refused.items():
         if getattr(training, name, None) not in (None, False, 0, 0.0, "no"):
             raise UsageError(f"--{name} is not supported by this trainer: {why}")
-    if getattr(training, "train_sampling_strategy", "random") not in ("random",):
+    if training.train_sampling_strategy not in ("random", "group_by_length"):
         raise UsageError(
-            f"--train_sampling_strategy {training.train_sampling_strategy} (group_by_length) is not supported: "
-            "the order of rows is a function of the seed and the epoch alone"
+            f"--train_sampling_strategy {training.train_sampling_strategy} is not supported: rows come in random "
+            "order, or group_by_length"
         )
     if arguments.lora.use_lora:
         _refuse_with_lora(arguments)

@@ -77,6 +77,7 @@ def _batches(arguments: FinetuneArguments, data: TrainData, seed: int) -> BatchP
         shuffle_ratio=arguments.data.shuffle_ratio,
         negatives_cross_device=arguments.loss.negatives_cross_device,
         knowledge_distillation=arguments.data.knowledge_distillation,
+        group_by_length=training.train_sampling_strategy == "group_by_length",
     )
 
 
@@ -215,4 +216,5 @@ def make_trainer(
         [EarlyStoppingCallback(patience)] if patience else [],
         lora,
         masking,
+        arguments.model.peak_tflops,
     )

@@ -29,6 +29,7 @@ from ultrarag.finetune.loader import PlannedLoader
 from ultrarag.finetune.lora import Lora
 from ultrarag.finetune.masking import FalseNegatives
 from ultrarag.finetune.rerank_evaluation import RerankEvaluator
+from ultrarag.finetune.throughput import Throughput
 from ultrarag.finetune.trainable import Trainable
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.loss_arguments import LossArguments
@@ -53,6 +54,7 @@ class EmbeddingTrainer(Trainer):
         callbacks: Sequence[Any] = (),
         lora: Lora | None = None,
         masking: FalseNegatives | None = None,
+        peak_tflops: float | None = None,
     ) -> None:
         super().__init__(
             model=Trainable(encoder, heads),
@@ -71,6 +73,7 @@ class EmbeddingTrainer(Trainer):
         self.evaluator = evaluator
         self.lora = lora
         self.masking = masking
+        self.throughput = Throughput(encoder.model, args.device, args.bf16 or args.fp16, peak_tflops)
         self.interrupt = StopOnInterrupt()
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
@@ -96,6 +99,7 @@ class EmbeddingTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Encode, gather, loss, backward; in pieces of `sub_batch_size` texts where that is set."""
         model.train()
+        self.throughput.count([side for side in (inputs["queries"], inputs["passages"]) if side is not None])
         batch: TrainingBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
         sides = [side for side in (batch["queries"], batch["passages"]) if side is not None]
         share = 1 / self.current_gradient_accumulation_steps
@@ -139,7 +143,9 @@ class EmbeddingTrainer(Trainer):
         return loss * mean_weight(queries, loss.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log what was measured, and how many passages per query were left out as false negatives."""
+        """Log what was measured, what this process achieved, and how many passages were left out as false negatives."""
+        if "loss" in logs:
+            logs |= self.throughput.entries()
         if self.masking and "loss" in logs:
             logs["false_negatives"] = round(self.masking.share(), 4)
         super().log(logs, *args, **kwargs)
