@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from ultrarag.data.mine import main
-from ultrarag.data.mining import mine_files
+from ultrarag.data.mine_command import main
+from ultrarag.data.mining import mine as mine_in_files
 from ultrarag.errors import DataError, UsageError
 from ultrarag.finetune.row import parse_row
 from ultrarag.retrieve import mine
@@ -274,7 +274,7 @@ def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monk
     rows, pool, output = files
     monkeypatch.setattr(prepare, "WINDOW", 16)
     options = {"candidate_pool": pool, "window": 3}
-    mine_files(rows, output, m3_encoder, SETTINGS, **options)
+    mine_in_files(rows, output, m3_encoder, SETTINGS, **options)
     whole = {name: path_of(output, name).read_text() for name in ("", ".counts.jsonl")}
     report = json.loads(path_of(output, ".report.json").read_text())
     for path in output.parent.glob("mined.jsonl*"):
@@ -291,7 +291,7 @@ def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monk
 
     monkeypatch.setattr(m3_encoder, "encode_tokens", encode)
     with pytest.raises(KeyboardInterrupt):  # while the pool is encoded
-        mine_files(rows, output, m3_encoder, SETTINGS, **options)
+        mine_in_files(rows, output, m3_encoder, SETTINGS, **options)
     encoded.clear()
     monkeypatch.setattr(m3_encoder, "encode_tokens", lambda *a, **k: (encoded.append(len(a[0])), kept(*a, **k))[1])
     mined, first = miner_module.Miner.mine, []
@@ -299,9 +299,9 @@ def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monk
         miner_module.Miner, "mine", lambda *a: mined(*a) if first.append(1) or len(first) < 3 else 1 / 0
     )
     with pytest.raises(ZeroDivisionError):  # while rows are mined
-        mine_files(rows, output, m3_encoder, SETTINGS, **options)
+        mine_in_files(rows, output, m3_encoder, SETTINGS, **options)
     monkeypatch.setattr(miner_module.Miner, "mine", mined)
-    mine_files(rows, output, m3_encoder, SETTINGS, **options)
+    mine_in_files(rows, output, m3_encoder, SETTINGS, **options)
     assert sum(encoded) == 60 - 32 + len(ROWS)  # the texts that were left, and each query once
     assert {name: path_of(output, name).read_text() for name in whole} == whole
     again = json.loads(path_of(output, ".report.json").read_text())
@@ -318,14 +318,14 @@ def path_of(output, name):
 def test_a_kept_folder_serves_other_settings_and_no_other_pool(files, m3_encoder, monkeypatch):
     rows, pool, output = files
     options = {"candidate_pool": pool, "work_dir": output.parent / "vectors"}
-    mine_files(rows, output, m3_encoder, SETTINGS, **options)
+    mine_in_files(rows, output, m3_encoder, SETTINGS, **options)
     monkeypatch.setattr(m3_encoder, "iter_encode", lambda texts, *a, **k: iter(list(texts) and 1 / 0))
     monkeypatch.setattr(miner_module.MiningSearch, "_encoded", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # at the queries: the pool is there
-        mine_files(rows, path_of(output, "2"), m3_encoder, MiningSettings(weights=SETTINGS.weights), **options)
+        mine_in_files(rows, path_of(output, "2"), m3_encoder, MiningSettings(weights=SETTINGS.weights), **options)
     write_lines(pool, [{"text": text} for text in POOL[1:]])
     with pytest.raises(DataError, match="another pool"):
-        mine_files(rows, path_of(output, "3"), m3_encoder, SETTINGS, **options)
+        mine_in_files(rows, path_of(output, "3"), m3_encoder, SETTINGS, **options)
 
 
 def test_a_live_index_gives_its_passages_and_vectors(tmp_path, m3_encoder, monkeypatch):
@@ -334,7 +334,7 @@ def test_a_live_index_gives_its_passages_and_vectors(tmp_path, m3_encoder, monke
     rows = write_lines(tmp_path / "train.jsonl", [*ROWS, {"query": "steam", "pos": ["bread rises in steam"]}])
     pool = write_lines(tmp_path / "pool.jsonl", [{"text": text} for text in POOL])
     settings = MiningSettings(range=(0, 60), negatives=8, weights=M3)
-    mine_files(rows, tmp_path / "a.jsonl", m3_encoder, settings, candidate_pool=pool)
+    mine_in_files(rows, tmp_path / "a.jsonl", m3_encoder, settings, candidate_pool=pool)
     with LiveIndex.create(tmp_path / "kb", m3_encoder, backend="numpy") as live:
         live.add({"id": f"{number % 2}-{number}", "text": text} for number, text in enumerate([*POOL, POOL[0], ""]))
         encoded = []
@@ -342,7 +342,7 @@ def test_a_live_index_gives_its_passages_and_vectors(tmp_path, m3_encoder, monke
         monkeypatch.setattr(
             m3_encoder, "iter_encode", lambda t, k, **o: kept((encoded.append((k, x)) or x for x in t), k, **o)
         )
-        mine_files(rows, tmp_path / "b.jsonl", m3_encoder, settings, live=live)
+        mine_in_files(rows, tmp_path / "b.jsonl", m3_encoder, settings, live=live)
     assert [text for kind, text in encoded if kind == "passage"] == ["bread rises in steam"]
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
 
@@ -351,10 +351,10 @@ def test_bad_rows_and_candidates_name_their_line(files, m3_encoder):
     rows, pool, output = files
     write_lines(pool, [{"text": "a"}, {"txt": "b"}])
     with pytest.raises(DataError, match=r"pool\.jsonl:2: .*'text'"):
-        mine_files(rows, output, m3_encoder, SETTINGS, candidate_pool=pool)
+        mine_in_files(rows, output, m3_encoder, SETTINGS, candidate_pool=pool)
     write_lines(rows, [ROWS[0], {"query": "q"}])
     with pytest.raises(DataError, match=r"train\.jsonl:2: 'pos' is missing"):
-        mine_files(rows, output, m3_encoder, SETTINGS, overwrite=True)
+        mine_in_files(rows, output, m3_encoder, SETTINGS, overwrite=True)
 
 
 def test_the_command_line_of_hn_mine(files, minilm, capsys):

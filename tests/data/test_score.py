@@ -9,8 +9,8 @@ import pytest
 
 from ultrarag import Encoder
 from ultrarag.data import scoring
-from ultrarag.data.score import main
-from ultrarag.data.scoring import Scorer, score_files
+from ultrarag.data.score_command import main
+from ultrarag.data.scoring import Scorer, score
 from ultrarag.errors import DataError, UsageError
 from ultrarag.finetune.row import parse_row
 from ultrarag.testing.tiny import tiny_cross_encoder
@@ -42,7 +42,7 @@ def read(path):
 
 
 def test_scores_are_the_rerankers(rows, reranker, tmp_path):
-    report = score_files(rows, tmp_path / "out.jsonl", Scorer(reranker, normalize=True))
+    report = score(rows, tmp_path / "out.jsonl", Scorer(reranker, normalize=True))
     for row, scored in zip(ROWS, read(tmp_path / "out.jsonl"), strict=True):
         pairs = [(row["query"], text) for text in [*row["pos"], *row.get("neg", [])]]
         wanted = reranker.score(pairs, normalize=True, instruction=row.get("prompt"))
@@ -63,7 +63,7 @@ def test_scores_are_the_weighted_heads_of_an_embedder(rows, m3_encoder, tmp_path
         return tokenize(self, texts, kind, *args, **more)
 
     monkeypatch.setattr(type(m3_encoder), "tokenize", counted)
-    score_files(rows, tmp_path / "out.jsonl", Scorer(m3_encoder, weights))
+    score(rows, tmp_path / "out.jsonl", Scorer(m3_encoder, weights))
     monkeypatch.undo()
     assert sorted(text for kind, text in seen if kind == "passage") == ["a vector database", "hot oven", "seals sleep"]
     assert sorted(text for kind, text in seen if kind == "query") == ["bread?", "bread?", "what is milvus?"]
@@ -76,17 +76,17 @@ def test_scores_are_the_weighted_heads_of_an_embedder(rows, m3_encoder, tmp_path
 
 def test_a_stopped_run_goes_on(rows, m3_encoder, tmp_path, monkeypatch):
     scorer, output = Scorer(m3_encoder, {"dense": 1}), tmp_path / "out.jsonl"
-    whole = score_files(rows, tmp_path / "whole.jsonl", scorer, window=1)
-    score, calls = scorer.score, []
-    monkeypatch.setattr(scorer, "score", lambda rows: score(rows) if calls.append(rows) or len(calls) < 3 else 1 / 0)
+    whole = score(rows, tmp_path / "whole.jsonl", scorer, window=1)
+    kept, calls = scorer.score, []
+    monkeypatch.setattr(scorer, "score", lambda rows: kept(rows) if calls.append(rows) or len(calls) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        score_files(rows, output, scorer, window=1)
-    monkeypatch.setattr(scorer, "score", lambda rows: calls.append(rows) or score(rows))
-    assert score_files(rows, output, scorer, window=1) == whole
+        score(rows, output, scorer, window=1)
+    monkeypatch.setattr(scorer, "score", lambda rows: calls.append(rows) or kept(rows))
+    assert score(rows, output, scorer, window=1) == whole
     assert len(calls) == 3 + 2
     assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
     with pytest.raises(DataError, match="exists"):
-        score_files(rows, output, scorer)
+        score(rows, output, scorer)
 
 
 def test_rows_whose_negatives_win_are_counted():
@@ -102,7 +102,7 @@ def test_a_score_that_is_no_number_names_its_row(rows, m3_encoder, tmp_path, mon
     scorer = Scorer(m3_encoder, {"dense": 1})
     monkeypatch.setattr(scorer, "score", lambda rows: [([float("nan")], [])] * len(rows))
     with pytest.raises(DataError, match=r"train\.jsonl:1: .*not a finite number"):
-        score_files(rows, tmp_path / "out.jsonl", scorer)
+        score(rows, tmp_path / "out.jsonl", scorer)
 
 
 def test_the_command_line_of_add_reranker_score(rows, tmp_path, capsys):

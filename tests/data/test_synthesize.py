@@ -16,11 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ultrarag.data.cli import main as data
-from ultrarag.data.synthesize import main
 from ultrarag.data.synthesize_client import Endpoint, EndpointError, key_from, retry_after
+from ultrarag.data.synthesize_command import main
 from ultrarag.data.synthesize_journal import Journal
 from ultrarag.data.synthesize_prompts import BadAnswer, Prompt, by_first_sentence, by_title, language_of, read_queries
-from ultrarag.data.synthesizing import SynthesisSettings, synthesize_files
+from ultrarag.data.synthesizing import SynthesisSettings, synthesize
 from ultrarag.errors import DataError, UsageError
 from ultrarag.types import Passage
 
@@ -130,7 +130,7 @@ def test_queries_become_rows_and_tokens_are_counted(stand_in, passages, tmp_path
     server = stand_in()
     body = {"temperature": 0.5, "seed": 3}
     settings = SynthesisSettings(queries=2)
-    report = synthesize_files(passages, tmp_path / "out.jsonl", endpoint(server, key=KEY, body=body), settings)
+    report = synthesize(passages, tmp_path / "out.jsonl", endpoint(server, key=KEY, body=body), settings)
     assert read(tmp_path / "out.jsonl") == [
         {"query": query, "pos": [f"{name}\nAll about {name} and more."], "passage_id": str(number)}
         for number, name in enumerate(NAMES)
@@ -149,7 +149,7 @@ def test_as_many_requests_at_a_time_as_allowed(stand_in, passages, tmp_path):
         return good(name)
 
     server = stand_in(slow)
-    synthesize_files(passages, tmp_path / "out.jsonl", endpoint(server), SynthesisSettings(), concurrency=2)
+    synthesize(passages, tmp_path / "out.jsonl", endpoint(server), SynthesisSettings(), concurrency=2)
     assert server.most_busy == 2
 
 
@@ -166,7 +166,7 @@ def test_busy_slow_and_broken_answers_are_asked_for_again(stand_in, passages, tm
         return good(name)
 
     server = stand_in(moody)
-    report = synthesize_files(passages, tmp_path / "out.jsonl", endpoint(server, timeout=1.0), SynthesisSettings())
+    report = synthesize(passages, tmp_path / "out.jsonl", endpoint(server, timeout=1.0), SynthesisSettings())
     assert server.asked == {"milvus": 1, "seals": 2, "bread": 2, "bicycle": 1, "steam": 2}
     assert (report.queries, report.without, report.tokens_in) == (10, 0, 500)
 
@@ -176,7 +176,7 @@ def test_too_many_requests_wait_as_long_as_they_are_told(stand_in, passages, tmp
         return (429, {"Retry-After": "0.5"}, b"slow down") if name == "milvus" and times == 1 else good(name)
 
     server = stand_in(limited)
-    synthesize_files(passages, tmp_path / "out.jsonl", endpoint(server), SynthesisSettings(), concurrency=1)
+    synthesize(passages, tmp_path / "out.jsonl", endpoint(server), SynthesisSettings(), concurrency=1)
     assert server.asked["milvus"] == 2
     assert server.at[1] - server.at[0] >= 0.5
 
@@ -195,17 +195,17 @@ def test_an_endpoint_that_refuses_stops_the_run_and_keeps_what_was_paid(stand_in
     server, output = stand_in(refusing), tmp_path / "out.jsonl"
     caplog.set_level(logging.DEBUG)
     with pytest.raises(EndpointError, match=r"401: bad key \*\*\*, sorry") as error:
-        synthesize_files(passages, output, endpoint(server, key=KEY), SynthesisSettings(), concurrency=1)
+        synthesize(passages, output, endpoint(server, key=KEY), SynthesisSettings(), concurrency=1)
     written = "".join(path.read_text() for path in tmp_path.iterdir())
     assert KEY not in f"{error.value} {caplog.text} {written} {endpoint(server, key=KEY)!r}"
     assert not output.exists()
     server.reply = lambda name, times: good(name)
-    synthesize_files(passages, output, endpoint(server), SynthesisSettings(), concurrency=1)
+    synthesize(passages, output, endpoint(server), SynthesisSettings(), concurrency=1)
     assert server.asked == {"milvus": 1, "seals": 1, "bread": 2, "bicycle": 1, "steam": 1}
     assert len(read(output)) == 10
     gone = Endpoint("http://127.0.0.1:9", "m", first_wait=0.01, retries=2)
     with pytest.raises(EndpointError, match="3 times"):
-        synthesize_files(passages, tmp_path / "b.jsonl", gone, SynthesisSettings())
+        synthesize(passages, tmp_path / "b.jsonl", gone, SynthesisSettings())
 
 
 def test_answers_without_queries_are_asked_again_and_then_counted(stand_in, passages, tmp_path):
@@ -217,7 +217,7 @@ def test_answers_without_queries_are_asked_again_and_then_counted(stand_in, pass
         return good(name)
 
     server, output = stand_in(garbage), tmp_path / "out.jsonl"
-    report = synthesize_files(passages, output, endpoint(server), SynthesisSettings(attempts=2))
+    report = synthesize(passages, output, endpoint(server), SynthesisSettings(attempts=2))
     assert server.asked == {"milvus": 1, "seals": 2, "bread": 2, "bicycle": 1, "steam": 1}
     assert (report.queries, report.without, report.tokens_in) == (8, 1, 700)
     failed = [row for row in read(tmp_path / "out.jsonl.answers.jsonl")[1:] if "queries" not in row]
@@ -253,14 +253,14 @@ def test_a_killed_process_pays_for_nothing_twice(stand_in, passages, tmp_path):
 
 def test_paid_answers_serve_another_output_and_no_other_question(stand_in, passages, tmp_path):
     server, output = stand_in(), tmp_path / "out.jsonl"
-    synthesize_files(passages, output, endpoint(server), SynthesisSettings())
+    synthesize(passages, output, endpoint(server), SynthesisSettings())
     again = SynthesisSettings(round_trip_k=1, weights={"bm25": 1})
-    report = synthesize_files(passages, output, endpoint(server), again, overwrite=True)
+    report = synthesize(passages, output, endpoint(server), again, overwrite=True)
     assert (report.queries, sum(server.asked.values())) == (10, 5)
     output.unlink()
     with pytest.raises(DataError, match="another model"):
-        synthesize_files(passages, output, Endpoint(server.url, "other"), SynthesisSettings())
-    synthesize_files(passages, output, Endpoint(server.url, "other"), SynthesisSettings(), overwrite=True)
+        synthesize(passages, output, Endpoint(server.url, "other"), SynthesisSettings())
+    synthesize(passages, output, Endpoint(server.url, "other"), SynthesisSettings(), overwrite=True)
     assert sum(server.asked.values()) == 10
 
 
@@ -271,7 +271,7 @@ def test_only_queries_that_find_their_passage_are_kept(stand_in, passages, tmp_p
 
     settings = SynthesisSettings(round_trip_k=1, weights=None if model else {"bm25": 1})
     encoder = minilm_encoder if model else None
-    report = synthesize_files(passages, tmp_path / "o.jsonl", endpoint(stand_in(wrong)), settings, encoder=encoder)
+    report = synthesize(passages, tmp_path / "o.jsonl", endpoint(stand_in(wrong)), settings, encoder=encoder)
     rows = read(tmp_path / "o.jsonl")
     assert [row["passage_id"] for row in rows if row["query"] == "how to ride a bicycle"] == ["3"]
     assert [row["passage_id"] for row in rows if row["query"].startswith("tell")] == ["0", "1", "2", "3", "4"]

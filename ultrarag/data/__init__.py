@@ -10,10 +10,13 @@ _HOMES = {
     "check": "ultrarag.data.checking",
     "clean": "ultrarag.data.cleaning",
     "convert": "ultrarag.data.converting",
+    "mine": "ultrarag.data.mining",
+    "score": "ultrarag.data.scoring",
     "split": "ultrarag.data.splitting",
+    "synthesize": "ultrarag.data.synthesizing",
 }
 
-__all__ = ["DataReport", "check", "clean", "convert", "split"]
+__all__ = ["DataReport", "check", "clean", "convert", "mine", "score", "split", "synthesize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,11 +35,11 @@ _MODEL_FLAGS = ("model_name_or_path", "query_instruction_for_retrieval", "query_
 def main(argv: Sequence[str]) -> int:
     """Mine, and print what was found."""
     arguments = _read(argv)
-    from ultrarag.data.mining import mine_files
+    from ultrarag.data.mining import mine
 
     with ExitStack() as stack:
         live, encoder = _search_model(arguments, stack)
-        report = mine_files(
+        report = mine(
             arguments.input_file,
             arguments.output_file,
             encoder,

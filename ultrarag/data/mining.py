@@ -1,4 +1,4 @@
-"""mine_files: rows of files with hard negatives, streamed, resumable, with counts per row and a report."""
+"""mine: rows of files with hard negatives, streamed, resumable, with counts per row and a report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.live import LiveIndex
 
 
-def mine_files(
+def mine(
     input_file: Paths,
     output_file: str | Path,
     encoder: Encoder | None,

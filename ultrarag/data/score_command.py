@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Score, and say what the teacher thinks of the rows."""
     arguments = _read(argv)
-    from ultrarag.data.scoring import score_files
+    from ultrarag.data.scoring import score
 
-    report = score_files(arguments.input_file, arguments.output_file, _scorer(arguments), overwrite=arguments.overwrite)
+    report = score(arguments.input_file, arguments.output_file, _scorer(arguments), overwrite=arguments.overwrite)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
     return 0
 

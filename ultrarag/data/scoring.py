@@ -1,4 +1,4 @@
-"""Teacher scores for rows: a cross-encoder's, or the weighted heads of an embedding model; `score_files` for files."""
+"""Teacher scores for rows: a cross-encoder's, or the weighted heads of an embedding model; `score` for files."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Scorer:
         return self.teacher.encode(texts, kind, progress=False, **more, **self.options)
 
 
-def score_files(
+def score(
     input_file: Paths, output_file: str | Path, scorer: Scorer, *, overwrite: bool = False, window: int = WINDOW
 ) -> ScoringReport:
     """Write rows with `pos_scores` and `neg_scores`, in place of those that they had.

@@ -22,7 +22,7 @@ _ASKING = ("base_url", "llm")
 def main(argv: Sequence[str]) -> int:
     """Make queries, and say how many there are and what they cost."""
     arguments = _read(argv)
-    from ultrarag.data.synthesizing import SynthesisSettings, synthesize_files
+    from ultrarag.data.synthesizing import SynthesisSettings, synthesize
 
     settings = SynthesisSettings(
         queries=arguments.queries,
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         round_trip_k=arguments.round_trip_k,
         weights=arguments.weights,
     )
-    report = synthesize_files(
+    report = synthesize(
         arguments.input_file,
         arguments.output_file,
         arguments.baseline or _endpoint(arguments),

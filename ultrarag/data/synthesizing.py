@@ -1,4 +1,4 @@
-"""synthesize_files: queries for passages, by a language model or without one, kept where they find their passage."""
+"""synthesize: queries for passages, by a language model or without one, kept where they find their passage."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SynthesisReport:
         return "; ".join(parts)
 
 
-def synthesize_files(
+def synthesize(
     input_file: str | Path,
     output_file: str | Path,
     maker: Endpoint | str,
