@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ def test_a_few_rows_of_crossing_scripts_are_told():
     rows = [{"query": "warum", "pos": ["darum"]}] * 30
     assert "scripts_differ" not in checked(*rows)
     assert checked(*rows, {"query": "warum", "pos": ["因为"]})["scripts_differ"].rows == 1
+
+
+def test_memory_does_not_depend_on_the_length_of_texts():
+    checks = RowChecks(8)
+    tracemalloc.start()
+    for number in range(300):
+        text = f"{number} " + "long text " * 2000
+        checks.add(f"f:{number}", text, [f"{text} positive"], [f"negative {text}"])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 300 * 200  # the texts have 60 kB a row
 
 
 @pytest.mark.parametrize(
