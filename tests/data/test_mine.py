@@ -18,8 +18,8 @@ from ultrarag.retrieve import mine
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.mining import miner as miner_module
 from ultrarag.retrieve.mining import prepare, search
-from ultrarag.retrieve.mining.choice import overlap, shingles
 from ultrarag.retrieve.mining.settings import MiningSettings
+from ultrarag.retrieve.mining.vectors import Vectors
 
 WORDS = ["vector", "database", "stores", "finds", "nearest", "seals", "sleep", "water", "bread", "oven", "steam"]
 WORDS += ["dough", "rises", "bicycle", "chain", "oil"]
@@ -172,12 +172,6 @@ def test_positives_and_queries_are_no_negatives_however_they_are_written(minilm_
     assert (found.report.pool, found.report.repeated) == (6, 1)
 
 
-def test_overlap_is_that_of_three_word_sequences():
-    one, other = shingles("a b c d e"), shingles("a b c d f")
-    assert overlap(one, other) == pytest.approx(2 / 4)
-    assert overlap(shingles("a b"), shingles("A b")) == 1.0
-
-
 class Judge:
     """A reranker whose score is a number in the text."""
 
@@ -313,6 +307,28 @@ def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monk
 
 def path_of(output, name):
     return output.with_name(output.name + name)
+
+
+def test_vectors_that_were_not_committed_are_forgotten(tmp_path, m3_encoder):
+    everything = m3_encoder.encode(POOL, progress=False)
+    held = Vectors(tmp_path, m3_encoder.heads)
+    held.append(everything[:20])
+    held.commit()
+    held.append(everything[20:25])  # a kill comes here
+    held.close()
+    with (tmp_path / "dense.bin").open("ab") as file:
+        file.write(b"half a row")
+    held = Vectors(tmp_path, m3_encoder.heads)
+    assert held.rows == 20
+    held.append(everything[20:])
+    for head in m3_encoder.heads:
+        found, wanted = held.gather(np.array([59, 0, 20, 19]), head), everything[np.array([59, 0, 20, 19])]
+        if head == "sparse":
+            assert found.sparse.to_dicts() == wanted.sparse.to_dicts()
+        else:
+            width = getattr(found, head).shape[1]
+            np.testing.assert_array_equal(getattr(found, head), getattr(wanted, head)[:, :width])
+    held.close()
 
 
 def test_a_kept_folder_serves_other_settings_and_no_other_pool(files, m3_encoder, monkeypatch):

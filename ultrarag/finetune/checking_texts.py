@@ -60,13 +60,13 @@ def shingles(text: str) -> frozenset[object]:
     return frozenset(zip(words, words[1:], words[2:], strict=False))
 
 
-def nearly_same(left: Collection[object], right: Collection[object]) -> bool:
-    """Return whether two sets of shingles have a Jaccard similarity of at least `NEAR`."""
+def nearly_same(left: Collection[object], right: Collection[object], near: float = NEAR) -> bool:
+    """Return whether two sets of shingles have a Jaccard similarity of at least `near`."""
     small, large = sorted((len(left), len(right)))
-    if small < max(_FEWEST, NEAR * large):
+    if small < max(_FEWEST, near * large):
         return False
     common = len(frozenset(left) & frozenset(right))
-    return common >= NEAR * (small + large - common)
+    return common >= near * (small + large - common)
 
 
 def leak_key(text: str) -> int:

@@ -9,9 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
+from ultrarag.finetune.checking_texts import nearly_same, shingles
 from ultrarag.retrieve.mining.search import Found
 from ultrarag.retrieve.mining.settings import MiningSettings
-from ultrarag.retrieve.tokens import tokenize
 
 #: Why a candidate in the range is no negative, in the order in which they are asked; the first that holds counts.
 REASONS = {
@@ -22,9 +22,6 @@ REASONS = {
     "reranker": "the reranker thinks that it answers the query",
     "not_drawn": "could be a negative, but enough were drawn",
 }
-
-#: Words of a sequence that near-duplicates share.
-_SHINGLE = 3
 
 Veto = Callable[[Sequence["tuple[Job, int]"]], Sequence[bool]]
 
@@ -107,25 +104,11 @@ class Job:
         if least is None:
             return False
         mine = shingles(text)
-        return any(overlap(mine, theirs) >= least for theirs in self._shingles)
+        return any(nearly_same(mine, theirs, least) for theirs in self._shingles)
 
     @cached_property
-    def _shingles(self) -> list[set[tuple[str, ...]]]:
+    def _shingles(self) -> list[frozenset[object]]:
         return [shingles(text) for text in self.positives]
-
-
-def shingles(text: str) -> set[tuple[str, ...]]:
-    """The sequences of three words of a text; a shorter one is its own only sequence."""
-    words = tokenize(text)
-    if len(words) <= _SHINGLE:
-        return {tuple(words)}
-    return set(zip(*(words[start:] for start in range(_SHINGLE)), strict=False))
-
-
-def overlap(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
-    """Jaccard: what two sets share, of what they hold together."""
-    shared = len(one & other)
-    return shared / (len(one) + len(other) - shared)
 
 
 def choose(jobs: Sequence[Job], veto: Veto | None = None) -> None:

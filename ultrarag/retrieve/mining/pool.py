@@ -15,7 +15,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from ultrarag.errors import DataError
 from ultrarag.finetune.json_rows import BadJson, raw_rows
 from ultrarag.finetune.row import Row
-from ultrarag.retrieve.mining.texts import digest
+from ultrarag.finetune.text_keys import text_key
 from ultrarag.types import Passage
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class MiningSources:
     pool: Callable[[], Iterable[str]] | None = None
     #: an open index: its passages are the pool, and their vectors need not be computed
     live: LiveIndex | None = None
-    #: (query, positive) digests of all rows, filled while they are read
+    #: (query, positive) keys of all rows, filled while they are read
     judged: array[int] = field(default_factory=lambda: array("Q"))
 
     def pool_texts(self) -> Iterator[str]:
@@ -98,10 +98,10 @@ class MiningSources:
             yield from row.pos
 
     def judgements(self) -> np.ndarray:
-        """(pairs, 2): the digests of each row's query and positives."""
+        """(pairs, 2): the keys of each row's query and positives."""
         return np.array(self.judged, np.uint64).reshape(-1, 2)
 
     def _note(self, row: Row) -> None:
-        query = digest(row.query)
+        query = text_key(row.query)
         for text in row.pos:
-            self.judged.extend((query, digest(text)))
+            self.judged.extend((query, text_key(text)))

@@ -17,10 +17,11 @@ import numpy as np
 
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.files import write_json
+from ultrarag.finetune.text_keys import text_key
 from ultrarag.progress import progress_bar
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.mining.pool import MiningSources
-from ultrarag.retrieve.mining.texts import Texts, digest
+from ultrarag.retrieve.mining.texts import Texts
 from ultrarag.retrieve.mining.vectors import Vectors
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ class Prepared:
     texts: Texts
     vectors: Vectors | None
     words: BM25 | None
-    #: (pairs, 2) digests of queries and their positives, sorted
+    #: (pairs, 2) keys of queries and their positives, sorted
     judged: np.ndarray
     seconds: dict[str, float]
 
     def positives_of(self, query: str) -> np.ndarray:
         """Numbers of the texts that any row names as a positive of this query."""
-        wanted = np.uint64(digest(query))
+        wanted = np.uint64(text_key(query))
         first, last = (np.searchsorted(self.judged[:, 0], wanted, side) for side in ("left", "right"))
-        return self.texts.find_digests(self.judged[first:last, 1])
+        return self.texts.find_keys(self.judged[first:last, 1])
 
     def close(self) -> None:
         """Close all files."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,18 +11,9 @@ from typing import Any
 import numpy as np
 
 from ultrarag.files import sync_directory
+from ultrarag.finetune.text_keys import text_key
 
 _TEXTS, _TABLE = "texts.bin", "texts.npz"
-
-
-def normal_form(text: str) -> str:
-    """What two texts must share to count as the same: compatible characters, case and white space do not matter."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def digest(text: str) -> int:
-    """64 bits of a hash of the normal form: two of 10 million texts collide with a chance of 1 in 370,000."""
-    return int.from_bytes(hashlib.blake2b(normal_form(text).encode(), digest_size=8).digest())
 
 
 class Texts:
@@ -34,7 +23,7 @@ class Texts:
         with np.load(folder / _TABLE) as table:
             #: where each text begins and ends in the file, (texts,) int64
             self.starts, self.ends = table["starts"], table["ends"]
-            self._digests, self._numbers = table["digests"], table["numbers"]
+            self._keys, self._numbers = table["keys"], table["numbers"]
             #: the first so many are candidates; those after them are positives that the pool lacks
             self.pool = int(table["pool"])
             #: texts of the pool that were there before
@@ -44,14 +33,14 @@ class Texts:
     @classmethod
     def write(cls, folder: Path, pool: Iterable[str], others: Iterable[str]) -> Texts:
         """Store the texts of the pool and, after them, others; the first of several equal ones is kept."""
-        ends, digests = array("q"), array("Q")
+        ends, keys = array("q"), array("Q")
         with open(folder / _TEXTS, "wb") as file:
-            _append(file, pool, ends, digests)
+            _append(file, pool, ends, keys)
             given = len(ends)
-            _append(file, others, ends, digests)
+            _append(file, others, ends, keys)
             file.flush()
             os.fsync(file.fileno())
-        _write_table(folder, np.array(ends), np.array(digests), given)
+        _write_table(folder, np.array(ends), np.array(keys), given)
         return cls(folder)
 
     @classmethod
@@ -69,14 +58,14 @@ class Texts:
 
     def find(self, texts: Sequence[str]) -> np.ndarray:
         """The numbers of texts, (n,) int64; -1 for one that is not here."""
-        return self.find_digests(np.array([digest(text) for text in texts], np.uint64))
+        return self.find_keys(np.array([text_key(text) for text in texts], np.uint64))
 
-    def find_digests(self, wanted: np.ndarray) -> np.ndarray:
-        """The numbers of texts with these digests, (n,) int64; -1 for one that is not here."""
+    def find_keys(self, wanted: np.ndarray) -> np.ndarray:
+        """The numbers of texts with these keys, (n,) int64; -1 for one that is not here."""
         if not len(self):
             return np.full(len(wanted), -1, np.int64)
-        places = np.searchsorted(self._digests, wanted).clip(max=len(self) - 1)
-        found: np.ndarray = np.where(self._digests[places] == wanted, self._numbers[places], -1)
+        places = np.searchsorted(self._keys, wanted).clip(max=len(self) - 1)
+        found: np.ndarray = np.where(self._keys[places] == wanted, self._numbers[places], -1)
         return found
 
     def close(self) -> None:
@@ -84,19 +73,19 @@ class Texts:
         os.close(self._file)
 
 
-def _append(file: object, texts: Iterable[str], ends: array[int], digests: array[int]) -> None:
+def _append(file: object, texts: Iterable[str], ends: array[int], keys: array[int]) -> None:
     end = ends[-1] if ends else 0
     for text in texts:
         content = text.encode()
         end += file.write(content)  # type: ignore[attr-defined]
         ends.append(end)
-        digests.append(digest(text))
+        keys.append(text_key(text))
 
 
-def _write_table(folder: Path, ends: np.ndarray, digests: np.ndarray, given: int) -> None:
+def _write_table(folder: Path, ends: np.ndarray, keys: np.ndarray, given: int) -> None:
     """Write where the first of each group of equal texts stands; the table appears whole or not at all."""
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
-    kept, first = np.unique(digests, return_index=True)
+    kept, first = np.unique(keys, return_index=True)
     order = np.argsort(first)
     numbers = np.empty(len(first), np.int64)
     numbers[order] = np.arange(len(first))
@@ -104,7 +93,7 @@ def _write_table(folder: Path, ends: np.ndarray, digests: np.ndarray, given: int
     where = first[order]
     staging = folder / f".{_TABLE}"
     with open(staging, "wb") as file:
-        arrays: dict[str, Any] = {"starts": starts[where], "ends": ends[where], "digests": kept, "numbers": numbers}
+        arrays: dict[str, Any] = {"starts": starts[where], "ends": ends[where], "keys": kept, "numbers": numbers}
         np.savez(file, **arrays, pool=pool, repeated=given - pool)
         file.flush()
         os.fsync(file.fileno())
