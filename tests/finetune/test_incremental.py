@@ -306,3 +306,24 @@ def test_paths_in_a_list_of_training_files(tiny_m3, tmp_path):
     options = {**OPTIONS, "cache_path": tmp_path / "cache", "eval_data": files[0], "max_steps": 1}
     result = finetune(Path(tiny_m3), files, tmp_path / "out", **options)
     assert np.isfinite(result.loss)
+
+
+def test_rerankers_merge_replay_and_report_too(tmp_path):
+    from ultrarag.testing.tiny import tiny_cross_encoder
+
+    (tmp_path / "model").mkdir()
+    tiny_cross_encoder(tmp_path / "model")
+    options = {
+        **OPTIONS,
+        "adapter": "bge-reranker",
+        "learning_rate": 5e-3,
+        "merge_with": "parent",
+        "max_forgetting": 0.5,
+    }
+    options |= {"eval_data": ROWS[:8], "guard_data": ROWS[8:16], "replay_data": ROWS[:4], "replay_ratio": 0.3}
+    result = finetune(tmp_path / "model", ROWS, tmp_path / "out", **options)
+    assert 0 < result.merge["weight"] <= 1
+    assert result.metrics["guard_after"]["nDCG@10"] >= result.metrics["guard_before"]["nDCG@10"] - 0.5
+    page = Path(result.report).read_text(encoding="utf-8")
+    assert "each with its own candidates" in page
+    assert "weight of the trained model" in page

@@ -370,7 +370,8 @@ class LiveIndex:
             metric: what the gate compares.
             search: options of `search` for the gate, such as {"weights": {"dense": 1, "bm25": 0.5}}; default: the
                 dense head alone.
-            finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`.
+            finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`. Rows that the live model, or
+                one before it, was trained on are refused without `allow_seen_data=True`.
 
         Raises:
             GateError: when the new generation is refused, with the numbers; the old one stays live.
