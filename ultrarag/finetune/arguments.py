@@ -24,7 +24,7 @@ from ultrarag.finetune.command_line import (
 )
 from ultrarag.finetune.false_negative_flags import FalseNegativeArguments
 from ultrarag.finetune.flags import DataArguments, EvaluationArguments, LoraArguments, ModelArguments
-from ultrarag.finetune.incremental_flags import IncrementalArguments
+from ultrarag.finetune.incremental_flags import IncrementalArguments, check_merge
 from ultrarag.finetune.transformers_arguments import build_training_arguments, described, training_flags
 from ultrarag.finetune.values import Flag, flags_of
 from ultrarag.loss_arguments import LossArguments
@@ -260,28 +260,13 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     run = {name: values.pop(name, False) for name in ("overwrite_output_dir", "skip_data_check", "dry_run")}
     masks = FalseNegativeArguments(**own[FalseNegativeArguments])
     incremental = IncrementalArguments(**own[IncrementalArguments])
-    _check_merge(incremental, evaluation, values)
+    check_merge(incremental, evaluation.eval_data, values)
     ours = {name for chosen in own.values() for name in chosen}
     rest = {name: value for name, value in values.items() if name not in ours}
     training = build_training_arguments(rest, evaluation.eval_data is not None, notes)
     return FinetuneArguments(
         adapter, model, data, loss, lora, evaluation, training, masks, incremental, **run, notes=notes
     )
-
-
-def _check_merge(incremental: IncrementalArguments, evaluation: EvaluationArguments, values: Mapping[str, Any]) -> None:
-    """Refuse a search for a weight without anything to search by, and merging of weights that no process has whole."""
-    if incremental.merge_with is None:
-        return
-    for name in ("fsdp", "deepspeed"):
-        if values.get(name):
-            raise UsageError(
-                f"--merge_with does not work with --{name}, which splits the weights; leave one of them out"
-            )
-    held_out = {"eval_data": evaluation.eval_data, "guard_data": incremental.guard_data}
-    missing = [name for name, given in held_out.items() if given is None]
-    if incremental.fixed_weight is None and missing:
-        raise UsageError(f"--merge_weight auto needs --{missing[0]} to choose by; or give a weight, such as 0.5")
 
 
 def _pick(values: Mapping[str, Any], arguments: type) -> dict[str, Any]:

@@ -101,3 +101,22 @@ class IncrementalArguments:
                 f"merge_weight is '{self.merge_weight}'; it must be auto, or a number above 0 and at most 1 "
                 "(1: the trained weights alone)"
             )
+
+
+def check_merge(incremental: IncrementalArguments, eval_data: object, values: Mapping[str, Any]) -> None:
+    """Refuse a search for a weight without anything to search by, and merging of weights that no process has whole.
+
+    Args:
+        values: the other settings, by the names of flags.
+    """
+    if incremental.merge_with is None:
+        return
+    for name in ("fsdp", "deepspeed"):
+        if values.get(name):
+            raise UsageError(
+                f"--merge_with does not work with --{name}, which splits the weights; leave one of them out"
+            )
+    held_out = {"eval_data": eval_data, "guard_data": incremental.guard_data}
+    missing = [name for name, given in held_out.items() if given is None]
+    if incremental.fixed_weight is None and missing:
+        raise UsageError(f"--merge_weight auto needs --{missing[0]} to choose by; or give a weight, such as 0.5")
