@@ -209,11 +209,13 @@ def ours(folder: str) -> tuple[Any, Any]:
 def theirs(folder: str) -> tuple[Any, Any]:
     """The same of FlagEmbedding."""
     from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Model, EncoderOnlyEmbedderM3Runner
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token  # it drops four special ids, which BERT calls so
     module = EncoderOnlyEmbedderM3Model(
         EncoderOnlyEmbedderM3Runner.get_model(folder),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
+        tokenizer=tokenizer,
         temperature=0.02,
         sentence_pooling_method="cls",
         normalize_embeddings=True,
