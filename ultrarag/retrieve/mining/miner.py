@@ -173,12 +173,12 @@ class Miner:
         choose(jobs, self.veto)
         if self.veto and self.settings.write_scores:
             self.veto.judge_positives(jobs)
-        mined = []
-        for number, (row, job) in enumerate(zip(rows, jobs, strict=True), first):
-            if self.settings.fill_random:
+        if self.settings.fill_random:
+            for job in jobs:
                 fill(job, self.prepared.texts.pool)
-            self.report.add(job)
-            mined.append(Mined(self._row(row, job), _counts(number, row, job)))
+        self.report.add(jobs)
+        numbered = enumerate(zip(rows, jobs, strict=True), first)
+        mined = [Mined(self._row(row, job), _counts(number, row, job)) for number, (row, job) in numbered]
         self.report.seconds["choose"] += time.perf_counter() - started
         return mined
 

@@ -30,10 +30,11 @@ class Margins:
     after: list[int] = field(default_factory=lambda: [0] * _BARS)
 
     def add(self, before: Sequence[float], after: Sequence[float]) -> None:
-        """Count margins; the first ones set the scale."""
+        """Count margins; the first ones (those of a window of rows) set the scale."""
         if not self.width and before:
-            self.width = _nice((max(before) - min(before)) / (_BARS - 2) or 1.0)
-            self.low = math.floor(min(before) / self.width) * self.width
+            low, high = np.quantile(before, [0.01, 0.99]).tolist()
+            self.width = _nice((high - low) / (_BARS - 2) or 1.0)
+            self.low = math.floor(low / self.width) * self.width
         for values, bars in ((before, self.before), (after, self.after)):
             for value in values:
                 bars[min(_BARS - 1, max(0, math.floor((value - self.low) / self.width)))] += 1
@@ -83,16 +84,19 @@ class MiningReport:
     margins: Margins = field(default_factory=Margins)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, job: Job) -> None:
-        """Count one row."""
-        self.rows += 1
-        self.counts.update(job.counts)
-        self.without += not job.chosen
-        self.short += job.lacking > 0
-        top, found = job.positive_score, job.found
-        before = top - found.scores[~np.isin(found.numbers, job.forbidden)]
-        scores = [job.score_of[number] for number in job.chosen if number in job.score_of]
-        self.margins.add(before.tolist(), [top - score for score in scores])
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Count the rows of a window."""
+        before: list[float] = []
+        after: list[float] = []
+        for job in jobs:
+            self.rows += 1
+            self.counts.update(job.counts)
+            self.without += not job.chosen
+            self.short += job.lacking > 0
+            top, found = job.positive_score, job.found
+            before += (top - found.scores[~np.isin(found.numbers, job.forbidden)]).tolist()
+            after += [top - job.score_of[number] for number in job.chosen if number in job.score_of]
+        self.margins.add(before, after)
 
     @property
     def search_share(self) -> float:

@@ -25,6 +25,8 @@ BM25_HEAD = "bm25"
 SEARCHABLE = ("dense", "sparse", BM25_HEAD)
 #: Queries whose lexical weights are compared with a block of texts at a time.
 _QUERIES = 256
+#: Texts whose vectors are fetched for one query at a time: of ColBERT, 128 texts of 512 tokens take 256 MiB.
+_GATHERED = 128
 
 Top = tuple[np.ndarray, np.ndarray]
 
@@ -190,7 +192,9 @@ class MiningSearch:
             return self.words.score(text, [str(number) for number in numbers])
         assert self.vectors is not None
         assert query is not None
-        return _head_score(head, query, self.vectors.gather(numbers, head))
+        starts = range(0, len(numbers), _GATHERED)
+        parts = (self.vectors.gather(numbers[start : start + _GATHERED], head) for start in starts)
+        return np.concatenate([_head_score(head, query, part) for part in parts])
 
 
 def candidate_heads(heads: Sequence[str], encoder: Encoder | None) -> tuple[str, ...]:
