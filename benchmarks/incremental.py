@@ -32,7 +32,7 @@ from ultrarag.ir import Collection, read_beir, write_beir
 
 RESULTS = Path(__file__).parent / "results" / "incremental.json"
 #: Names of what is measured, in the order of the table.
-KINDS = ("plain", "merged", "mined", "mined, merged")
+KINDS = ("plain", "merged", "mined")
 
 
 def held_out(train: Collection, count: int, seed: int = 0) -> set[str]:
@@ -94,6 +94,15 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
     from ultrarag.finetune import finetune
 
     output = arguments.work / f"{name}-{seed}"
+    merged = name == "plain"
+    incremental: dict[str, Any] = {
+        "eval_data": arguments.work / "dev",
+        "eval_strategy": "no",
+        "guard_data": arguments.work / "guard",
+        "merge_with": "parent",
+        "merge_weight": "auto",
+        "max_forgetting": arguments.max_forgetting,
+    }
     result = finetune(
         model_path(),
         file,
@@ -108,19 +117,16 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
         num_train_epochs=1,
         max_steps=arguments.max_steps,
         seed=seed,
-        eval_data=arguments.work / "dev",
-        eval_strategy="no",
         save_strategy="steps",
         save_steps=50,
         save_total_limit=1,
         resume_from_checkpoint=True,
         overwrite_output_dir=True,
-        guard_data=arguments.work / "guard",
-        merge_with="parent",
-        merge_weight="auto",
-        max_forgetting=arguments.max_forgetting,
         cache_path=arguments.work / "cache",
+        **(incremental if merged else {}),
     )
+    if not merged:
+        return {"seconds": result.seconds, name: {"domain": evaluate(str(output), arguments.data)}}
     assert result.merge is not None
     found: dict[str, Any] = {
         "weight": result.merge["weight"],
@@ -128,7 +134,7 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
         "seconds": result.seconds,
     }
     found["dev"] = {stage: metrics["nDCG@10"] for stage, metrics in result.metrics.items()}
-    for kind, folder in ((name, output / "unmerged"), (f"{name}, merged" if name != "plain" else "merged", output)):
+    for kind, folder in ((name, output / "unmerged"), ("merged", output)):
         found[kind] = on_test(arguments, str(folder))
     return found
 
@@ -189,12 +195,14 @@ def table(found: dict[str, Any]) -> str:
         f"| before | - | {before['domain']:.4f} | {before['guard']:.4f} | - | - |",
     ]
     for kind in KINDS:
-        runs = [(run[kind], run["weight"]) for seed in found["runs"].values() for run in seed.values() if kind in run]
-        if runs:
-            domain, guard = ([scores[name] for scores, _ in runs] for name in ("domain", "guard"))
-            weight = ", ".join(f"{weight:g}" for _, weight in runs) if "merged" in kind else "1"
-            lost = before["guard"] - mean(guard)
-            lines.append(f"| {kind} | {len(runs)} | {spread(domain)} | {spread(guard)} | {lost:+.4f} | {weight} |")
+        runs = [run for seed in found["runs"].values() for run in seed.values() if kind in run]
+        if not runs:
+            continue
+        domain = [run[kind]["domain"] for run in runs]
+        guard = [run[kind]["guard"] for run in runs if "guard" in run[kind]]
+        weight = ", ".join(f"{run['weight']:g}" for run in runs) if kind == "merged" else "1"
+        kept = f"{spread(guard)} | {before['guard'] - mean(guard):+.4f}" if guard else "not measured | -"
+        lines.append(f"| {kind} | {len(runs)} | {spread(domain)} | {kept} | {weight} |")
     return "\n".join(lines) + "\n"
 
 
