@@ -82,7 +82,10 @@ def _training(training: Training) -> list[str]:
     lines += _table(("data", "rows", "sha256"), [(d["name"], d["rows"], d["sha256"][:16]) for d in training.data])
     if training.merge:
         merge = training.merge
-        lines += ["", f"Weights: {merge['weight']:g} of the trained ones, the rest of {merge['with']} ({merge['path']})."]
+        lines += [
+            "",
+            f"Weights: {merge['weight']:g} of the trained ones, the rest of {merge['with']} ({merge['path']}).",
+        ]
     if training.metrics:
         names = sorted({name for values in training.metrics.values() for name in values})
         columns = list(training.metrics)

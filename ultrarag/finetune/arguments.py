@@ -106,6 +106,8 @@ class FinetuneArguments:
     overwrite_output_dir: bool = False
     #: do not look for faults in the rows before training
     skip_data_check: bool = False
+    #: find out how many queries fit into memory
+    auto_batch_size: bool = False
     #: render the first batch, and stop
     dry_run: bool = False
     #: what was translated or changed, one line each; for the first process to print
@@ -263,6 +265,8 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     check_merge(incremental, evaluation.eval_data, values)
     ours = {name for chosen in own.values() for name in chosen}
     rest = {name: value for name, value in values.items() if name not in ours}
+    if rest.get("per_device_train_batch_size") == "auto":
+        run["auto_batch_size"] = bool(rest.pop("per_device_train_batch_size"))
     training = build_training_arguments(rest, evaluation.eval_data is not None, notes)
     return FinetuneArguments(
         adapter, model, data, loss, lora, evaluation, training, masks, incremental, **run, notes=notes

@@ -66,10 +66,11 @@ class ModelArguments:
     )
     fix_encoder: bool = _flag(False, "Freeze the backbone: only the heads learn.")
     fix_position_embedding: bool = _flag(False, "Freeze the position embeddings.")
-    sub_batch_size: int | None = _flag(
+    sub_batch_size: int | str | None = _flag(
         None,
         "Encode this many texts at a time and keep no graph between them (GradCache): a big batch in the memory of "
-        "a small one. None or -1: the whole batch at once.",
+        "a small one. None or -1: the whole batch at once; auto: as many as fit into memory, tried out.",
+        kind="int_or_auto",
     )
     peak_tflops: float | None = _flag(
         None,
@@ -85,11 +86,17 @@ class ModelArguments:
             raise UsageError(f"colbert_dim is {self.colbert_dim}; it must be above 0, or -1 for the hidden size")
         if self.sub_batch_size == -1:
             self.sub_batch_size = None
-        _at_least(self, "sub_batch_size", 1)
+        if self.sub_batch_size != "auto":
+            _at_least(self, "sub_batch_size", 1)
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise UsageError(f"peak_tflops is {self.peak_tflops}; it must be above 0")
         if self.heads is not None:
             self.heads = _checked_heads(self.heads)
+
+    @property
+    def chunk(self) -> int | None:
+        """`sub_batch_size` as a number; `auto` was replaced by one before anybody asks."""
+        return None if self.sub_batch_size is None else int(self.sub_batch_size)
 
 
 @dataclass

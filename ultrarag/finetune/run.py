@@ -11,6 +11,7 @@ from typing import Any
 from ultrarag.checkpoint import Training
 from ultrarag.errors import UsageError
 from ultrarag.finetune.arguments import FinetuneArguments
+from ultrarag.finetune.batch_probe import settle_sizes, wants_probe
 from ultrarag.finetune.checking import check_run
 from ultrarag.finetune.distributed import rank
 from ultrarag.finetune.finishing import Start, merge_adapters, write_finished
@@ -70,12 +71,16 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
         if not asked_to_resume(arguments):
             remove_left(output)
     data = read_data(arguments)
+    loaded = load_encoder(arguments, notes.add) if wants_probe(arguments) else None
+    if loaded:
+        heads = choose_heads(loaded, arguments.loss.unified_finetuning)
+        settle_sizes(arguments, loaded, heads, len(data), resume, notes.add)
     plan = make_plan(arguments, data)
     if pairs:
         check_groups(plan)
     for note in [*data.notes, *plan.notes]:
         notes.add(note)
-    encoder = load_encoder(arguments, notes.add)
+    encoder = loaded or load_encoder(arguments, notes.add)
     tell_seen(data, encoder, arguments.incremental, notes.add)
     heads = choose_heads(encoder, arguments.loss.unified_finetuning)
     freeze(encoder, heads, arguments.model.fix_encoder, arguments.model.fix_position_embedding)

@@ -158,7 +158,7 @@ def make_masking(arguments: FinetuneArguments, encoder: Encoder, heads: tuple[st
         return FalseNegatives(asked)
     lengths = (data.query_max_len, data.passage_max_len)
     adapter = asked.guide_adapter or guide_adapter(asked.guide_model, encoder.adapter.name)
-    guide = Guide.load(asked.guide_model, adapter, lengths, encoder.device, arguments.model.sub_batch_size)
+    guide = Guide.load(asked.guide_model, adapter, lengths, encoder.device, arguments.model.chunk)
     return FalseNegatives(asked, guide)
 
 
@@ -210,7 +210,7 @@ def make_trainer(
         arguments.training,
         make_loader(plan, collator, rank(), arguments.training),
         arguments.loss,
-        arguments.model.sub_batch_size,
+        arguments.model.chunk,
         record,
         evaluator,
         [EarlyStoppingCallback(patience)] if patience else [],

@@ -40,6 +40,8 @@ def training_flags() -> dict[str, Flag]:
     for name, default in DEFAULTS.items():
         flags[name] = replace(flags[name], default=default)
     flags["report_to"] = replace(flags["report_to"], split=True)
+    size = flags["per_device_train_batch_size"]
+    flags[size.name] = replace(size, kind="int_or_auto", help=f"{size.help} auto: as many as fit into memory.")
     flags["disable_tqdm"] = replace(flags["disable_tqdm"], shown_default="True where stderr is no terminal")
     flags["resume_from_checkpoint"] = replace(
         flags["resume_from_checkpoint"],

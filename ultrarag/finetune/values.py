@@ -25,7 +25,7 @@ class Flag:
     """One setting: its name, how its value reads, and what `--help` says about it."""
 
     name: str
-    #: bool, int, float, str, strs, ints, str_or_strs, str_or_bool, str_or_number, json, data, or object (Python only)
+    #: a key of _READERS
     kind: str
     default: Any
     help: str
@@ -168,6 +168,10 @@ def _str_or_number(flag: Flag, value: Any) -> str:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else _str(flag, value)
 
 
+def _int_or_auto(flag: Flag, value: Any) -> int | str:
+    return value if value == "auto" else _int(flag, value)
+
+
 def _str_or_bool(flag: Flag, value: Any) -> str | bool:
     if isinstance(value, bool):
         return value
@@ -242,6 +246,7 @@ _READERS: dict[str, Callable[[Flag, Any], Any]] = {
     "str": _str,
     "str_or_bool": _str_or_bool,
     "str_or_number": _str_or_number,
+    "int_or_auto": _int_or_auto,
     "strs": _strs,
     "str_or_strs": _str_or_strs,
     "ints": _ints,
@@ -257,6 +262,7 @@ _WANTED = {
     "str": "text",
     "str_or_bool": "text, True or False",
     "str_or_number": "text or a number",
+    "int_or_auto": "a whole number, or auto",
     "strs": "one or more texts",
     "str_or_strs": "one or more texts",
     "ints": "whole numbers, such as 64 128 or 64,128",
