@@ -195,3 +195,11 @@ def test_a_folder_without_manifest_gets_a_suggestion_that_loads(tmp_path, make, 
     with pytest.raises(UsageError, match=f"for example adapter='{adapter}'"):
         Encoder.load(tmp_path)
     assert Encoder.load(tmp_path, adapter).heads
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_precision_is_what_the_processor_is_made_for(minilm, monkeypatch, bf16, expected):
+    monkeypatch.setattr("ultrarag.loading._cpu_has_bf16", lambda: bf16)
+    encoder = Encoder.load(minilm, "bge", device="cpu", precision="auto")
+    assert encoder.precision == expected
+    assert np.abs(encoder.encode(TEXTS, precision="fp32").dense - encoder.encode(TEXTS).dense).max() < 0.02

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "ultrarag"
 
 #: Layers from the bottom up: a module may import its own layer and those below it.
 LAYERS = [
-    {"errors", "types", "loss_arguments", "files", "progress", "tables", "__init__"},
+    {"errors", "types", "compress", "loss_arguments", "files", "vector_files", "progress", "tables", "__init__"},
     {"scores", "losses", "ir", "beir"},
     {"hookspecs", "packing", "packed_attention"},
     {"adapters"},

@@ -18,6 +18,8 @@ from ultrarag.types import EncoderSettings
 
 #: Names of precisions and the dtype of the forward; None: as the weights are.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: The fastest precision that the device is made for; see `fastest_precision`.
+AUTO = "auto"
 
 
 def adapter_name(adapter: str | None, manifest: Manifest | None, folder: Path) -> str:
@@ -80,10 +82,32 @@ def override_settings(settings: EncoderSettings, changes: dict[str, Any]) -> Non
             setattr(settings, name, value)
 
 
-def checked_precision(precision: str) -> str:
-    """Return a known precision, or raise UsageError with the nearest name."""
+def checked_precision(precision: str, device: torch.device) -> str:
+    """Return a known precision, "auto" as the device's; or raise UsageError with the nearest name."""
+    if precision == AUTO:
+        return fastest_precision(device)
     if precision not in PRECISIONS:
+        known = [*PRECISIONS, AUTO]
         raise UsageError(
-            f"precision '{precision}' is unknown{did_you_mean(precision, PRECISIONS)} (fp32, bf16 or fp16)"
+            f"precision '{precision}' is unknown{did_you_mean(precision, known)} (fp32, bf16, fp16 or auto)"
         )
     return precision
+
+
+def fastest_precision(device: torch.device) -> str:
+    """bf16 on GPUs since Ampere and on CPUs with AMX or AVX512-BF16, fp16 on older GPUs, else fp32.
+
+    Measured with all-MiniLM-L6-v2: on a CPU with AVX512-BF16 bf16 encodes at 2.5 to 4 times the rate of fp32, on one
+    without (AMD EPYC 7003) its matrix products run at a tenth.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(check()) for name in checks if (check := getattr(torch.cpu, name, None)))

@@ -19,7 +19,7 @@ from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.mining import miner as miner_module
 from ultrarag.retrieve.mining import prepare, search
 from ultrarag.retrieve.mining.settings import MiningSettings
-from ultrarag.retrieve.mining.vectors import Vectors
+from ultrarag.vector_files import Vectors
 
 WORDS = ["vector", "database", "stores", "finds", "nearest", "seals", "sleep", "water", "bread", "oven", "steam"]
 WORDS += ["dough", "rises", "bicycle", "chain", "oil"]
@@ -56,7 +56,7 @@ def hardest(encoder, pool=POOL, rows=ROWS, **settings):
 
 @pytest.mark.parametrize("weights", [{"dense": 1}, {"sparse": 1}, M3], ids=lambda weights: "+".join(weights))
 def test_all_candidates_come_in_the_order_of_brute_force(m3_encoder, monkeypatch, weights):
-    monkeypatch.setattr("ultrarag.retrieve.mining.vectors.BLOCK", 7)  # so that blocks must be merged
+    monkeypatch.setattr("ultrarag.vector_files.BLOCK", 7)  # so that blocks must be merged
     monkeypatch.setattr(search, "_QUERIES", 3)
     found = hardest(m3_encoder, weights=weights, write_scores=True)
     scores = brute_force(m3_encoder, weights)

@@ -466,3 +466,21 @@ def test_importing_the_settings_imports_neither_torch_nor_transformers() -> None
     code = "import sys, ultrarag.finetune.arguments; print({'torch', 'transformers'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "bf16"),
+    [("", 8, True), ("", 7, False), ("--bf16 False", 9, False), ("--fp16 True", 9, False)],
+)
+def test_gpus_that_have_bf16_train_in_it(monkeypatch, flags, capability, bf16):
+    import torch
+
+    from ultrarag.finetune import transformers_arguments
+
+    monkeypatch.setattr(transformers_arguments, "_has_accelerator", lambda values: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 0))
+    values, notes = {"output_dir": "x", **({flags.split()[0][2:]: flags.split()[1] == "True"} if flags else {})}, []
+    transformers_arguments._fit_precision(values, notes)
+    assert bool(values.get("bf16")) is bf16
+    assert ("bf16" in " ".join(notes)) is bf16

@@ -10,13 +10,26 @@ _HOMES = {
     "check": "ultrarag.data.checking",
     "clean": "ultrarag.data.cleaning",
     "convert": "ultrarag.data.converting",
+    "EncodedCorpus": "ultrarag.data.encoding",
+    "encode_corpus": "ultrarag.data.encoding",
     "mine": "ultrarag.data.mining",
     "score": "ultrarag.data.scoring",
     "split": "ultrarag.data.splitting",
     "synthesize": "ultrarag.data.synthesizing",
 }
 
-__all__ = ["DataReport", "check", "clean", "convert", "mine", "score", "split", "synthesize"]
+__all__ = [
+    "DataReport",
+    "EncodedCorpus",
+    "check",
+    "clean",
+    "convert",
+    "encode_corpus",
+    "mine",
+    "score",
+    "split",
+    "synthesize",
+]
 
 
 def __getattr__(name: str) -> Any:

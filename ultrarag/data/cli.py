@@ -15,6 +15,7 @@ COMMANDS = {
     "clean": ("ultrarag.data.cleaning", "leave out rows and negatives by their teacher's scores"),
     "split": ("ultrarag.data.splitting", "split rows by length, or into train and test without shared passages"),
     "convert": ("ultrarag.data.converting", "convert BEIR, CSV, pairs, triplets and RAG-Retrieval rows, both ways"),
+    "encode": ("ultrarag.data.encode_command", "encode a corpus to disk, on several devices"),
     "mine": ("ultrarag.data.mine_command", "find hard negatives for rows"),
     "score": ("ultrarag.data.score_command", "give rows a teacher's scores"),
     "synthesize": ("ultrarag.data.synthesize_command", "write queries for passages"),

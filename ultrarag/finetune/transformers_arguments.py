@@ -43,6 +43,7 @@ def training_flags() -> dict[str, Flag]:
     size = flags["per_device_train_batch_size"]
     flags[size.name] = replace(size, kind="int_or_auto", help=f"{size.help} auto: as many as fit into memory.")
     flags["disable_tqdm"] = replace(flags["disable_tqdm"], shown_default="True where stderr is no terminal")
+    flags["fsdp"] = replace(flags["fsdp"], kind="str_or_bool", bare=True)
     flags["resume_from_checkpoint"] = replace(
         flags["resume_from_checkpoint"],
         kind="str_or_bool",
@@ -101,6 +102,7 @@ def _fit_precision(values: dict[str, Any], notes: list[str]) -> None:
     """Switch off the precisions that need an accelerator, where there is none."""
     asked = [name for name in _LOW_PRECISION if values.get(name)]
     if _has_accelerator(values):
+        _prefer_bf16(values, notes)
         return
     on_cpu = bool(values.get("use_cpu"))
     values["use_cpu"] = True  # without it several processes on a CPU would not know of each other
@@ -111,6 +113,16 @@ def _fit_precision(values: dict[str, Any], notes: list[str]) -> None:
     if asked:
         hint = "" if on_cpu else "; bf16 on a CPU: give --use_cpu --bf16"
         notes.append(f"{', '.join(asked)} needs a GPU and none is used here: training in fp32{hint}")
+
+
+def _prefer_bf16(values: dict[str, Any], notes: list[str]) -> None:
+    """Train in bf16 on GPUs that have it, unless a precision was chosen."""
+    import torch
+
+    chosen = any(values.get(name) is not None for name in ("bf16", "fp16")) or values.get("deepspeed")
+    if not chosen and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
+        values["bf16"] = True
+        notes.append("training in bf16, which this GPU is made for (float32 weights and optimizer; --bf16 False: fp32)")
 
 
 def _has_accelerator(values: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from ultrarag.progress import progress_bar
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.mining.pool import MiningSources
 from ultrarag.retrieve.mining.texts import Texts
-from ultrarag.retrieve.mining.vectors import Vectors
+from ultrarag.vector_files import Vectors
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder

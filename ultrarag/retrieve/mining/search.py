@@ -14,8 +14,8 @@ from ultrarag.cuts import Cuts
 from ultrarag.errors import UsageError
 from ultrarag.ir import best_columns, top_k
 from ultrarag.retrieve.bm25 import BM25
-from ultrarag.retrieve.mining.vectors import BLOCK, Vectors, only
 from ultrarag.types import Embeddings
+from ultrarag.vector_files import BLOCK, Vectors, only
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder

@@ -112,7 +112,7 @@ class Vectors:
         """Add the vectors of the next texts; heads that are not kept here are left out."""
         embeddings = only(embeddings, self.heads)
         self._columns(_widths(embeddings))
-        if self._dense is not None:
+        if self._dense is not None and embeddings.dense is not None:
             self._dense.append(embeddings.dense)
         if self._sparse is not None and embeddings.sparse is not None:
             held = embeddings.sparse.ids >= 0
@@ -148,6 +148,30 @@ class Vectors:
         if head == "colbert" and self._colbert is not None:
             return _tokens(*self._colbert.rows(numbers))
         raise KeyError(head)
+
+    def cut(self, rows: int) -> None:
+        """Forget all texts after the first so many."""
+        for part in (self._dense, self._sparse, self._colbert):
+            if part is not None:
+                part.cut(rows)
+        self.rows = rows
+
+    def codes(self, start: int, stop: int) -> np.ndarray:
+        """Dense vectors start to stop as they are stored, (n, width)."""
+        if self._dense is None:
+            raise KeyError("dense")
+        return self._dense.read(start, stop)
+
+    def read(self, start: int, stop: int) -> Embeddings:
+        """All heads of texts start to stop."""
+        numbers = np.arange(start, stop)
+        parts = [self.gather(numbers, head) for head in self.heads]
+        found = Embeddings()
+        for part in parts:
+            for name in ("dense", "sparse", "colbert", "mask"):
+                if (value := getattr(part, name)) is not None:
+                    setattr(found, name, value)
+        return found
 
     def close(self) -> None:
         """Close the files."""
