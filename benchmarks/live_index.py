@@ -185,7 +185,7 @@ def render(report: dict[str, Any]) -> str:
         "# Live index",
         "",
         f"{report['machine']}; load average {report['load_average_before']} before and "
-        f"{report['load_average_after']} after (other work ran on the machine: read the processor times, and compare "
+        f"{report['load_average_after']} after (where other work ran, read the processor times, and compare "
         "rows of one run). "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         + ". Written by `benchmarks/live_index.py`.",
