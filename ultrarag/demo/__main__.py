@@ -54,10 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path(".demo"), help="folder for data, index and checkpoint (%(default)s)"
     )
+    parser.add_argument(
+        "--uri", help="keep the vectors in a server: qdrant://HOST:6333, milvus://HOST:19530 (default: in the folder)"
+    )
     args = parser.parse_args(argv)
     try:
         with _without_notes_of_cut_texts():
-            run_demo(args.output, small_model())
+            run_demo(args.output, small_model(), uri=args.uri)
     except UltraragError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -76,7 +79,7 @@ def _without_notes_of_cut_texts() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def run_demo(output: Path, model: str | Path, pairs: int = 1500, held_out: int = 300) -> None:
+def run_demo(output: Path, model: str | Path, pairs: int = 1500, held_out: int = 300, uri: str | None = None) -> None:
     """Index, search, refresh under searches, compare, roll back; print what came of it.
 
     Raises:
@@ -87,7 +90,7 @@ def run_demo(output: Path, model: str | Path, pairs: int = 1500, held_out: int =
     data = build_demo(output / "data", pairs, held_out)
     task = read_beir(data.folder)
     say(f"indexing {len(task.corpus)} passages")
-    with create_index(output / "index", model, task) as live:
+    with create_index(output / "index", model, task, uri) as live:
         say(f"searching for {data.held_out} held-out queries, before")
         before = search(live, task)
         say(f"refreshing: fine-tuning on {data.train} other pairs, while a thread keeps searching")
@@ -114,15 +117,18 @@ def small_model() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def create_index(folder: Path, model: str | Path, task: Collection) -> LiveIndex:
+def create_index(folder: Path, model: str | Path, task: Collection, uri: str | None = None) -> LiveIndex:
     """Make a new index of the task's passages, in place of that of an earlier demonstration."""
     from ultrarag import Encoder
     from ultrarag.retrieve import LiveIndex
+    from ultrarag.retrieve.backends import remove
 
     if (folder / "passages.sqlite").exists():
+        for vectors in folder.glob("generations/*/vectors"):
+            remove(vectors)  # in a server, maybe
         shutil.rmtree(folder)
     encoder = Encoder.load(model, adapter="bge", query_max_length=QUERY_TOKENS, passage_max_length=PASSAGE_TOKENS)
-    live = LiveIndex.create(folder, encoder)
+    live = LiveIndex.create(folder, encoder, backend=uri)
     live.add(task.corpus.values())
     return live
 

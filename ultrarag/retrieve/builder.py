@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -23,7 +22,7 @@ from ultrarag.cuts import Cuts
 from ultrarag.errors import CheckpointError, IndexStateError, UltraragError
 from ultrarag.files import sync_tree, write_json
 from ultrarag.progress import progress_bar
-from ultrarag.retrieve.backends import Backend, Schema, create, open_backend
+from ultrarag.retrieve.backends import Backend, Schema, create, open_backend, remove
 from ultrarag.retrieve.backends.base import SCHEMA_FILE
 from ultrarag.retrieve.followers import Follower, Vectors
 from ultrarag.retrieve.generations import Catalog, Generation, Layout
@@ -115,7 +114,7 @@ class Build:
         """Open what an earlier start left, or begin anew where it had not committed anything."""
         directory = self.layout.vectors(self.directory)
         if read_progress(self.directory) is None:
-            shutil.rmtree(directory, ignore_errors=True)
+            remove(directory)
         if not (directory / SCHEMA_FILE).exists():
             return create_vectors(self.encoder, self.generation, directory)
         return open_backend(directory, self.generation.fingerprint)

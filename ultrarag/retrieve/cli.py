@@ -74,7 +74,9 @@ def _create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder, or name on the Hub")
     parser.add_argument("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
     parser.add_argument("--heads", type=_names, metavar="A,B", help="the heads to store; default: all of the model's")
-    parser.add_argument("--backend", help="the vector engine: qdrant-edge or numpy")
+    parser.add_argument(
+        "--backend", help="the vector engine: qdrant-edge, numpy, or a server: qdrant://HOST:6333, milvus://HOST:19530"
+    )
     parser.add_argument("--no_bm25", action="store_true", help="do not index the words")
     parser.add_argument("--query_max_length", type=int, metavar="N", help="longest query in tokens")
     parser.add_argument("--passage_max_length", type=int, metavar="N", help="longest passage in tokens")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ultrarag.errors import IndexStateError, UltraragError
+from ultrarag.retrieve.backends import remove
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.followers import Follower
 from ultrarag.retrieve.generations import Catalog, Generation, Layout
@@ -150,6 +151,7 @@ class Core:
             names = {path.name for g in kept for path in (self.layout.final(g.id), self.layout.building(g.id))}
             for folder in folders:
                 if folder.name not in names:
+                    remove(self.layout.vectors(folder))
                     shutil.rmtree(folder)
             needed = [g.base_seq if g.state == "building" else g.applied_seq for g in kept]
             self.store.forget(min([*needed, *([self.words.flushed] if self.words else [])]))

@@ -72,7 +72,9 @@ class LiveIndex:
         Args:
             path: a directory that does not exist or is empty.
             encoder: its checkpoint is copied into the index, so the original may be moved or deleted.
-            backend: the vector engine, "qdrant-edge" or "numpy"; default: the first that is installed.
+            backend: the vector engine: "qdrant-edge" or "numpy", whose vectors lie in the index, or a server, such as
+                "qdrant://host:6333" or "milvus://host:19530" (docs/backends.md); default: the first embedded one that
+                is installed.
             heads: the heads to store; default: all that the encoder has.
             bm25: also index the words, as the head "bm25"; it suits every encoder.
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrarag.errors import FingerprintError, IndexStateError
-from ultrarag.retrieve.backends import Backend, default_backend, open_backend
+from ultrarag.retrieve.backends import Backend, default_backend, open_backend, remove
 from ultrarag.retrieve.backends.files import OwnerLock
+from ultrarag.retrieve.backends.server import ServerError
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.builder import create_vectors, load_encoder
 from ultrarag.retrieve.building import Source, prepare
@@ -89,12 +90,14 @@ def _vectors(directory: Path, generation: Generation, encoder: Encoder, repair: 
     try:
         directory.mkdir(exist_ok=True)
         return open_backend(directory, generation.fingerprint), False
+    except ServerError:  # it is away, or refuses us: nothing is known to be damaged
+        raise
     except IndexStateError as error:
         OwnerLock(directory).release()  # it may be in use and not damaged: that raises here, before anything is removed
         if not repair:
             raise IndexStateError(f"{error} ({REPAIR})") from error
         logger.warning("%s; encoding all passages again", error)
-        shutil.rmtree(directory, ignore_errors=True)
+        remove(directory)
         return create_vectors(encoder, generation, directory), True
 
 

@@ -31,8 +31,9 @@ from ultrarag.retrieve.backends.batches import (
     sparse_query,
     token_query,
 )
-from ultrarag.retrieve.backends.qdrant_filter import FACTS, NUMBERS, to_filter, to_payload
-from ultrarag.retrieve.backends.qdrant_points import config, key, lexical_row, named_vectors, sparse_vector, stored_id
+from ultrarag.retrieve.backends.points import FACTS, key, new_number_fields, stored_id, to_payload
+from ultrarag.retrieve.backends.qdrant_filter import to_filter
+from ultrarag.retrieve.backends.qdrant_points import config, lexical_row, named_vectors, sparse_vector
 from ultrarag.retrieve.filters import Filter, parse
 from ultrarag.retrieve.postings import ranked
 from ultrarag.types import Embeddings
@@ -43,8 +44,6 @@ SHARD = "shard"
 HNSW_EF = 128
 #: Points written to the engine in one operation.
 CHUNK = 500
-#: Ordered metadata keys that get an index; filters on further ones work, but slower.
-MOST_NUMBER_INDEXES = 64
 
 _ONLY_ID = qdrant.PayloadSelector.Include(["id"])
 _EXACT = qdrant.SearchParams(exact=True)
@@ -238,9 +237,7 @@ class QdrantEdge:
 
     def _index_numbers(self, payloads: list[dict[str, Any]]) -> None:
         """Create the indexes of ordered keys seen for the first time, before the graph is built."""
-        fields = {f"{NUMBERS}.{name}" for payload in payloads for name in payload[NUMBERS]}
-        room = max(0, MOST_NUMBER_INDEXES - len(self._number_indexes))
-        for field in sorted(fields - self._number_indexes)[:room]:
+        for field in new_number_fields(payloads, self._number_indexes):
             self._update(qdrant.UpdateOperation.create_field_index(field, qdrant.FloatIndexParams()))
             self._number_indexes.add(field)
 

@@ -1,9 +1,7 @@
-"""How a schema and a passage look to Qdrant: configuration, point ids, named vectors."""
+"""How a schema and a passage look to Qdrant: configuration and named vectors."""
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +17,6 @@ HNSW_M, HNSW_EF_CONSTRUCT = 16, 128
 #: Segments of fewer vectors than these kilobytes hold get no graph: an exact scan is faster there (0.5 ms against
 #: 0.8 ms at 10,000 x 384, one core).
 HNSW_FROM_KB = 20_000
-
-_NAMESPACE = uuid.UUID("6c1a3a1e-52a2-4c0b-9c39-0f3d3f6a2b57")
 
 
 def config(schema: Schema) -> qdrant.EdgeConfig:
@@ -42,11 +38,6 @@ def config(schema: Schema) -> qdrant.EdgeConfig:
         hnsw_config=qdrant.HnswIndexConfig(HNSW_M, HNSW_EF_CONSTRUCT, full_scan_threshold=HNSW_FROM_KB // 4),
         optimizers=qdrant.EdgeOptimizersConfig(indexing_threshold=HNSW_FROM_KB),
     )
-
-
-def key(id: str) -> str:
-    """The UUID under which the engine stores an id; the id itself is in the payload."""
-    return str(uuid.uuid5(_NAMESPACE, json.dumps(id)))
 
 
 def named_vectors(ids: Sequence[str], batch: Embeddings) -> list[dict[str, Any]]:
@@ -74,9 +65,3 @@ def lexical_row(vector: qdrant.SparseVector | None) -> tuple[np.ndarray, np.ndar
     if vector is None:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
     return np.array(vector.indices, np.int64), np.array(vector.values, np.float32)
-
-
-def stored_id(record: Any) -> str:
-    """The id of a passage, from the payload of its point."""
-    id: str = json.loads(record.payload["id"])
-    return id
