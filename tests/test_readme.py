@@ -33,6 +33,8 @@ def folder(tmp_path_factory, tiny_m3):
     path = tmp_path_factory.mktemp("readme")
     for name in ("train.jsonl", "held_out.jsonl"):
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    new = [{**row, "query": f"new: {row['query']}"} for row in ROWS]  # a refresh refuses what was trained on
+    (path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
     return path
 
 
