@@ -1,0 +1,32 @@
+"""What a result says of where it came from: the machine, the day, the versions, the command."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def origin(threads: int | None = None, packages: tuple[str, ...] = ("torch", "transformers")) -> dict[str, Any]:
+    """The fields with which a report begins."""
+    name = f"{processor_name()}, {os.cpu_count()} cores"
+    return {
+        "machine": f"{name}, {threads} threads" if threads else name,
+        "date": datetime.date.today().isoformat(),
+        "command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "load_average": round(os.getloadavg()[0], 1),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def processor_name() -> str:
+    """The processor as /proc/cpuinfo names it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
