@@ -34,7 +34,8 @@ def gather(embeddings: Embeddings) -> Embeddings:
     rows = [shape[0] for shape in shapes]
     tokens = {name: max(shape[1 + i] for shape in shapes) for i, name in enumerate(("sparse", "colbert"))}
     widened = _widened(embeddings, tokens)
-    return widened.map(lambda array: _own_first(array, rows))
+    everyone = iter(_all_own_first(list(widened.arrays()), rows))
+    return widened.map(lambda array: next(everyone))
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
@@ -80,6 +81,18 @@ def _widened(embeddings: Embeddings, tokens: dict[str, int]) -> Embeddings:
     if colbert is not None:
         colbert, mask = pad_tokens(colbert, tokens["colbert"], 0), pad_tokens(mask, tokens["colbert"], 0)
     return Embeddings(embeddings.dense, sparse, colbert, mask, embeddings.scores)
+
+
+def _all_own_first(arrays: list[Tensor], rows: list[int]) -> list[Tensor]:
+    """`_own_first` of each array, those of one dtype in one exchange: few large messages instead of many small ones."""
+    found: list[Tensor | None] = [None] * len(arrays)
+    for dtype in dict.fromkeys(array.dtype for array in arrays):
+        places = [place for place, array in enumerate(arrays) if array.dtype == dtype]
+        flat = [arrays[place].flatten(1) if arrays[place].ndim > 1 else arrays[place][:, None] for place in places]
+        parts = _own_first(torch.cat(flat, dim=1), rows).split([part.shape[1] for part in flat], dim=1)
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part.reshape(part.shape[0], *arrays[place].shape[1:])
+    return [array for array in found if array is not None]
 
 
 def _own_first(array: Tensor, rows: list[int]) -> Tensor:
