@@ -8,8 +8,9 @@ auto`); then the trained weights and the merged ones are measured on the test qu
 
 No test query takes part in the choice: the weight is chosen on DEV training queries of the domain, which are held out
 from training together with all that share a passage with them, and on the guard's own training queries, which nobody
-trains on. With --mined, rows with negatives (such as `ultrarag data mine` writes) are trained on as well, from the
-same queries. What is done is in the results file after each run; the same command goes on behind it.
+trains on. With --kinds replay, the guard's training rows are replayed among the new ones instead (`--replay_data`), and
+nothing is merged. With --mined, rows with negatives (such as `ultrarag data mine` writes) are trained on as well, from
+the same queries. What is done is in the results file after each run; the same command goes on behind it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ultrarag.ir import Collection, read_beir, write_beir
 
 RESULTS = Path(__file__).parent / "results" / "incremental.json"
 #: Names of what is measured, in the order of the table.
-KINDS = ("plain", "merged", "mined")
+KINDS = ("plain", "merged", "replay", "mined")
 
 
 def held_out(train: Collection, count: int, seed: int = 0) -> set[str]:
@@ -77,9 +78,9 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Path]:
     write_dev(arguments.data, work / "dev", dev, arguments.dev_passages)
     write_dev(arguments.guard, work / "guard", None, arguments.dev_passages)
     texts = {train.queries[query] for query in dev}
-    sources = {"plain": arguments.data / "train.jsonl"}
-    if arguments.mined:
-        sources["mined"] = arguments.mined
+    plain = arguments.data / "train.jsonl"
+    sources = {"plain": plain, "replay": plain, "mined": arguments.mined}
+    sources = {name: source for name, source in sources.items() if name in arguments.kinds and source}
     files = {name: work / f"{name}.jsonl" for name in sources}
     for name, source in sources.items():
         lines = source.read_text(encoding="utf-8").splitlines()
@@ -95,6 +96,7 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
 
     output = arguments.work / f"{name}-{seed}"
     merged = name == "plain"
+    replay = {"replay_data": arguments.guard / "train.jsonl", "replay_ratio": arguments.replay_ratio}
     incremental: dict[str, Any] = {
         "eval_data": arguments.work / "dev",
         "eval_strategy": "no",
@@ -108,7 +110,7 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
         file,
         output,
         adapter="bge",
-        train_group_size=1 if name == "plain" else arguments.group_size,
+        train_group_size=arguments.group_size if name == "mined" else 1,
         query_max_len=RECIPE["tokens"],
         passage_max_len=RECIPE["tokens"],
         per_device_train_batch_size=RECIPE["batch"],
@@ -123,8 +125,10 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
         resume_from_checkpoint=True,
         overwrite_output_dir=True,
         cache_path=arguments.work / "cache",
-        **(incremental if merged else {}),
+        **(incremental if merged else replay if name == "replay" else {}),
     )
+    if name == "replay":
+        return {"seconds": result.seconds, name: on_test(arguments, str(output))}
     if not merged:
         return {"seconds": result.seconds, name: {"domain": evaluate(str(output), arguments.data)}}
     assert result.merge is not None
@@ -217,6 +221,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the domain")
     parser.add_argument("--guard", type=Path, required=True, help="what must not be forgotten")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--kinds", nargs="+", choices=["plain", "replay", "mined"], default=["plain", "mined"])
+    parser.add_argument("--replay-ratio", type=float, default=0.15, help="the share of batches that is replayed")
     parser.add_argument("--mined", type=Path, help="rows of the same training queries, with negatives")
     parser.add_argument("--group-size", type=int, default=3, help="passages per query of the mined rows")
     parser.add_argument("--dev", type=int, default=300, help="training queries that are held out to choose by")
