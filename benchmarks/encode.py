@@ -52,6 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, help="default: the encoder's own")
     parser.add_argument("--bf16", action="store_true", help="also run ultrarag with precision='bf16'")
+    parser.add_argument("--compile", action="store_true", help="also run ultrarag compiled (needs a C++ compiler)")
     parser.add_argument("--output", type=Path, default=PAGE)
     return parser.parse_args(arguments)
 
@@ -102,6 +103,13 @@ def load(options: argparse.Namespace, texts: list[str]) -> dict[str, Callable[[]
     }
     if options.bf16:
         contenders["ultrarag, precision=bf16"] = lambda: ours("bf16")
+    if options.compile:
+        compiled = Encoder.load(path, adapter=options.adapter, device="cpu")
+        compiled.compile()
+        started = time.perf_counter()
+        compiled.encode(texts[:256], progress=False)
+        print(f"compiled in {time.perf_counter() - started:.1f} s (256 texts included)", file=sys.stderr, flush=True)
+        contenders["ultrarag, compiled"] = lambda: compiled.encode(texts, progress=False).dense
     baseline.encode(texts[:64], show_progress_bar=False)
     encoder.encode(texts[:64], progress=False)
     return contenders

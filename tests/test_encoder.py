@@ -203,3 +203,20 @@ def test_auto_precision_is_what_the_processor_is_made_for(minilm, monkeypatch, b
     encoder = Encoder.load(minilm, "bge", device="cpu", precision="auto")
     assert encoder.precision == expected
     assert np.abs(encoder.encode(TEXTS, precision="fp32").dense - encoder.encode(TEXTS).dense).max() < 0.02
+
+
+def test_a_compiled_encoder_gives_the_same_vectors_and_is_the_same_model(minilm):
+    encoder = Encoder.load(minilm, "bge", device="cpu")
+    before, name = encoder.encode(TEXTS).dense, encoder.fingerprint
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    encoder.compile(backend=backend)
+    assert np.abs(encoder.encode(TEXTS).dense - before).max() < 1e-6
+    assert graphs
+    assert not any("_orig_mod" in key for key in encoder.model.state_dict())
+    del encoder.__dict__["fingerprint"]
+    assert encoder.fingerprint == name

@@ -125,6 +125,22 @@ class Encoder:
         override_settings(found, settings)
         return cls(plugin, model, found, manifest, device, precision)
 
+    def compile(self, **options: Any) -> None:
+        """Let torch.compile speed the backbone up; it then computes padding too, and the first batches are slow.
+
+        Worth it for long jobs on a GPU; benchmarks/encode.py --compile measures from how many texts on.
+
+        Args:
+            options: of `torch.compile`; `dynamic=True` unless said otherwise, for batches differ in length.
+
+        Raises:
+            UsageError: the model has no `backbone`.
+        """
+        backbone = getattr(self.model, "backbone", None)
+        if not isinstance(backbone, nn.Module):
+            raise UsageError(f"the model of {self.adapter.describe()} has no part called 'backbone' to compile")
+        backbone.compile(**{"dynamic": True, **options})
+
     @property
     def heads(self) -> tuple[str, ...]:
         """The heads that the model has."""

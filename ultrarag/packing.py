@@ -61,6 +61,8 @@ def hidden_states(backbone: nn.Module, features: Features, packing: bool | None 
     if stock is None or torch.compiler.is_compiling():
         return cast(Tensor, backbone(**inputs, return_dict=True).last_hidden_state)
     mask = inputs["attention_mask"].cpu()
+    if getattr(backbone, "_compiled_call_impl", None) is not None:  # each layout would be compiled anew
+        return _padded(backbone, stock, inputs, mask)
     # Compared before looking at the padding, which differs between ranks: a sharded model's forward is collective.
     if _switched_on(packing) and _verified(backbone, stock, inputs) and _padding(mask) >= MIN_PADDING:
         return _packed(backbone, stock, inputs, Layout.of(mask, inputs["input_ids"].device))
