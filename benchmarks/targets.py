@@ -1,0 +1,148 @@
+"""What speed was asked for, and where it stands by the results files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Reports = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One figure that was asked for."""
+
+    what: str
+    #: the result (a file's name without .json) that holds it
+    result: str
+    limit: float
+    #: at most the limit, or at least
+    at_most: bool
+    #: the figure, out of the result; LookupError or TypeError where the result does not hold it
+    find: Callable[[Any], float]
+    unit: str = "x"
+
+    def row(self, reports: Reports) -> str:
+        """A line of the table."""
+        word = "at most" if self.at_most else "at least"
+        found, verdict = self.measured(reports), "not measured"
+        if found is not None:
+            verdict = "met" if (found <= self.limit if self.at_most else found >= self.limit) else "**not met**"
+        shown = "" if found is None else self.show(found)
+        return f"| {self.what} | {word} {self.show(self.limit)} | {shown} | {verdict} | `{self.result}` |"
+
+    def measured(self, reports: Reports) -> float | None:
+        """The figure, where there is one."""
+        try:
+            return float(self.find(reports[self.result]))
+        except (LookupError, TypeError, StopIteration):
+            return None
+
+    def show(self, value: float) -> str:
+        """A figure with its unit."""
+        digits = 6 if self.unit == "" else 2
+        return f"{value:.{digits}f}{self.unit}" if self.unit != "%" else f"{100 * value:.1f} %"
+
+
+def contender(name: str, key: str, beside: str = "sentence-transformers") -> Callable[[Any], float]:
+    """A contender's speed (or another key) in `encode`; speeds are to the one beside it."""
+
+    def find(report: Any) -> float:
+        rows = {row["name"]: row for row in report["results"]}
+        value: float = rows[name][key]
+        return value / rows[beside][key] if key.startswith("speed") else value
+
+    return find
+
+
+def unified(vocabulary: int, key: str) -> Callable[[Any], float]:
+    """Ours to the peer's in `unified_step`."""
+    return lambda report: next(row for row in report["rows"] if row["vocabulary"] == vocabulary)["ratio"][key]
+
+
+def gpu(task: str, key: str, of_all: Callable[..., float] = min) -> Callable[[Any], float]:
+    """Ours to the peers' in `gpu`, over the tasks whose names begin so."""
+    return lambda report: worst(report, task, lambda row: [r[key] for r in row["ultrarag to"].values()], of_all)
+
+
+def gpu_mfu(report: Any) -> float:
+    """The share of the peak on texts of full length."""
+    full = next(row for row in report["tasks"] if row["name"].startswith("encode") and "mixed" not in row["name"])
+    return float(full["contenders"]["ultrarag"]["mfu"])
+
+
+def worst(report: Any, task: str, of: Callable[[Any], list[float]], of_all: Callable[..., float]) -> float:
+    """The value that is hardest to meet."""
+    found = [value for row in report["tasks"] if row["name"].startswith(task) for value in of(row)]
+    if not found:
+        raise LookupError(task)
+    return of_all(found)
+
+
+TARGETS = (
+    Target("Encoding, fp32, texts/s to sentence-transformers", "encode", 1.5, False, contender("ultrarag", "speed")),
+    Target("the same by processor seconds", "encode", 1.5, False, contender("ultrarag", "speed_processor")),
+    Target(
+        "Encoding, fp32, texts/s to FlagEmbedding",
+        "encode",
+        1.5,
+        False,
+        contender("ultrarag", "speed", "FlagEmbedding"),
+    ),
+    Target(
+        "Encoding, fp32, least cosine of the vectors", "encode", 0.99999, False, contender("ultrarag", "cosine"), ""
+    ),
+    Target(
+        "Encoding, bf16 on a CPU with AMX, texts/s to sentence-transformers",
+        "encode",
+        3,
+        False,
+        contender("ultrarag, precision=bf16", "speed"),
+    ),
+    Target("Unified step, vocabulary 30522, time to FlagEmbedding", "unified_step", 0.6, True, unified(30522, "wall")),
+    Target("Unified step, vocabulary 250002, time", "unified_step", 0.35, True, unified(250002, "wall")),
+    Target("Unified step, vocabulary 30522, peak memory", "unified_step", 0.5, True, unified(30522, "peak memory")),
+    Target("Unified step, vocabulary 250002, peak memory", "unified_step", 0.5, True, unified(250002, "peak memory")),
+    Target(
+        "GradCache, memory of batch 4096 to batch 64",
+        "gradcache",
+        1.3,
+        True,
+        lambda report: report["memory of the largest to the smallest"],
+    ),
+    Target(
+        "GradCache, time to the plain step",
+        "gradcache",
+        1.45,
+        True,
+        lambda report: report["time of chunks to plain"]["processor"],
+    ),
+    Target("GPU, unified training rate to FlagEmbedding", "gpu", 2, False, gpu("train unified", "rate")),
+    Target("GPU, unified training memory to FlagEmbedding", "gpu", 0.5, True, gpu("train unified", "memory", max)),
+    Target("GPU, encoding 512-token passages, MFU", "gpu", 0.45, False, gpu_mfu, "%"),
+    Target(
+        "Live index, build to encoding alone, time",
+        "live_index_cost",
+        1.1,
+        True,
+        lambda report: report["build_to_encode"]["processor"],
+    ),
+    Target(
+        "Live index, p99 during a build to idle, the worse of two kinds of search",
+        "live_index",
+        2,
+        True,
+        lambda report: max(row["p99_build_to_idle"] for row in report["live"]["searches"].values()),
+    ),
+)
+
+
+def table(reports: Reports) -> str:
+    """All targets as a Markdown table.
+
+    Args:
+        reports: result -> what its file holds.
+    """
+    header = ["| target | wanted | measured | | result |", "|---|---|---|---|---|"]
+    return "\n".join([*header, *(target.row(reports) for target in TARGETS)])

@@ -1,0 +1,156 @@
+"""The benchmarks run, say what they find as it is, and their page and tables are those of the committed results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parents[1] / "benchmarks"
+#: Parts of scripts have no command line of their own.
+SCRIPTS = sorted(path for path in HERE.glob("*.py") if "    python benchmarks/" in path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    """The scripts import one another by name."""
+    sys.path.insert(0, str(HERE))
+    yield
+    sys.path.remove(str(HERE))
+
+
+def script(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=HERE.parent, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_has_help(path):
+    done = script(str(path), "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python benchmarks/{path.name}" in done.stdout
+
+
+def test_page_and_readme_say_what_the_results_say():
+    done = script(str(HERE / "page.py"), "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_page_stands_alone():
+    import page
+
+    reports = page.read_reports(HERE / "results")
+    html = page.build(reports)
+    for name in reports:
+        assert f"<h2>{name}</h2>" in html
+    assert html.count("Again: <code>python benchmarks/") == len(reports)
+    assert "<svg" in html
+    assert "<script" not in html
+    assert "http" not in html
+
+
+def test_targets_are_met_not_met_or_not_measured():
+    from targets import table
+
+    def rows(memory: float) -> str:
+        report = {"memory of the largest to the smallest": memory, "time of chunks to plain": {"processor": 1.2}}
+        return table({"gradcache": report})
+
+    assert "| at most 1.30x | 1.25x | met |" in rows(1.25)
+    assert "| at most 1.30x | 1.31x | **not met** |" in rows(1.31)
+    assert "| at least 45.0 % |  | not measured |" in rows(1.25)
+
+
+def test_gpu_on_a_cpu_with_tiny_sizes(tmp_path):
+    output = tmp_path / "gpu.md"
+    words = ("--tiny", "--device", "cpu", "--contenders", "ultrarag", "FlagEmbedding", "--output", str(output))
+    done = script(str(HERE / "gpu.py"), *words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [row["name"].split(",")[0] for row in report["tasks"]] == [
+        "encode",
+        "encode",
+        "train unified",
+        "train dense",
+    ]
+    assert all(row["contenders"]["ultrarag"]["tokens_per_second"] > 0 for row in report["tasks"])
+    assert report["skipped"] == {"FlagEmbedding": "no --peer-python was given"}
+    assert "FlagEmbedding, as no --peer-python was given" in output.read_text(encoding="utf-8")
+
+
+def test_gpu_summary_compares_by_rounds_and_names_failures():
+    from gpu_page import render, summarise
+    from gpu_work import TINY, make_plan
+
+    options = argparse.Namespace(
+        texts=4, full_texts=2, batches=[2], group=2, steps=1, device="cuda", precision="bf16", batch_tokens=None
+    )
+    plan = make_plan(Path("model"), TINY, argparse.Namespace(**vars(options), encode_batch=2))
+    told = {"device": "NVIDIA H100 80GB HBM3", "versions": {"torch": "2"}}
+    report = {"machine": "m", "date": "d", "precision": "bf16", "rounds": 2, "sizes": TINY, "skipped": {}}
+    report["contenders"] = {"ultrarag": told, "FlagEmbedding": told}
+    names = [task["name"] for task in plan["tasks"]]
+
+    def answers(seconds: float, gib: float) -> dict:
+        return {name: {"seconds": seconds, "peak_gib": gib, "vectors": [[0.0, 1.0]]} for name in names}
+
+    runs = [
+        {"ultrarag": answers(1.0, 2.0), "FlagEmbedding": {**answers(2.0, 8.0), names[2]: {"failed": "out of memory"}}},
+        {"ultrarag": answers(3.0, 2.0), "FlagEmbedding": answers(9.0, 8.0)},
+    ]
+    summarise(report, plan, runs, None)
+    mixed, _, unified, _ = report["tasks"]
+    assert report["peak_tflops"] == 989
+    assert mixed["ultrarag to"]["FlagEmbedding"] == {"rate": 2.5, "memory": 0.25, "least_cosine": 1.0}
+    ours = mixed["contenders"]["ultrarag"]
+    assert ours["mfu"] == pytest.approx(mixed["flops"] / 2.0 / 989e12)
+    assert unified["contenders"]["FlagEmbedding"] == {"failed": "out of memory"}
+    assert unified["ultrarag to"] == {}
+    assert "| train unified, batch 2 | FlagEmbedding | out of memory |" in render(report)
+
+
+def point(x: int, seconds: float, items: int = 1000) -> dict:
+    return {"x": x, "wall": seconds, "processor": seconds, "items": items, "peak_mib": 400.0 + x, "round": 0}
+
+
+def test_a_curve_says_where_attention_weighs():
+    from scaling_page import curve
+
+    about = {"title": "t", "kind": "length", "x": "tokens", "unit": "tokens"}
+    runs = [point(x, 1000 * (1e-4 + 1e-6 * x)) for x in (16, 64, 256, 512)]
+    assert "it passes 25% of the time at 33 tokens" in curve(about, runs, "wall")["remark"]  # b x = a / 3
+
+
+def test_a_curve_says_what_a_forward_costs():
+    from scaling_page import curve
+
+    about = {"title": "t", "kind": "batch", "x": "tokens per forward", "unit": "tokens"}
+    runs = [point(x, 1000 * (1e-4 + 0.01 / x)) for x in (256, 1024, 4096, 8192)]
+    remark = curve(about, runs, "wall")["remark"]
+    assert "the times fit 10.0 ms that each costs" in remark
+    assert "gains less than 5% from 1024 on" in curve(about, [*runs, point(2048, 0.104)], "wall")["remark"]
+
+
+def test_a_curve_says_from_where_the_start_is_nothing():
+    from scaling_page import curve
+
+    about = {"title": "t", "kind": "size", "x": "texts", "unit": "texts"}
+    runs = [point(x, 10 + 0.01 * x, x) for x in (250, 1000, 4000)]
+    remark = curve(about, runs, "wall")["remark"]
+    assert "takes 10.0 s and 10.00 ms for each of the texts: the start is under 5% of the time from 19000 on" in remark
+
+
+def test_a_point_of_each_kind_is_measured(tmp_path):
+    from scaling import tiny_model
+    from scaling_points import POINTS
+
+    options = argparse.Namespace(model=tiny_model(tmp_path), device="cpu", tokens=256, steps=1)
+    for name, x in (("encode_length", 16), ("encode_batch", 64), ("train_length", 16), ("train_batch", 2)):
+        found = POINTS[name](x, options)
+        assert found["wall"] > 0
+        assert found["items"] > 0
+        assert found["peak_mib"] > 0
+    assert POINTS["encode_corpus"](5, options)["items"] == 5
