@@ -8,6 +8,8 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
+import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from ultrarag.types import Embeddings, Passage
 #: Engine -> what must be installed, and where it is.
 ENGINES = {
     "qdrant-local": "qdrant_client",
+    "qdrant-rest": "qdrant_client",
     "milvus-lite": "milvus_lite",
     "qdrant-cluster": "qdrant_client",
     "milvus-cluster": "pymilvus",
@@ -57,6 +60,17 @@ def milvus_lite(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
+def rest():
+    """Qdrant's REST interface in this process."""
+    pytest.importorskip("qdrant_client")
+    from tests.retrieve.qdrant_rest import Rest
+
+    server = Rest()
+    yield server
+    server.close()
+
+
+@pytest.fixture
 def memory(tmp_path: Path):
     """A folder in memory where there is one: qdrant-client's local mode syncs the disk after every point."""
     if not os.access("/dev/shm", os.W_OK):
@@ -76,6 +90,8 @@ def name(request: pytest.FixtureRequest) -> str:
         if (uri := servers.cluster(engine)) is None:
             pytest.skip(f"no {engine} cluster is named in the environment")
         return uri
+    if kind == "rest":
+        return request.getfixturevalue("rest").uri
     if engine == "milvus":
         return request.getfixturevalue("milvus_lite").uri
     return f"qdrant://{request.getfixturevalue('memory')}/qdrant"
@@ -246,6 +262,58 @@ def test_a_server_that_is_away_is_named(tmp_path: Path) -> None:
         uri = f"{engine}://127.0.0.1:{servers.free_port()}?timeout=0.5"
         with pytest.raises(IndexStateError, match=uri.replace("?", r"\?")):
             create(tmp_path / engine, Schema(dense=DIM), uri)
+
+
+# What only the stand-in for a Qdrant server can be made to do
+
+
+def test_a_busy_server_is_given_time(rest, tmp_path: Path) -> None:
+    with closing(create(tmp_path / "index", SCHEMA, rest.uri)) as backend:
+        rest.failures = [(429, {"Retry-After": "1"}), (503, {}), (502, {})]
+        started = time.monotonic()
+        backend.upsert(names(20), embed(20), langs(20))
+        assert time.monotonic() - started > 1
+        rest.failures = [(504, {})]
+        assert backend.count() == 20
+
+
+def test_an_error_of_the_server_is_not_tried_again_and_says_what_it_said(rest, tmp_path: Path) -> None:
+    with closing(create(tmp_path / "index", SCHEMA, rest.uri)) as backend:
+        rest.failures, rest.seen = [(400, {})], []
+        with pytest.raises(IndexStateError, match=r"HTTP 400 .*not now"):
+            backend.count()
+        assert len(rest.seen) == 1
+
+
+def test_a_busy_server_is_not_given_for_ever(rest, tmp_path: Path) -> None:
+    with closing(create(tmp_path / "index", SCHEMA, f"{rest.uri}?timeout=0.5")) as backend:
+        rest.failures = [(503, {})] * 100
+        with pytest.raises(IndexStateError, match="HTTP 503"):
+            backend.count()
+
+
+def test_the_key_comes_from_the_environment_and_stays_there(
+    rest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest.key = "s3cret"
+    with pytest.raises(IndexStateError, match="refuses the API key"):
+        create(tmp_path / "refused", SCHEMA, rest.uri)
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the client's, of a key that travels without TLS
+        create(tmp_path / "index", SCHEMA, f"{rest.uri}?key_env=MY_KEY").close()
+    assert not any(b"s3cret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_what_filters_test_is_indexed_before_the_points_that_have_it(rest, tmp_path: Path) -> None:
+    with closing(create(tmp_path / "index", SCHEMA, rest.uri)) as backend:
+        rest.seen.clear()
+        backend.upsert(names(3), embed(3), langs(3))
+        places = [path.split("?")[0].rpartition("/")[2] for method, path in rest.seen if method == "PUT"]
+        assert places == ["index", "points"]
+        held = rest.indexes[backend.collection]
+        assert held.pop("facts")["data_type"] == "keyword"
+        assert [entry["data_type"] for entry in held.values()] == ["float"]
 
 
 # Addresses

@@ -67,7 +67,12 @@ logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every erro
 def connect(address: Address) -> MilvusClient:
     """Connect; the server must answer."""
     return MilvusClient(
-        uri=address.url, token=address.secret() or "", db_name=address.database, timeout=address.timeout, dedicated=True
+        uri=address.url,
+        token=address.secret() or "",
+        db_name=address.database,
+        timeout=address.timeout,
+        dedicated=True,
+        grpc_options={"grpc.keepalive_time_ms": 300_000},  # every 10 s, its default, makes servers hang up on it
     )
 
 
