@@ -33,7 +33,7 @@ class MilvusLite:
         log = open(self.folder.with_suffix(".log"), "ab")  # noqa: SIM115
         with log:
             self.process = subprocess.Popen([*command, "--port", str(self.port)], stdout=log, stderr=log)
-        wait_for(lambda: listening(self.port), 30)
+        wait_for(lambda: listening(self.port), 120)  # two seconds on a quiet machine
 
     def kill(self) -> None:
         """End it as a crash would."""
