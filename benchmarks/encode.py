@@ -16,12 +16,16 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 PAGE = Path(__file__).parent / "results" / "encode.md"
 WORDS = ["the", "of", "retrieval", "vector", "index", "passage", "query", "protein", "cell", "study", "effect"]
@@ -31,6 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(options.threads)  # read when torch is first imported
+    if options.worker:
+        work(options)
+        return
     texts = mixed_lengths(read_corpus(options.data), options.texts)
     contenders = load(options, texts)
     rounds = measure(contenders, options.rounds)
@@ -51,6 +58,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, help="default: the encoder's own")
+    parser.add_argument("--peer-python", help="a Python with FlagEmbedding 1.4.2 (benchmarks/peer/README.md)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--bf16", action="store_true", help="also run ultrarag with precision='bf16'")
     parser.add_argument("--compile", action="store_true", help="also run ultrarag compiled (needs a C++ compiler)")
     parser.add_argument("--output", type=Path, default=PAGE)
@@ -101,6 +110,8 @@ def load(options: argparse.Namespace, texts: list[str]) -> dict[str, Callable[[]
         "ultrarag": ours,
         "ultrarag, ULTRARAG_PACKING=off": lambda: ours(packing="off"),
     }
+    if options.peer_python:
+        contenders["FlagEmbedding"] = peer(options.peer_python, path, texts, options, encoder.max_length("passage"))
     if options.bf16:
         contenders["ultrarag, precision=bf16"] = lambda: ours("bf16")
     if options.compile:
@@ -113,6 +124,60 @@ def load(options: argparse.Namespace, texts: list[str]) -> dict[str, Callable[[]
     baseline.encode(texts[:64], show_progress_bar=False)
     encoder.encode(texts[:64], progress=False)
     return contenders
+
+
+def peer(
+    python: str, path: str, texts: list[str], options: argparse.Namespace, length: int | None
+) -> Callable[[], Any]:
+    """FlagEmbedding's `encode` in a Python of its own; its time is its own, told by it."""
+    words = [python, __file__, "--worker", path, "--threads", str(options.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "true"}
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    folder = tempfile.mkdtemp()
+
+    def ask(texts: list[str]) -> Timed:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(json.dumps({"texts": texts, "length": length, "output": f"{folder}/vectors.npy"}) + "\n")
+        process.stdin.flush()
+        line = next(line for line in process.stdout if line.startswith("=> "))
+        return Timed(np.load(f"{folder}/vectors.npy"), json.loads(line[3:]))
+
+    ask(texts[:64])
+    return lambda: ask(texts)
+
+
+class Timed(NamedTuple):
+    """Vectors, and what another process says of the time that they took."""
+
+    vectors: Any
+    #: wall and processor seconds, and the process's resident GiB
+    spent: dict[str, float]
+
+
+def work(options: argparse.Namespace) -> None:
+    """The peer's process: encode what is asked for."""
+    import torch
+    from FlagEmbedding import FlagModel
+
+    torch.set_num_threads(options.threads)
+    model = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        model = model or FlagModel(
+            options.worker,
+            pooling_method="mean",
+            normalize_embeddings=True,
+            use_fp16=False,
+            devices="cpu",
+            passage_max_length=asked["length"] or 512,
+        )
+        wall, processor = time.perf_counter(), time.process_time()
+        vectors = model.encode_corpus(asked["texts"])
+        spent = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+        spent["peak"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**30
+        np.save(asked["output"], vectors)
+        print("=> " + json.dumps(spent), flush=True)
 
 
 def small_model() -> str:
@@ -132,10 +197,14 @@ def measure(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
                 wall, processor = time.perf_counter(), time.process_time()
                 vectors = contenders[name]()
                 wall, processor = time.perf_counter() - wall, time.process_time() - processor
+            spent = {"wall": wall, "processor": processor, "peak": max(peak)}
+            if isinstance(vectors, Timed):
+                vectors, spent = vectors
             reference = vectors if reference is None else reference  # round 1 begins with the first contender
             cosine = float((vectors * reference).sum(1).min())
-            results[name].append({"wall": wall, "processor": processor, "peak": max(peak), "cosine": cosine})
-            print(f"round {number + 1}: {name}: {wall:.1f} s, {processor:.1f} processor s", file=sys.stderr, flush=True)
+            results[name].append({**spent, "cosine": cosine})
+            seconds = f"{spent['wall']:.1f} s, {spent['processor']:.1f} processor s"
+            print(f"round {number + 1}: {name}: {seconds}", file=sys.stderr, flush=True)
     return results
 
 
