@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_page_stands_alone():
     assert html.count("Again: <code>python benchmarks/") == len(reports)
     assert "<svg" in html
     assert "<script" not in html
-    assert "http" not in html
+    assert not re.search(r"src=|url\(|href=.(?!#)", html)
 
 
 def test_targets_are_met_not_met_or_not_measured():
@@ -128,10 +129,10 @@ def test_a_curve_says_what_a_forward_costs():
     from scaling_page import curve
 
     about = {"title": "t", "kind": "batch", "x": "tokens per forward", "unit": "tokens"}
-    runs = [point(x, 1000 * (1e-4 + 0.01 / x)) for x in (256, 1024, 4096, 8192)]
+    runs = [point(x, 1000 * (1e-4 + 0.01 / x)) for x in (256, 512, 1024, 2048, 4096)]
     remark = curve(about, runs, "wall")["remark"]
     assert "the times fit 10.0 ms that each costs" in remark
-    assert "gains less than 5% from 1024 on" in curve(about, [*runs, point(2048, 0.104)], "wall")["remark"]
+    assert "gains less than 5% from 1024 on" in remark
 
 
 def test_a_curve_says_from_where_the_start_is_nothing():
