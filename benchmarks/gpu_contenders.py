@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import resource
 import sys
@@ -170,7 +171,8 @@ def our_trainer(plan: dict[str, Any], unified: bool, group: int) -> tuple[Any, C
     arguments = LossArguments(
         temperature=TEMPERATURE, group_size=group, use_self_distill=unified, self_distill_start_step=0
     )
-    return module, lambda sides: encoder.adapter.loss(encoder.model, *module(sides), None, 0, arguments)
+    number = itertools.count()  # the peer counts its forwards too: self-distillation begins with the second
+    return module, lambda sides: encoder.adapter.loss(encoder.model, *module(sides), None, next(number), arguments)
 
 
 def flag_trainer(plan: dict[str, Any], unified: bool, group: int) -> tuple[Any, Callable[[Any], Any]]:
