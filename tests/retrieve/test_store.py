@@ -193,7 +193,7 @@ def test_there_is_never_more_than_one_live_generation(store: Store) -> None:
     catalog.flip(ids[1])  # as a rollback does
     assert [catalog.get(id).state for id in ids] == ["retired", "live", "previous"]
     with pytest.raises(IndexStateError, match="UNIQUE"):
-        catalog.set_state(ids[0], "live")
+        catalog.set_state(ids[0], "live", only_from=("retired",))
     assert catalog.live().id == ids[1]
 
 

@@ -112,15 +112,17 @@ def enter(core: Core, source: Source, backend: str | None, heads: tuple[str, ...
         if same and found.state in ("building", "ready"):
             return found
         if found.state == "building":
-            core.catalog.set_state(found.id, "retired")
-    return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq())
+            core.catalog.set_state(found.id, "retired", only_from=("building",))
+    with core.writing:  # else a vacuum could forget the log entries that follow
+        return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq())
 
 
 def finish(core: Core, generation: Generation) -> Generation:
     """Enter a built generation as ready, with the writes that its builder applied."""
     done = read_progress(core.layout.final(generation.id)) or {}
     core.catalog.set_applied(generation.id, int(done.get("applied", generation.base_seq)))
-    core.catalog.set_state(generation.id, "ready")
+    if not core.catalog.set_state(generation.id, "ready", only_from=("building",)):
+        raise IndexStateError(f"generation {generation.id} was discarded while it was built; build it again")
     return core.catalog.get(generation.id)
 
 

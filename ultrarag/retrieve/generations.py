@@ -127,10 +127,12 @@ class Catalog:
             raise IndexStateError(f"'{self._database.path}' names {len(found)} live generations instead of one")
         return found[0]
 
-    def set_state(self, id: int, state: str) -> None:
-        """Move a generation on."""
+    def set_state(self, id: int, state: str, only_from: Sequence[str]) -> bool:
+        """Move a generation on, in one step, if it is in one of some states; return whether it was."""
+        marks = ", ".join("?" for _ in only_from)
         with self._database.transaction() as db:
-            db.execute("UPDATE generations SET state = ? WHERE id = ?", (state, id))
+            statement = f"UPDATE generations SET state = ? WHERE id = ? AND state IN ({marks})"
+            return bool(db.execute(statement, (state, id, *only_from)).rowcount)
 
     def set_applied(self, id: int, seq: int) -> None:
         """Note that a generation's vectors durably contain the log up to `seq`."""
@@ -141,7 +143,10 @@ class Catalog:
         """Make a generation the live one, and the live one the previous, in one transaction."""
         with self._database.transaction() as db:
             db.execute("UPDATE generations SET state = 'retired' WHERE state = 'previous' AND id != ?", (id,))
-            db.execute("UPDATE generations SET state = 'ready' WHERE id = ?", (id,))  # no two 'previous' meanwhile
+            # no two 'previous' meanwhile
+            found = db.execute("UPDATE generations SET state = 'ready' WHERE id = ? AND state != 'retired'", (id,))
+            if not found.rowcount:
+                raise IndexStateError(f"generation {id} was discarded meanwhile; the live one stays")
             db.execute("UPDATE generations SET state = 'previous' WHERE state = 'live'")
             db.execute("UPDATE generations SET state = 'live' WHERE id = ?", (id,))
             if metrics is not None:

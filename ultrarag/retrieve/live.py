@@ -406,9 +406,9 @@ class LiveIndex:
     def discard(self, generation: int | Generation) -> None:
         """Give up a generation that is being built or ready; `vacuum` removes its files."""
         found = self.generation(generation)
-        if found.state not in ("building", "ready"):
-            raise IndexStateError(f"generation {found.id} is {found.state}; only one not yet live can be discarded")
-        self._core.catalog.set_state(found.id, "retired")
+        if not self._core.catalog.set_state(found.id, "retired", only_from=("building", "ready")):
+            now = self.generation(found.id)
+            raise IndexStateError(f"generation {now.id} is {now.state}; only one not yet live can be discarded")
 
     def vacuum(self) -> None:
         """Remove the files of retired generations, old log entries and tombstones, and compact the databases."""

@@ -175,7 +175,20 @@ class Searcher:
         return plan(SearchOptions.of(options), self._serving.heads, self._bm25 is not None)
 
     def _search(self, chosen: Plan, query: Embeddings | None, text: str) -> list[Hit]:
-        score, search = self._scorers(query, text), self._retrievers(chosen, query, text)
+        """The k best; engines may still hold passages that a write beside this search deletes, so it looks deeper."""
+        more = 0
+        while True:
+            fused = self._fused(chosen, query, text, more)
+            passages = self._store.get([found.id for found in fused])
+            gone = len(fused) - len(passages)
+            if not gone or len(fused) < chosen.k + more:
+                hits = [Hit(f.id, f.score, passages[f.id], f.scores) for f in fused if f.id in passages]
+                return hits[: chosen.k]
+            more = 2 * more + gone
+
+    def _fused(self, chosen: Plan, query: Embeddings | None, text: str, more: int) -> Sequence[Fused]:
+        """The k and some more best of all heads."""
+        score, search = self._scorers(query, text), self._retrievers(chosen, query, text, more)
         names = [head for head in (*chosen.heads, chosen.source) if head and head != "colbert"]
         lists = {name: search[name]() for name in names}
         if "colbert" in chosen.heads:
@@ -183,10 +196,19 @@ class Searcher:
             values = score["colbert"](found) if found else []
             lists["colbert"] = [(id, float(v)) for id, v in zip(found, values, strict=True) if not np.isnan(v)]
         counted = {head: lists[head] for head in chosen.heads}
-        return self._hits(fuse(counted, chosen.k, chosen.weights, chosen.method, lambda h, ids: score[h](ids)))
+        return fuse(counted, chosen.k + more, chosen.weights, chosen.method, lambda h, ids: score[h](ids))
 
-    def _retrievers(self, chosen: Plan, query: Embeddings | None, text: str) -> dict[str, Callable[[], list[Scored]]]:
-        backend, depth = self._serving.backend, min(chosen.depth, max(1, self._store.count()))
+    def _depth(self, asked: int) -> int:
+        """How many hits to ask of each head: no more than the engine holds, which is more than the store while a
+        delete is under way.
+        """
+        held = self._store.count()
+        return asked if asked <= held else min(asked, max(1, held, self._serving.backend.count()))
+
+    def _retrievers(
+        self, chosen: Plan, query: Embeddings | None, text: str, more: int
+    ) -> dict[str, Callable[[], list[Scored]]]:
+        backend, depth = self._serving.backend, self._depth(chosen.depth + more)
         search: dict[str, Callable[[], list[Scored]]] = {}
         if query is not None and query.dense is not None:
             search["dense"] = lambda: backend.search_dense(query.dense[0], depth, chosen.filter, chosen.exact)
@@ -212,8 +234,3 @@ class Searcher:
         if (bm25 := self._bm25) is not None:
             score[BM25_HEAD] = lambda ids: bm25.score(text, ids)
         return score
-
-    def _hits(self, fused: Sequence[Fused]) -> list[Hit]:
-        """Fetch the passages; one deleted since the engine found it is left out."""
-        passages = self._store.get([found.id for found in fused])
-        return [Hit(f.id, f.score, passages[f.id], f.scores) for f in fused if f.id in passages]
