@@ -26,7 +26,7 @@ def curve(about: dict[str, Any], runs: list[dict[str, Any]], clock: str) -> dict
         same = [run for run in runs if run["x"] == x]
         point = {key: median(run[key] for run in same) for key in ("wall", "processor", "peak_mib", "items")}
         points.append({"x": x, **point, "rate": point["items"] / point[clock]})
-    model = {key: runs[0][key] for key in ("weights", "attention") if runs and key in runs[0]}
+    model: dict[str, int] = {key: runs[0][key] for key in ("weights", "attention") if runs and key in runs[0]}
     remark = REMARKS[about["kind"]](points, about, clock, model) if len(points) > 2 else "too few points"
     return {**about, "points": points, "remark": remark}
 
