@@ -33,13 +33,11 @@ def write_finished(trainer: EmbeddingTrainer, encoder: Encoder, start: Start, re
         The model's identity; empty on all ranks but the first.
     """
     more = merge_adapters(trainer)
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     identity = ""
     if rank() == 0:
-        weights = trainer.weights(state_dict)
         identity = fingerprint(encoder.model, encoder.adapter.name, encoder.settings)
         _check_moved(encoder, start, identity)
-        publish(encoder, output, weights, record, keep=kept_in_output(output), more=more)
+        publish(encoder, output, encoder.model.state_dict(), record, keep=kept_in_output(output), more=more)
     trainer._wait()
     return identity
 

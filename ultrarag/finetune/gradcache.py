@@ -19,6 +19,8 @@ from ultrarag.types import Embeddings
 
 #: Encodes a list of feature batches, each into Embeddings, in one call of the wrapped module.
 Encode = Callable[[Sequence[Features]], list[Embeddings]]
+#: Differentiates a chunk's scalar; the second argument says whether it is the last one of the step.
+Push = Callable[[Tensor, bool], None]
 
 
 @dataclass
@@ -51,6 +53,8 @@ def cached_step(
     backward: Callable[[Tensor], None],
     chunk_size: int,
     no_sync: Callable[[], AbstractContextManager[Any]],
+    push: Push | None = None,
+    rounds: Callable[[int], int] | None = None,
 ) -> Tensor:
     """Accumulate the gradients of `loss(encode(sides))`, encoding `chunk_size` texts at a time.
 
@@ -62,15 +66,25 @@ def cached_step(
         loss: the scalar loss of the sides' Embeddings.
         backward: how a loss is differentiated (scaled for mixed precision, say).
         no_sync: context in which gradients are not yet exchanged between ranks.
+        push: how the scalar of one chunk is differentiated, and whether it is the last one; default: by autograd.
+        rounds: given this rank's number of chunks, the number of all ranks that must encode equally often, as where
+            weights are gathered in each forward; a rank with fewer encodes one again and adds nothing.
 
     Returns:
         The loss, detached.
     """
+    own = sum(-(-side["input_ids"].shape[0] // chunk_size) for side in sides)
+    idle = rounds(own) - own if rounds else 0  # asked before the first forward, in which ranks may meet as well
     chunks, embeddings = _encode_without_graph(sides, encode, chunk_size)
+    _encode_idly(encode, chunks[-1], idle)
     leaves = [_leaf(side) for side in embeddings]
     value = loss(leaves)
     backward(value)
     done = _RandomState(chunks[0].features["input_ids"].device)
+    push = push or _by_autograd
+    for _ in range(idle):
+        with no_sync():
+            push(_nothing(encode([chunks[-1].features])[0]), False)
     starts = [0] * len(sides)
     for number, chunk in enumerate(chunks):
         rows = slice(starts[chunk.side], starts[chunk.side] + chunk.features["input_ids"].shape[0])
@@ -78,9 +92,9 @@ def cached_step(
         chunk.state.restore()
         if number + 1 < len(chunks):
             with no_sync():
-                _push(encode([chunk.features])[0], leaves[chunk.side], rows)
+                _push(encode([chunk.features])[0], leaves[chunk.side], rows, push, last=False)
         else:
-            _push(encode([chunk.features])[0], leaves[chunk.side], rows)
+            _push(encode([chunk.features])[0], leaves[chunk.side], rows, push, last=True)
     done.restore()
     return value.detach()
 
@@ -97,6 +111,15 @@ def _encode_without_graph(
                 parts.append(encode([features])[0])
         embeddings.append(Embeddings.cat(parts))
     return chunks, embeddings
+
+
+def _encode_idly(encode: Encode, chunk: _Chunk, times: int) -> None:
+    """Encode without use, and without drawing random numbers."""
+    state = _RandomState(chunk.features["input_ids"].device)
+    for _ in range(times):
+        with torch.no_grad():
+            encode([chunk.features])
+    state.restore()
 
 
 def split(features: Features, size: int) -> list[Features]:
@@ -119,7 +142,7 @@ def _leaf(embeddings: Embeddings) -> Embeddings:
     )
 
 
-def _push(chunk: Embeddings, leaves: Embeddings, rows: slice) -> None:
+def _push(chunk: Embeddings, leaves: Embeddings, rows: slice, push: Push, last: bool) -> None:
     """Backpropagate the cached gradient of these rows through the chunk's graph."""
     total = None
     for tensor, leaf in zip(chunk.arrays(), leaves.arrays(), strict=True):
@@ -131,4 +154,13 @@ def _push(chunk: Embeddings, leaves: Embeddings, rows: slice) -> None:
         part = (tensor * gradient).sum()
         total = part if total is None else total + part
     if total is not None:
-        total.backward()
+        push(total, last)
+
+
+def _nothing(chunk: Embeddings) -> Tensor:
+    """A scalar that depends on a chunk, with a gradient of zero."""
+    return sum((tensor * 0).sum() for tensor in chunk.arrays() if tensor.requires_grad)
+
+
+def _by_autograd(total: Tensor, last: bool) -> None:
+    total.backward()

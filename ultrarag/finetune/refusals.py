@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ultrarag.errors import UsageError
 from ultrarag.finetune.arguments import FinetuneArguments
+from ultrarag.finetune.distributed import world_size
 
 
 def refuse_unsupported(arguments: FinetuneArguments) -> None:
@@ -25,10 +28,16 @@ def refuse_unsupported(arguments: FinetuneArguments) -> None:
         )
     if arguments.lora.use_lora:
         _refuse_with_lora(arguments)
-    if arguments.model.sub_batch_size and training.deepspeed:
+    if training.fsdp:
+        _refuse_with_fsdp(training.fsdp_config)
+
+
+def _refuse_with_fsdp(config: Any) -> None:
+    if isinstance(config, dict) and int(config.get("version", 2)) != 2:
+        raise UsageError('--fsdp: version 1 in fsdp_config is not supported; give {"version": 2}, or leave it out')
+    if world_size() == 1:
         raise UsageError(
-            "--sub_batch_size does not work with --deepspeed, whose engine allows one backward per step; "
-            "leave one of them out (plain DDP works with --sub_batch_size)"
+            "--fsdp shards the weights over processes and there is one: start with torchrun"
         )
 
 

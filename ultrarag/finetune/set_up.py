@@ -29,6 +29,7 @@ from ultrarag.finetune.pairs import (
 from ultrarag.finetune.replay import SEED_OF_OLD, Plan, ReplayPlan
 from ultrarag.finetune.rerank_evaluation import read_rerank_evaluator
 from ultrarag.finetune.seen import record_of
+from ultrarag.finetune.sharding import load_models_whole
 from ultrarag.finetune.trainer import EmbeddingTrainer
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import registry
@@ -85,6 +86,7 @@ def load_encoder(arguments: FinetuneArguments, note: Callable[[str], None]) -> E
     """The model to train, with the run's instructions and lengths."""
     from transformers import set_seed
 
+    load_models_whole()
     set_seed(arguments.training.seed)  # fresh heads are drawn from the run's seed, the same on every rank
     model, data = arguments.model, arguments.data
     pairs = registry().adapter(arguments.adapter).declared.pair_input

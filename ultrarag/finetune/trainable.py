@@ -9,6 +9,7 @@ from torch import nn
 
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
+from ultrarag.finetune.sharding import layer_classes
 from ultrarag.hookspecs import Features
 from ultrarag.types import Embeddings
 
@@ -16,9 +17,10 @@ from ultrarag.types import Embeddings
 class Trainable(nn.Module):
     """An encoder's model under one forward that encodes all sides of a batch."""
 
-    def __init__(self, encoder: Encoder, heads: tuple[str, ...]) -> None:
+    def __init__(self, encoder: Encoder, heads: tuple[str, ...], model: nn.Module | None = None) -> None:
+        """Wrap the encoder's model, or the copy of it that is to be trained."""
         super().__init__()
-        self.model = encoder.model
+        self.model = encoder.model if model is None else model
         self.adapter = encoder.adapter
         self.heads = heads
 
@@ -26,6 +28,11 @@ class Trainable(nn.Module):
     def config(self) -> Any:
         """The backbone's configuration (DeepSpeed reads its hidden size)."""
         return self.model.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP shards one by one."""
+        return layer_classes(self.model)
 
     def forward(self, sides: Sequence[Features]) -> list[Embeddings]:
         """Encode each side, such as queries and passages."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ultrarag.checkpoint import Training
 from ultrarag.encoder import Encoder
@@ -29,11 +31,19 @@ from ultrarag.finetune.loader import PlannedLoader
 from ultrarag.finetune.lora import Lora
 from ultrarag.finetune.masking import FalseNegatives
 from ultrarag.finetune.rerank_evaluation import RerankEvaluator
+from ultrarag.finetune.saving import read_weights, remove_old, write_state
+from ultrarag.finetune.sharding import (
+    Weights,
+    fsdp_on_cpu,
+    load_models_whole,
+    load_sharded,
+    most_of_any_rank,
+    uses_engine,
+)
 from ultrarag.finetune.throughput import Throughput
 from ultrarag.finetune.trainable import Trainable
-from ultrarag.hookspecs import Features, LoadOptions
+from ultrarag.hookspecs import Features
 from ultrarag.loss_arguments import LossArguments
-from ultrarag.progress import quiet_progress
 from ultrarag.publish import write_checkpoint
 from ultrarag.types import Embeddings
 
@@ -56,14 +66,16 @@ class EmbeddingTrainer(Trainer):
         masking: FalseNegatives | None = None,
         peak_tflops: float | None = None,
     ) -> None:
+        self.trained = Weights(encoder, uses_engine(args))
         super().__init__(
-            model=Trainable(encoder, heads),
+            model=Trainable(encoder, heads, self.trained.model),
             args=args,
             train_dataset=loader.dataset,
             eval_dataset=loader.dataset if evaluator else None,  # the Trainer insists on one; `evaluate` is ours
             data_collator=loader.collate_fn,
             callbacks=list(callbacks),
         )
+        load_models_whole()
         self.encoder = encoder
         self.heads = heads
         self.loader = loader
@@ -73,12 +85,24 @@ class EmbeddingTrainer(Trainer):
         self.evaluator = evaluator
         self.lora = lora
         self.masking = masking
-        self.throughput = Throughput(encoder.model, args.device, args.bf16 or args.fp16, peak_tflops)
+        self.throughput = Throughput(self.trained.model, args.device, args.bf16 or args.fp16, peak_tflops)
         self.interrupt = StopOnInterrupt()
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(StderrProgress())
         self.add_callback(self.interrupt)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers does it, and FSDP where it is asked for."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            fsdp_on_cpu(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; afterwards the encoder has the weights."""
+        output = super().train(*args, **kwargs)
+        self.trained.settle()
+        return output
 
     # ---- data
 
@@ -108,13 +132,23 @@ class EmbeddingTrainer(Trainer):
                 sides,
                 functools.partial(self._encode, model),
                 lambda embeddings: self._loss(batch, embeddings) * share,
-                self.accelerator.backward,
+                Tensor.backward if self.is_deepspeed_enabled else self.accelerator.backward,
                 self.sub_batch_size,
                 functools.partial(self.accelerator.no_sync, model=model),
+                self._push if self.is_deepspeed_enabled else None,
+                most_of_any_rank if self.trained.engine else None,
             )
         loss = self._loss(batch, self._encode(model, sides)) * share
-        self.accelerator.backward(loss)
+        if self.is_deepspeed_enabled:
+            self._push(loss, last=True)
+        else:
+            self.accelerator.backward(loss)
         return loss.detach()
+
+    def _push(self, loss: Tensor, last: bool) -> None:
+        """Backward through DeepSpeed's engine; it steps after the last one, where the Trainer does."""
+        steps = last and self.accelerator.sync_gradients
+        self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=steps, scale_wrt_gas=False)
 
     def _encode(self, model: nn.Module, sides: Sequence[Features]) -> list[Embeddings]:
         with self.compute_loss_context_manager():
@@ -137,7 +171,7 @@ class EmbeddingTrainer(Trainer):
             in_batch_negatives=batch["in_batch_negatives"],
             false_negatives=mask,
         )
-        loss = self.encoder.adapter.loss(self.encoder.model, query, passage, teacher, step, arguments)
+        loss = self.encoder.adapter.loss(self.trained.model, query, passage, teacher, step, arguments)
         if not torch.isfinite(loss):
             raise TrainingError(_not_finite(loss, step, batch))
         return loss * mean_weight(queries, loss.device)
@@ -157,7 +191,8 @@ class EmbeddingTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure retrieval on the held-out data."""
         assert self.evaluator is not None
-        found = self.evaluator(self.encoder, self.heads)
+        with self.trained.whole():
+            found = self.evaluator(self.encoder, self.heads)
         metrics = {f"{metric_key_prefix}_{name.lower()}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -165,10 +200,10 @@ class EmbeddingTrainer(Trainer):
 
     # ---- saving
 
-    def weights(self, state_dict: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The encoder's state dict, out of the wrapper's (or a gathered one)."""
-        found = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
-        return {name.removeprefix("model."): value for name, value in found.items()}
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the encoder as it is now."""
+        with self.trained.whole():
+            self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -183,7 +218,7 @@ class EmbeddingTrainer(Trainer):
                     more = functools.partial(self.lora.save, matrices=matrices)
                     write_checkpoint(self.encoder, folder, self.lora.weights(), record, more)
             else:
-                write_checkpoint(self.encoder, folder, self.weights(state_dict), record)
+                write_checkpoint(self.encoder, folder, self.encoder.model.state_dict(), record)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write checkpoint-N beside, then rename it: a reader, and a resume, see all of it or nothing."""
@@ -204,32 +239,24 @@ class EmbeddingTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
         self._wait()
         if self.args.should_save:
-            self._write_state(stage)
+            write_state(self, stage)
             sync_tree(stage)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(stage, final)
             sync_directory(final.parent)
-            self._remove_old_checkpoints(final)
+            remove_old(final, self.state.best_model_checkpoint, self.args.save_total_limit)
         self._wait()
 
-    def _write_state(self, folder: Path) -> None:
-        """The Trainer's counters, with those of its callbacks (early stopping)."""
-        saved: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                saved[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _remove_old_checkpoints(self, newest: Path) -> None:
-        """Keep `save_total_limit` checkpoints: the newest, and the best one always."""
-        limit = self.args.save_total_limit
-        if not limit or limit <= 0:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As transformers does it; under FSDP without the weights, which `save_model` has written."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
             return
-        found = sorted(newest.parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
-        kept = {newest, Path(self.state.best_model_checkpoint or newest)}
-        removable = [path for path in found if path not in kept]
-        for path in removable[: max(0, len(found) - max(limit, len(kept)))]:
-            shutil.rmtree(path)
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _wait(self) -> None:
         if world_size() > 1:
@@ -239,29 +266,25 @@ class EmbeddingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put a checkpoint's weights into the model, every one of them, or raise."""
-        self._load_weights(resume_from_checkpoint)
+        if model is None:
+            self._load_weights(resume_from_checkpoint)
+        else:
+            load_sharded(model, read_weights(self.encoder, resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            super()._load_best_model()
-            return
         self._load_weights(str(self.state.best_model_checkpoint))
 
     def _load_weights(self, folder: str) -> None:
-        options = LoadOptions(
-            heads=self.encoder.heads,
-            pooling=self.encoder.settings.pooling,
-            normalize=self.encoder.settings.normalize,
-        )
-        with quiet_progress():
-            loaded = self.encoder.adapter.load(folder, options)
+        """Put a checkpoint's weights into the encoder."""
+        weights = read_weights(self.encoder, folder)
         if self.lora:
-            self.lora.restore(Path(folder), loaded.state_dict())
+            self.lora.restore(Path(folder), weights)
             return
         try:
-            self.encoder.model.load_state_dict(loaded.state_dict(), strict=True)
+            self.encoder.model.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model that is trained: {error}") from error
+        self.trained.settled()
 
 
 def _not_finite(loss: Tensor, step: int, batch: TrainingBatch) -> str:
