@@ -24,6 +24,7 @@ from ultrarag.files import sync_tree, write_json
 from ultrarag.progress import progress_bar
 from ultrarag.retrieve.backends import Backend, Schema, create, open_backend, remove
 from ultrarag.retrieve.backends.base import SCHEMA_FILE
+from ultrarag.retrieve.encoded import Encoded, Known
 from ultrarag.retrieve.followers import Follower, Vectors
 from ultrarag.retrieve.generations import Catalog, Generation, Layout
 from ultrarag.retrieve.store import Store
@@ -51,6 +52,8 @@ class Build:
         self.directory = self.layout.building(generation.id)
         self.encoder = load_encoder(self.directory, generation, device)
         self.backend = self._vectors()
+        self.ahead = Encoded(root, generation.fingerprint, generation.heads, generation.precision)
+        self._known = Known()
         self.state = read_progress(self.directory) or {
             "row": 0,
             "encoded": 0,
@@ -70,6 +73,7 @@ class Build:
         self.store.close()
         sync_tree(self.directory)
         os.rename(self.directory, self.layout.final(self.generation.id))
+        self.ahead.remove()
 
     def _fill(self, progress: bool | None) -> None:
         """Encode all passages written before the build began."""
@@ -81,6 +85,7 @@ class Build:
             bar.update(self.state["encoded"])
             cost = 0.0
             while chunk := self.store.scan(self.state["row"], self.chunk, base):
+                self._known = self.ahead.known([row for row, _ in chunk])
                 vectors.put([passage for _, passage in chunk])
                 self.state["row"], self.state["encoded"] = chunk[-1][0], self.state["encoded"] + len(chunk)
                 self.state["seconds"] = spent + time.monotonic() - started
@@ -108,6 +113,9 @@ class Build:
         return max(self.store.count(), self.state["encoded"])
 
     def _encode(self, texts: Any) -> Embeddings:
+        return self._known.fill(list(texts), self._encode_now)
+
+    def _encode_now(self, texts: Any) -> Embeddings:
         return self.encoder.encode(list(texts), "passage", heads=self.generation.heads, progress=False, cuts=self.cuts)
 
     def _vectors(self) -> Backend:

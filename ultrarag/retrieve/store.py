@@ -117,6 +117,11 @@ class Store:
         with self.database.reading() as db:
             return _last_seq(db)
 
+    def last_row(self) -> int:
+        """The highest row number; 0 where there is no passage."""
+        with self.database.reading() as db:
+            return int(db.execute("SELECT coalesce(max(row), 0) FROM passages").fetchone()[0])
+
     def changes(self, after: int, limit: int) -> Changes | None:
         """Return what the next `limit` entries of the log did, or None when there are none."""
         with self.database.reading() as db:
@@ -160,8 +165,7 @@ class Store:
 
     def sample(self, size: int, up_to_seq: int) -> list[Passage]:
         """Return up to `size` passages written up to an entry of the log, spread evenly, the same ones each time."""
-        with self.database.reading() as db:
-            last = db.execute("SELECT coalesce(max(row), 0) FROM passages").fetchone()[0]
+        last = self.last_row()
         step = max(1, last // size)
         found = {passage.id: passage for row in range(0, last, step) for _, passage in self.scan(row, 1, up_to_seq)}
         return list(found.values())[:size]
