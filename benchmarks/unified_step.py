@@ -12,6 +12,7 @@ fp32, AdamW (fused), temperature 0.02, self-distillation from the first step.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -199,9 +200,11 @@ def ours(folder: str) -> tuple[Any, Any]:
     module = Trainable(encoder, ("dense", "sparse", "colbert")).train()
     arguments = LossArguments(temperature=0.02, group_size=GROUP, use_self_distill=True, self_distill_start_step=0)
 
+    steps = itertools.count()  # self-distillation begins with the second, as with the peer
+
     def step(sides: Any) -> Any:
         query, passage = module(sides)
-        return encoder.adapter.loss(encoder.model, query, passage, None, 0, arguments)
+        return encoder.adapter.loss(encoder.model, query, passage, None, next(steps), arguments)
 
     return module, step
 
