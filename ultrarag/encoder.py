@@ -341,7 +341,7 @@ class Encoder:
         return side_by_side(batches)
 
     def _forward(self, features: Features, heads: tuple[str, ...], dtype: torch.dtype | None) -> Embeddings:
-        moved = cast(Features, {name: self._moved(value) for name, value in features.items()})  # type: ignore[attr-defined]
+        moved = cast(Features, {name: self._moved(value) for name, value in features.items()})
         moved["heads"] = heads
         context = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
         with context:

@@ -36,9 +36,7 @@ def _refuse_with_fsdp(config: Any) -> None:
     if isinstance(config, dict) and int(config.get("version", 2)) != 2:
         raise UsageError('--fsdp: version 1 in fsdp_config is not supported; give {"version": 2}, or leave it out')
     if world_size() == 1:
-        raise UsageError(
-            "--fsdp shards the weights over processes and there is one: start with torchrun"
-        )
+        raise UsageError("--fsdp shards the weights over processes and there is one: start with torchrun")
 
 
 def _refuse_with_lora(arguments: FinetuneArguments) -> None:
