@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ultrarag import hookimpl
-from ultrarag.errors import DataError
+from ultrarag.errors import DataError, UsageError
 from ultrarag.plugins import registry
 from ultrarag.retrieve import rerank
 from ultrarag.testing.tiny import tiny_cross_encoder, tiny_tokenizer
@@ -43,6 +43,24 @@ def test_the_rerankers_score_makes_the_order_and_the_former_is_kept() -> None:
     assert found[0].scores == {"dense": 0.7, "retrieval": 0.7}
     assert found[0].passage is HITS[2].passage
     assert [item.score for item in HITS] == [0.9, 0.8, 0.7, 0.1]
+
+
+def test_a_weight_adds_the_rerankers_scores_to_the_hits_own() -> None:
+    encoder = Overlap()
+    alone, none, little, much = (
+        [item.id for item in rerank(encoder, "red apple pie", HITS, weight=weight)]  # type: ignore[arg-type]
+        for weight in (None, 0, 0.22, 100)
+    )
+    assert none == ["a", "b", "c", "d"]
+    assert little == ["b", "a", "c", "d"]
+    assert much == alone == ["c", "b", "a", "d"]
+    (found, *_) = rerank(encoder, "red apple pie", HITS, weight=1)  # type: ignore[arg-type]
+    own, others = np.array([0.9, 0.8, 0.7, 0.1]), np.array([0, 2 / 3, 1, 0])
+    total = (own - own.mean()) / own.std() + (others - others.mean()) / others.std()
+    assert found.score == pytest.approx(total.max(), abs=1e-6)
+    assert found.scores["reranker"] == pytest.approx(others[total.argmax()])
+    with pytest.raises(UsageError, match="weight is -1"):
+        rerank(encoder, "red", HITS, weight=-1)  # type: ignore[arg-type]
 
 
 def test_it_reads_title_and_text_and_passes_options_on() -> None:
