@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
-# Extra arguments for the command behind a target: make test ARGS="-k ir -x"
+# Extra arguments for the command behind a target: make test ARGS="-n 0 -k ir -x" (-n 0: in one process)
 ARGS ?=
 
 .PHONY: help demo test lint bench venv
@@ -18,7 +18,7 @@ demo: venv
 	$(BIN)/python -m ultrarag.demo $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -47,7 +47,7 @@ def test_a_folder_that_is_no_index_is_not_removed(few_pairs, tmp_path):
 
 
 def test_an_error_is_one_line_and_status_1(few_pairs, monkeypatch, tmp_path, capsys):
-    def fails(*_: object) -> None:
+    def fails(*args: object, **options: object) -> None:
         raise TrainingError("the loss is not finite")
 
     monkeypatch.setattr(demo, "run_demo", fails)
