@@ -331,7 +331,7 @@ def test_deepspeed_names_the_extra_and_checks_the_file(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     ours = sorted((Path(__file__).parents[2] / "resources/deepspeed").glob("ds_stage*.json"))
-    assert [json.loads(path.read_text())["fp16"]["enabled"] for path in ours] == ["auto", "auto"]
+    assert [json.loads(path.read_text())["fp16"]["enabled"] for path in ours] == ["auto"] * 4
     with pytest.raises(UsageError, match=r"pip install ultrarag\[deepspeed\]"):
         parse("--deepspeed", str(ours[0]))
     with pytest.raises(UsageError, match="no such file"):
