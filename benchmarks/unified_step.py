@@ -67,7 +67,12 @@ def compare(vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = {name: {"steps": [], "before_mib": ask(worker)} for name, worker in workers.items()}
         for number in range(-1, options.rounds):
             for name in list(workers)[:: 1 if number % 2 else -1]:
-                step = ask(workers[name], f"step {number + 1}")
+                try:
+                    step = ask(workers[name], f"step {number + 1}")
+                except Ended as error:  # such as the kernel's answer to more memory than there is
+                    found[name]["ended"] = str(error)
+                    del workers[name]
+                    continue
                 if number >= 0:
                     found[name]["steps"].append(step)
                 print(f"vocabulary {vocabulary} round {number}: {name} {step}", file=sys.stderr, flush=True)
@@ -83,9 +88,10 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         "median": {
             name: {key: median(step[key] for step in one["steps"]) for key in ("wall", "processor")}
             for name, one in found.items()
+            if "ended" not in one
         }
     }
-    if len(found) == 2:
+    if len(rows["median"]) == 2:
         ours, theirs = found["ultrarag"], found["FlagEmbedding"]
         pairs = list(zip(ours["steps"], theirs["steps"], strict=True))
         rows["ratio"] = {key: median(a[key] / b[key] for a, b in pairs) for key in ("wall", "processor")}
@@ -94,6 +100,10 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             theirs["peak_mib"] - theirs["before_mib"]
         )
     return rows
+
+
+class Ended(Exception):
+    """A worker is no more."""
 
 
 def start(name: str, python: str, folder: str, options: argparse.Namespace) -> subprocess.Popen[str]:
@@ -114,7 +124,7 @@ def ask(worker: subprocess.Popen[str], command: str = "") -> Any:
     for line in worker.stdout:
         if line.startswith("=> "):
             return json.loads(line[3:])
-    raise SystemExit(f"{worker.args} ended with {worker.wait()}")
+    raise Ended(f"ended with {worker.wait()} (-9: killed, most often for its memory)")
 
 
 def make_model(folder: Path, vocabulary: int, tiny: bool) -> None:
@@ -267,6 +277,9 @@ def render(report: dict[str, Any]) -> str:
     ]
     for row in report["rows"]:
         for name, one in row["contenders"].items():
+            if "ended" in one:
+                lines.append(f"| {row['vocabulary']} | {name}: {one['ended']} | | | | |")
+                continue
             middle = row["median"][name]
             lines.append(
                 f"| {row['vocabulary']} | {name} | {middle['wall']:.2f} | {middle['processor']:.2f} "
