@@ -60,7 +60,8 @@ def _train_step(report: Any) -> Plots:
 
 def _unified_step(report: Any) -> Plots:
     for row in report["rows"]:
-        size, found = row["vocabulary"], row["contenders"].items()
+        size = row["vocabulary"]
+        found = [(name, one) for name, one in row["contenders"].items() if "ended" not in one]
         seconds = [(name, row["median"][name]["wall"]) for name, _ in found]
         yield f"Seconds of a step, vocabulary {size}", bars([(name, s, f"{s:.2f}") for name, s in seconds])
         peaks = [(name, one["peak_mib"], f"{one['peak_mib']:.0f}") for name, one in found]
