@@ -116,7 +116,7 @@ def metrics(folder: Path) -> dict[str, float]:
 @pytest.mark.parametrize(("engine", "layout"), ENGINES)
 def test_engine_gives_the_vectors_of_one_process_and_resumes(engine, layout, work, one, tiny_m3) -> None:
     """GradCache with chunks of two texts, cross-device negatives, and a rank with fewer chunks than the other."""
-    name = layout.replace(" ", "")
+    name = "".join(filter(str.isalnum, layout))
     cached = ["sub_batch_size", 2, "save_steps", 2, "eval_data", work / "train.jsonl", "eval_steps", 2]
     again = [*cached, "resume_from_checkpoint", work / name / "checkpoint-2"]
     runs = [flags(work, tiny_m3, name, *cached) + engine, flags(work, tiny_m3, f"{name}-resumed", *again) + engine]
@@ -130,7 +130,7 @@ def test_engine_gives_the_vectors_of_one_process_and_resumes(engine, layout, wor
 @long
 @pytest.mark.parametrize(("engine", "layout"), ENGINES)
 def test_engine_with_plain_and_accumulated_steps(engine, layout, work, one, tiny_m3) -> None:
-    name = f"{layout.replace(' ', '')}-plain"
+    name = "".join(filter(str.isalnum, layout)) + "-plain"
     accumulated = ["gradient_accumulation_steps", 2, "max_steps", 2]
     runs = [
         flags(work, tiny_m3, name, "gradient_checkpointing", True),
