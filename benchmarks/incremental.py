@@ -241,6 +241,7 @@ def main() -> None:
         "max_forgetting": arguments.max_forgetting,
         "max_steps": arguments.max_steps,
         "group_size": arguments.group_size,
+        "replay_ratio": arguments.replay_ratio,
         "mined": sha256_of(arguments.mined) if arguments.mined else None,
     }
     # runs of other settings are no runs to go on with
