@@ -8,15 +8,11 @@ beam of thousands.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from grpc import RpcError
-from pymilvus import MilvusClient, MilvusException
-from pymilvus.exceptions import ErrorCode
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.retrieve.backends.base import Progress, Scored
@@ -29,6 +25,7 @@ from ultrarag.retrieve.backends.batches import (
     sparse_query,
     token_query,
 )
+from ultrarag.retrieve.backends.milvus_connection import STRONG, MilvusConnection
 from ultrarag.retrieve.backends.milvus_rows import (
     expression,
     lexical_row,
@@ -44,8 +41,7 @@ from ultrarag.retrieve.backends.milvus_rows import (
     word_index,
 )
 from ultrarag.retrieve.backends.points import key
-from ultrarag.retrieve.backends.server import REQUEST_POINTS, Clients, ServerBackend, requests
-from ultrarag.retrieve.backends.uri import Address
+from ultrarag.retrieve.backends.server import REQUEST_POINTS, ServerBackend, requests
 from ultrarag.retrieve.filters import Filter, parse
 from ultrarag.retrieve.postings import ranked, top
 from ultrarag.types import Embeddings
@@ -54,32 +50,10 @@ from ultrarag.types import Embeddings
 HNSW_EF, EXACT_EF = 128, 4096
 #: Most hits that Milvus gives to a search.
 MOST_HITS = 16_384
-#: What pymilvus says when the server is away.
-_AWAY = ("UNAVAILABLE", "Connection refused", "server unavailable", "StatusCode.CANCELLED")
-#: The code of a collection that has to be loaded, as after its server was started again.
-_NOT_LOADED = 101
-#: Every read sees every write before it.
-STRONG: dict[str, Any] = {"consistency_level": "Strong"}
-
-logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error, with its trace, before raising it
 
 
-def connect(address: Address) -> MilvusClient:
-    """Connect; the server must answer."""
-    return MilvusClient(
-        uri=address.url,
-        token=address.secret() or "",
-        db_name=address.database,
-        timeout=address.timeout,
-        dedicated=True,
-        grpc_options={"grpc.keepalive_time_ms": 300_000},  # every 10 s, its default, makes servers hang up on it
-    )
-
-
-class MilvusServer(ServerBackend):
+class MilvusServer(MilvusConnection, ServerBackend):
     """The vectors of one generation in a collection of a Milvus server; token vectors in one beside it."""
-
-    clients = Clients(connect)
 
     @property
     def _tokens(self) -> str:
@@ -204,11 +178,6 @@ class MilvusServer(ServerBackend):
     def _vector_fields(self) -> list[str]:
         return [*(["dense"] if self.schema.dense else []), *(["sparse"] if self.schema.sparse else [])]
 
-    @property
-    def _time(self) -> dict[str, float]:
-        """What a single try may take; pymilvus tries again by itself within it."""
-        return {"timeout": self.address.timeout}
-
     def _create(self) -> None:
         if self.schema.colbert:
             self._make(self._tokens, tokens_schema(self.schema), tokens_indexes())
@@ -324,26 +293,6 @@ class MilvusServer(ServerBackend):
         rows = self._rows(list(dict.fromkeys(key(id) for id in ids)), fields)
         known = (rows.get(key(id)) for id in ids)
         return np.array([np.nan if row is None else score(row) for row in known], np.float64)
-
-    def _pause_after(self, error: Exception) -> float | None:
-        if isinstance(error, MilvusException) and error.code == _NOT_LOADED:
-            self._load()
-            return 0.0
-        limited = isinstance(error, MilvusException) and error.code == ErrorCode.RATE_LIMIT
-        return 0.0 if limited or _unavailable(error) else None
-
-    def _named(self, error: Exception) -> Exception:
-        if isinstance(error, MilvusException | RpcError):
-            return self._say(getattr(error, "message", None) or error)
-        return error
-
-
-def _unavailable(error: Exception) -> bool:
-    """Tell whether the server is away; pymilvus closes the channel under other threads while it connects again."""
-    if isinstance(error, ValueError):
-        return "closed channel" in str(error)
-    text = str(error)
-    return isinstance(error, MilvusException | RpcError) and any(part in text for part in _AWAY)
 
 
 def _matrix(rows: Sequence[Mapping[str, Any]], width: int | None) -> np.ndarray:

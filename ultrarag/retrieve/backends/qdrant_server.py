@@ -6,19 +6,13 @@ engine. A write returns when the server has applied it, which is what keeps a fa
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import httpx
 import numpy as np
-from qdrant_client import QdrantClient, models
-from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
-from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
+from qdrant_client import models
 
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.backends.base import Progress, Schema, Scored
@@ -32,8 +26,9 @@ from ultrarag.retrieve.backends.batches import (
     token_query,
 )
 from ultrarag.retrieve.backends.points import FACTS, key, new_number_fields, stored_id, to_payload
+from ultrarag.retrieve.backends.qdrant_connection import QdrantConnection
 from ultrarag.retrieve.backends.qdrant_server_points import floats_of, lexical_row, named_vectors, settings, to_filter
-from ultrarag.retrieve.backends.server import REQUEST_POINTS, Clients, ServerBackend, requests
+from ultrarag.retrieve.backends.server import REQUEST_POINTS, ServerBackend, requests
 from ultrarag.retrieve.backends.uri import Address
 from ultrarag.retrieve.filters import Filter, parse
 from ultrarag.retrieve.postings import ranked
@@ -46,31 +41,10 @@ MANY = 10_000
 
 _EXACT = models.SearchParams(exact=True)
 _NUDGE = models.OptimizersConfigDiff()
-#: The local mode is not made for several threads.
-_ONE_THREAD = threading.RLock()
-#: Statuses of HTTP after which the same request may succeed.
-_PASSING = (429, 502, 503, 504)
-
-_Result = TypeVar("_Result")
 
 
-def connect(address: Address) -> QdrantClient:
-    """Make a client; nothing is sent yet."""
-    if address.folder is not None:
-        return QdrantClient(path=str(address.folder), force_disable_check_same_thread=True)
-    return QdrantClient(
-        url=address.url,
-        api_key=address.secret(),
-        https=address.tls,
-        timeout=max(1, int(address.timeout)),
-        check_compatibility=False,  # one request more, and a warning where the server is away
-    )
-
-
-class QdrantServer(ServerBackend):
+class QdrantServer(QdrantConnection, ServerBackend):
     """The vectors of one generation in a collection of a Qdrant server."""
-
-    clients = Clients(connect)
 
     def __init__(self, directory: Path, schema: Schema, address: Address, collection: str) -> None:
         super().__init__(directory, schema, address, collection)
@@ -173,10 +147,6 @@ class QdrantServer(ServerBackend):
             if progress is not None:
                 progress(time.monotonic() - started)
 
-    def _call(self, work: Callable[[Any], _Result]) -> _Result:
-        with _ONE_THREAD if self.address.folder is not None else nullcontext():
-            return super()._call(work)
-
     def _create(self) -> None:
         self._call(lambda client: client.create_collection(self.collection, **settings(self.schema)))
         self._number_indexes = set()
@@ -258,36 +228,6 @@ class QdrantServer(ServerBackend):
     def _index(self, field: str, kind: models.PayloadSchemaType) -> None:
         if self.address.folder is None:  # the local mode has no indexes
             self._call(lambda client: client.create_payload_index(self.collection, field, kind, wait=True))
-
-    def _pause_after(self, error: Exception) -> float | None:
-        if isinstance(error, ResourceExhaustedResponse):
-            return float(error.retry_after_s)
-        if isinstance(error, UnexpectedResponse) and error.status_code in _PASSING:
-            return 0.0
-        broken = isinstance(error, ResponseHandlingException) and isinstance(error.source, httpx.TransportError)
-        return 0.0 if broken else None
-
-    def _named(self, error: Exception) -> Exception:
-        if isinstance(error, UnexpectedResponse):
-            return self._say(_reason(error))
-        if isinstance(error, ResponseHandlingException):
-            return self._say(
-                f"no answer within {self.address.timeout:g} s ({error.source or type(error.source).__name__})"
-            )
-        if isinstance(error, ApiException | ResourceExhaustedResponse | RuntimeError | OSError):
-            return self._say(error)
-        return error
-
-
-def _reason(error: UnexpectedResponse) -> str:
-    """What the server said; a key that is wrong is said to be."""
-    if error.status_code in (401, 403):
-        return f"the server refuses the API key ({error.status_code}); set QDRANT_API_KEY, or key_env in the URI"
-    try:
-        told = json.loads(error.content)["status"]["error"]
-    except (ValueError, KeyError, TypeError):
-        told = error.content.decode(errors="replace")
-    return f"HTTP {error.status_code} {error.reason_phrase}: {told}"
 
 
 def _sparse(weights: tuple[np.ndarray, np.ndarray]) -> models.SparseVector:

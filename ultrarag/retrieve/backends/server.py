@@ -103,22 +103,70 @@ def requests(items: Sequence[_Item], floats: Callable[[_Item], int]) -> Iterator
         yield part
 
 
-class ServerBackend:
-    """The local half of an engine in a server: directory, owner, connection; subclasses speak to the server."""
+class Connection:
+    """A borrowed client of one server, asked with patience; subclasses know its errors."""
 
     clients: Clients
 
-    def __init__(self, directory: Path, schema: Schema, address: Address, collection: str) -> None:
-        self.directory, self.schema, self.address, self.collection = directory, schema, address, collection
-        self._lock = files.OwnerLock(directory)
+    def __init__(self, address: Address, collection: str, place: str) -> None:
+        """Connect; `place` is what an error calls this once it was closed."""
+        self.address, self.collection, self._place = address, collection, place
         self._closing = threading.Lock()
         self._client: Any = None
         try:
             self._client = self.clients.borrow(address)
-        except BaseException as error:
-            self._lock.release()
-            if isinstance(error, Exception) and (named := self._named(error)) is not error:
+        except Exception as error:
+            if (named := self._named(error)) is not error:
                 raise named from error
+            raise
+
+    def close(self) -> None:
+        """Let go of the connection; the collection stays; closing twice is harmless."""
+        with self._closing:
+            if self._client is not None:
+                self._client = None
+                self.clients.release(self.address)
+                self._closed()
+
+    def _closed(self) -> None:
+        """What else ends with the connection."""
+
+    def _open(self) -> Any:
+        client = self._client
+        if client is None:
+            raise IndexStateError(f"'{self._place}' was closed; open it again")
+        return client
+
+    def _call(self, work: Callable[[Any], _Result]) -> _Result:
+        """Ask the server, with patience; an error names it."""
+        client = self._open()
+        try:
+            return patiently(lambda: work(client), self._pause_after, self.address.timeout)
+        except Exception as error:
+            if (named := self._named(error)) is not error:
+                raise named from error
+            raise
+
+    def _say(self, error: object) -> ServerError:
+        return ServerError(f"'{self.address.uri}', collection '{self.collection}': {str(error).strip()[:500]}")
+
+    def _pause_after(self, error: Exception) -> float | None:
+        raise NotImplementedError
+
+    def _named(self, error: Exception) -> Exception:
+        raise NotImplementedError
+
+
+class ServerBackend(Connection):
+    """The local half of an engine in a server: directory, owner, connection; subclasses speak to the server."""
+
+    def __init__(self, directory: Path, schema: Schema, address: Address, collection: str) -> None:
+        self.directory, self.schema = directory, schema
+        self._lock = files.OwnerLock(directory)
+        try:
+            super().__init__(address, collection, str(directory))
+        except BaseException:
+            self._lock.release()
             raise
 
     @classmethod
@@ -157,32 +205,8 @@ class ServerBackend:
         """Nothing is left to do: a write was confirmed by the server, which keeps it in its own log."""
         self._open()
 
-    def close(self) -> None:
-        """Let go of the connection, and let another owner in; the collection stays."""
-        with self._closing:
-            if self._client is not None:
-                self._client = None
-                self.clients.release(self.address)
-                self._lock.release()
-
-    def _open(self) -> Any:
-        client = self._client
-        if client is None:
-            raise IndexStateError(f"'{self.directory}' was closed; open it again")
-        return client
-
-    def _call(self, work: Callable[[Any], _Result]) -> _Result:
-        """Ask the server, with patience; an error names it."""
-        client = self._open()
-        try:
-            return patiently(lambda: work(client), self._pause_after, self.address.timeout)
-        except Exception as error:
-            if (named := self._named(error)) is not error:
-                raise named from error
-            raise
-
-    def _say(self, error: object) -> ServerError:
-        return ServerError(f"'{self.address.uri}', collection '{self.collection}': {str(error).strip()[:500]}")
+    def _closed(self) -> None:
+        self._lock.release()
 
     def _released_on_error(self) -> _Releasing:
         return _Releasing(self)
@@ -205,12 +229,6 @@ class ServerBackend:
         raise NotImplementedError
 
     def _drop(self) -> None:
-        raise NotImplementedError
-
-    def _pause_after(self, error: Exception) -> float | None:
-        raise NotImplementedError
-
-    def _named(self, error: Exception) -> Exception:
         raise NotImplementedError
 
 
