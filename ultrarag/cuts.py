@@ -22,10 +22,14 @@ class Cuts:
             before = self._found.get((what, limit), (0, 0))
             self._found[what, limit] = (before[0] + cut, before[1] + total)
 
-    def tell(self) -> None:
-        """Log what was cut since the last time, if anything was."""
+    def take(self) -> dict[tuple[str, int | None], tuple[int, int]]:
+        """Return what was counted since the last time: (what, limit in tokens) -> (cut, all)."""
         with self._mutex:
             found, self._found = self._found, {}
-        for (what, limit), (cut, total) in found.items():
+        return found
+
+    def tell(self) -> None:
+        """Log what was cut since the last time, if anything was."""
+        for (what, limit), (cut, total) in self.take().items():
             if cut:
                 logger.warning("%d of %d %s were longer than %s tokens and were cut", cut, total, what, limit)

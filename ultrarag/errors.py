@@ -42,6 +42,12 @@ class GateError(UltraragError):
     """A new generation was refused because it is worse or fails a sanity check; carries the numbers."""
 
 
+def kind_of(error: Exception) -> str:
+    """The name in this module under which another process is to raise an error; IndexStateError for one of others."""
+    names = (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+    return next(names, IndexStateError.__name__)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.cuts import Cuts
-from ultrarag.errors import CheckpointError, IndexStateError, UltraragError
+from ultrarag.errors import CheckpointError, IndexStateError, UltraragError, kind_of
 from ultrarag.files import sync_tree, write_json
 from ultrarag.progress import progress_bar
 from ultrarag.retrieve.backends import Backend, Schema, create, open_backend, remove
@@ -60,6 +60,8 @@ class Build:
             "applied": generation.base_seq,
             "seconds": 0.0,
         }
+        # a build on Ray notes all that is encoded, and apart from it what is up to `row`
+        self.state["encoded"] = self.state.pop("up_to_row", self.state["encoded"])
 
     def run(self, progress: bool | None = None) -> None:
         """Encode, catch up with the writes made meanwhile, optimise, and make the directory final."""
@@ -170,6 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--chunk", type=int, default=CHUNK)
     parser.add_argument("--progress", choices=["auto", "always", "never"], default="auto")
+    parser.add_argument("--ray", metavar="JOB", help="JSON of a RayJob")
     asked = parser.parse_args(arguments)
     _behave(asked.threads)
     wanted = {"auto": None, "always": True, "never": False}[asked.progress]
@@ -177,12 +180,20 @@ def main(arguments: list[str] | None = None) -> int:
         store = Store.open(asked.index, read_only=True)
         generation = Catalog(store).get(asked.generation)
         store.close()
-        Build(asked.index, generation, asked.device, asked.chunk).run(wanted)
+        _build(asked, generation).run(wanted)
     except (UltraragError, OSError) as error:
-        kind = type(error).__name__ if isinstance(error, UltraragError) else "IndexStateError"
-        print(json.dumps({"kind": kind, "message": str(error)}))
+        print(json.dumps({"kind": kind_of(error), "message": str(error)}))
         return 1
     return 0
+
+
+def _build(asked: argparse.Namespace, generation: Generation) -> Build:
+    if asked.ray is None:
+        return Build(asked.index, generation, asked.device, asked.chunk)
+    from ultrarag.retrieve.on_ray.build import RayBuild
+    from ultrarag.retrieve.on_ray.pool import RayJob
+
+    return RayBuild(asked.index, generation, asked.device, RayJob.from_json(asked.ray))
 
 
 def _behave(threads: int) -> None:

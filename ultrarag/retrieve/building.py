@@ -21,6 +21,7 @@ from ultrarag.retrieve.generations import Generation, Layout
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
     from ultrarag.retrieve.core import Core
+    from ultrarag.retrieve.on_ray.pool import RayJob
 
 #: The heads that an index can store.
 STORED = ("dense", "sparse", "colbert")
@@ -106,6 +107,8 @@ def copy_checkpoint(source: Path, manifest: Manifest, target: Path) -> None:
 
 def enter(core: Core, source: Source, backend: str | None, heads: tuple[str, ...]) -> Generation:
     """Return the unfinished or ready generation of an encoder, or a new one; unfinished ones of others are given up."""
+    if core.link is not None and backend not in (None, core.link.uri):
+        raise UsageError(f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out")
     wanted = (source.fingerprint, backend or core.live.generation.backend, heads, source.precision)
     for found in core.catalog.all():
         same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
@@ -121,6 +124,8 @@ def finish(core: Core, generation: Generation) -> Generation:
     """Enter a built generation as ready, with the writes that its builder applied."""
     done = read_progress(core.layout.final(generation.id)) or {}
     core.catalog.set_applied(generation.id, int(done.get("applied", generation.base_seq)))
+    if core.link is not None:
+        core.link.share(generation)
     if not core.catalog.set_state(generation.id, "ready", only_from=("building",)):
         raise IndexStateError(f"generation {generation.id} was discarded while it was built; build it again")
     return core.catalog.get(generation.id)
@@ -149,6 +154,7 @@ def run_builder(
     device: str | None = None,
     threads: int | None = None,
     progress: bool | None = None,
+    ray: RayJob | None = None,
     started: Callable[[subprocess.Popen[str]], None] = lambda child: None,
 ) -> None:
     """Run the builder process to its end; on Ctrl-C it is ended, and can be taken up again later.
@@ -160,6 +166,7 @@ def run_builder(
     wish = {None: "auto", True: "always", False: "never"}[progress]
     command = [sys.executable, "-m", "ultrarag.retrieve.builder", str(root), str(generation.id)]
     command += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
+    command += ["--ray", ray.to_json()] if ray else []
     # a session of its own: Ctrl-C reaches this process only, which then ends the builder in good order
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=_environment(threads), start_new_session=True

@@ -120,6 +120,13 @@ def _build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--threads", type=int, metavar="N", help="of the builder; default: half of the cores")
     _device(parser)
+    ray = parser.add_argument_group("Ray", "Encode on a Ray cluster and write to a server; see docs/distributed.md.")
+    ray.add_argument("--ray", metavar="ADDRESS", help="local, auto (the cluster of this machine), or HOST:PORT")
+    ray.add_argument("--workers", type=int, metavar="N", help="default: one for each GPU, or CPU without any")
+    ray.add_argument("--gpus_per_worker", type=float, metavar="X", help="such as 1 or 0.5; default: 1 if there are any")
+    ray.add_argument("--cpus_per_worker", type=int, metavar="N", help="without GPUs; default: 1")
+    ray.add_argument("--batch_tokens", type=int, metavar="N", help="padded tokens per forward of a worker")
+    ray.add_argument("--block", type=int, metavar="N", help="passages between two confirmations; default: 2048")
 
 
 def _swap(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from ultrarag.retrieve import printing
 from ultrarag.retrieve.evaluation import differences, evaluate_run
 from ultrarag.retrieve.generations import Generation
 from ultrarag.retrieve.live import LiveIndex
+from ultrarag.retrieve.on_ray.pool import RayPool
 from ultrarag.retrieve.reading import STDIN, passage_file, read_queries
 from ultrarag.retrieve.status import read_status
 from ultrarag.retrieve.store import Written
@@ -114,9 +115,29 @@ def status(arguments: argparse.Namespace) -> None:
 def build(arguments: argparse.Namespace) -> None:
     """Build a generation."""
     wishes = {name: getattr(arguments, name) for name in ("adapter", "backend", "heads", "threads")}
+    ray = _ray_pool(arguments)  # before the index is opened, which may take a while
     with _open(arguments) as live:
-        generation = live.build(arguments.checkpoint, **wishes)
+        generation = live.build(arguments.checkpoint, ray=ray, **wishes)
     _show(arguments, asdict(generation), printing.built)
+
+
+#: Flag -> field of a RayPool.
+_RAY = {
+    "workers": "workers",
+    "gpus_per_worker": "gpus",
+    "cpus_per_worker": "cpus",
+    "batch_tokens": "batch_tokens",
+    "block": "block",
+}
+
+
+def _ray_pool(arguments: argparse.Namespace) -> RayPool | None:
+    given = {flag: value for flag in _RAY if (value := getattr(arguments, flag)) is not None}
+    if arguments.ray is None:
+        if given:
+            raise UsageError(f"--{next(iter(given))} is for a build on Ray: say where with --ray ADDRESS")
+        return None
+    return RayPool(arguments.ray, **{_RAY[flag]: value for flag, value in given.items()})
 
 
 def swap(arguments: argparse.Namespace) -> None:

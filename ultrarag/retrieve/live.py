@@ -21,6 +21,7 @@ from ultrarag.retrieve.evaluation import Evaluation, evaluate
 from ultrarag.retrieve.flipping import Flip, Note, go_live
 from ultrarag.retrieve.gate import Gate
 from ultrarag.retrieve.generations import Generation
+from ultrarag.retrieve.on_ray.pool import RayJob, RayPool
 from ultrarag.retrieve.opening import lay_out
 from ultrarag.retrieve.records import records
 from ultrarag.retrieve.status import describe
@@ -266,6 +267,7 @@ class LiveIndex:
         device: str | None = None,
         threads: int | None = None,
         progress: bool | None = None,
+        ray: RayPool | None = None,
     ) -> Generation:
         """Encode all passages with another encoder into a new generation, while searches and writes go on.
 
@@ -280,6 +282,8 @@ class LiveIndex:
             device: default: that of the live encoder.
             threads: of the builder; default: half of the cores.
             progress: a bar on stderr; default: on a terminal.
+            ray: encode by the workers of a Ray cluster, which write to a server (docs/distributed.md); the checkpoint
+                is then a folder that all nodes see.
 
         Returns:
             the generation, "ready", for `swap`.
@@ -288,6 +292,7 @@ class LiveIndex:
             raise IndexStateError("a build is running already; wait for it to finish")
         try:
             core = self._core
+            job = ray and RayJob.of(ray, checkpoint, adapter, backend or core.live.generation.backend)
             source = Source(checkpoint, adapter, core.live.generation.precision)
             generation = enter(core, source, backend, stored_heads(source.heads, heads))
             if generation.state == "ready":
@@ -302,6 +307,7 @@ class LiveIndex:
                     threads=threads,
                     progress=progress,
                     started=self._started,
+                    **({"ray": job} if job else {}),
                 )
             return finish(core, generation)
         finally:

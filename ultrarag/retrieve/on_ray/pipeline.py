@@ -1,0 +1,139 @@
+"""Ray itself: a session, and the pipeline read -> encode and write -> confirm."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ultrarag.errors import IndexStateError
+from ultrarag.retrieve.on_ray.ledger import Ledger
+from ultrarag.retrieve.on_ray.pool import LOCAL, RayPool
+from ultrarag.retrieve.on_ray.worker import Attempts, Order, Worker, read_block
+
+#: Blocks that are read at a time.
+READERS = 2
+#: What Ray's processes find in their environment, unless it is set: no reports to its makers, no copies of the folder
+#: that `uv run` was called in, and no line on stderr for what Ray Data does itself (its log is in /tmp/ray).
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+}
+
+logger = logging.getLogger("ultrarag")
+
+
+@contextmanager
+def session(pool: RayPool) -> Iterator[Any]:
+    """Connect to Ray, or start one here, and yield the module; its workers end with the block.
+
+    Raises:
+        IndexStateError: when there is no Ray at the address, or its version or Python is another.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if pool.address == LOCAL and "RAY_AUTH_MODE" not in os.environ:  # its ports are open to the whole network
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+    import ray
+    import ray.data
+
+    on_end = signal.getsignal(signal.SIGTERM)  # Ray sets its own
+    try:
+        _init(ray, pool)
+        signal.signal(signal.SIGTERM, on_end)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _init(ray: Any, pool: RayPool) -> None:
+    own: dict[str, Any] = {}
+    if pool.address == LOCAL:
+        own = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, (pool.workers or 1) * pool.cpus)}
+    try:
+        ray.init(address=pool.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except Exception as error:
+        raise IndexStateError(
+            f"no connection to Ray at '{pool.address}': {_first_line(error)}; start it with `ray start --head` on one "
+            f"machine and `ray start --address=HOST:6379` on the others, or use 'local'"
+        ) from error
+
+
+def workers_of(ray: Any, pool: RayPool) -> tuple[int, float]:
+    """How many workers there are to be, and the GPUs of each (0: none).
+
+    Raises:
+        IndexStateError: when a Ray of our own could place none of them; a cluster may grow.
+    """
+    held = ray.cluster_resources()
+    gpus = pool.gpus if pool.gpus is not None else float(held.get("GPU", 0) >= 1)
+    unit, name = (gpus, "GPU") if gpus else (pool.cpus, "CPU")
+    room = math.floor(held.get(name, 0) / unit)
+    workers = pool.workers or max(room, 1)
+    if workers > room:
+        told = f"Ray at '{pool.address}' has {held.get(name, 0):g} {name}s: room for {room} of {workers} workers"
+        if pool.address == LOCAL:
+            raise IndexStateError(f"{told}; ask for fewer, or less for each")
+        logger.warning("%s; the others wait until it grows", told)
+    return workers, gpus
+
+
+def confirmations(
+    ray: Any, pool: RayPool, order: Order, ledger: Ledger, root: str, up_to_seq: int
+) -> Iterator[dict[str, Any]]:
+    """Encode and write the blocks that have no line, and yield what the workers say of each: block, passages, cuts."""
+    workers, gpus = workers_of(ray, pool)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    counter = ray.remote(Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=here)
+    blocks = _blocks(ray, ledger.missing()).map_batches(
+        read_block,
+        fn_kwargs={"root": root, "first": ledger.first, "size": ledger.size, "up_to_seq": up_to_seq},
+        compute=ray.data.TaskPoolStrategy(size=READERS),
+        num_cpus=0,  # else they would wait for the CPUs that the workers hold, and these for them
+        label_selector=here,
+        **_ONE,
+    )
+    done = blocks.map_batches(
+        Worker,
+        fn_constructor_args=(order, counter.remote()),
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        **({"num_gpus": gpus} if gpus else {"num_cpus": pool.cpus}),
+        **_ONE,
+    )
+    for batch in done.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pyarrow"):
+        yield batch.to_pylist()[0]
+
+
+#: A block is one row, and a call has one block.
+_ONE: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+
+
+def _blocks(ray: Any, numbers: Sequence[int]) -> Any:
+    rows = [{"block": number} for number in numbers]
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
+
+
+def ray_failed(error: Exception) -> IndexStateError:
+    """What Ray, or a bug on one of its nodes, has ended a build with."""
+    return IndexStateError(
+        f"Ray ended the build: {_last_line(error)}; the blocks that were confirmed are kept: build the same checkpoint "
+        f"again to go on"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _last_line(error: Exception) -> str:
+    return next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)
