@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.retrieve import servers
 from ultrarag.retrieve import live as live_module
 from ultrarag.retrieve.builder import Build
 from ultrarag.retrieve.live import LiveIndex
@@ -54,3 +57,31 @@ def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
         Build(root, generation, device).run(False)
 
     monkeypatch.setattr(live_module, "run_builder", run)
+
+
+@pytest.fixture(scope="session")
+def milvus_lite(tmp_path_factory: pytest.TempPathFactory):
+    server = servers.MilvusLite(tmp_path_factory.mktemp("milvus") / "data")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def rest():
+    """Qdrant's REST interface in this process."""
+    pytest.importorskip("qdrant_client")
+    from tests.retrieve.qdrant_rest import Rest
+
+    server = Rest()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def memory(tmp_path: Path):
+    """A folder in memory where there is one: qdrant-client's local mode syncs the disk after every point."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)

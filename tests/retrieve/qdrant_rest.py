@@ -15,6 +15,10 @@ from pydantic import TypeAdapter
 from qdrant_client import QdrantClient, models
 
 
+class Taken(Exception):
+    """A collection of that name exists."""
+
+
 class Rest:
     """A server on loopback with everything in memory."""
 
@@ -69,11 +73,15 @@ class Rest:
         try:
             with self.lock:
                 result = self.route(method, path.split("?")[0], json.loads(body or "{}"))
+        except Taken as error:
+            return 409, {}, {"status": {"error": str(error)}}
         except ValueError as error:
             return 404, {}, {"status": {"error": str(error)}}
         return 200, {}, {"result": _plain(result), "status": "ok", "time": 0.0}
 
     def route(self, method: str, path: str, body: Any) -> Any:
+        if path == "/collections":
+            return _plain(self.local.get_collections())
         name, rest = re.fullmatch(r"/collections/([^/]+)(.*)", path).groups()  # type: ignore[union-attr]
         handlers = {
             ("PUT", ""): self.create,
@@ -93,6 +101,8 @@ class Rest:
 
     def create(self, name: str, body: Any) -> bool:
         wanted = models.CreateCollection.model_validate(body)
+        if self.local.collection_exists(name):
+            raise Taken(f"Wrong input: Collection `{name}` already exists!")
         self.indexes[name] = {}
         return self.local.create_collection(
             name, vectors_config=wanted.vectors or {}, sparse_vectors_config=wanted.sparse_vectors
@@ -131,7 +141,12 @@ class Rest:
     def scroll(self, name: str, body: Any) -> Any:
         wanted = models.ScrollRequest.model_validate(body)
         points, offset = self.local.scroll(
-            name, limit=wanted.limit, offset=wanted.offset, with_payload=wanted.with_payload, with_vectors=False
+            name,
+            wanted.filter,
+            limit=wanted.limit,
+            offset=wanted.offset,
+            with_payload=wanted.with_payload,
+            with_vectors=False,
         )
         return {"points": _plain(points), "next_page_offset": offset}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -50,34 +48,6 @@ NOT_HERE = (
 for _name, _test in vars(test_backends).items():
     if _name.startswith("test_") and not any(part in _name for part in NOT_HERE):
         globals()[_name] = _test
-
-
-@pytest.fixture(scope="session")
-def milvus_lite(tmp_path_factory: pytest.TempPathFactory):
-    server = servers.MilvusLite(tmp_path_factory.mktemp("milvus") / "data")
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def rest():
-    """Qdrant's REST interface in this process."""
-    pytest.importorskip("qdrant_client")
-    from tests.retrieve.qdrant_rest import Rest
-
-    server = Rest()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def memory(tmp_path: Path):
-    """A folder in memory where there is one: qdrant-client's local mode syncs the disk after every point."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(params=list(ENGINES))

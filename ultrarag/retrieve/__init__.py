@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.mining.miner import mine
     from ultrarag.retrieve.refresh_report import RefreshReport
     from ultrarag.retrieve.reranking import rerank
+    from ultrarag.retrieve.shared.creation import remove_shared
     from ultrarag.retrieve.status import read_passages, read_status
     from ultrarag.retrieve.store import Written
     from ultrarag.retrieve.trec import read_run, write_run
@@ -31,6 +32,7 @@ _HOMES = {
     "read_passages": "ultrarag.retrieve.status",
     "read_run": "ultrarag.retrieve.trec",
     "read_status": "ultrarag.retrieve.status",
+    "remove_shared": "ultrarag.retrieve.shared.creation",
     "rerank": "ultrarag.retrieve.reranking",
     "write_run": "ultrarag.retrieve.trec",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "read_passages",
     "read_run",
     "read_status",
+    "remove_shared",
     "rerank",
     "write_run",
 ]

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ultrarag.errors import IndexStateError, UltraragError
+from ultrarag.errors import IndexStateError, UltraragError, UsageError
 from ultrarag.retrieve.backends import remove
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.followers import Follower
@@ -23,6 +23,8 @@ from ultrarag.retrieve.opening import REPAIR, open_serving, open_words
 from ultrarag.retrieve.ownership import OwnerLock
 from ultrarag.retrieve.searching import Searcher
 from ultrarag.retrieve.serving import Serving
+from ultrarag.retrieve.shared.link import URI, Link
+from ultrarag.retrieve.shared.watcher import Watcher
 from ultrarag.retrieve.store import Store
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ _Result = TypeVar("_Result")
 class Core:
     """Store, BM25 and the live pair of an index that this process owns."""
 
-    def __init__(self, root: Path, encoder: Encoder | None, device: str | None, repair: bool) -> None:
+    def __init__(
+        self, root: Path, encoder: Encoder | None, device: str | None, repair: bool, checkpoints: str | None = None
+    ) -> None:
         """Take the index, bring it up to date with its log, or leave everything as it was."""
         if not root.is_dir():
             raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
@@ -49,6 +53,11 @@ class Core:
             self.store = Store.open(root)
             undo.callback(self.store.close)
             self.catalog = Catalog(self.store)
+            self.link = self._linked(repair, checkpoints)
+            if self.link is not None:
+                undo.callback(self.link.close)
+                self.link.follow()
+                self.link.place(self.catalog.live())
             words = open_words(self.layout, self.store)
             self.bm25: BM25 | None = words[0] if words else None
             self.words: Follower | None = words[1] if words else None
@@ -60,12 +69,27 @@ class Core:
             self.device = str(serving.encoder.device)
             self._live: Serving | None = serving
             self.vectors: Follower = vectors
-            self.catch_up()
-            self._check_count(repair)
-            self.flush()
+            if self.link is None:  # else the vectors are the business of whoever writes
+                self.catch_up()
+                self._check_count(repair)
+                self.flush()
             serving.cuts.tell()
             self._lock = lock
+            self.watcher: Watcher | None = None
+            if self.link is not None:
+                self.link.settle = lambda: self.vectors.flush()  # those of whatever generation is live then
+                self.watcher = Watcher(self, self.link)
             undo.pop_all()
+
+    def _linked(self, repair: bool, checkpoints: str | None) -> Link | None:
+        if not (uri := self.store.get_meta(URI)):
+            return None
+        if repair:
+            raise UsageError(
+                f"'{self.layout.root}' mirrors the shared index '{uri}', whose vectors no one process repairs: build "
+                f"the same checkpoint again and swap, which encodes all passages into a new collection"
+            )
+        return Link(self.layout, self.store, checkpoints)
 
     def _check_count(self, repair: bool) -> None:
         """Find vectors that are missing, such as those of a repair that was cut off."""
@@ -98,7 +122,7 @@ class Core:
 
     def write(self, change: Callable[[], _Result]) -> _Result:
         """Make a durable change to the store, then bring vectors and words up to date with it."""
-        with self.writing:
+        with self.leading(), self.writing:
             _ = self.live
             result = change()
             try:
@@ -109,6 +133,46 @@ class Core:
                     f"write, or opening the index again, takes it up"
                 ) from error
         return result
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Be the one process that writes to the index; of one that is not shared it is anyway.
+
+        Raises:
+            LeaseError: when another process is writing, and does not finish.
+        """
+        if self.link is None:
+            yield
+            return
+        with self.writing:
+            _ = self.live
+            if self.link.take():
+                self.arrive()
+        try:
+            yield
+        finally:
+            self.link.leave()
+
+    def arrive(self) -> None:
+        """Go on where the process that wrote before has stopped."""
+        self.keep_up()
+        live = self.catalog.live()
+        self.vectors.applied = self.vectors.flushed = live.applied_seq
+
+    def keep_up(self) -> None:
+        """Apply what the mirror of a shared index learned: words, and another live generation."""
+        if self.words is not None:
+            with self.writing:
+                self.words.catch_up()
+        live = self.catalog.live()
+        if live.id == self.live.generation.id:
+            return
+        new, vectors = self.load(live)
+        with self.writing:
+            old, stale = self.live, self.catalog.live().id != live.id
+            if not stale:
+                self.replace(new, vectors)
+        self.let_go(new if stale else old)
 
     def catch_up(self) -> None:
         """Apply the log to the words and the live vectors."""
@@ -127,6 +191,8 @@ class Core:
         lingering, self._lingering = self._lingering, []
         for serving in lingering:
             self.let_go(serving)
+        if self.link is not None:
+            self.link.place(generation)
         return open_serving(self.layout, self.store, generation, device=self.device)
 
     def replace(self, new: Serving, vectors: Follower) -> None:
@@ -151,21 +217,28 @@ class Core:
             names = {path.name for g in kept for path in (self.layout.final(g.id), self.layout.building(g.id))}
             for folder in folders:
                 if folder.name not in names:
-                    remove(self.layout.vectors(folder))
+                    if self.link is None:
+                        remove(self.layout.vectors(folder))
                     shutil.rmtree(folder)
             needed = [g.base_seq if g.state == "building" else g.applied_seq for g in kept]
             self.store.forget(min([*needed, *([self.words.flushed] if self.words else [])]))
             if self.bm25 is not None:
                 self.bm25.vacuum()
+            if self.link is not None:
+                self.link.sweep()
 
     def close(self) -> None:
         """Flush and close everything; searches in flight finish first; closing twice is harmless."""
+        if self.watcher is not None:
+            self.watcher.stop()
         with self.writing:
             if self._live is None:
                 return
             with ExitStack() as parts:  # each is closed even when another cannot be
                 parts.callback(self._lock.release)
                 parts.callback(self.store.close)
+                if self.link is not None:
+                    parts.callback(self.link.close)
                 if self.bm25 is not None:
                     parts.callback(self.bm25.close)
                 serving, self._live = self._live, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Database:
         self.lock = threading.RLock()
         self._idle: list[sqlite3.Connection] = []
         self._closed = False
+        #: called with what a transaction has done, before that is kept; an error undoes it
+        self.before_commit: Callable[[sqlite3.Connection], None] | None = None
         with named_errors(path):
             self._writer = None if read_only else self._connect()
 
@@ -87,6 +89,8 @@ class Database:
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
+                if self.before_commit is not None:
+                    self.before_commit(db)
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:

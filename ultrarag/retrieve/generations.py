@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,8 @@ from ultrarag.retrieve.store import Store
 
 #: building -> ready -> live -> previous -> retired; a rollback exchanges live and previous.
 STATES = ("building", "ready", "live", "previous", "retired")
-_COLUMNS = "id, fingerprint, state, backend, heads, precision, base_seq, applied_seq, created, forced, metrics"
+#: Of the table, in the order in which `Generation` has them.
+COLUMNS = "id, fingerprint, state, backend, heads, precision, base_seq, applied_seq, created, forced, metrics"
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,12 @@ class Catalog:
     def all(self) -> list[Generation]:
         """Every generation, the oldest first."""
         with self._database.reading() as db:
-            rows = db.execute(f"SELECT {_COLUMNS} FROM generations ORDER BY id").fetchall()
-        return [_generation(row) for row in rows]
+            return self.read(db)
+
+    @staticmethod
+    def read(db: sqlite3.Connection) -> list[Generation]:
+        """Every generation, as a transaction sees them."""
+        return [_generation(row) for row in db.execute(f"SELECT {COLUMNS} FROM generations ORDER BY id").fetchall()]
 
     def get(self, id: int) -> Generation:
         """One generation; IndexStateError names those that exist."""

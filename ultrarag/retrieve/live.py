@@ -24,6 +24,7 @@ from ultrarag.retrieve.generations import Generation
 from ultrarag.retrieve.on_ray.pool import RayJob, RayPool
 from ultrarag.retrieve.opening import lay_out
 from ultrarag.retrieve.records import records
+from ultrarag.retrieve.shared.creation import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.retrieve.status import describe
 from ultrarag.retrieve.store import Written
 from ultrarag.types import Embeddings, Hit, Passage
@@ -61,9 +62,11 @@ class LiveIndex:
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str],
-        encoder: Encoder,
+        path: str | os.PathLike[str] | None = None,
+        encoder: Encoder | None = None,
         *,
+        uri: str | None = None,
+        checkpoints: str | os.PathLike[str] | None = None,
         backend: str | None = None,
         heads: Sequence[str] | None = None,
         bm25: bool = True,
@@ -71,8 +74,12 @@ class LiveIndex:
         """Create an empty index and open it; it appears whole or not at all.
 
         Args:
-            path: a directory that does not exist or is empty.
-            encoder: its checkpoint is copied into the index, so the original may be moved or deleted.
+            path: a directory that does not exist or is empty; may be left out with `uri`.
+            uri: "qdrant://host:6333/name" or "milvus://host:19530/name" for an index in that server which many
+                processes share (docs/shared-index.md); `path` then holds this process's mirror of it.
+            checkpoints: for a shared index: a folder that all its processes see; default: in `path`, which suits
+                processes on one machine.
+            encoder: needed; its checkpoint is copied into the index, so the original may be moved or deleted.
             backend: the vector engine: "qdrant-edge" or "numpy", whose vectors lie in the index, or a server, such as
                 "qdrant://host:6333" or "milvus://host:19530" (docs/backends.md); default: the first embedded one that
                 is installed.
@@ -83,12 +90,21 @@ class LiveIndex:
             UsageError: for an unknown backend or head, or an encoder without vectors.
             IndexStateError: when the directory holds something.
         """
-        root = Path(path)
+        if encoder is None or (path is None and uri is None):
+            raise UsageError("LiveIndex.create needs an encoder, and a path or a uri")
+        root = mirror_path(uri) if path is None and uri is not None else Path(path or "")
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise IndexStateError(
                 f"'{root}' is not empty; open the index with LiveIndex.open, or name another directory"
             )
         chosen = stored_heads(encoder.heads, heads)
+        if uri is not None:
+            if backend is not None:
+                raise UsageError("backend is for an index of this process alone; the uri says where a shared one is")
+            create_shared(root, encoder, uri, _text(checkpoints), chosen, bm25)
+            return cls.open(root, encoder)
+        if checkpoints is not None:
+            raise UsageError("checkpoints is for shared indexes: give a uri, or leave it out")
         with staged_directory(root) as stage:
             lay_out(stage, encoder, backend, chosen, bm25)
             publish_directory(stage, root)
@@ -97,15 +113,20 @@ class LiveIndex:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         encoder: Encoder | None = None,
         *,
+        uri: str | None = None,
+        checkpoints: str | os.PathLike[str] | None = None,
         device: str | None = None,
         repair: bool = False,
     ) -> LiveIndex:
         """Open an index; writes that a crash kept from the vectors are applied first.
 
         Args:
+            path: its directory; with `uri` a missing one is made, and it may be left out.
+            uri: of a shared index, of which the directory is, or becomes, this process's mirror.
+            checkpoints: of a shared index: the folder with its checkpoints, if it has another path on this machine.
             encoder: the live generation's, if it is loaded already; default: its copy in the index is loaded.
             device: where to load it, such as "cuda".
             repair: where the vectors are damaged, encode all passages again.
@@ -115,7 +136,15 @@ class LiveIndex:
             FingerprintError: when `encoder` is not the live generation's.
             CheckpointError: when the copy of the checkpoint is damaged.
         """
-        return cls(Core(Path(path), encoder, device, repair))
+        if path is None and uri is None:
+            raise UsageError("LiveIndex.open needs a path or a uri")
+        root = mirror_path(uri) if path is None and uri is not None else Path(path or "")
+        if uri is not None:
+            if root.exists() and any(root.iterdir()):
+                check_mirror(root, uri)
+            else:
+                create_mirror(root, uri, _text(checkpoints))
+        return cls(Core(root, encoder, device, repair, _text(checkpoints)))
 
     def __enter__(self) -> LiveIndex:
         return self
@@ -291,25 +320,26 @@ class LiveIndex:
         if not self._building.acquire(blocking=False):
             raise IndexStateError("a build is running already; wait for it to finish")
         try:
-            core = self._core
-            job = ray and RayJob.of(ray, checkpoint, adapter, backend or core.live.generation.backend)
-            source = Source(checkpoint, adapter, core.live.generation.precision)
-            generation = enter(core, source, backend, stored_heads(source.heads, heads))
-            if generation.state == "ready":
-                return generation
-            prepare(core.layout, generation, source)
-            del source  # a loaded encoder need not stay in memory
-            if not core.layout.final(generation.id).exists():
-                run_builder(
-                    self.path,
-                    generation,
-                    device=device or core.device,
-                    threads=threads,
-                    progress=progress,
-                    started=self._started,
-                    **({"ray": job} if job else {}),
-                )
-            return finish(core, generation)
+            with self._core.leading():
+                core = self._core
+                job = ray and RayJob.of(ray, checkpoint, adapter, backend or core.live.generation.backend)
+                source = Source(checkpoint, adapter, core.live.generation.precision)
+                generation = enter(core, source, backend, stored_heads(source.heads, heads))
+                if generation.state == "ready":
+                    return generation
+                prepare(core.layout, generation, source)
+                del source  # a loaded encoder need not stay in memory
+                if not core.layout.final(generation.id).exists():
+                    run_builder(
+                        self.path,
+                        generation,
+                        device=device or core.device,
+                        threads=threads,
+                        progress=progress,
+                        started=self._started,
+                        **({"ray": job} if job else {}),
+                    )
+                return finish(core, generation)
         finally:
             self._builder = None
             self._building.release()
@@ -342,13 +372,17 @@ class LiveIndex:
             GateError: when it is refused, with the numbers; nothing has changed then.
             IndexStateError: when the generation is not ready.
         """
-        found = self.generation(generation)
-        if found.state != "ready":
-            advice = {"live": "it is live already", "previous": "rollback brings it back", "building": "build it first"}
-            raise IndexStateError(
-                f"generation {found.id} is {found.state}, not ready: {advice.get(found.state, 'build it again')}"
-            )
-        with self._flipping:
+        with self._flipping, self._core.leading():
+            found = self.generation(generation)
+            if found.state != "ready":
+                advice = {
+                    "live": "it is live already",
+                    "previous": "rollback brings it back",
+                    "building": "build it first",
+                }
+                raise IndexStateError(
+                    f"generation {found.id} is {found.state}, not ready: {advice.get(found.state, 'build it again')}"
+                )
             return go_live(self._core, found, gate, force, metric, search, note)
 
     def refresh(
@@ -403,7 +437,7 @@ class LiveIndex:
             IndexStateError: when there is none.
             GateError: when it is not sound; nothing has changed then.
         """
-        with self._flipping:
+        with self._flipping, self._core.leading():
             previous = self._core.catalog.in_state("previous")
             if not previous:
                 raise IndexStateError("there is no previous generation to roll back to")
@@ -411,23 +445,31 @@ class LiveIndex:
 
     def discard(self, generation: int | Generation) -> None:
         """Give up a generation that is being built or ready; `vacuum` removes its files."""
-        found = self.generation(generation)
-        if not self._core.catalog.set_state(found.id, "retired", only_from=("building", "ready")):
-            now = self.generation(found.id)
-            raise IndexStateError(f"generation {now.id} is {now.state}; only one not yet live can be discarded")
+        with self._core.leading():
+            found = self.generation(generation)
+            if not self._core.catalog.set_state(found.id, "retired", only_from=("building", "ready")):
+                now = self.generation(found.id)
+                raise IndexStateError(f"generation {now.id} is {now.state}; only one not yet live can be discarded")
 
     def vacuum(self) -> None:
         """Remove the files of retired generations, old log entries and tombstones, and compact the databases."""
-        with self._flipping:
+        with self._flipping, self._core.leading():
             self._core.vacuum()
 
     def status(self) -> dict[str, Any]:
         """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk."""
         _ = self._core.live
-        return describe(self._core.layout, self._core.store)
+        found = describe(self._core.layout, self._core.store)
+        if (link := self._core.link) is not None and (watcher := self._core.watcher) is not None:
+            found["shared"] = {**link.describe(), "error": watcher.error}
+        return found
 
     def _started(self, child: subprocess.Popen[str]) -> None:
         self._builder = child
+
+
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
 
 
 def _id(generation: int | Generation) -> int:

@@ -112,6 +112,10 @@ class Store:
                 self._count = int(db.execute("SELECT count(*) FROM passages WHERE deleted = 0").fetchone()[0])
         return self._count
 
+    def recount(self) -> None:
+        """Count the passages anew when next asked: something else than this store's own methods wrote."""
+        self._count = None
+
     def last_seq(self) -> int:
         """The number of the last write."""
         with self.database.reading() as db:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from ultrarag.errors import IndexStateError
 from ultrarag.retrieve.backends import files
@@ -119,6 +119,12 @@ class Connection:
             if (named := self._named(error)) is not error:
                 raise named from error
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let go of the connection; the collection stays; closing twice is harmless."""

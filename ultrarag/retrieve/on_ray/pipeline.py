@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,13 +19,16 @@ from ultrarag.retrieve.on_ray.worker import Attempts, Order, Worker, read_block
 
 #: Blocks that are read at a time.
 READERS = 2
+#: How often a Ray of our own is started: its processes have 30 seconds, and a low priority.
+STARTS = 3
 #: What Ray's processes find in their environment, unless it is set: no reports to its makers, no copies of the folder
-#: that `uv run` was called in, and no line on stderr for what Ray Data does itself (its log is in /tmp/ray).
+#: that `uv run` was called in, no lines on stderr about what Ray Data does itself, and the priority of the builder,
+#: which is low already, where Ray's workers would take the lowest.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_worker_niceness": "0",
 }
 
 logger = logging.getLogger("ultrarag")
@@ -60,13 +64,36 @@ def _init(ray: Any, pool: RayPool) -> None:
     own: dict[str, Any] = {}
     if pool.address == LOCAL:
         own = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, (pool.workers or 1) * pool.cpus)}
+    for left in reversed(range(STARTS if own else 1)):
+        try:
+            with _no_stderr():
+                ray.init(address=pool.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left:
+                raise _no_ray(pool, error) from error
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Drop what a library in C++ writes: that it was told to be quiet, among others."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        ray.init(address=pool.address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except Exception as error:
-        raise IndexStateError(
-            f"no connection to Ray at '{pool.address}': {_first_line(error)}; start it with `ray start --head` on one "
-            f"machine and `ray start --address=HOST:6379` on the others, or use 'local'"
-        ) from error
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _no_ray(pool: RayPool, error: Exception) -> IndexStateError:
+    return IndexStateError(
+        f"no connection to Ray at '{pool.address}': {_first_line(error)}; start it with `ray start --head` on one "
+        f"machine and `ray start --address=HOST:6379` on the others, or use 'local'"
+    )
 
 
 def workers_of(ray: Any, pool: RayPool) -> tuple[int, float]:
