@@ -1,15 +1,11 @@
-"""A model of one index that many processes share in a vector server, and a search of all that can happen in it.
+"""A model of one index that many processes share in a server, and a search of all that can happen in it.
 
-No such index exists in the library yet: this is its protocol on paper, and what it must not leave out. docs/scale.md
-tells it in words. What the server holds:
+It follows `ultrarag.retrieve.shared` request by request; docs/shared-index.md tells the rules in words. What the server
+holds: the highest lease, a state for each lease, one passage whose n-th version is entry n of the log, and what each of
+two generations has of it. Two processes take the lease from each other, write, and flip; others search.
 
-- a *control record*: which generation is live, how long the write log is, and who holds the lease, under which number.
-  It is one point of a small collection, and changes only by compare-and-set;
-- a collection for each generation, under a name that is never used again; and an alias, for people and other programs.
-
-Time is not modelled: a lease may run out at any moment, and a process may stand still for as long as it likes between
-two of its requests. What holds here holds whatever the clocks say. The index has one passage, whose n-th version is
-entry n of the log.
+A lease may be taken over at any moment. What the clocks are for is one rule, `timely`: a process whose lease was taken
+over sends no more writes, because it looked at its clock before each. It may still read, and believe what it likes.
 """
 
 from __future__ import annotations
@@ -19,10 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-GENERATIONS = (1, 2)
-DROPPED = -1
-#: A reader that has not begun a search; one that began on a pair that was not live any more.
-IDLE, BEHIND = -1, -2
 WRONG = "wrong:"
 
 
@@ -30,89 +22,79 @@ WRONG = "wrong:"
 class Design:
     """The protocol's rules; each can be left out, to see what for it is there."""
 
-    #: entries that the writer adds, searching processes, flips of the process that swaps (the second is a rollback)
-    writes: int = 2
-    readers: int = 2
+    #: entries and flips that each process attempts, searching processes, processes that may die at any moment
+    writes: int = 1
     flips: int = 1
-    #: processes that may die, each at any moment
+    readers: int = 0
     crashes: int = 1
-    #: the old generation's collection is deleted after the flip
-    drop: bool = False
-    #: a change of the control record fails if the record is not what it was read to be
-    compare: bool = True
+    #: a process whose lease was taken over sends no more writes
+    timely: bool = True
+    #: nor any to the vectors
+    vectors_too: bool = True
+    #: each lease has a state of its own, the newest counts
+    state_for_each: bool = True
+    #: the state is taken over after the lease is
+    copy_after_claim: bool = True
+    #: a writer looks for a higher lease before it says that something is done
+    confirm: bool = True
+    #: who takes over reads all passages, also those that nobody acknowledged
+    adopt: bool = True
     #: the new generation gets what it lacks before the flip
     catch_up: bool = True
-    #: the flip is refused when the log has grown since
-    flip_checks_log: bool = True
-    #: the flip is refused when the lease has another number
-    flip_checks_lease: bool = True
-    #: a passage is not replaced by an older version of it
-    newer_stays: bool = True
     #: a write returns when the live generation has it
     apply_before_acknowledging: bool = True
-    #: a collection is deleted only after the record says, under the lease, that it is never to be live again
-    retire_before_drop: bool = True
-    #: a search names the collection of the model that encoded its query, not the alias
+    #: a search names the collection of the model that encoded its query, not an alias
     search_by_name: bool = True
 
 
-class Control(NamedTuple):
-    """The record that decides."""
+class Shared(NamedTuple):
+    """What a state document says."""
 
-    live: int
-    #: entries of the log
-    log: int
-    #: number of the lease, which grows with each that is taken
-    lease: int
-    #: a generation that is never to be live again
-    retired: int = 0
+    live: int = 1
+    released: bool = True
 
 
-class Writer(NamedTuple):
-    """Adds entry after entry."""
+class Process(NamedTuple):
+    """Holds lease `epoch`, or none (0); stands before the request that `step` names."""
 
-    #: entries acknowledged
-    done: int = 0
-    #: the control record as it was read, without compare-and-set
-    read: Control | None = None
-    #: generation to which the entry added is to be applied
-    target: int = 0
+    writes: int
+    flips: int
+    epoch: int = 0
+    step: str = "idle"
+    #: its lease was taken over
+    late: bool = False
+    #: versions that its mirror has; what it believes to be live; the state that it read
+    mirror: int = 0
+    live: int = 1
+    read: Shared | None = None
     dead: bool = False
-
-
-class Swapper(NamedTuple):
-    """Takes the lease, brings a generation up to date, flips."""
-
-    step: str = "start"
-    left: int = 1
-    lease: int = 0
-    target: int = 0
-    #: entries of the log read, and those that the target got
-    seen: int = 0
-    applied: int = DROPPED
-    read: Control | None = None
 
 
 class Reader(NamedTuple):
     """Holds a pair (model, collection), and searches again and again."""
 
-    pair: int
-    #: what was acknowledged when it encoded its query
-    since: int = IDLE
-    dead: bool = False
+    pair: int = 1
+    encoded: bool = False
 
 
 class State(NamedTuple):
     """Everything, at one moment."""
 
-    control: Control
-    alias: int
-    #: version of the passage in each generation
-    versions: tuple[int, ...]
-    writer: Writer
-    swappers: tuple[Swapper, ...]
+    top: int
+    states: tuple[Shared | None, ...]
+    passage: int
+    vectors: tuple[int, int]
+    #: entries acknowledged; the generation of the last flip that was, 0 while one is under way
+    acknowledged: int
+    flipped: int
+    processes: tuple[Process, ...]
     readers: tuple[Reader, ...]
     crashes: int
+
+    @property
+    def newest(self) -> Shared:
+        """The state of the highest lease that has one."""
+        return next(state for state in reversed(self.states) if state is not None)
 
 
 class Violation(AssertionError):
@@ -122,32 +104,36 @@ class Violation(AssertionError):
 Step = tuple[str, State]
 
 
-def start(design: Design) -> State:
-    """A live generation, and one that was built before the first write."""
-    swappers = (Swapper(left=design.flips), Swapper())
-    return State(Control(1, 0, 0), 1, (0, 0), Writer(), swappers, (Reader(1),) * design.readers, design.crashes)
-
-
 def explore(design: Design) -> int:
     """Visit every state that can be reached, and return how many there are.
 
     Raises:
         Violation: for the first one that must not be, on a shortest way.
     """
-    first = start(design)
+    processes = (Process(design.writes, design.flips),) * 2
+    first = State(1, (Shared(),), 0, (0, 0), 0, 1, processes, (Reader(),) * design.readers, design.crashes)
     came: dict[State, tuple[State, str] | None] = {first: None}
     queue = deque([first])
     while queue:
         state = queue.popleft()
         for label, found in steps(design, state):
-            if WRONG in label:
-                raise Violation(f"{label}: {way(came, state)}")
+            if wrong := label if WRONG in label else broken(found):
+                raise Violation(f"{wrong}: {way(came, state)}; {label}")
             if found not in came:
                 came[found] = (state, label)
                 queue.append(found)
-                if found.versions[found.control.live - 1] < found.writer.done:
-                    raise Violation(f"an acknowledged write is not in the live generation: {way(came, found)}")
     return len(came)
+
+
+def broken(state: State) -> str:
+    """What must hold at every moment."""
+    if state.passage < state.acknowledged:
+        return "an acknowledged write is lost"
+    if state.vectors[state.newest.live - 1] < state.acknowledged:
+        return "an acknowledged write is not in the live generation"
+    if state.flipped not in (0, state.newest.live):
+        return "an acknowledged flip is lost"
+    return ""
 
 
 def way(came: dict[State, tuple[State, str] | None], state: State) -> str:
@@ -161,141 +147,158 @@ def way(came: dict[State, tuple[State, str] | None], state: State) -> str:
 
 def steps(design: Design, state: State) -> Iterator[Step]:
     """What can happen next."""
-    yield from write_steps(design, state)
-    for number in range(len(state.swappers)):
-        for label, found in swap_steps(design, state, number):
-            yield f"{'AB'[number]} {label}", found
+    for number, process in enumerate(state.processes):
+        if process.dead:
+            continue
+        name = "AB"[number]
+        for label, found, changed in process_steps(design, state, process):
+            yield f"{name} {label}", _with(found, number, changed)
+        if state.crashes:
+            dead = Process(0, 0, dead=True)
+            yield f"{name} dies", _with(state, number, dead)._replace(crashes=state.crashes - 1)
     for number, reader in enumerate(state.readers):
-        if number and reader == state.readers[number - 1]:
-            continue  # two readers that stand at the same place are one
         for label, changed in read_steps(design, state, reader):
-            yield label, _with_reader(state, number, changed)
-    if state.crashes:
-        yield from crash_steps(state)
+            readers = [changed if n == number else other for n, other in enumerate(state.readers)]
+            yield label, state._replace(readers=tuple(sorted(readers)))
 
 
-def write_steps(design: Design, state: State) -> Iterator[Step]:
-    """Append to the log, apply to the live generation, return."""
-    writer, control = state.writer, state.control
-    if writer.dead:
-        return
-    if writer.target:
-        yield "writer applies and returns", _applied(design, state)
-    elif writer.done < design.writes and not design.compare and writer.read is None:
-        yield "writer reads the record", state._replace(writer=writer._replace(read=control))
-    elif writer.done < design.writes:
-        seen = writer.read or control
-        changed = writer._replace(target=seen.live, read=None)
-        if not design.apply_before_acknowledging:
-            changed = changed._replace(done=writer.done + 1)
-        yield "writer appends", state._replace(control=seen._replace(log=writer.done + 1), writer=changed)
+_Steps = Iterator[tuple[str, State, Process]]
 
 
-def _applied(design: Design, state: State) -> State:
-    writer = state.writer
-    entry = writer.done + (1 if design.apply_before_acknowledging else 0)
-    found = _put(design, state, writer.target, entry)  # a dropped generation is none that is live: it needs nothing
-    return found._replace(writer=writer._replace(done=entry, target=0))
-
-
-def swap_steps(design: Design, state: State, number: int) -> Iterator[Step]:
-    """Take the lease; read the log and apply it until nothing is new; flip; let the alias follow; drop the old one."""
-    swapper, control = state.swappers[number], state.control
-
-    def to(label: str, found: State = state, **changes: object) -> Step:
-        swappers = list(found.swappers)
-        swappers[number] = swapper._replace(**changes)  # type: ignore[arg-type]
-        return label, found._replace(swappers=tuple(swappers))
-
-    if swapper.step == "start" and swapper.left:
-        target = 3 - control.live
-        if target != control.retired and state.versions[target - 1] != DROPPED:
-            taken = control._replace(lease=control.lease + 1)
-            changes = {"step": "behind" if design.catch_up else "level", "lease": taken.lease, "target": target}
-            yield to(f"takes lease {taken.lease}", state._replace(control=taken), applied=control.log, **changes)
-    elif swapper.step == "behind":
-        yield to("reads the log", step="apply", seen=control.log)
-    elif swapper.step == "apply":
-        put = _put(design, state, swapper.target, swapper.seen)
-        yield to(f"applies entry {swapper.seen}", put, step="level", applied=swapper.seen)
-    elif swapper.step == "level" and not design.compare and swapper.read is None:
-        yield to("reads the record", read=control)
-    elif swapper.step == "level":
-        yield from _flip_steps(design, state, number, to)
-    elif swapper.step == "flipped":
-        yield to("moves the alias", state._replace(alias=swapper.target), step="follow")
-    elif swapper.step == "follow" and design.drop and (control.lease == swapper.lease or not design.retire_before_drop):
-        retired = control._replace(retired=3 - swapper.target) if design.retire_before_drop else control
-        verb = "retires" if design.retire_before_drop else "means to drop"
-        yield to(f"{verb} {3 - swapper.target}", state._replace(control=retired), step="drop")
-    elif swapper.step == "drop":
-        versions = tuple(
-            DROPPED if n != swapper.target else v for n, v in zip(GENERATIONS, state.versions, strict=True)
-        )
-        yield to(f"drops {3 - swapper.target}", state._replace(versions=versions), step="end")
-    elif swapper.step in ("follow", "end"):
-        left = swapper.left - 1 if control.lease == swapper.lease else 0
-        yield to("ends", **Swapper(left=left)._asdict())
-
-
-def _flip_steps(design: Design, state: State, number: int, to) -> Iterator[Step]:  # type: ignore[no-untyped-def]
-    swapper, control = state.swappers[number], state.control
-    seen = swapper.read or control
-    if design.flip_checks_lease and seen.lease != swapper.lease:
-        yield to("has lost the lease", **Swapper(left=0)._asdict())
-    elif swapper.target == seen.retired:
-        yield to("finds the generation retired", **Swapper(left=0)._asdict())
-    elif design.flip_checks_log and design.catch_up and seen.log != swapper.applied:
-        yield to("finds the log longer", step="behind", read=None)
+def process_steps(design: Design, state: State, process: Process) -> _Steps:
+    """The next request of a process, as `step` says."""
+    if process.step == "idle":
+        yield from idle_steps(design, state, process)
+    elif process.step in ("claim", "copy", "enter", "adopt"):
+        yield from take_steps(design, state, process)
+    elif process.step in ("passage", "state", "look", "apply", "acknowledge"):
+        yield from write_steps(design, state, process)
     else:
-        if control.lease != swapper.lease:
-            yield f"{WRONG} a flip by a process that has lost the lease", state
-        flipped = state._replace(control=seen._replace(live=swapper.target))
-        yield to(f"flips to {swapper.target}", flipped, step="flipped", read=None)
+        yield from flip_steps(design, state, process)
+
+
+def idle_steps(design: Design, state: State, process: Process) -> _Steps:
+    """Take a lease that is free or has run out; write; flip; let the lease go."""
+    if not process.epoch:
+        if state.top < 3 and (process.writes or process.flips):
+            first = "claim" if design.copy_after_claim else "copy"
+            yield "wants the lease", state, process._replace(step=first)
+        return
+    if process.writes:
+        yield "begins a write", state, process._replace(step="passage", writes=process.writes - 1)
+    if process.flips:
+        yield "begins a flip", state, process._replace(step="level", flips=process.flips - 1)
+    if may_send(design, process):
+        released = state.newest._replace(released=True)
+        yield "releases", put(design, state, process, released), process._replace(epoch=0)
+
+
+def take_steps(design: Design, state: State, process: Process) -> _Steps:
+    """Create the next lease; read the newest state; write it as one's own; read the passages."""
+    if process.step == "claim":
+        others = [p._replace(late=p.late or bool(p.epoch)) for p in state.processes]
+        taken = state._replace(top=state.top + 1, states=(*state.states, None), processes=tuple(others))
+        following = "copy" if design.copy_after_claim else "enter"
+        if state.top < 3:
+            yield "claims", taken, process._replace(step=following, epoch=taken.top, late=False)
+    elif process.step == "copy":
+        following = "enter" if design.copy_after_claim else "claim"
+        yield "reads the state", state, process._replace(step=following, read=state.newest)
+    elif process.step == "enter":
+        assert process.read is not None
+        if not may_send(design, process):
+            yield "has lost the lease", state, given_up(process)
+            return
+        own = process.read._replace(released=False)
+        found = put(design, state, process, own)
+        yield "enters its state", found, process._replace(step="adopt", live=own.live, read=None)
+    else:
+        mirror = state.passage if design.adopt else process.mirror
+        yield "reads the passages", state, process._replace(step="idle", mirror=mirror)
+
+
+def write_steps(design: Design, state: State, process: Process) -> _Steps:
+    """Store the passage, then the state; look for a higher lease; give it to the live generation; return."""
+    version = process.mirror + 1
+    if process.step != "look" and process.step != "acknowledge" and not may_send(design, process, process.step):
+        yield "has lost the lease", state, given_up(process)
+    elif process.step == "passage":
+        if version <= state.acknowledged and state.top == process.epoch:
+            yield f"{WRONG} a number is given twice", state, process
+        yield f"stores version {version}", state._replace(passage=version), process._replace(step="state")
+    elif process.step == "state":
+        mine = Shared(process.live, False)
+        yield "writes the state", put(design, state, process, mine), process._replace(step="look")
+    elif process.step == "look":
+        if design.confirm and state.top != process.epoch:
+            yield "sees a higher lease", state, given_up(process)
+        else:
+            step = "apply" if design.apply_before_acknowledging else "acknowledge"
+            yield "sees none higher", state, process._replace(step=step, mirror=version)
+    elif process.step == "apply":
+        done = "idle" if not design.apply_before_acknowledging else "acknowledge"
+        yield f"applies {process.mirror}", applied(state, process.live, process.mirror), process._replace(step=done)
+    else:
+        after = "idle" if design.apply_before_acknowledging else "apply"
+        acknowledged = max(state.acknowledged, process.mirror)
+        yield "acknowledges", state._replace(acknowledged=acknowledged), process._replace(step=after)
+
+
+def flip_steps(design: Design, state: State, process: Process) -> _Steps:
+    """Give the other generation what it lacks; write the state; look for a higher lease; return."""
+    target = 3 - process.live
+    if process.step != "flipped" and not may_send(design, process, "apply" if process.step == "level" else ""):
+        yield "has lost the lease", state, given_up(process)
+    elif process.step == "level":
+        found = applied(state, target, process.mirror) if design.catch_up else state
+        yield f"brings {target} to {process.mirror}", found, process._replace(step="flip")
+    elif process.step == "flip":
+        found = put(design, state, process, Shared(target, False))
+        if found.newest.live != state.newest.live:
+            found = found._replace(flipped=0)
+        yield f"flips to {target}", found, process._replace(step="flipped")
+    elif design.confirm and state.top != process.epoch:
+        yield "sees a higher lease", state, given_up(process)
+    else:
+        yield "acknowledges the flip", state._replace(flipped=target), process._replace(step="idle", live=target)
 
 
 def read_steps(design: Design, state: State, reader: Reader) -> Iterator[tuple[str, Reader]]:
-    """Look which pair is live; encode a query; search."""
-    if reader.dead:
+    """Follow the state; encode a query; search."""
+    if not reader.encoded:
+        if reader.pair != state.newest.live:
+            yield f"reader switches to {state.newest.live}", Reader(state.newest.live)
+        yield f"reader encodes by {reader.pair}", reader._replace(encoded=True)
         return
-    if reader.since == IDLE:
-        if reader.pair != state.control.live:
-            yield f"reader switches to {state.control.live}", reader._replace(pair=state.control.live)
-        live = reader.pair == state.control.live
-        yield f"reader encodes by {reader.pair}", reader._replace(since=state.writer.done if live else BEHIND)
-        return
-    searched = reader.pair if design.search_by_name else state.alias
-    found = state.versions[searched - 1]
-    if found != DROPPED and searched != reader.pair:
+    searched = reader.pair if design.search_by_name else state.newest.live
+    if searched != reader.pair:
         yield f"{WRONG} a query of one model among vectors of another", reader
-    elif found != DROPPED and found < reader.since:
-        yield f"{WRONG} a search misses what was acknowledged before it", reader
-    again = state.control.live if found == DROPPED else reader.pair  # gone: look at the record, and search again
-    yield f"reader searches {searched}", Reader(again)
+    yield f"reader searches {searched}", reader._replace(encoded=False)
 
 
-def crash_steps(state: State) -> Iterator[Step]:
-    """Any process may die; the second swapper then is the one that takes over."""
-    left = state._replace(crashes=state.crashes - 1)
-    if not state.writer.dead:
-        yield "writer dies", left._replace(writer=state.writer._replace(dead=True))
-    for number, swapper in enumerate(state.swappers):
-        if swapper.step != "start":
-            swappers = tuple(Swapper(left=0) if n == number else other for n, other in enumerate(state.swappers))
-            yield f"{'AB'[number]} dies", left._replace(swappers=swappers)
-    for number, reader in enumerate(state.readers):
-        if not reader.dead:
-            yield "reader dies", _with_reader(left, number, Reader(0, dead=True))
+def may_send(design: Design, process: Process, step: str = "") -> bool:
+    """What the clock forbids to a process whose lease was taken over."""
+    checked = design.timely and (design.vectors_too or step != "apply")
+    return not (process.late and checked)
 
 
-def _put(design: Design, state: State, generation: int, version: int) -> State:
-    held = state.versions[generation - 1]
-    if held == DROPPED or (design.newer_stays and held > version):
-        return state
-    versions = tuple(version if n == generation else old for n, old in zip(GENERATIONS, state.versions, strict=True))
-    return state._replace(versions=versions)
+def given_up(process: Process) -> Process:
+    """The lease is gone, and what was begun fails; the next attempt takes it anew."""
+    return process._replace(epoch=0, step="idle", late=False)
 
 
-def _with_reader(state: State, number: int, reader: Reader) -> State:
-    readers = [reader if n == number else other for n, other in enumerate(state.readers)]
-    return state._replace(readers=tuple(sorted(readers)))
+def put(design: Design, state: State, process: Process, written: Shared) -> State:
+    """Store a state: that of the process's own lease, or the one that all share."""
+    place = process.epoch - 1 if design.state_for_each else len(state.states) - 1
+    states = [written if n == place else held for n, held in enumerate(state.states)]
+    return state._replace(states=tuple(states))
+
+
+def applied(state: State, generation: int, version: int) -> State:
+    """A generation gets a version, whatever it had: engines know no condition."""
+    vectors = [version if n == generation - 1 else held for n, held in enumerate(state.vectors)]
+    return state._replace(vectors=(vectors[0], vectors[1]))
+
+
+def _with(state: State, number: int, process: Process) -> State:
+    return state._replace(processes=tuple(process if n == number else p for n, p in enumerate(state.processes)))

@@ -277,6 +277,31 @@ def test_a_write_that_the_lease_did_not_outlive_is_not_acknowledged(
     assert "theirs" in everything(writer)
 
 
+def test_vectors_are_not_written_once_the_lease_is_gone(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding took so long that another process took over, and replaced the same passage."""
+    writer.add(corpus(5))
+    encode = writer._core.live.encode_passages
+
+    def slowly(texts):
+        found = encode(texts)
+        reader._core.link.lease.seconds = 0.0
+        reader.add([Passage("p1", text_of(34))])
+        writer._core.link.lease._beaten = float("-inf")
+        return found
+
+    monkeypatch.setattr(writer._core.vectors._target, "_encode", slowly)
+    monkeypatch.setattr(link_module, "PATIENCE", 5.0)
+    with pytest.raises(IndexStateError, match="stored and will not be lost, but it cannot be searched yet"):
+        writer.add([Passage("p1", text_of(33))])
+    rest(reader)
+    look(writer)
+    assert everything(writer) == everything(reader)
+    held, wanted = reader.vectors(["p1"]), reader.encoder.encode([text_of(34)], "passage")
+    assert abs(held.dense - wanted.dense).max() < 1e-5
+
+
 def test_a_failed_write_leaves_mirror_and_server_in_step(
     writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ class Core:
             if self.bm25 is not None:
                 undo.callback(self.bm25.close)
             live = self.catalog.live()
-            serving, vectors = open_serving(self.layout, self.store, live, encoder, device, repair)
+            serving, vectors = open_serving(self.layout, self.store, live, encoder, device, repair, self._check)
             undo.callback(serving.retire)
             self.device = str(serving.encoder.device)
             self._live: Serving | None = serving
@@ -80,6 +80,11 @@ class Core:
                 self.link.settle = lambda: self.vectors.flush()  # those of whatever generation is live then
                 self.watcher = Watcher(self, self.link)
             undo.pop_all()
+
+    def _check(self) -> None:
+        """Before each write to the vectors; LeaseError where another process took over meanwhile."""
+        if self.link is not None:
+            self.link.lease.check()
 
     def _linked(self, repair: bool, checkpoints: str | None) -> Link | None:
         if not (uri := self.store.get_meta(URI)):
@@ -164,7 +169,10 @@ class Core:
         if self.words is not None:
             with self.writing:
                 self.words.catch_up()
-        live = self.catalog.live()
+        live, ready = self.catalog.live(), self.catalog.in_state("ready")
+        if self.link is not None:
+            for generation in ready:  # so that little is left to do when it goes live
+                self.link.place(generation)
         if live.id == self.live.generation.id:
             return
         new, vectors = self.load(live)
@@ -193,7 +201,7 @@ class Core:
             self.let_go(serving)
         if self.link is not None:
             self.link.place(generation)
-        return open_serving(self.layout, self.store, generation, device=self.device)
+        return open_serving(self.layout, self.store, generation, device=self.device, check=self._check)
 
     def replace(self, new: Serving, vectors: Follower) -> None:
         """Let searches use another pair from now on."""

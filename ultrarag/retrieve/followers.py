@@ -46,8 +46,14 @@ class Target(Protocol):
 class Vectors:
     """The vectors of one generation as a target."""
 
-    def __init__(self, backend: Backend, encode: Callable[[Sequence[str]], Embeddings]) -> None:
-        self._backend, self._encode = backend, encode
+    def __init__(
+        self,
+        backend: Backend,
+        encode: Callable[[Sequence[str]], Embeddings],
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`check` is called before each write, and may refuse it."""
+        self._backend, self._encode, self._check = backend, encode, check
 
     def put(self, passages: Sequence[Passage]) -> None:
         """Encode and store."""
@@ -68,6 +74,7 @@ class Vectors:
     def delete(self, ids: Sequence[str]) -> None:
         """Delete the vectors."""
         if ids:
+            self._check()
             self._backend.delete(ids)
 
     def flush(self) -> None:
@@ -76,6 +83,7 @@ class Vectors:
 
     def _store(self, passages: Sequence[Passage], embeddings: Embeddings) -> None:
         ids = [passage.id for passage in passages]
+        self._check()  # now: encoding may have taken long
         self._backend.upsert(ids, embeddings, [passage.metadata for passage in passages])
 
 

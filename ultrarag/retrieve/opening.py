@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,12 @@ def open_serving(
     encoder: Encoder | None = None,
     device: str | None = None,
     repair: bool = False,
+    check: Callable[[], object] = lambda: None,
 ) -> tuple[Serving, Follower]:
     """Open the encoder and the vectors of a generation, and what keeps them up to date.
+
+    Args:
+        check: called before each write to the vectors, and may refuse it.
 
     Raises:
         FingerprintError: when another encoder is given than the one that made the vectors.
@@ -73,7 +78,7 @@ def open_serving(
         catalog = Catalog(store)
         follower = Follower(
             store,
-            Vectors(backend, serving.encode_passages),
+            Vectors(backend, serving.encode_passages, check),
             generation.applied_seq,
             lambda seq: catalog.set_applied(generation.id, seq),
         )

@@ -7,9 +7,11 @@ import math
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import IndexStateError
@@ -21,6 +23,8 @@ from ultrarag.retrieve.on_ray.worker import Attempts, Order, Worker, read_block
 READERS = 2
 #: How often a Ray of our own is started: its processes have 30 seconds, and a low priority.
 STARTS = 3
+#: Seconds that the head of a cluster has to answer.
+KNOCK = 20.0
 #: What Ray's processes find in their environment, unless it is set: no reports to its makers, no copies of the folder
 #: that `uv run` was called in, no lines on stderr about what Ray Data does itself, and the priority of the builder,
 #: which is low already, where Ray's workers would take the lowest.
@@ -66,6 +70,7 @@ def _init(ray: Any, pool: RayPool) -> None:
         own = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, (pool.workers or 1) * pool.cpus)}
     for left in reversed(range(STARTS if own else 1)):
         try:
+            _knock(pool.address)
             with _no_stderr():
                 ray.init(address=pool.address, log_to_driver=False, logging_level=logging.ERROR, **own)
             return
@@ -73,6 +78,16 @@ def _init(ray: Any, pool: RayPool) -> None:
             ray.shutdown()
             if not left:
                 raise _no_ray(pool, error) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT; Ray itself would ask for many minutes."""
+    if address == "auto":
+        note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # stays after a crash
+        address = os.environ.get("RAY_ADDRESS") or (note.read_text() if note.is_file() else "")
+    host, colon, port = address.strip().rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK).close()
 
 
 @contextmanager
