@@ -39,9 +39,23 @@ BLOCK = 16
 # The ledger
 
 
-def test_a_ledger_knows_what_was_confirmed(tmp_path: Path) -> None:
+@pytest.fixture
+def opened():
+    """Opens ledgers, whose files are closed in the end."""
+    ledgers: list[Ledger] = []
+
+    def opening(*arguments) -> Ledger:
+        ledgers.append(Ledger(*arguments))
+        return ledgers[-1]
+
+    yield opening
+    for ledger in ledgers:
+        ledger._file.close()
+
+
+def test_a_ledger_knows_what_was_confirmed(tmp_path: Path, opened) -> None:
     path = tmp_path / "ledger"
-    ledger = Ledger(path, "c", 10, 10 + 35, 10)
+    ledger = opened(path, "c", 10, 10 + 35, 10)
     assert ledger.missing() == [0, 1, 2, 3]
     assert [ledger.block_of(row) for row in (11, 20, 21, 45)] == [0, 0, 1, 3]
     assert ledger.rows_of(1) == (20, 30)
@@ -50,27 +64,27 @@ def test_a_ledger_knows_what_was_confirmed(tmp_path: Path) -> None:
     ledger.close()
     with open(path, "a") as file:
         file.write("3 1")  # torn by a crash
-    again = Ledger(path, "c", 10, 65, 999)  # two blocks more of the size that it has
+    again = opened(path, "c", 10, 65, 999)  # two blocks more of the size that it has
     assert (again.missing(), again.passages) == ([1, 3, 4, 5], 19)
     again.forget([0])
     again.confirm(1, 1)
     again.close()
-    assert Ledger(path, "c", 10, 65, 999).confirmed == {2: 9, 1: 1}
+    assert opened(path, "c", 10, 65, 999).confirmed == {2: 9, 1: 1}
 
 
 @pytest.mark.parametrize(("collection", "first", "content"), [("d", 10, None), ("c", 0, None), ("c", 10, "no JSON")])
-def test_a_ledger_of_something_else_is_begun_anew(tmp_path: Path, collection, first, content) -> None:
+def test_a_ledger_of_something_else_is_begun_anew(tmp_path: Path, opened, collection, first, content) -> None:
     path = tmp_path / "ledger"
-    ledger = Ledger(path, "c", 10, 20, 10)
+    ledger = opened(path, "c", 10, 20, 10)
     ledger.confirm(0, 10)
     ledger.close()
     if content:
         path.write_text(content)
-    assert Ledger(path, collection, first, 20, 10).confirmed == {}
+    assert opened(path, collection, first, 20, 10).confirmed == {}
 
 
-def test_blocks_of_a_large_index_are_larger(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger", "c", 0, 10**9, 2048)
+def test_blocks_of_a_large_index_are_larger(tmp_path: Path, opened) -> None:
+    ledger = opened(tmp_path / "ledger", "c", 0, 10**9, 2048)
     assert len(ledger.missing()) == 20_000
     assert ledger.rows_of(19_999)[1] >= 10**9
 
@@ -192,7 +206,7 @@ def test_a_worker_confirms_a_block(live, order: Order, counted, rest) -> None:
     for number, size in ((0, BLOCK), (1, 4), (2, 0)):
         found = worker(read_block(block_table(number), str(live.path), 0, BLOCK, 99)).to_pylist()[0]
         assert (found["block"], found["passages"], found["error"]) == (number, size, "")
-        assert json.loads(found["cuts"]) == ([["texts", 512, number, size]] if size else [])
+        assert json.loads(found["cuts"]) == ([["texts", 128, number, size]] if size else [])
     assert worker._backend.count() == BLOCK + 4
     query = np.ones(worker._backend.schema.dense)
     assert [id for id, _ in worker._backend.search_dense(query, 5, {"lang": "zh"})] == ["odd/id \x00"]

@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,7 @@ def session(pool: RayPool) -> Iterator[Any]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"ray\.")  # advice on tuning, for who wrote the pipeline
         yield ray
     finally:
         ray.shutdown()
@@ -137,10 +139,11 @@ def confirmations(
     workers, gpus = workers_of(ray, pool)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     counter = ray.remote(Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=here)
-    blocks = _blocks(ray, ledger.missing()).map_batches(
+    missing = ledger.missing()
+    blocks = _blocks(ray, missing).map_batches(
         read_block,
         fn_kwargs={"root": root, "first": ledger.first, "size": ledger.size, "up_to_seq": up_to_seq},
-        compute=ray.data.TaskPoolStrategy(size=READERS),
+        compute=ray.data.TaskPoolStrategy(size=min(READERS, len(missing))),
         num_cpus=0,  # else they would wait for the CPUs that the workers hold, and these for them
         label_selector=here,
         **_ONE,
