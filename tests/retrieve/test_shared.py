@@ -18,6 +18,7 @@ from tests.retrieve import servers
 from tests.retrieve.test_live import corpus, text_of
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError
 from ultrarag.retrieve import remove_shared
+from ultrarag.retrieve.cli import main
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.shared import lease as lease_module
 from ultrarag.retrieve.shared import link as link_module
@@ -34,13 +35,12 @@ ENGINES = {
     "qdrant-cluster": "qdrant_client",
     "milvus-cluster": "pymilvus",
 }
-#: The watcher looks when a test says so.
-NEVER = 3600.0
 
 
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watcher_module, "POLL", NEVER)
+    """The watcher looks when a test says so."""
+    monkeypatch.setattr(watcher_module.Watcher, "_run", lambda self: None)
     monkeypatch.setattr(link_module, "PATIENCE", 0.5)
     monkeypatch.setattr(lease_module, "LOOK", 0.02)
 
@@ -499,6 +499,28 @@ def test_status_says_who_writes(writer: LiveIndex, reader: LiveIndex, uri: str) 
     json.dumps(reader.status())
 
 
+def test_the_command_line(uri: str, tmp_path: Path, tiny_m3: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for n, text in enumerate(("red apple", "deep ocean")):
+        (tmp_path / f"{n}.jsonl").write_text(json.dumps({"_id": f"p{n}", "text": text}) + "\n")
+    one, two, model = str(tmp_path / "one"), str(tmp_path / "two"), ["--model", tiny_m3, "--adapter", "bgem3"]
+    folder = str(tmp_path / "checkpoints")
+    for words in (
+        ["create", one, *model, "--uri", uri, "--checkpoints", folder],
+        ["add", one, str(tmp_path / "0.jsonl")],
+        ["mirror", two, "--uri", uri],
+        ["add", two, str(tmp_path / "1.jsonl")],
+        ["search", one, "deep ocean", "--heads", "bm25"],
+        ["status", one],
+    ):
+        assert main(words) == 0, words
+    out = capsys.readouterr().out
+    assert "1 added, 0 changed, 0 unchanged; the index holds 2 passages" in out
+    assert "p1" in out
+    assert f"mirrors {uri}" in out
+    assert main(["mirror", str(tmp_path / "three"), "--uri", uri + "&x=1" if "?" in uri else uri + "?x=1"]) == 2
+    assert "has no option 'x'" in capsys.readouterr().err
+
+
 # The lease and the documents alone
 
 
@@ -628,7 +650,10 @@ with LiveIndex.open(sys.argv[1], uri=sys.argv[2]) as live:
 """
 
 
-def test_nothing_is_lost_when_a_writer_is_killed(request: pytest.FixtureRequest, tmp_path: Path, tiny) -> None:
+def test_nothing_is_lost_when_a_writer_is_killed(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "PATIENCE", 2.0)
     if reason := servers.missing("milvus_lite"):
         pytest.skip(reason)
     uri = (

@@ -77,11 +77,23 @@ def _create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", help="the vector engine: qdrant-edge, numpy, or a server: qdrant://HOST:6333, milvus://HOST:19530"
     )
+    parser.add_argument("--uri", help="make an index in a server that many processes share; PATH is a mirror of it")
+    _checkpoints(parser)
     parser.add_argument("--no_bm25", action="store_true", help="do not index the words")
     parser.add_argument("--query_max_length", type=int, metavar="N", help="longest query in tokens")
     parser.add_argument("--passage_max_length", type=int, metavar="N", help="longest passage in tokens")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     _device(parser)
+
+
+def _mirror(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--uri", required=True, help="the shared index: qdrant://HOST:6333/NAME, milvus://...")
+    _checkpoints(parser)
+    _device(parser)
+
+
+def _checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoints", metavar="DIR", help="a folder that all processes of a shared index see")
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +258,7 @@ def _underscored(word: str) -> str:
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "create": ("make an empty index for a model", _create),
+    "mirror": ("make a mirror of a shared index, for one more process", _mirror),
     "add": ("insert passages, or replace those with the same id", _add),
     "delete": ("delete passages by id", _delete),
     "search": ("search with a query, or a file of queries", _search),

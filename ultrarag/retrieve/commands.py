@@ -41,7 +41,15 @@ def create(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.adapter, device=arguments.device, precision=arguments.precision, **lengths
     )
     chosen = {"backend": arguments.backend, "heads": arguments.heads, "bm25": not arguments.no_bm25}
+    chosen |= {"uri": arguments.uri, "checkpoints": arguments.checkpoints}
     LiveIndex.create(arguments.path, encoder, **chosen).close()
+    status(arguments)
+
+
+def mirror(arguments: argparse.Namespace) -> None:
+    """Make a mirror of a shared index, or bring one up to date."""
+    chosen = {"uri": arguments.uri, "checkpoints": arguments.checkpoints, "device": arguments.device}
+    LiveIndex.open(arguments.path, **chosen).close()
     status(arguments)
 
 

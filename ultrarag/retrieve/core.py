@@ -23,9 +23,9 @@ from ultrarag.retrieve.opening import REPAIR, open_serving, open_words
 from ultrarag.retrieve.ownership import OwnerLock
 from ultrarag.retrieve.searching import Searcher
 from ultrarag.retrieve.serving import Serving
-from ultrarag.retrieve.shared.link import URI, Link
+from ultrarag.retrieve.shared.link import Link
 from ultrarag.retrieve.shared.watcher import Watcher
-from ultrarag.retrieve.store import Store
+from ultrarag.retrieve.store import URI, Store
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder

@@ -54,6 +54,7 @@ def status(found: Mapping[str, Any]) -> str:
         [
             f"{found['path']}: {holds}, BM25 {'on' if found['bm25'] else 'off'}",
             f"owned by {held}",
+            *([f"mirrors {shared['uri']}"] if (shared := found.get("shared")) else []),
             "",
             table(header[:shown], [row[:shown] for row in rows]),
         ]

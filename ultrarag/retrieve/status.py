@@ -11,7 +11,7 @@ from ultrarag.retrieve.builder import read_progress
 from ultrarag.retrieve.database import FORMAT
 from ultrarag.retrieve.generations import Catalog, Generation, Layout
 from ultrarag.retrieve.ownership import read_owner
-from ultrarag.retrieve.store import Store
+from ultrarag.retrieve.store import URI, Store
 from ultrarag.types import Passage
 
 
@@ -48,6 +48,7 @@ def describe(layout: Layout, store: Store) -> dict[str, Any]:
         "passages": store.count(),
         "writes": last,
         "bm25": store.get_meta("bm25") == "1",
+        "shared": {"uri": uri} if (uri := store.get_meta(URI)) else None,
         "live": next((entry for entry in described if entry["state"] == "live"), None),
         "previous": next((entry for entry in described if entry["state"] == "previous"), None),
         "generations": described,

@@ -15,6 +15,8 @@ from ultrarag.retrieve.records import Record, content_hash
 from ultrarag.types import Passage
 
 DATABASE_FILE = "passages.sqlite"
+#: The named value that says which shared index a store mirrors.
+URI = "shared_uri"
 #: Ids asked for in one statement; SQLite takes 32,766 variables.
 _VARIABLES = 5000
 

@@ -17,10 +17,10 @@ from ultrarag.retrieve.ownership import read_owner
 from ultrarag.retrieve.shared.checkpoints import Checkpoints
 from ultrarag.retrieve.shared.documents import leases, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease
-from ultrarag.retrieve.shared.link import CHECKPOINTS, URI
+from ultrarag.retrieve.shared.link import CHECKPOINTS
 from ultrarag.retrieve.shared.placing import row_of
 from ultrarag.retrieve.shared.state import State
-from ultrarag.retrieve.store import Store
+from ultrarag.retrieve.store import URI, Store
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder

@@ -73,7 +73,7 @@ class Lease:
                 found = self._attempt()
             if isinstance(found, State):
                 return found
-            if time.monotonic() > deadline and not self._waited_long():
+            if time.monotonic() > deadline and not self._silent():
                 raise LeaseError(
                     f"'{self._address.uri}' is being written to by {found}: one process writes at a time; try again "
                     f"when it has finished (should it have died, its lease ends {self.seconds:g} s after its last sign)"
@@ -188,9 +188,9 @@ class Lease:
             self._seen = (*sign, time.monotonic())
         return time.monotonic() - self._seen[2] > self.seconds
 
-    def _waited_long(self) -> bool:
-        """A holder that has given no sign for a while is worth waiting for its end."""
-        return time.monotonic() - self._seen[2] > self.seconds / 2
+    def _silent(self) -> bool:
+        """The holder has missed two signs of life: it is worth waiting for the end of its lease."""
+        return time.monotonic() - self._seen[2] > self.seconds / 4
 
     def _claim(self, number: int) -> bool:
         return self._states.claim(f"{self._address.name}_lease_{number}", f"h{uuid.uuid4().hex}")

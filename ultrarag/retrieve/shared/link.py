@@ -26,10 +26,10 @@ from ultrarag.retrieve.shared.lease import Lease, LeaseError
 from ultrarag.retrieve.shared.mirror import adopt, adopt_generations, entries
 from ultrarag.retrieve.shared.placing import place, row_of
 from ultrarag.retrieve.shared.state import Row, State
-from ultrarag.retrieve.store import Store
+from ultrarag.retrieve.store import URI, Store
 
 #: Names in the store's table of values.
-URI, CHECKPOINTS, SYNCED = "shared_uri", "shared_checkpoints", "shared_synced"
+CHECKPOINTS, SYNCED = "shared_checkpoints", "shared_synced"
 #: Seconds for which a write waits for another process to finish its own.
 PATIENCE = 30.0
 #: Seconds after the last write for which the lease is kept, so that the next one need not take it again.

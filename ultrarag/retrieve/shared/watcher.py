@@ -45,7 +45,7 @@ class Watcher:
             self._core.keep_up()
 
     def _run(self) -> None:
-        while not self._stop.wait(POLL):
+        while not self._stop.wait(min(POLL, self._link.lease.seconds / 9)):
             try:
                 self.look()
             except (UltraragError, OSError, RuntimeError) as error:
