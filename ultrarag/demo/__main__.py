@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path(".demo"), help="folder for data, index and checkpoint (%(default)s)"
     )
     parser.add_argument(
-        "--uri", help="keep the vectors in a server: qdrant://HOST:6333, milvus://HOST:19530 (default: in the folder)"
+        "--uri",
+        help="keep the index in a server: qdrant://HOST:6333/NAME, milvus://HOST:19530/NAME (default: in the folder)",
     )
     args = parser.parse_args(argv)
     try:
@@ -120,15 +121,15 @@ def small_model() -> Path:
 def create_index(folder: Path, model: str | Path, task: Collection, uri: str | None = None) -> LiveIndex:
     """Make a new index of the task's passages, in place of that of an earlier demonstration."""
     from ultrarag import Encoder
-    from ultrarag.retrieve import LiveIndex
-    from ultrarag.retrieve.backends import remove
+    from ultrarag.retrieve import LiveIndex, read_status, remove_shared
 
     if (folder / "passages.sqlite").exists():
-        for vectors in folder.glob("generations/*/vectors"):
-            remove(vectors)  # in a server, maybe
+        if shared := read_status(folder)["shared"]:
+            with suppress(UsageError):  # it was removed already
+                remove_shared(shared["uri"])
         shutil.rmtree(folder)
     encoder = Encoder.load(model, adapter="bge", query_max_length=QUERY_TOKENS, passage_max_length=PASSAGE_TOKENS)
-    live = LiveIndex.create(folder, encoder, backend=uri)
+    live = LiveIndex.create(folder, encoder, uri=uri)
     live.add(task.corpus.values())
     return live
 
