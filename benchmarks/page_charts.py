@@ -60,7 +60,7 @@ def _train_step(report: Any) -> Plots:
 
 def _unified_step(report: Any) -> Plots:
     for row in report["rows"]:
-        size = row["vocabulary"]
+        size = f"{row['vocabulary']}, batch {row.get('queries', 16)}"
         found = [(name, one) for name, one in row["contenders"].items() if "ended" not in one]
         seconds = [(name, row["median"][name]["wall"]) for name, _ in found]
         yield f"Seconds of a step, vocabulary {size}", bars([(name, s, f"{s:.2f}") for name, s in seconds])

@@ -57,8 +57,10 @@ def contender(name: str, key: str, beside: str = "sentence-transformers") -> Cal
 
 
 def unified(vocabulary: int, key: str) -> Callable[[Any], float]:
-    """Ours to the peer's in `unified_step`."""
-    return lambda report: next(row for row in report["rows"] if row["vocabulary"] == vocabulary)["ratio"][key]
+    """Ours to the peer's in `unified_step`, at the first batch that both survived."""
+    return lambda report: next(row for row in report["rows"] if row["vocabulary"] == vocabulary and "ratio" in row)[
+        "ratio"
+    ][key]
 
 
 def gpu(task: str, key: str, of_all: Callable[..., float] = min) -> Callable[[Any], float]:
@@ -101,9 +103,15 @@ TARGETS = (
         contender("ultrarag, precision=bf16", "speed"),
     ),
     Target("Unified step, vocabulary 30522, time to FlagEmbedding", "unified_step", 0.6, True, unified(30522, "wall")),
-    Target("Unified step, vocabulary 250002, time", "unified_step", 0.35, True, unified(250002, "wall")),
+    Target(
+        "Unified step, vocabulary 250002 (a batch that the peer survives), time",
+        "unified_step",
+        0.35,
+        True,
+        unified(250002, "wall"),
+    ),
     Target("Unified step, vocabulary 30522, peak memory", "unified_step", 0.5, True, unified(30522, "peak memory")),
-    Target("Unified step, vocabulary 250002, peak memory", "unified_step", 0.5, True, unified(250002, "peak memory")),
+    Target("the same, peak memory", "unified_step", 0.5, True, unified(250002, "peak memory")),
     Target(
         "GradCache, memory of batch 4096 to batch 64",
         "gradcache",

@@ -1,12 +1,13 @@
 """One unified training step (dense + sparse + ColBERT, backward, optimizer) here and in FlagEmbedding, side by side.
 
-    python benchmarks/unified_step.py --peer-python /tmp/peer/bin/python [--vocabulary 30522 250002] [--rounds 5]
+    python benchmarks/unified_step.py --peer-python /tmp/peer/bin/python [--vocabulary 30522 250002] [--batch 16 4]
 
 Each contender is a process of its own, so that its peak memory is its own; they step in turn, on the same token ids.
 PEER is a Python with FlagEmbedding (benchmarks/peer/README.md); without it only ours runs. Model: 6 layers of width 384
-(all-MiniLM-L6-v2's body) with random weights, BERT at vocabulary 30522 and XLM-R at 250002. Batch 16, group 2; lengths
-are log-normal, cut at 64 tokens for queries and 256 for passages (`--full`: every text is as long as it may be).
-fp32, AdamW (fused), temperature 0.02, self-distillation from the first step.
+(all-MiniLM-L6-v2's body) with random weights, BERT at vocabulary 30522 and XLM-R at 250002. Batch 16 (`--batch` for
+others, where one contender dies of it), group 2; lengths are log-normal, cut at 64 tokens for queries and 256 for
+passages (`--full`: every text is as long as it may be). fp32, AdamW (fused), temperature 0.02, self-distillation from
+the first step.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="a Python with FlagEmbedding 1.4.2")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[30522, 250002])
+    parser.add_argument("--batch", type=int, nargs="+", default=[QUERIES], help="queries; a smaller one where one dies")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true", help="texts of full length, without padding")
@@ -49,7 +51,9 @@ def main() -> None:
         "machine": f"{processor_name()}, {os.cpu_count()} cores, {options.threads} threads",
         "load_average": round(os.getloadavg()[0], 1),
         "lengths": "full" if options.full else "mixed",
-        "rows": [compare(vocabulary, options) for vocabulary in options.vocabulary],
+        "rows": [
+            compare(vocabulary, queries, options) for vocabulary in options.vocabulary for queries in options.batch
+        ],
     }
     page = render(report)
     print(page)
@@ -58,12 +62,12 @@ def main() -> None:
     options.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def compare(vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
+def compare(vocabulary: int, queries: int, options: argparse.Namespace) -> dict[str, Any]:
     """Step in turn with both, after one step that warms up."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), vocabulary, options.tiny)
         pythons = {"ultrarag": sys.executable, "FlagEmbedding": options.peer_python}
-        workers = {name: start(name, python, folder, options) for name, python in pythons.items() if python}
+        workers = {name: start(name, python, folder, queries, options) for name, python in pythons.items() if python}
         found: dict[str, Any] = {name: {"steps": [], "before_mib": ask(worker)} for name, worker in workers.items()}
         for number in range(-1, options.rounds):
             for name in list(workers)[:: 1 if number % 2 else -1]:
@@ -79,7 +83,7 @@ def compare(vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
         for name, worker in workers.items():
             found[name]["peak_mib"] = ask(worker, "end")
             worker.wait()
-    return {"vocabulary": vocabulary, **summary(found), "contenders": found}
+    return {"vocabulary": vocabulary, "queries": queries, **summary(found), "contenders": found}
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
@@ -106,9 +110,10 @@ class Ended(Exception):
     """A worker is no more."""
 
 
-def start(name: str, python: str, folder: str, options: argparse.Namespace) -> subprocess.Popen[str]:
+def start(name: str, python: str, folder: str, queries: int, options: argparse.Namespace) -> subprocess.Popen[str]:
     """Start a contender's process."""
     words = [python, __file__, "--worker", name, "--model", folder, "--threads", str(options.threads)]
+    words += ["--batch", str(queries)]
     words += ["--full"] if options.full else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -155,14 +160,14 @@ def make_model(folder: Path, vocabulary: int, tiny: bool) -> None:
         torch.save(torch.nn.Linear(width, size).state_dict(), folder / f"{name}.pt")
 
 
-def batch(number: int, vocabulary: int, full: bool) -> list[dict[str, Any]]:
+def batch(number: int, queries: int, vocabulary: int, full: bool) -> list[dict[str, Any]]:
     """Queries and passages of a step, padded, the same in both processes."""
     import numpy as np
     import torch
 
     rng = np.random.default_rng(number)
     sides = []
-    for count, middle, most in ((QUERIES, 14, QUERY_TOKENS), (QUERIES * GROUP, 110, PASSAGE_TOKENS)):
+    for count, middle, most in ((queries, 14, QUERY_TOKENS), (queries * GROUP, 110, PASSAGE_TOKENS)):
         lengths = np.clip(rng.lognormal(np.log(middle), 0.6, count).astype(int), 4, most)
         lengths = np.full(count, most) if full else lengths
         ids = torch.zeros(count, int(lengths.max()), dtype=torch.long)
@@ -190,7 +195,7 @@ def work(options: argparse.Namespace) -> None:
         if word == "end":
             say(peak())
             return
-        sides = batch(int(number[0]), vocabulary, options.full)
+        sides = batch(int(number[0]), options.batch[0], vocabulary, options.full)
         wall, spent = time.perf_counter(), time.process_time()
         loss = step(sides)
         loss.backward()
@@ -268,26 +273,27 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         "# Unified training step",
         "",
-        f"Batch {QUERIES}, group {GROUP}, {report['lengths']} lengths, fp32, {report['machine']}, load average "
+        f"Group {GROUP}, {report['lengths']} lengths, fp32, {report['machine']}, load average "
         f"{report['load_average']}. Peak memory is the process's, its libraries included; that of the step is the "
         "growth over the loaded model. Written by `benchmarks/unified_step.py`.",
         "",
-        "| vocabulary | contender | wall s | processor s | peak MiB | of the step MiB |",
-        "|---|---|---|---|---|---|",
+        "| vocabulary | batch | contender | wall s | processor s | peak MiB | of the step MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
+        queries = row.get("queries", QUERIES)
         for name, one in row["contenders"].items():
             if "ended" in one:
-                lines.append(f"| {row['vocabulary']} | {name}: {one['ended']} | | | | |")
+                lines.append(f"| {row['vocabulary']} | {queries} | {name}: {one['ended']} | | | | |")
                 continue
             middle = row["median"][name]
             lines.append(
-                f"| {row['vocabulary']} | {name} | {middle['wall']:.2f} | {middle['processor']:.2f} "
+                f"| {row['vocabulary']} | {queries} | {name} | {middle['wall']:.2f} | {middle['processor']:.2f} "
                 f"| {one['peak_mib']:.0f} | {one['peak_mib'] - one['before_mib']:.0f} |"
             )
         if ratio := row.get("ratio"):
             lines.append(
-                f"| {row['vocabulary']} | **ultrarag / FlagEmbedding** | **{ratio['wall']:.2f}** "
+                f"| {row['vocabulary']} | {queries} | **ultrarag / FlagEmbedding** | **{ratio['wall']:.2f}** "
                 f"| **{ratio['processor']:.2f}** | **{ratio['peak memory']:.2f}** "
                 f"| **{ratio['memory of the step']:.2f}** |"
             )
