@@ -8,9 +8,10 @@ auto`); then the trained weights and the merged ones are measured on the test qu
 
 No test query takes part in the choice: the weight is chosen on DEV training queries of the domain, which are held out
 from training together with all that share a passage with them, and on the guard's own training queries, which nobody
-trains on. With --kinds replay, the guard's training rows are replayed among the new ones instead (`--replay_data`), and
-nothing is merged. With --mined, rows with negatives (such as `ultrarag data mine` writes) are trained on as well, from
-the same queries. What is done is in the results file after each run; the same command goes on behind it.
+trains on. That is the kind "merged", whose weights before the merge are "plain"; --kinds plain trains those alone. For
+"replay" the guard's training rows come among the new ones instead (`--replay_data`), and nothing is merged. For
+"mined", rows of the same queries with negatives (--mined, such as `ultrarag data mine` writes) are trained on. What is
+done is in the results file after each run; the same command goes on behind it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Path]:
     write_dev(arguments.guard, work / "guard", None, arguments.dev_passages)
     texts = {train.queries[query] for query in dev}
     plain = arguments.data / "train.jsonl"
-    sources = {"plain": plain, "replay": plain, "mined": arguments.mined}
+    sources = {"plain": plain, "merged": plain, "replay": plain, "mined": arguments.mined}
     sources = {name: source for name, source in sources.items() if name in arguments.kinds and source}
     files = {name: work / f"{name}.jsonl" for name in sources}
     for name, source in sources.items():
@@ -95,7 +96,7 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
     from ultrarag.finetune import finetune
 
     output = arguments.work / f"{name}-{seed}"
-    merged = name == "plain"
+    merged = name == "merged"
     replay = {"replay_data": arguments.guard / "train.jsonl", "replay_ratio": arguments.replay_ratio}
     incremental: dict[str, Any] = {
         "eval_data": arguments.work / "dev",
@@ -127,10 +128,8 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
         cache_path=arguments.work / "cache",
         **(incremental if merged else replay if name == "replay" else {}),
     )
-    if name == "replay":
-        return {"seconds": result.seconds, name: on_test(arguments, str(output))}
     if not merged:
-        return {"seconds": result.seconds, name: {"domain": evaluate(str(output), arguments.data)}}
+        return {"seconds": result.seconds, name: on_test(arguments, str(output))}
     assert result.merge is not None
     found: dict[str, Any] = {
         "weight": result.merge["weight"],
@@ -138,7 +137,7 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
         "seconds": result.seconds,
     }
     found["dev"] = {stage: metrics["nDCG@10"] for stage, metrics in result.metrics.items()}
-    for kind, folder in ((name, output / "unmerged"), ("merged", output)):
+    for kind, folder in (("plain", output / "unmerged"), ("merged", output)):
         found[kind] = on_test(arguments, str(folder))
     return found
 
@@ -187,7 +186,7 @@ def table(found: dict[str, Any]) -> str:
     """The results as Markdown."""
     before, settings = found["before"], found["settings"]
     lines = [
-        "# What fine-tuning forgets, and what merging keeps",
+        "# What fine-tuning forgets, and what replaying or merging keeps",
         "",
         f"{settings['data']} is trained on, {settings['guard']} never; nDCG@10 on the test queries of both.",
         f"The weight of the average with the parent is chosen on {settings['dev']} held-out training queries of the",
@@ -199,7 +198,8 @@ def table(found: dict[str, Any]) -> str:
         f"| before | - | {before['domain']:.4f} | {before['guard']:.4f} | - | - |",
     ]
     for kind in KINDS:
-        runs = [run for seed in found["runs"].values() for run in seed.values() if kind in run]
+        measured = [{k: run[k] for run in seed.values() for k in run} for seed in found["runs"].values()]
+        runs = [run for run in measured if kind in run]
         if not runs:
             continue
         domain = [run[kind]["domain"] for run in runs]
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the domain")
     parser.add_argument("--guard", type=Path, required=True, help="what must not be forgotten")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--kinds", nargs="+", choices=["plain", "replay", "mined"], default=["plain", "mined"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["merged", "replay", "mined"])
     parser.add_argument("--replay-ratio", type=float, default=0.15, help="the share of batches that is replayed")
     parser.add_argument("--mined", type=Path, help="rows of the same training queries, with negatives")
     parser.add_argument("--group-size", type=int, default=3, help="passages per query of the mined rows")
