@@ -423,6 +423,7 @@ def test_vacuum_deletes_what_no_generation_has(
     first = writer.build(tiny)
     writer.swap(first)  # the one before the swap is retired by this
     look(reader)
+    assert sorted(path.name for path in (reader.path / "generations").iterdir()) == [str(swapped), str(first.id)]
     with open_documents(uri, "states") as states:
         before = len(states.collections())
         writer.vacuum()

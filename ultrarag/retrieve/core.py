@@ -169,10 +169,14 @@ class Core:
         if self.words is not None:
             with self.writing:
                 self.words.catch_up()
-        live, ready = self.catalog.live(), self.catalog.in_state("ready")
+        self._follow_live()
         if self.link is not None:
-            for generation in ready:  # so that little is left to do when it goes live
+            for generation in self.catalog.in_state("ready"):  # so that little is left to do when it goes live
                 self.link.place(generation)
+            self.link.tidy(self.live.generation.id)
+
+    def _follow_live(self) -> None:
+        live = self.catalog.live()
         if live.id == self.live.generation.id:
             return
         new, vectors = self.load(live)

@@ -7,6 +7,7 @@ over what is there.
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 import time
@@ -150,6 +151,13 @@ class Link:
         row = self.rows().get(generation.id)
         if row is not None and row.collection and self.state is not None:
             place(self.layout, row, self.uri, self.checkpoints(self.state))
+
+    def tidy(self, live: int) -> None:
+        """Remove the directories of generations that are no more; their collections are `sweep`'s."""
+        kept = {str(live), *(str(number) for number in self.rows())}
+        for folder in self.layout.generations.iterdir():
+            if folder.name.isdecimal() and folder.name not in kept:
+                shutil.rmtree(folder)
 
     def share(self, generation: Generation) -> None:
         """Put a generation's checkpoint where the other processes find it."""
