@@ -128,6 +128,8 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
         cache_path=arguments.work / "cache",
         **(incremental if merged else replay if name == "replay" else {}),
     )
+    if arguments.domain_only and name in ("plain", "mined"):
+        return {"seconds": result.seconds, name: {"domain": evaluate(str(output), arguments.data)}}
     if not merged:
         return {"seconds": result.seconds, name: on_test(arguments, str(output))}
     assert result.merge is not None
@@ -228,6 +230,7 @@ def main() -> None:
     parser.add_argument("--dev", type=int, default=300, help="training queries that are held out to choose by")
     parser.add_argument("--dev-passages", type=int, default=0, help="passages of each dev corpus; 0: all")
     parser.add_argument("--max-forgetting", type=float, default=0.005)
+    parser.add_argument("--domain-only", action="store_true", help="do not measure plain and mined on the guard")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop early, to try it out")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "ultrarag" / "benchmarks" / "incremental")
     parser.add_argument("--results", type=Path, default=RESULTS)
