@@ -3,7 +3,8 @@
     python benchmarks/mine.py --data ../shared/data [--passages 100000] [--rows 3000]
 
 The pool is made of the words of the corpora in --data: each text is a run of words of a random passage, of a length
-that real passages have (median 100 words), with a tenth of its words exchanged, so that no two are alike. The rows are
+that real passages have (median 100 words; --words for others: shorter ones are encoded faster, so that searching is a
+larger share), with a tenth of its words exchanged, so that no two are alike. The rows are
 those of the train.jsonl beside each corpus. The model is the small real one, through `ultrarag.data.mine`, in this
 process; resident memory is sampled all the while.
 """
@@ -50,6 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of BEIR folders with train.jsonl")
     parser.add_argument("--names", nargs="+", default=["medquad", "scifact", "covidqa"], help="which of them")
     parser.add_argument("--passages", type=int, default=100_000)
+    parser.add_argument("--words", type=int, default=100, help="median length of the texts")
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vectors", choices=["float32", "float16"], default="float32")
@@ -65,7 +67,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from ultrarag.retrieve.mining.settings import MiningSettings
 
     pool, rows = folder / "pool.jsonl", folder / "train.jsonl"
-    write(pool, ({"text": text} for text in islice(made_up(corpora(options)), options.passages)))
+    write(pool, ({"text": text} for text in islice(made_up(corpora(options), options.words), options.passages)))
     count = write(rows, islice(training_rows(options), options.rows))
     encoder = Encoder.load(small_model(), "bge", device="cpu")
     encoder.encode(["warm"], progress=False)
@@ -78,6 +80,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "machine": f"{processor_name()}, {options.threads} threads",
         "load_average": round(os.getloadavg()[0], 1),
         "passages": report.pool,
+        "median_words": options.words,
         "rows": count,
         "negatives": report.counts["chosen"],
         "seconds": round(seconds, 1),
@@ -104,12 +107,12 @@ def corpora(options: argparse.Namespace) -> list[list[str]]:
     return [words for words in texts if len(words) > 8]
 
 
-def made_up(passages: list[list[str]]) -> Iterator[str]:
+def made_up(passages: list[list[str]], middle: int) -> Iterator[str]:
     """Texts without end, as the module's docstring says; the same in every run."""
     rng = random.Random(0)
     while True:
         words = rng.choice(passages)
-        length = min(250, max(8, int(rng.lognormvariate(math.log(100), 0.6))))
+        length = min(250, max(8, int(rng.lognormvariate(math.log(middle), 0.6))))
         start = rng.randrange(max(1, len(words) - length))
         text = words[start : start + length]
         for place in rng.sample(range(len(text)), max(1, len(text) // 10)):
