@@ -22,6 +22,7 @@ from tests.retrieve import servers
 from tests.retrieve.test_live import assert_complete, corpus
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError
 from ultrarag.retrieve import live as live_module
+from ultrarag.retrieve import remove_shared
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.on_ray import RayPool
 from ultrarag.retrieve.on_ray import build as build_module
@@ -554,3 +555,18 @@ def test_a_ray_of_its_own_in_folders_with_spaces(checkpoint, tiny, milvus, tmp_p
     assert json.loads(done.stdout)["state"] == "ready"
     left = [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])]
     assert left == []
+
+
+@real
+def test_a_shared_index_is_built_on_ray(checkpoint, other, tiny, milvus, tmp_path, cluster) -> None:
+    uri = f"{milvus.uri}onray"
+    with (
+        LiveIndex.create(tmp_path / "a", tiny, uri=uri) as live,
+        LiveIndex.open(tmp_path / "b", tiny, uri=uri) as reader,
+    ):
+        live.add(corpus(40))
+        live.swap(live.build(checkpoint, ray=RayPool(cluster.address, workers=2, block=16)))
+        servers.wait_for(lambda: reader.fingerprint == other.fingerprint, 60)
+        query = {"query": "the red apple near the hill", "k": 5, "heads": ["dense"]}
+        assert [hit.id for hit in reader.search(**query)] == [hit.id for hit in live.search(**query)]
+    remove_shared(uri)
