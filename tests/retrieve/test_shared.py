@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -325,6 +326,42 @@ def test_a_failed_write_leaves_mirror_and_server_in_step(
     assert everything(writer) == everything(reader)
     assert len(writer) == 8  # what the server had got is there
     assert found(writer, 6, heads=["bm25"])[0] == "p6"
+
+
+def test_a_full_disk_after_the_server_took_it_leaves_nothing_apart(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has the write, the mirror cannot keep it: the next write must not take the same number."""
+    writer.add(corpus(5))
+    database, send = writer._core.store.database, writer._core.link._send
+
+    def full(db) -> None:
+        send(db)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(database, "before_commit", full)
+    with pytest.raises(IndexStateError, match="make room on the disk"):
+        writer.add(corpus(7))
+    assert len(writer) == 5
+    monkeypatch.setattr(database, "before_commit", send)
+    assert writer.add(corpus(8)).added == 1  # two are there: the server had taken them
+    look(reader)
+    assert everything(writer) == everything(reader) == {passage.id: passage for passage in corpus(8)}
+    assert writer._core.live.backend.count() == 8
+
+
+def test_a_taking_over_that_fails_half_way_is_taken_up_again(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add(corpus(5))
+    rest(writer)
+    between = reader._core.link.passages.between
+    monkeypatch.setattr(reader._core.link.passages, "between", lambda after, until: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reader.add(corpus(1, start=5))
+    monkeypatch.setattr(reader._core.link.passages, "between", between)
+    assert reader.add(corpus(1, start=5)).added == 1
+    assert everything(reader) == {passage.id: passage for passage in corpus(6)}
 
 
 def test_words_and_vectors_hold_what_a_dead_writer_stored(writer: LiveIndex, reader: LiveIndex) -> None:

@@ -45,6 +45,8 @@ class Database:
         self._closed = False
         #: called with what a transaction has done, before that is kept; an error undoes it
         self.before_commit: Callable[[sqlite3.Connection], None] | None = None
+        #: called when a transaction was undone, maybe after `before_commit`
+        self.after_rollback: Callable[[], None] | None = None
         with named_errors(path):
             self._writer = None if read_only else self._connect()
 
@@ -95,6 +97,8 @@ class Database:
             except BaseException:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
+                if self.after_rollback is not None:
+                    self.after_rollback()
                 raise
 
     @contextmanager

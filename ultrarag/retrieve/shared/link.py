@@ -60,7 +60,8 @@ class Link:
         self._used = 0.0
         #: makes what the vectors hold durable, and known to the catalog
         self.settle: Callable[[], None] = lambda: None
-        store.database.before_commit = self._send
+        self._sent = False
+        store.database.before_commit, store.database.after_rollback = self._send, self._undone
 
     @property
     def address_name(self) -> str:
@@ -86,7 +87,10 @@ class Link:
         with self._lock:
             known = self._still_held()
             if not known:
-                state = self.lease.take(PATIENCE)
+                try:
+                    state = self.lease.take(PATIENCE)
+                finally:
+                    self.unsure = self.unsure or self.lease.held  # until everything below is done
                 self._sync(None)
                 self._take_over(state)
                 if (last := self.store.last_seq()) != state.committed:
@@ -132,7 +136,7 @@ class Link:
 
     def close(self) -> None:
         """Release the lease, where the server can be reached, and let go of the connections."""
-        self.store.database.before_commit = None
+        self.store.database.before_commit = self.store.database.after_rollback = None
         try:
             if self.lease.held:
                 self._release()
@@ -232,23 +236,29 @@ class Link:
         """Send what a transaction did; what is raised here undoes it."""
         if self._adopting == threading.get_ident() or self.state is None:
             return
+        self._sent = False
         documents = entries(db, self.state.committed)
         rows = self._rows(Catalog.read(db))
         if not documents and _settled(rows) == _settled(self.state.generations):
             return
-        try:
-            self.lease.check()
-            if documents:
-                self.passages.put(documents)
-            committed = documents[-1].seq if documents else self.state.committed
-            last = max([self.state.last_generation, *(row.id for row in rows)])
-            change = {"committed": committed, "generations": rows, "last_generation": last}
-            self.lease.write(lambda state: state.model_copy(update=change))
-        except BaseException:
-            self.unsure = True
-            raise
+        if self.unsure:
+            raise IndexStateError(
+                f"'{self.uri}': an earlier change failed half-way; try again, which looks what there is"
+            )
+        self._sent = True
+        self.lease.check()
+        if documents:
+            self.passages.put(documents)
+        committed = documents[-1].seq if documents else self.state.committed
+        last = max([self.state.last_generation, *(row.id for row in rows)])
+        change = {"committed": committed, "generations": rows, "last_generation": last}
+        self.lease.write(lambda state: state.model_copy(update=change))
         self.state = self.lease.state
         db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (SYNCED, str(committed)))
+
+    def _undone(self) -> None:
+        """A transaction was undone here: what the server did of it is to be found out before the next."""
+        self.unsure, self._sent = self.unsure or self._sent, False
 
     def _rows(self, generations: list[Generation]) -> list[Row]:
         """The generations as the state has them; retired ones are not kept."""
