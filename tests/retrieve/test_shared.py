@@ -715,3 +715,38 @@ def test_nothing_is_lost_when_a_writer_is_killed(
     with closing(LiveIndex.open(tmp_path / "x")) as again:
         assert everything(again) == held
     remove_shared(uri)
+
+
+def succeeds(work: Callable[[], object]) -> bool:
+    try:
+        work()
+    except IndexStateError:
+        return False
+    return True
+
+
+def test_a_server_that_went_away_and_came_back(tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := servers.missing("milvus_lite"):
+        pytest.skip(reason)
+    monkeypatch.setattr(link_module, "PATIENCE", 10.0)
+    server = servers.MilvusLite(tmp_path / "data")
+    try:
+        uri = server.uri + "?timeout=1"
+        with (
+            closing(LiveIndex.create(tmp_path / "a", tiny, uri=uri)) as writer,
+            closing(LiveIndex.open(tmp_path / "b", tiny, uri=uri)) as reader,
+        ):
+            writer.add(corpus(5))
+            look(reader)
+            server.kill()
+            for attempt in (lambda: writer.add(corpus(7)), lambda: look(reader), lambda: found(reader, 3)):
+                with pytest.raises(IndexStateError, match=r"milvus://127\.0\.0\.1"):
+                    attempt()
+            assert found(reader, 3, heads=["bm25"])[0] == "p3"  # the words are here
+            server.start()
+            servers.wait_for(lambda: succeeds(lambda: writer.add(corpus(8))), 60)  # gRPC connects again when it likes
+            servers.wait_for(lambda: succeeds(lambda: look(reader)), 60)
+            assert everything(writer) == everything(reader) == {passage.id: passage for passage in corpus(8)}
+            assert found(reader, 3) == found(writer, 3)
+    finally:
+        server.kill()
