@@ -82,6 +82,28 @@ def worst(report: Any, task: str, of: Callable[[Any], list[float]], of_all: Call
     return of_all(found)
 
 
+def mean_of(kind: str, key: str) -> Callable[[Any], float]:
+    """The mean over the seeds of what a kind of training reached in `incremental`, such as domain or guard."""
+
+    def find(report: Any) -> float:
+        values = [run[kind][key] for seed in report["runs"].values() for run in seed.values() if kind in run]
+        if not values:
+            raise LookupError(kind)
+        return sum(values) / len(values)
+
+    return find
+
+
+def lost_on_guard(report: Any) -> float:
+    """What the guard lost, in nDCG@10, when old rows were replayed."""
+    return float(report["before"]["guard"]) - mean_of("replay", "guard")(report)
+
+
+def won_by_mining(report: Any) -> float:
+    """What mined negatives add on the domain, in nDCG@10."""
+    return mean_of("mined", "domain")(report) - mean_of("plain", "domain")(report)
+
+
 TARGETS = (
     Target("Encoding, fp32, texts/s to sentence-transformers", "encode", 1.5, False, contender("ultrarag", "speed")),
     Target("the same by processor seconds", "encode", 1.5, False, contender("ultrarag", "speed_processor")),
@@ -125,6 +147,12 @@ TARGETS = (
         1.45,
         True,
         lambda report: report["time of chunks to plain"]["processor"],
+    ),
+    Target("Replay, medquad nDCG@10, three seeds", "incremental_replay", 0.8, False, mean_of("replay", "domain"), ""),
+    Target("the same, nDCG@10 that scifact loses", "incremental_replay", 0.005, True, lost_on_guard, ""),
+    Target("Mined negatives, medquad nDCG@10 more than without", "incremental_mined", 0.0, False, won_by_mining, ""),
+    Target(
+        "Mining, share of the time that is searching", "mine", 0.1, True, lambda report: report["search_share"], "%"
     ),
     Target("GPU, unified training rate to FlagEmbedding", "gpu", 2, False, gpu("train unified", "rate")),
     Target("GPU, unified training memory to FlagEmbedding", "gpu", 0.5, True, gpu("train unified", "memory", max)),
