@@ -134,7 +134,7 @@ class Vectors:
         for start in range(0, stop, BLOCK):
             end = min(start + BLOCK, stop)
             dense = None if self._dense is None else self._dense.read(start, end).astype(np.float32, copy=False)
-            sparse = None if self._sparse is None else _sparse(*_contiguous(self._sparse, start, end))
+            sparse = None if self._sparse is None else padded_sparse(*_contiguous(self._sparse, start, end))
             yield start, Embeddings(dense=dense, sparse=sparse)
 
     def gather(self, numbers: np.ndarray, head: str) -> Embeddings:
@@ -144,9 +144,12 @@ class Vectors:
             return Embeddings(dense=np.concatenate(rows).astype(np.float32, copy=False))
         if head == "sparse" and self._sparse is not None:
             lengths, parts = self._sparse.rows(numbers)
-            return Embeddings(sparse=_sparse(lengths, *(np.concatenate(parts[n]).ravel() for n in ("ids", "weights"))))
+            return Embeddings(
+                sparse=padded_sparse(lengths, *(np.concatenate(parts[n]).ravel() for n in ("ids", "weights")))
+            )
         if head == "colbert" and self._colbert is not None:
-            return _tokens(*self._colbert.rows(numbers))
+            lengths, parts = self._colbert.rows(numbers)
+            return padded_tokens(lengths, np.concatenate(parts["tokens"]))
         raise KeyError(head)
 
     def cut(self, rows: int) -> None:
@@ -234,17 +237,17 @@ def _contiguous(ragged: Ragged, start: int, stop: int) -> tuple[np.ndarray, np.n
     return np.diff(ends, prepend=first), ids, weights
 
 
-def _sparse(lengths: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Sparse:
-    """Rows of different lengths as padded arrays."""
+def padded_sparse(lengths: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Sparse:
+    """Rows of different lengths, (texts,), whose elements follow each other, as padded arrays."""
     held = np.arange(max(1, int(lengths.max(initial=0)))) < lengths[:, None]
     padded = Sparse(np.full(held.shape, Sparse.PAD_ID, np.int64), np.zeros(held.shape, np.float32))
     padded.ids[held], padded.weights[held] = ids, weights
     return padded
 
 
-def _tokens(lengths: np.ndarray, parts: dict[str, list[np.ndarray]]) -> Embeddings:
+def padded_tokens(lengths: np.ndarray, tokens: np.ndarray) -> Embeddings:
+    """Token vectors that follow each other, (tokens, dim), as padded arrays with their mask."""
     held = np.arange(max(1, int(lengths.max(initial=0)))) < lengths[:, None]
-    tokens = np.concatenate(parts["tokens"])
     padded = np.zeros((*held.shape, tokens.shape[1]), np.float32)
     padded[held] = tokens
     return Embeddings(colbert=padded, mask=held.astype(np.int64))

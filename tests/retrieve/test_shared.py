@@ -465,7 +465,7 @@ def test_vacuum_deletes_what_no_generation_has(
         before = len(states.collections())
         writer.vacuum()
         assert len(states.collections()) < before
-        assert len(leases(states.collections(), writer._core.link.address_name)) == 1
+        assert len(leases(states.collections(), states.address.name)) == 1
     assert found(reader, 3) == found(writer, 3)
     assert writer.rollback().new.fingerprint == other.fingerprint
     folder = Path(writer.status()["shared"]["checkpoints"])

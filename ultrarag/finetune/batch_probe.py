@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ultrarag.checkpoint import read_manifest
 from ultrarag.encoder import Encoder
 from ultrarag.errors import TrainingError, UsageError
-from ultrarag.finetune.distributed import world_size
+from ultrarag.finetune.distributed import least, world_size
 from ultrarag.finetune.pairs import PairLengths
 from ultrarag.finetune.trainable import Trainable
 from ultrarag.hookspecs import Features
@@ -82,12 +81,12 @@ def settle_sizes(
         _take_over(arguments, resume, note)
         return
     if arguments.auto_batch_size:
-        room = _shared(measure_room(arguments, encoder, heads, whole=True))
+        room = least(measure_room(arguments, encoder, heads, whole=True))
         batch = 1 << (min(room, MOST, max(1, rows // world_size())).bit_length() - 1)
         arguments.training.per_device_train_batch_size = batch
         note(f"per_device_train_batch_size auto: {batch} queries (memory holds {room} of the longest)")
     if arguments.model.sub_batch_size == AUTO:
-        room = _shared(measure_room(arguments, encoder, heads, whole=False))
+        room = least(measure_room(arguments, encoder, heads, whole=False))
         texts = arguments.training.per_device_train_batch_size * arguments.data.train_group_size
         arguments.model.sub_batch_size = None if room >= 2 * texts else min(room, texts, MOST)
         chosen = arguments.model.sub_batch_size or "none: the whole batch fits"
@@ -106,16 +105,6 @@ def _take_over(arguments: FinetuneArguments, resume: Path, note: Callable[[str],
         size = then["model"]["sub_batch_size"]
         arguments.model.sub_batch_size = None if size in (None, AUTO) else int(size)
         note(f"sub_batch_size auto: {arguments.model.sub_batch_size}, as before")
-
-
-def _shared(fits: int) -> int:
-    """The least over all ranks."""
-    if world_size() == 1:
-        return fits
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    number = torch.tensor([fits], device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MIN)
-    return int(number)
 
 
 def measure_room(arguments: FinetuneArguments, encoder: Encoder, heads: tuple[str, ...], whole: bool) -> int:

@@ -7,11 +7,9 @@ import sys
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ultrarag.finetune.distributed import world_size
+from ultrarag.finetune.distributed import most
 from ultrarag.progress import progress_bar
 
 
@@ -88,17 +86,10 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop when any rank was asked to."""
-        if self._any_rank_asked(args):
+        if most(int(self.asked)):
             self.stopped = True
             control.should_training_stop = True
             control.should_save = True
-
-    def _any_rank_asked(self, args: TrainingArguments) -> bool:
-        if world_size() == 1:
-            return self.asked
-        flag = torch.tensor([int(self.asked)], device=args.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -60,6 +60,24 @@ def mean_weight(queries: int, device: torch.device) -> float:
     return queries * world_size() / count.item()
 
 
+def most(number: int) -> int:
+    """The largest of the ranks' numbers."""
+    return _agreed(number, dist.ReduceOp.MAX)
+
+
+def least(number: int) -> int:
+    """The smallest of the ranks' numbers."""
+    return _agreed(number, dist.ReduceOp.MIN)
+
+
+def _agreed(number: int, operation: Any) -> int:
+    if world_size() == 1:
+        return number
+    found = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(found, op=operation)
+    return int(found)
+
+
 def _all_shapes(embeddings: Embeddings) -> list[list[int]]:
     """(rows, sparse tokens, ColBERT tokens) of every rank."""
     first = next(embeddings.arrays())

@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ultrarag.encoder import Encoder
-from ultrarag.finetune.distributed import world_size
 from ultrarag.types import Embeddings, Sparse
 
 if TYPE_CHECKING:
@@ -151,16 +149,6 @@ def layer_classes(model: nn.Module) -> list[str]:
     """The classes of a model's repeated layers, which FSDP shards and gathers one by one."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return sorted({type(layer).__name__ for found in lists for layer in found if any(True for _ in layer.children())})
-
-
-def most_of_any_rank(number: int) -> int:
-    """The largest of the ranks' numbers."""
-    if world_size() == 1:
-        return number
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-    found = torch.tensor([number], device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
 
 
 def show_embeddings_to_engines() -> None:

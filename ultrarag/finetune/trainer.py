@@ -24,7 +24,7 @@ from ultrarag.errors import CheckpointError, TrainingError
 from ultrarag.files import sync_directory, sync_tree
 from ultrarag.finetune.callbacks import StderrProgress, StopOnInterrupt
 from ultrarag.finetune.collator import TrainingBatch
-from ultrarag.finetune.distributed import gather, mean_weight, world_size
+from ultrarag.finetune.distributed import gather, mean_weight, most, world_size
 from ultrarag.finetune.evaluation import Evaluator
 from ultrarag.finetune.gradcache import cached_step
 from ultrarag.finetune.loader import PlannedLoader
@@ -37,7 +37,6 @@ from ultrarag.finetune.sharding import (
     fsdp_on_cpu,
     load_models_whole,
     load_sharded,
-    most_of_any_rank,
     uses_engine,
 )
 from ultrarag.finetune.throughput import Throughput
@@ -136,7 +135,7 @@ class EmbeddingTrainer(Trainer):
                 self.sub_batch_size,
                 functools.partial(self.accelerator.no_sync, model=model),
                 self._push if self.is_deepspeed_enabled else None,
-                most_of_any_rank if self.trained.engine else None,
+                most if self.trained.engine else None,
             )
         loss = self._loss(batch, self._encode(model, sides)) * share
         if self.is_deepspeed_enabled:

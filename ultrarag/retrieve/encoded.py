@@ -26,6 +26,7 @@ from ultrarag.files import sync_directory, write_json
 from ultrarag.retrieve.records import content_hash
 from ultrarag.retrieve.store import Store
 from ultrarag.types import Embeddings, Passage, Sparse
+from ultrarag.vector_files import padded_sparse, padded_tokens
 
 FOLDER = "encoded"
 #: Rows of the store in a block.
@@ -145,20 +146,10 @@ def _flat(embeddings: Embeddings) -> dict[str, np.ndarray]:
 
 
 def _unflat(arrays: dict[str, np.ndarray]) -> Embeddings:
-    result = Embeddings(dense=arrays.get("dense"))
-    if "sparse_ids" in arrays:
-        used = _places(arrays["sparse_counts"])
-        ids, weights = np.full(used.shape, Sparse.PAD_ID, np.int64), np.zeros(used.shape, np.float32)
-        ids[used], weights[used] = arrays["sparse_ids"], arrays["sparse_weights"]
-        result.sparse = Sparse(ids, weights)
+    result = Embeddings()
     if "colbert" in arrays:
-        used = _places(arrays["colbert_counts"])
-        result.colbert = np.zeros((*used.shape, arrays["colbert"].shape[-1]), np.float32)
-        result.colbert[used], result.mask = arrays["colbert"], used.astype(np.int64)
+        result = padded_tokens(arrays["colbert_counts"], arrays["colbert"])
+    if "sparse_ids" in arrays:
+        result.sparse = padded_sparse(*(arrays[f"sparse_{name}"] for name in ("counts", "ids", "weights")))
+    result.dense = arrays.get("dense")
     return result
-
-
-def _places(counts: np.ndarray) -> np.ndarray:
-    """(texts, most): where there is a token."""
-    found: np.ndarray = np.arange(counts.max(initial=0))[None, :] < counts[:, None]
-    return found

@@ -181,8 +181,7 @@ class ServerBackend(Connection):
         address = parse_uri(uri)
         write_schema(directory, uri, schema)
         collection = f"{address.name}_{uuid.uuid4().hex[:12]}"
-        note = json.dumps({"collection": collection}).encode()
-        files.write_atomically(directory / COLLECTION_FILE, note)  # first: a collection without a note stays for ever
+        name_collection(directory, collection)  # first: a collection without a note stays for ever
         backend = cls(directory, schema, address, collection)
         with backend._released_on_error():
             backend._create_whole()
@@ -250,6 +249,11 @@ class _Releasing:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
             self._backend.close()
+
+
+def name_collection(directory: Path, collection: str) -> None:
+    """Write which collection a directory stands for."""
+    files.write_atomically(directory / COLLECTION_FILE, json.dumps({"collection": collection}).encode())
 
 
 def collection_of(directory: Path) -> str:

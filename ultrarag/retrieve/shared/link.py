@@ -19,7 +19,6 @@ from typing import Any
 from ultrarag.errors import IndexStateError
 from ultrarag.progress import progress_bar
 from ultrarag.retrieve.backends.server import COLLECTION_FILE, collection_of
-from ultrarag.retrieve.backends.uri import parse_uri
 from ultrarag.retrieve.generations import Catalog, Generation, Layout
 from ultrarag.retrieve.shared.checkpoints import Checkpoints
 from ultrarag.retrieve.shared.documents import WINDOW, open_documents, vector_collections
@@ -62,11 +61,6 @@ class Link:
         self.settle: Callable[[], None] = lambda: None
         self._sent = False
         store.database.before_commit, store.database.after_rollback = self._send, self._undone
-
-    @property
-    def address_name(self) -> str:
-        """What the index is called in its server."""
-        return parse_uri(self.uri).name
 
     def checkpoints(self, state: State) -> Checkpoints:
         """The folder with the checkpoints: as this process was told, else as the state says."""
@@ -184,8 +178,7 @@ class Link:
     def _sync(self, until: int | None) -> None:
         """Take over passages up to a number; None: all there are, also those that nobody acknowledged."""
         synced = int(self.store.get_meta(SYNCED, "0"))
-        known = max(synced, self.store.last_seq()) if self.lease.held else synced
-        end = self._highest(known) if until is None else until
+        end = self._highest() if until is None else until
         with progress_bar(end - synced, "mirror", "write", None if end - synced > 10_000 else False) as bar:
             while synced < end:
                 step = min(synced + WINDOW, end)
@@ -202,17 +195,16 @@ class Link:
         for folder in self.layout.generations.iterdir():  # of a build, whose collection no row names yet
             if (self.layout.vectors(folder) / COLLECTION_FILE).exists():
                 names.add(collection_of(self.layout.vectors(folder)))
-        for collection in vector_collections(self.passages.collections(), self.address_name):
+        for collection in vector_collections(self.passages.collections(), self.passages.address.name):
             if collection.removesuffix("_tokens") not in names:
                 self.lease.check()
                 self.passages.drop(collection)
         assert self.state is not None
         self.checkpoints(self.state).remove_others({row.fingerprint for row in self.rows().values()})
 
-    def _highest(self, known: int) -> int:
+    def _highest(self) -> int:
         """The last number that the server has: a writer that died may have written some beyond the last commit."""
-        state = self.lease.state
-        highest = max(known, state.committed)
+        highest = self.lease.state.committed
         while found := self.passages.between(highest, highest + WINDOW):
             highest = found[-1].seq
         return highest

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from dataclasses import asdict
 
 from ultrarag.retrieve.backends.base import SCHEMA_FILE, Schema, read_schema, write_schema
-from ultrarag.retrieve.backends.files import write_atomically
-from ultrarag.retrieve.backends.server import COLLECTION_FILE, collection_of
+from ultrarag.retrieve.backends.server import collection_of, name_collection
 from ultrarag.retrieve.generations import Generation, Layout
 from ultrarag.retrieve.shared.checkpoints import Checkpoints
 from ultrarag.retrieve.shared.state import Row, VectorSchema
@@ -16,27 +15,15 @@ from ultrarag.retrieve.shared.state import Row, VectorSchema
 
 def row_of(layout: Layout, generation: Generation, known: Row | None) -> Row:
     """A generation as the shared state has it; where its vectors are is read from its directory, if it has one here."""
-    row = Row(
-        id=generation.id,
-        fingerprint=generation.fingerprint,
-        state=generation.state,
-        heads=list(generation.heads),
-        precision=generation.precision,
-        base_seq=generation.base_seq,
-        applied_seq=generation.applied_seq,
-        created=generation.created,
-        forced=generation.forced,
-        metrics=generation.metrics,
-    )
+    values = asdict(generation)
+    del values["backend"]  # each process has its own address for the server
+    row = Row(**values)
     if generation.state == "building":
         return row
     if known is not None and known.collection:
         return row.model_copy(update={"collection": known.collection, "vectors": known.vectors})
     vectors = layout.vectors(layout.final(generation.id))
-    schema = read_schema(vectors)[1]
-    held = VectorSchema(
-        dense=schema.dense, sparse=schema.sparse, colbert=schema.colbert, fingerprint=schema.fingerprint
-    )
+    held = VectorSchema(**asdict(read_schema(vectors)[1]))
     return row.model_copy(update={"collection": collection_of(vectors), "vectors": held})
 
 
@@ -51,7 +38,7 @@ def place(layout: Layout, row: Row, uri: str, checkpoints: Checkpoints) -> None:
     vectors = layout.vectors(stage)
     checkpoints.fetch(row.fingerprint, layout.checkpoint(stage))
     write_schema(vectors, uri, Schema(**row.vectors.model_dump()))
-    write_atomically(vectors / COLLECTION_FILE, json.dumps({"collection": row.collection}).encode())
+    name_collection(vectors, row.collection)
     shutil.rmtree(final, ignore_errors=True)
     shutil.rmtree(layout.building(row.id), ignore_errors=True)
     os.rename(stage, final)
