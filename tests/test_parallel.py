@@ -13,6 +13,7 @@ import torch
 from ultrarag import Encoder
 from ultrarag.parallel import map_side_by_side, side_by_side
 from ultrarag.testing.tiny import TEXTS, tiny_bert, tiny_minicpm
+from ultrarag.tokenize import batches_by_tokens
 
 
 @pytest.fixture
@@ -66,14 +67,27 @@ def test_encoding_side_by_side_gives_the_same_vectors(tmp_path, two_threads, mon
     together = encoder.encode(texts, batch_tokens=64, progress=False).dense
     assert threads
     assert threading.current_thread().name not in threads
-    monkeypatch.setattr(Encoder, "_workers", lambda self, batches: 1)
+    monkeypatch.setattr(Encoder, "_workers", lambda self: 1)
     one_by_one = encoder.encode(texts, batch_tokens=64, progress=False).dense
     np.testing.assert_allclose(together, one_by_one, atol=1e-6)
+
+
+def test_batches_for_several_workers_get_smaller_towards_the_end():
+    lengths = [100, 7, 60, 300] * 50
+    alone, shared = (list(batches_by_tokens(lengths, 2048, workers)) for workers in (1, 2))
+    tokens = [[sum(lengths[row] for row in batch) for batch in batches] for batches in (alone, shared)]
+    assert sorted(row for batch in shared for row in batch) == list(range(200))
+    assert shared[:3] == alone[:3]
+    assert max(tokens[1][-4:]) <= 512 < max(tokens[0][-4:])
+    # one batch's worth is divided too, down to what is worth a forward of its own
+    assert len(list(batches_by_tokens([100] * 20, 2048, 2))) == 4
+    assert len(list(batches_by_tokens([100] * 5, 2048, 2))) == 1
 
 
 def test_only_plugins_that_say_so_are_called_in_threads(tmp_path, two_threads):
     tiny_bert(tmp_path / "bert")
     tiny_minicpm(tmp_path / "minicpm")
-    assert Encoder.load(tmp_path / "bert", "bge", device="cpu")._workers(5) == 2
-    assert Encoder.load(tmp_path / "minicpm", "minicpm-embedding", device="cpu")._workers(5) == 1
-    assert side_by_side(1) == 1
+    assert Encoder.load(tmp_path / "bert", "bge", device="cpu")._workers() == 2
+    assert Encoder.load(tmp_path / "minicpm", "minicpm-embedding", device="cpu")._workers() == 1
+    torch.set_num_threads(1)
+    assert side_by_side() == 1

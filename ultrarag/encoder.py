@@ -313,19 +313,20 @@ class Encoder:
         """Return the embeddings of tokenized texts, in their order.
 
         Args:
-            budget: padded tokens per forward.
+            budget: padded tokens per forward, at most.
             dtype: of the forward, if not float32.
             on_batch: told the number of texts after each forward.
         """
         self.model.eval()
-        batches = list(batches_by_tokens([len(row) for row in tokens.ids], budget))
+        workers = self._workers()
+        batches = list(batches_by_tokens([len(row) for row in tokens.ids], budget, workers))
 
         @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
         def forward(rows: list[int]) -> Embeddings:
             return self._forward(self.features(tokens, rows), heads, dtype).numpy()
 
         parts, order = [], []
-        for rows, part in map_side_by_side(forward, batches, self._workers(len(batches))):
+        for rows, part in map_side_by_side(forward, batches, workers):
             parts.append(part)
             order.extend(rows)
             if on_batch:
@@ -334,11 +335,11 @@ class Encoder:
         place[order] = np.arange(len(order))
         return Embeddings.cat(parts)[place]
 
-    def _workers(self, batches: int) -> int:
+    def _workers(self) -> int:
         """Forwards to run at a time: one on a GPU, and where a plugin does not say that several may run."""
         if self.device.type != "cpu" or not self.adapter.registry.threaded_encode(self.adapter.name):
             return 1
-        return side_by_side(batches)
+        return side_by_side()
 
     def _forward(self, features: Features, heads: tuple[str, ...], dtype: torch.dtype | None) -> Embeddings:
         moved = cast(Features, {name: self._moved(value) for name, value in features.items()})

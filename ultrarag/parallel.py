@@ -20,16 +20,17 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def side_by_side(items: int) -> int:
-    """How many of `items` forwards to run at a time with the threads that torch has."""
-    return max(1, min(MOST, items, torch.get_num_threads()))
+def side_by_side() -> int:
+    """How many forwards to run at a time with the threads that torch has."""
+    return max(1, min(MOST, torch.get_num_threads()))
 
 
 def map_side_by_side(
     function: Callable[[_Item], _Result], items: Sequence[_Item], workers: int
 ) -> Iterator[tuple[_Item, _Result]]:
     """Yield each item with its result, in order; each worker has its share of torch's threads."""
-    if workers == 1:
+    workers = min(workers, len(items))
+    if workers <= 1:
         yield from ((item, function(item)) for item in items)
         return
     threads = torch.get_num_threads()

@@ -26,6 +26,9 @@ Item = TypeVar("Item")
 _locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
+#: Tokens below which a batch is not made smaller to divide the end of the work.
+LEAST_SHARED = 512
+
 #: Models whose positions start after the padding id, so that many fewer tokens fit.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet", "xmod")
 #: A tokenizer without a real limit says some 1e30.
@@ -159,18 +162,28 @@ def pad(
     return features
 
 
-def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def batches_by_tokens(lengths: Sequence[int], budget: int, workers: int = 1) -> Iterator[list[int]]:
     """Yield row numbers in batches of at most `budget` padded tokens, longest rows first.
 
-    Rows of similar length share a batch, so that little is padded; a row longer than the budget stands alone.
+    Rows of similar length share a batch, so that little is padded; a row longer than the budget stands alone. For
+    several workers the batches get smaller towards the end, so that no worker waits long for another's last one.
     """
+    left = sum(lengths)
     batch: list[int] = []
     width = 0
+    allowed = _allowed(left, budget, workers)
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         width = max(width, lengths[row])
-        if batch and width * (len(batch) + 1) > budget:
+        if batch and width * (len(batch) + 1) > allowed:
             yield batch
+            left -= sum(lengths[row] for row in batch)
             batch, width = [], lengths[row]
+            allowed = _allowed(left, budget, workers)
         batch.append(row)
     if batch:
         yield batch
+
+
+def _allowed(left: int, budget: int, workers: int) -> int:
+    """Tokens of the next batch: half of each worker's share of those left, unless that is too little to be worth it."""
+    return budget if workers == 1 else min(budget, max(LEAST_SHARED, left // (2 * workers)))
