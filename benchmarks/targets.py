@@ -26,10 +26,12 @@ class Target:
     def row(self, reports: Reports) -> str:
         """A line of the table."""
         word = "at most" if self.at_most else "at least"
-        found, verdict = self.measured(reports), "not measured"
+        found, shown, verdict = self.measured(reports), "", "not measured"
         if found is not None:
-            verdict = "met" if (found <= self.limit if self.at_most else found >= self.limit) else "**not met**"
-        shown = "" if found is None else self.show(found)
+            met = found <= self.limit if self.at_most else found >= self.limit
+            verdict, shown = "met" if met else "**not met**", self.show(found)
+            if not met and shown == self.show(self.limit):
+                shown = self.show(found, more=1)
         return f"| {self.what} | {word} {self.show(self.limit)} | {shown} | {verdict} | `{self.result}` |"
 
     def measured(self, reports: Reports) -> float | None:
@@ -39,10 +41,11 @@ class Target:
         except (LookupError, TypeError, StopIteration):
             return None
 
-    def show(self, value: float) -> str:
-        """A figure with its unit."""
-        digits = 6 if self.unit == "" else 2
-        return f"{value:.{digits}f}{self.unit}" if self.unit != "%" else f"{100 * value:.1f} %"
+    def show(self, value: float, more: int = 0) -> str:
+        """A figure with its unit, and so many digits more than usual."""
+        if self.unit == "%":
+            return f"{100 * value:.{1 + more}f} %"
+        return f"{value:.{(6 if self.unit == '' else 2) + more}f}{self.unit}"
 
 
 def contender(name: str, key: str, beside: str = "sentence-transformers") -> Callable[[Any], float]:

@@ -62,6 +62,7 @@ def test_targets_are_met_not_met_or_not_measured():
 
     assert "| at most 1.30x | 1.25x | met |" in rows(1.25)
     assert "| at most 1.30x | 1.31x | **not met** |" in rows(1.31)
+    assert "| at most 1.30x | 1.302x | **not met** |" in rows(1.302)
     assert "| at least 45.0 % |  | not measured |" in rows(1.25)
 
 
