@@ -29,9 +29,15 @@ LENGTHS = [16, 32, 64, 128, 256, 512]
 #: name -> what changes, in which steps, and what is counted
 CURVES: dict[str, dict[str, Any]] = {
     "encode_length": {"title": "Encoding by length", "kind": "length", "x": "tokens per text", "unit": "tokens"},
-    "encode_batch": {"title": "Encoding by batch", "kind": "batch", "x": "tokens per forward", "unit": "tokens"},
+    "encode_batch": {"title": "Encoding by batch", "kind": "batch", "x": "tokens per forward, most", "unit": "tokens"},
     "encode_corpus": {"title": "Encoding by corpus size", "kind": "size", "x": "texts", "unit": "texts"},
     "train_length": {"title": "Training by length", "kind": "length", "x": "tokens per passage", "unit": "tokens"},
+    "train_length_plain": {
+        "title": "Training by length, without dropout in attention",
+        "kind": "length",
+        "x": "tokens per passage",
+        "unit": "tokens",
+    },
     "train_batch": {"title": "Training by batch", "kind": "batch", "x": "queries per step", "unit": "tokens"},
     "train_rows": {"title": "Training by rows of data", "kind": "size", "x": "rows", "unit": "rows"},
 }
@@ -40,6 +46,7 @@ STEPS: dict[str, list[int]] = {
     "encode_batch": [256, 512, 1024, 2048, 4096, 8192, 16384],
     "encode_corpus": [250, 500, 1000, 2000, 4000, 8000],
     "train_length": LENGTHS,
+    "train_length_plain": LENGTHS,
     "train_batch": [2, 4, 8, 16, 32, 64, 128],
     "train_rows": [250, 1000, 4000, 16000],
 }

@@ -63,12 +63,17 @@ def train_length(length: int, options: argparse.Namespace) -> dict[str, Any]:
     return train(max(2, options.tokens // 8 // (length + QUERY)), length, options)
 
 
+def train_length_plain(length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The same without dropout of attention's weights, which keeps torch from its fused attention on a CPU."""
+    return train(max(2, options.tokens // 8 // (length + QUERY)), length, options, attention_dropout=False)
+
+
 def train_batch(batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Steps with so many queries, one passage each."""
     return train(batch, PASSAGE, options)
 
 
-def train(batch: int, length: int, options: argparse.Namespace) -> dict[str, Any]:
+def train(batch: int, length: int, options: argparse.Namespace, attention_dropout: bool = True) -> dict[str, Any]:
     """Steps (forward, in-batch loss, backward, AdamW) on made-up token ids, after one that warms up."""
     import torch
 
@@ -76,6 +81,10 @@ def train(batch: int, length: int, options: argparse.Namespace) -> dict[str, Any
     from ultrarag.loss_arguments import LossArguments
 
     encoder = load(options)
+    if not attention_dropout:
+        for part in encoder.model.modules():
+            if type(part).__name__ == "BertSelfAttention":
+                part.dropout.p = 0.0
     module = Trainable(encoder, ("dense",)).train()
     arguments = LossArguments(temperature=0.05, group_size=1)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
@@ -166,6 +175,7 @@ POINTS: dict[str, Callable[[int, argparse.Namespace], dict[str, Any]]] = {
     "encode_batch": encode_batch,
     "encode_corpus": encode_corpus,
     "train_length": train_length,
+    "train_length_plain": train_length_plain,
     "train_batch": train_batch,
     "train_rows": train_rows,
 }

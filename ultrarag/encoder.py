@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ultrarag.casts import Casts
 from ultrarag.checkpoint import Manifest, Training, local_folder, read_manifest
 from ultrarag.cuts import Cuts
 from ultrarag.errors import UsageError, did_you_mean
@@ -28,7 +28,7 @@ from ultrarag.loading import (
     settings_of,
 )
 from ultrarag.pairs import score_pairs, score_texts, tokenize_pairs
-from ultrarag.parallel import map_side_by_side, side_by_side
+from ultrarag.parallel import map_side_by_side, one_ahead, side_by_side
 from ultrarag.plugins import Adapter, registry
 from ultrarag.progress import progress_bar, quiet_progress
 from ultrarag.scores import head_scores
@@ -42,6 +42,7 @@ from ultrarag.tokenize import (
     tokenize,
     tokenized_windows,
 )
+from ultrarag.transfer import remember_host, to_device, to_host
 from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class Encoder:
         self.precision = checked_precision(precision, self.device)
         self.model = model.to(self.device).eval()
         model.settings = settings  # type: ignore[assignment]
+        #: the model's matrices in lower precision, until it is trained
+        self.casts = Casts()
 
     @classmethod
     def load(
@@ -139,6 +142,7 @@ class Encoder:
         backbone = getattr(self.model, "backbone", None)
         if not isinstance(backbone, nn.Module):
             raise UsageError(f"the model of {self.adapter.describe()} has no part called 'backbone' to compile")
+        self.casts.stop()  # a compiled backbone casts in its own code
         backbone.compile(**{"dynamic": True, **options})
 
     @property
@@ -322,11 +326,15 @@ class Encoder:
         batches = list(batches_by_tokens([len(row) for row in tokens.ids], budget, workers))
 
         @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
-        def forward(rows: list[int]) -> Embeddings:
-            return self._forward(self.features(tokens, rows), heads, dtype).numpy()
+        def start(rows: list[int]) -> Callable[[], Embeddings]:
+            return to_host(self._forward(self.features(tokens, rows), heads, dtype))
 
+        if self.device.type == "cpu":
+            results = map_side_by_side(lambda rows: start(rows)(), batches, workers)
+        else:
+            results = one_ahead(start, batches)
         parts, order = [], []
-        for rows, part in map_side_by_side(forward, batches, workers):
+        for rows, part in results:
             parts.append(part)
             order.extend(rows)
             if on_batch:
@@ -342,15 +350,13 @@ class Encoder:
         return side_by_side()
 
     def _forward(self, features: Features, heads: tuple[str, ...], dtype: torch.dtype | None) -> Embeddings:
-        moved = cast(Features, {name: self._moved(value) for name, value in features.items()})
-        moved["heads"] = heads
-        context = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
-        with context:
-            return self.adapter.encode(self.model, moved)
-
-    def _moved(self, value: Any) -> Any:
-        """A tensor on the device; to a GPU from pinned memory, so that the copy does not wait for the last forward."""
-        return value.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else value
+        moved = {name: to_device(cast(torch.Tensor, value), self.device) for name, value in features.items()}
+        remember_host(moved["attention_mask"], features["attention_mask"])
+        batch = cast(Features, {**moved, "heads": heads})
+        if dtype is None:
+            return self.adapter.encode(self.model, batch)
+        with torch.autocast(self.device.type, dtype):
+            return self.adapter.encode(self.casts.of(self.model, dtype), batch)
 
     def _checked_heads(self, heads: Sequence[str] | None) -> tuple[str, ...]:
         if heads is None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultrarag.transfer import to_device
+
 #: Arguments that change what attention computes, in ways that a packed call does not follow.
 _NOT_FOLLOWED = ("softcap", "position_bias", "s_aux", "cache", "head_mask", "output_attentions")
 
@@ -39,7 +41,7 @@ class Layout:
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         values, counts = torch.unique_consecutive(lengths, return_counts=True)
         runs = tuple(zip(counts.tolist(), values.tolist(), strict=True))
-        return cls(index.to(device, non_blocking=True), runs, offsets.to(device, non_blocking=True))
+        return cls(to_device(index, device), runs, to_device(offsets, device))
 
     @property
     def longest(self) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ultrarag.errors import UsageError
 from ultrarag.packed_attention import Layout, packed_attention
+from ultrarag.transfer import on_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,8 @@ logger = logging.getLogger("ultrarag")
 
 #: Our attention's name in transformers' AttentionInterface; never written to a saved config.
 NAME = "ultrarag_packed"
+#: Attribute of a module that stands for another (ultrarag.casts), whose verdict is its own
+ORIGINAL = "_ultrarag_original"
 #: What a backbone is given; everything else in the features is for the heads.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 #: Padding below this share of the batch is computed: packing costs about as much as it saves.
@@ -60,7 +63,7 @@ def hidden_states(backbone: nn.Module, features: Features, packing: bool | None 
     stock = _stock(backbone)
     if stock is None or torch.compiler.is_compiling():
         return cast(Tensor, backbone(**inputs, return_dict=True).last_hidden_state)
-    mask = inputs["attention_mask"].cpu()
+    mask = on_host(inputs["attention_mask"])
     if getattr(backbone, "_compiled_call_impl", None) is not None:  # each layout would be compiled anew
         return _padded(backbone, stock, inputs, mask)
     # Compared before looking at the padding, which differs between ranks: a sharded model's forward is collective.
@@ -151,6 +154,7 @@ def _padding(mask: Tensor) -> float:
 def _verified(backbone: nn.Module, stock: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
     """Whether packing gives this backbone's hidden states: compared at first use, and again under autocast."""
     device = inputs["input_ids"].device.type
+    backbone, stock = (module.__dict__.get(ORIGINAL, module) for module in (backbone, stock))
     with _lock:
         verdicts = _verdicts.setdefault(backbone, {})
         if stock.dtype not in verdicts:

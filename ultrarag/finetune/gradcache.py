@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ultrarag.hookspecs import Features
+from ultrarag.transfer import on_host, remember_host
 from ultrarag.types import Embeddings
 
 #: Encodes a list of feature batches, each into Embeddings, in one call of the wrapped module.
@@ -124,15 +125,15 @@ def _encode_idly(encode: Encode, chunk: _Chunk, times: int) -> None:
 
 def split(features: Features, size: int) -> list[Features]:
     """Cut a batch into batches of at most `size` texts, each no wider than its longest text."""
-    total = features["input_ids"].shape[0]
-    return [_trimmed(features, slice(start, start + size)) for start in range(0, total, size)]
+    mask = on_host(features["attention_mask"])
+    return [_trimmed(features, mask, slice(start, start + size)) for start in range(0, len(mask), size)]
 
 
-def _trimmed(features: Features, rows: slice) -> Features:
-    mask = features["attention_mask"][rows]
-    used = mask.any(0).nonzero()
+def _trimmed(features: Features, mask: Tensor, rows: slice) -> Features:
+    used = mask[rows].any(0).nonzero()
     columns = slice(int(used.min()), int(used.max()) + 1)
     found = {name: value[rows, columns] if isinstance(value, Tensor) else value for name, value in features.items()}
+    remember_host(cast(Tensor, found["attention_mask"]), mask[rows, columns])
     return cast(Features, found)
 
 

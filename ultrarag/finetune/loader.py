@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from ultrarag.finetune.batches import Batch
 from ultrarag.finetune.collator import Collator, PairCollator
 from ultrarag.finetune.replay import Plan
+from ultrarag.parallel import in_background
 
 
 class PlannedBatches(Dataset[Batch]):
@@ -52,7 +53,14 @@ class EpochOrder(BatchSampler):
 
 
 class PlannedLoader(DataLoader[Any]):
-    """A DataLoader that passes `set_epoch` on to its order of batches."""
+    """A DataLoader that passes `set_epoch` on to its order of batches, and may tokenize the next one in a thread."""
+
+    #: whether the next batch is made while a step runs; worker processes, where there are any, do that anyway
+    ahead = False
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return in_background(batches) if self.ahead else batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -62,7 +70,7 @@ class PlannedLoader(DataLoader[Any]):
 def make_loader(plan: Plan, collator: Collator | PairCollator, rank: int, args: TrainingArguments) -> PlannedLoader:
     """Return the loader of one rank's batches, with the run's dataloader settings."""
     workers = args.dataloader_num_workers
-    return PlannedLoader(
+    loader = PlannedLoader(
         PlannedBatches(plan, rank),
         batch_sampler=EpochOrder(plan.steps_per_epoch),
         collate_fn=collator,
@@ -73,3 +81,6 @@ def make_loader(plan: Plan, collator: Collator | PairCollator, rank: int, args: 
         # its own generator: a loader must not draw from the one that dropout uses
         generator=torch.Generator().manual_seed(args.seed),
     )
+    # on a CPU the step itself has need of every core
+    loader.ahead = workers == 0 and args.device.type != "cpu"
+    return loader

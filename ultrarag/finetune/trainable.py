@@ -20,6 +20,7 @@ class Trainable(nn.Module):
     def __init__(self, encoder: Encoder, heads: tuple[str, ...], model: nn.Module | None = None) -> None:
         """Wrap the encoder's model, or the copy of it that is to be trained."""
         super().__init__()
+        encoder.casts.stop()
         self.model = encoder.model if model is None else model
         self.adapter = encoder.adapter
         self.heads = heads

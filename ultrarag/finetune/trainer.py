@@ -44,6 +44,7 @@ from ultrarag.finetune.trainable import Trainable
 from ultrarag.hookspecs import Features
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.publish import write_checkpoint
+from ultrarag.transfer import remember_host
 from ultrarag.types import Embeddings
 
 
@@ -122,9 +123,12 @@ class EmbeddingTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Encode, gather, loss, backward; in pieces of `sub_batch_size` texts where that is set."""
         model.train()
-        self.throughput.count([side for side in (inputs["queries"], inputs["passages"]) if side is not None])
+        given = [side for side in (inputs["queries"], inputs["passages"]) if side is not None]
+        self.throughput.count(given)
         batch: TrainingBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
         sides = [side for side in (batch["queries"], batch["passages"]) if side is not None]
+        for side, before in zip(sides, given, strict=True):
+            remember_host(side["attention_mask"], before["attention_mask"])
         share = 1 / self.current_gradient_accumulation_steps
         if self.sub_batch_size:
             return cached_step(
