@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).parents[1] / "ultrarag"
 LAYERS = [
     {"errors", "types", "compress", "loss_arguments", "files", "vector_files", "progress", "tables", "__init__"},
     {"scores", "losses", "ir", "beir"},
-    {"hookspecs", "packing", "packed_attention"},
+    {"hookspecs", "packing", "packed_attention", "transfer"},
     {"adapters"},
     {"plugin_checks", "plugins"},
     {
         "checkpoint",
         "fingerprint",
         "cuts",
+        "casts",
         "parallel",
         "tokenize",
         "loading",
