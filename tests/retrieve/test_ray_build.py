@@ -154,17 +154,6 @@ def order(checkpoint, other, rest, tmp_path: Path) -> Order:
     backend.close()
 
 
-@pytest.fixture
-def rest():
-    """Qdrant's REST interface in this process."""
-    pytest.importorskip("qdrant_client")
-    from tests.retrieve.qdrant_rest import Rest
-
-    server = Rest()
-    yield server
-    server.close()
-
-
 @pytest.fixture(autouse=True)
 def pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Small pieces; and what a worker that is played here opens is closed, which Ray does by ending its process."""
@@ -385,13 +374,6 @@ MANY = 40 * BLOCK
 
 
 @pytest.fixture(scope="module")
-def milvus(tmp_path_factory: pytest.TempPathFactory):
-    server = servers.MilvusLite(tmp_path_factory.mktemp("milvus") / "data")
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="module")
 def cluster():
     """A Ray with two CPUs on this machine; its address."""
     port = servers.free_port()
@@ -457,10 +439,12 @@ def in_thread(work):
 
 
 @real
-def test_a_killed_worker_loses_and_doubles_nothing_while_writes_go_on(live, checkpoint, other, milvus, cluster) -> None:
+def test_a_killed_worker_loses_and_doubles_nothing_while_writes_go_on(
+    live, checkpoint, other, milvus_lite, cluster
+) -> None:
     live.add(corpus(MANY))
     pool = RayPool(cluster.address, workers=2, block=BLOCK)
-    join, thread = in_thread(lambda: live.build(checkpoint, backend=milvus.uri, ray=pool))
+    join, thread = in_thread(lambda: live.build(checkpoint, backend=milvus_lite.uri, ray=pool))
     while confirmed(live.path) < 3 and thread.is_alive():
         time.sleep(0.02)
     victims = workers(cluster)
@@ -486,11 +470,11 @@ def test_a_killed_worker_loses_and_doubles_nothing_while_writes_go_on(live, chec
 
 
 @real
-def test_a_driver_stopped_and_then_killed_goes_on(live, checkpoint, milvus, cluster) -> None:
+def test_a_driver_stopped_and_then_killed_goes_on(live, checkpoint, milvus_lite, cluster) -> None:
     live.add(corpus(MANY))
     path = live.path
     live.close()
-    words = ["--backend", milvus.uri, "--ray", cluster.address, "--workers", "2", "--block", str(BLOCK), "--json"]
+    words = ["--backend", milvus_lite.uri, "--ray", cluster.address, "--workers", "2", "--block", str(BLOCK), "--json"]
     command = [sys.executable, "-m", "ultrarag.cli", "index", "build", str(path), str(checkpoint), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as stopped:
@@ -523,32 +507,32 @@ def test_a_driver_stopped_and_then_killed_goes_on(live, checkpoint, milvus, clus
 
 @real
 def test_a_node_with_another_checkpoint_stops_the_build(
-    live, checkpoint, tiny, milvus, cluster, tmp_path, monkeypatch
+    live, checkpoint, tiny, milvus_lite, cluster, tmp_path, monkeypatch
 ) -> None:
     live.add(corpus(3))
     another = tiny.save(tmp_path / "another")
     job = RayJob(RayPool(cluster.address, workers=1), str(another))
     monkeypatch.setattr(RayJob, "of", lambda *arguments: job)
     with pytest.raises(CheckpointError, match="another' is another encoder here than where"):
-        live.build(checkpoint, backend=milvus.uri, ray=job.pool)
+        live.build(checkpoint, backend=milvus_lite.uri, ray=job.pool)
 
 
 @real
-def test_a_ray_that_is_not_there_is_named(live, checkpoint, milvus) -> None:
+def test_a_ray_that_is_not_there_is_named(live, checkpoint, milvus_lite) -> None:
     live.add(corpus(3))
     address = f"127.0.0.1:{servers.free_port()}"
     with pytest.raises(IndexStateError, match=f"no connection to Ray at '{address}'.*ray start"):
-        live.build(checkpoint, backend=milvus.uri, ray=RayPool(address))
+        live.build(checkpoint, backend=milvus_lite.uri, ray=RayPool(address))
 
 
 @real
-def test_a_ray_of_its_own_in_folders_with_spaces(checkpoint, tiny, milvus, tmp_path) -> None:
+def test_a_ray_of_its_own_in_folders_with_spaces(checkpoint, tiny, milvus_lite, tmp_path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
     with LiveIndex.create(folder / "the index", tiny, backend="numpy") as live:
         live.add(corpus(5))
     model = shutil.copytree(checkpoint, folder / "the model")
-    words = [str(folder / "the index"), str(model), "--backend", milvus.uri, "--ray", "local", "--workers", "1"]
+    words = [str(folder / "the index"), str(model), "--backend", milvus_lite.uri, "--ray", "local", "--workers", "1"]
     command = [sys.executable, "-m", "ultrarag.cli", "index", "build", *words, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
@@ -558,8 +542,8 @@ def test_a_ray_of_its_own_in_folders_with_spaces(checkpoint, tiny, milvus, tmp_p
 
 
 @real
-def test_a_shared_index_is_built_on_ray(checkpoint, other, tiny, milvus, tmp_path, cluster) -> None:
-    uri = f"{milvus.uri}onray"
+def test_a_shared_index_is_built_on_ray(checkpoint, other, tiny, milvus_lite, tmp_path, cluster) -> None:
+    uri = f"{milvus_lite.uri}onray"
     with (
         LiveIndex.create(tmp_path / "a", tiny, uri=uri) as live,
         LiveIndex.open(tmp_path / "b", tiny, uri=uri) as reader,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.retrieve import servers
-from tests.retrieve.test_live import corpus, text_of
+from tests.retrieve.test_live import corpus, count_encoded, text_of
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError
 from ultrarag.retrieve import remove_shared
 from ultrarag.retrieve.cli import main
@@ -196,14 +196,7 @@ def test_the_next_writer_encodes_only_what_is_new(
 ) -> None:
     writer.add(corpus(30))
     rest(writer)
-    seen: list[str] = []
-    encode = reader.encoder.encode
-
-    def counting(texts, kind="passage", **options):
-        seen.extend(texts if kind == "passage" else [])
-        return encode(texts, kind, **options)
-
-    monkeypatch.setattr(reader.encoder, "encode", counting)
+    seen = count_encoded(monkeypatch, reader)
     reader.add([Passage("new", "quite new")])
     assert seen == ["quite new"]
 
