@@ -1,7 +1,7 @@
 """Matrices cast once: what autocast casts anew in every forward, kept beside the float32 weights.
 
-For one query the casting takes longer than the rest: see benchmarks/precision.py. The arithmetic is autocast's, to the
-bit, and the model that loads, trains and saves stays in float32.
+For one query the casting alone takes longer than a float32 forward does: see benchmarks/precision.py. The arithmetic is
+autocast's, to the bit, and the model that loads, trains and saves stays in float32.
 """
 
 from __future__ import annotations
