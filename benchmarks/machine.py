@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ def origin(threads: int | None = None, packages: tuple[str, ...] = ("torch", "tr
         "load_average": round(os.getloadavg()[0], 1),
         "versions": {package: version(package) for package in packages},
     }
+
+
+def in_turn(names: Sequence[str], number: int) -> list[str]:
+    """The contenders of a round: in every round another one begins."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def processor_name() -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import origin
+from machine import in_turn, origin
 
 from ultrarag.files import write_json
 
@@ -89,7 +89,7 @@ def measure(encoders: dict[str, Any], count: int, length: int, rounds: int) -> l
     names, seconds = list(encoders), {name: [] for name in encoders}
     vectors = {name: encoder.encode(texts, progress=False).dense for name, encoder in encoders.items()}  # warms up
     for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in in_turn(names, number):
             started = time.perf_counter()
             encoders[name].encode(texts, progress=False)
             seconds[name].append(time.perf_counter() - started)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,13 @@ def encode_corpus(count: int, options: argparse.Namespace) -> dict[str, Any]:
     return {**found, "items": count}
 
 
-def train_length(length: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Steps with passages of one length, always about the same number of tokens."""
-    return train(max(2, options.tokens // 8 // (length + QUERY)), length, options)
+def train_length(length: int, options: argparse.Namespace, attention_dropout: bool = True) -> dict[str, Any]:
+    """Steps with passages of one length, always about the same number of tokens.
 
-
-def train_length_plain(length: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The same without dropout of attention's weights, which keeps torch from its fused attention on a CPU."""
-    return train(max(2, options.tokens // 8 // (length + QUERY)), length, options, attention_dropout=False)
+    Args:
+        attention_dropout: of attention's weights, which keeps torch from its fused attention on a CPU.
+    """
+    return train(max(2, options.tokens // 8 // (length + QUERY)), length, options, attention_dropout)
 
 
 def train_batch(batch: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +175,7 @@ POINTS: dict[str, Callable[[int, argparse.Namespace], dict[str, Any]]] = {
     "encode_batch": encode_batch,
     "encode_corpus": encode_corpus,
     "train_length": train_length,
-    "train_length_plain": train_length_plain,
+    "train_length_plain": partial(train_length, attention_dropout=False),
     "train_batch": train_batch,
     "train_rows": train_rows,
 }

@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from machine import processor_name
 
 QUERIES, GROUP, QUERY_TOKENS, PASSAGE_TOKENS = 16, 2, 64, 256
 HERE = Path(__file__).parent
@@ -258,14 +259,6 @@ def peak() -> float:
     """The most that was ever resident, in MiB (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
-
-
-def processor_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def render(report: dict[str, Any]) -> str:

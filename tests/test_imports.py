@@ -21,6 +21,7 @@ LAYERS = [
     {
         "checkpoint",
         "fingerprint",
+        "ahead",
         "cuts",
         "casts",
         "parallel",

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ultrarag import Encoder
+from ultrarag.ahead import in_background, one_ahead
 from ultrarag.finetune import set_up
 from ultrarag.finetune.arguments import parse_command_line
 from ultrarag.finetune.gradcache import split
-from ultrarag.parallel import in_background, one_ahead
 from ultrarag.testing.tiny import TEXTS, tiny_m3
 from ultrarag.transfer import on_host, remember_host, to_device, to_host
 from ultrarag.types import Embeddings, Sparse
@@ -53,14 +53,13 @@ def test_items_are_made_in_a_thread_while_one_is_used():
     made: list[tuple[int, str]] = []
     second = threading.Event()
 
-    def source():
-        for number in range(3):
-            made.append((number, threading.current_thread().name))
-            if number == 1:
-                second.set()
-            yield number
+    def make(number: int) -> int:
+        made.append((number, threading.current_thread().name))
+        if number == 1:
+            second.set()
+        return number
 
-    found = in_background(source())
+    found = in_background(make, range(3))
     assert next(found) == 0
     assert second.wait(10)
     assert list(found) == [1, 2]
@@ -68,12 +67,13 @@ def test_items_are_made_in_a_thread_while_one_is_used():
     assert threading.current_thread().name not in {name for _, name in made}
 
 
-def test_what_a_source_raises_comes_where_its_item_would():
-    def source():
-        yield 1
-        raise ValueError("2")
+def test_what_is_raised_comes_where_its_result_would():
+    def make(number: int) -> int:
+        if number == 2:
+            raise ValueError("2")
+        return number
 
-    found = in_background(source())
+    found = in_background(make, [1, 2, 3])
     assert next(found) == 1
     with pytest.raises(ValueError, match="2"):
         next(found)

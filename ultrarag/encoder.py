@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ultrarag.ahead import one_ahead
 from ultrarag.casts import Casts
 from ultrarag.checkpoint import Manifest, Training, local_folder, read_manifest
 from ultrarag.cuts import Cuts
@@ -28,7 +29,7 @@ from ultrarag.loading import (
     settings_of,
 )
 from ultrarag.pairs import score_pairs, score_texts, tokenize_pairs
-from ultrarag.parallel import map_side_by_side, one_ahead, side_by_side
+from ultrarag.parallel import map_side_by_side, side_by_side
 from ultrarag.plugins import Adapter, registry
 from ultrarag.progress import progress_bar, quiet_progress
 from ultrarag.scores import head_scores

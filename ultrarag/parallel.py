@@ -1,6 +1,4 @@
-"""Running many forwards: side by side on a CPU, and on a GPU each started before the last one's result is fetched.
-
-On a CPU a thread has a share of the cores, rather than all cores one operation.
+"""Running forwards side by side on a CPU: a thread per share of the cores, rather than all cores at one operation.
 
 Measured with all-MiniLM-L6-v2 on two cores (AMD EPYC 7003): two forwards at a time with a thread each take 0.88 of the
 time of one after the other with two threads each, for the many small operations of a forward do not divide well.
@@ -9,9 +7,9 @@ time of one after the other with two threads each, for the many small operations
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -44,34 +42,6 @@ def map_side_by_side(
             yield item, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def one_ahead(
-    start: Callable[[_Item], Callable[[], _Result]], items: Iterable[_Item]
-) -> Iterator[tuple[_Item, _Result]]:
-    """Yield each item with its result, in order, after the next one was started.
-
-    Args:
-        start: begins an item, and returns what waits for its result.
-    """
-    waiting: tuple[_Item, Callable[[], _Result]] | None = None
-    for item in items:
-        started = (item, start(item))
-        if waiting:
-            yield waiting[0], waiting[1]()
-        waiting = started
-    if waiting:
-        yield waiting[0], waiting[1]()
-
-
-def in_background(source: Iterator[_Item]) -> Iterator[_Item]:
-    """Yield what the source yields; its next item is made in a thread while one is used."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ultrarag-ahead") as pool:
-        following: Future[Any] = pool.submit(next, source, end)
-        while (item := following.result()) is not end:
-            following = pool.submit(next, source, end)
-            yield item
 
 
 def _divide(pool: ThreadPoolExecutor, workers: int, threads: int) -> None:

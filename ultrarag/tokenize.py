@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ultrarag.ahead import in_background
 from ultrarag.errors import DataError, UsageError
 from ultrarag.types import EncoderSettings, Kind, Tokens
 
@@ -116,17 +116,7 @@ def tokenized_windows(
 ) -> Iterator[Tokens]:
     """Tokenize `window` items at a time, one window ahead, in a thread (tokenizers release the interpreter lock)."""
     source = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="ultrarag-tokenize") as pool:
-        batch = list(islice(source, window))
-        pending = pool.submit(tokenizer, batch) if batch else None
-        while pending is not None:
-            batch = list(islice(source, window))
-            following = None
-            tokens = pending.result()
-            if batch:
-                following = pool.submit(tokenizer, batch)
-            yield tokens
-            pending = following
+    return in_background(tokenizer, iter(lambda: list(islice(source, window)), []))
 
 
 def pad(

@@ -43,17 +43,10 @@ def to_host(found: Embeddings) -> Callable[[], Embeddings]:
     Returns:
         A function that gives them as numpy arrays; it waits for them, and not for what was started on the GPU later.
     """
-    devices: set[torch.device] = set()
-
-    def begin(tensor: Tensor) -> Tensor:
-        if tensor.is_cuda:
-            devices.add(tensor.device)
-        tensor = tensor.detach()
-        return (tensor.float() if tensor.is_floating_point() else tensor).to("cpu", non_blocking=True)
-
-    copies = found.map(begin)
+    devices = {tensor.device for tensor in found.arrays() if tensor.is_cuda}
     if not devices:
-        return copies.numpy
+        return found.numpy
+    copies = found.to(device="cpu", dtype=torch.float32, non_blocking=True)
     copied = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def wait() -> Embeddings:

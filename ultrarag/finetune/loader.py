@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import TrainingArguments
 
+from ultrarag.ahead import in_background
 from ultrarag.finetune.batches import Batch
 from ultrarag.finetune.collator import Collator, PairCollator
 from ultrarag.finetune.replay import Plan
-from ultrarag.parallel import in_background
 
 
 class PlannedBatches(Dataset[Batch]):
@@ -60,7 +60,7 @@ class PlannedLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        return in_background(batches) if self.ahead else batches
+        return in_background(lambda _: next(batches), range(len(self))) if self.ahead else batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""

@@ -123,10 +123,10 @@ class EmbeddingTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Encode, gather, loss, backward; in pieces of `sub_batch_size` texts where that is set."""
         model.train()
-        given = [side for side in (inputs["queries"], inputs["passages"]) if side is not None]
+        given = _sides(inputs)
         self.throughput.count(given)
         batch: TrainingBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
-        sides = [side for side in (batch["queries"], batch["passages"]) if side is not None]
+        sides = _sides(batch)
         for side, before in zip(sides, given, strict=True):
             remember_host(side["attention_mask"], before["attention_mask"])
         share = 1 / self.current_gradient_accumulation_steps
@@ -288,6 +288,11 @@ class EmbeddingTrainer(Trainer):
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model that is trained: {error}") from error
         self.trained.settled()
+
+
+def _sides(batch: TrainingBatch) -> list[Features]:
+    """What of a batch is encoded: queries and passages, or the pairs that stand in place of both."""
+    return [side for side in (batch["queries"], batch["passages"]) if side is not None]
 
 
 def _not_finite(loss: Tensor, step: int, batch: TrainingBatch) -> str:
