@@ -48,12 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         runs: list[dict[str, Any]] = []
         for number in range(options.rounds):
-            runs.append(
-                {
-                    name: contend(name, pythons[name], folder / "plan.json", report)
-                    for name in in_turn(list(pythons), number)
-                }
-            )
+            turned = in_turn(list(pythons), number)
+            runs.append({name: contend(name, pythons[name], folder / "plan.json", report) for name in turned})
             summarise(report, plan, runs, options.peak_tflops)
             write(report, options)
     print(render(report))
