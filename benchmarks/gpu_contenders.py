@@ -163,7 +163,7 @@ def sentence_encoder(plan: dict[str, Any]) -> Callable[[list[str]], Any]:
 def our_trainer(plan: dict[str, Any], unified: bool, group: int) -> tuple[Any, Callable[[Any], Any]]:
     """The module, and a function from a batch to its loss."""
     from ultrarag import Encoder
-    from ultrarag.finetune.trainable import Trainable
+    from ultrarag.finetune.step.trainable import Trainable
     from ultrarag.loss_arguments import LossArguments
 
     encoder = Encoder.load(plan["model"], adapter="bgem3", device="cpu")

@@ -17,7 +17,7 @@ def summarise(report: dict[str, Any], plan: dict[str, Any], runs: list[dict[str,
 
 def known_peak(device: str, precision: str) -> float | None:
     """What a GPU of this name can do in 1e12 operations a second, half precision; None where that is not known."""
-    from ultrarag.finetune.throughput import PEAK_TFLOPS
+    from ultrarag.finetune.step.callbacks import PEAK_TFLOPS
 
     known = (float(peak) for part, peak in PEAK_TFLOPS.items() if part in device)
     return None if precision == "fp32" else next(known, None)
@@ -80,11 +80,11 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def operations(lengths: list[int], sizes: dict[str, Any], training: bool) -> float:
-    """What the texts' own tokens ask of the backbone, padding and heads left out (`ultrarag.finetune.throughput`)."""
+    """What the texts' own tokens ask of the backbone, without padding and heads (`ultrarag.finetune.step`)."""
     import torch
     from transformers import XLMRobertaModel
 
-    from ultrarag.finetune.throughput import Throughput
+    from ultrarag.finetune.step.callbacks import Throughput
 
     with torch.device("meta"):
         model = XLMRobertaModel(config_of(sizes), add_pooling_layer=False)

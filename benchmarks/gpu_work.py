@@ -33,7 +33,7 @@ def make_model(folder: Path, sizes: dict[str, Any]) -> None:
     from transformers import XLMRobertaModel
 
     from ultrarag.adapters.sentence_transformers_files import write_declaration
-    from ultrarag.progress import quiet_progress
+    from ultrarag.io.terminal import quiet_progress
     from ultrarag.types import EncoderSettings
 
     torch.manual_seed(0)

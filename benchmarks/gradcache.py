@@ -78,8 +78,8 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     from encode import small_model
 
     from ultrarag import Encoder
-    from ultrarag.finetune.gradcache import cached_step
-    from ultrarag.finetune.trainable import Trainable
+    from ultrarag.finetune.step.gradcache import cached_step
+    from ultrarag.finetune.step.trainable import Trainable
     from ultrarag.loss_arguments import LossArguments
 
     torch.manual_seed(0)

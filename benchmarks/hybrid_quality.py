@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Index one corpus and measure every way to search it."""
-    from ultrarag.ir import read_beir
+    from ultrarag.evaluation.metrics import read_beir
 
     test, train = read_beir(folder, "test"), read_beir(folder, "train")
     with tempfile.TemporaryDirectory() as place:
@@ -122,7 +122,7 @@ def tune(live: Any, train: Any) -> dict[str, Any]:
 
 def change(before: Any, after: Any) -> str:
     """The difference of two evaluations with its interval."""
-    from ultrarag.ir import significance
+    from ultrarag.evaluation.metrics import significance
 
     return str(significance(before.of(METRIC), after.of(METRIC)))
 

@@ -29,8 +29,8 @@ from typing import Any
 
 from finetune import RECIPE, evaluate, model_path
 
-from ultrarag.files import sha256_of, write_json
-from ultrarag.ir import Collection, read_beir, write_beir
+from ultrarag.evaluation.metrics import Collection, read_beir, write_beir
+from ultrarag.io.durable import sha256_of, write_json
 
 RESULTS = Path(__file__).parent / "results" / "incremental.json"
 #: Names of what is measured, in the order of the table.

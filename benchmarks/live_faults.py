@@ -35,8 +35,8 @@ import torch
 from ultrarag import Encoder
 from ultrarag.retrieve import LiveIndex
 from ultrarag.retrieve import live as live_module
-from ultrarag.retrieve.builder import Build
-from ultrarag.retrieve.generations import Catalog, Generation
+from ultrarag.retrieve.build.child import Build
+from ultrarag.retrieve.generation.catalog import Catalog, Generation
 
 MODEL = Path(__file__).parents[1] / "tests" / "fixtures" / "peer" / "model"
 WORDS = "river stone cloud ember violet marble harbor meadow copper lantern willow thunder saffron anchor".split()  # noqa: SIM905

@@ -140,7 +140,7 @@ def latency(search: Callable[[int], Any], count: int) -> dict[str, float]:
 
 def recall(search: Callable[[int], list[str]], size: int, options: argparse.Namespace) -> float:
     """The share of the true ten nearest that an approximate search finds."""
-    from ultrarag.ir import top_k
+    from ultrarag.evaluation.metrics import top_k
 
     _, rows = top_k(vectors(options.queries, options.dim, 9), vectors(size, options.dim, 0), K)
     shares = [len({f"p{row}" for row in wanted} & set(search(i))) / K for i, wanted in enumerate(rows)]

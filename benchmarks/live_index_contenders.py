@@ -99,7 +99,7 @@ def our_sparse(folder: Path, size: int, options: argparse.Namespace) -> tuple[An
 
 def our_bm25(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
     """Our BM25."""
-    from ultrarag.retrieve.bm25 import BM25
+    from ultrarag.retrieve.bm25.index import BM25
 
     queries = texts(options.queries, 8, 9)
 
@@ -124,8 +124,8 @@ def our_bm25(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any,
 
 def our_hybrid(folder: Path, size: int, options: argparse.Namespace) -> tuple[Any, Any]:
     """Dense and BM25, 100 candidates each, and their min-max sum, over what those two have built."""
-    from ultrarag.retrieve.bm25 import BM25
-    from ultrarag.retrieve.fusion import fuse
+    from ultrarag.retrieve.bm25.index import BM25
+    from ultrarag.retrieve.search.fusion import fuse
 
     queries, asked = vectors(options.queries, options.dim, 9), texts(options.queries, 8, 9)
     weights = {"dense": 1.0, "bm25": 1.0}
@@ -268,7 +268,7 @@ CONTENDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
 
 def fill(folder: Path, size: int, part: Callable[[slice], Any]) -> None:
     """Write Embeddings into a new engine, optimise and close it."""
-    from ultrarag.retrieve.backends import Schema, create
+    from ultrarag.retrieve.engines.registry import Schema, create
 
     backend = create(folder, Schema.of(part(slice(0, 1))))
     for start in range(0, size, 1000):
@@ -280,7 +280,7 @@ def fill(folder: Path, size: int, part: Callable[[slice], Any]) -> None:
 
 def opened(folder: Path) -> Any:
     """Open the engine that `fill` wrote."""
-    from ultrarag.retrieve.backends import open_backend
+    from ultrarag.retrieve.engines.registry import open_backend
 
     return open_backend(folder, verify=False)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ultrarag.report.charts import line_chart
-from ultrarag.report.page import text
+from ultrarag.report.page import line_chart, text
 
 WIDTH, ROW, LABEL, VALUE = 720, 26, 250, 110
 

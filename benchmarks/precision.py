@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from machine import in_turn, origin
 
-from ultrarag.files import write_json
+from ultrarag.io.durable import write_json
 
 PAGE = Path(__file__).parent / "results" / "precision.md"
 #: Texts and tokens of each.
@@ -58,7 +58,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
-    from ultrarag.progress import quiet_progress
+    from ultrarag.io.terminal import quiet_progress
     from ultrarag.testing.tiny import tiny_tokenizer
 
     torch.manual_seed(0)

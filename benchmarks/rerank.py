@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from ultrarag import Encoder, ir
-from ultrarag.beir import Collection, read_beir
+from ultrarag import Encoder
+from ultrarag.evaluation import metrics as ir
+from ultrarag.evaluation.formats import Collection, read_beir
 from ultrarag.finetune import finetune
 
 #: Of the cross-encoder's scores beside the embedder's.

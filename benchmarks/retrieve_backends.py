@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ultrarag.retrieve.backends import BACKENDS, Schema, create, open_backend
+from ultrarag.retrieve.engines.registry import BACKENDS, Schema, create, open_backend
 from ultrarag.types import Embeddings, Sparse
 
 VOCABULARY, TOKENS, TOKEN_DIM, CANDIDATES = 30_000, 60, 64, 100
@@ -29,7 +29,7 @@ def main() -> None:
     """Run both engines and print, or write, one JSON document."""
     args = _arguments()
     if args.graph_from_kb is not None:
-        from ultrarag.retrieve.backends import qdrant_points
+        from ultrarag.retrieve.engines.qdrant import embedded_points as qdrant_points
 
         qdrant_points.HNSW_FROM_KB = args.graph_from_kb
     rng = np.random.default_rng(args.seed)

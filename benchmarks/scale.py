@@ -96,7 +96,7 @@ def read_measured(path: Path = MEASURED) -> Measured:
 
 
 def flops(a: Assumptions) -> float:
-    """Operations of one passage's forward pass, as `ultrarag.finetune.throughput` counts them."""
+    """Operations of one passage's forward pass, as `ultrarag.finetune.step.callbacks` counts them."""
     weights = a.layers * (4 * a.width**2 + 2 * a.width * a.inner)
     return 2.0 * weights * a.tokens + 4.0 * a.layers * a.width * a.spread * a.tokens**2
 

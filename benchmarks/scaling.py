@@ -21,8 +21,8 @@ from typing import Any
 from machine import origin
 from scaling_page import curve, render
 
-from ultrarag.files import write_json
-from ultrarag.progress import progress_bar
+from ultrarag.io.durable import write_json
+from ultrarag.io.terminal import progress_bar
 
 PAGE = Path(__file__).parent / "results" / "scaling.md"
 LENGTHS = [16, 32, 64, 128, 256, 512]

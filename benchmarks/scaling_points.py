@@ -36,7 +36,7 @@ def encode_tokens(lengths: list[int], budget: int | None, options: argparse.Name
     """Encode texts of these lengths, given as token ids, after some of them have warmed up."""
     import torch
 
-    from ultrarag.encoder import BATCH_TOKENS
+    from ultrarag.encoder.encoder import BATCH_TOKENS
     from ultrarag.types import Tokens
 
     encoder = load(options)
@@ -77,7 +77,7 @@ def train(batch: int, length: int, options: argparse.Namespace, attention_dropou
     """Steps (forward, in-batch loss, backward, AdamW) on made-up token ids, after one that warms up."""
     import torch
 
-    from ultrarag.finetune.trainable import Trainable
+    from ultrarag.finetune.step.trainable import Trainable
     from ultrarag.loss_arguments import LossArguments
 
     encoder = load(options)
@@ -137,7 +137,7 @@ def measured(options: argparse.Namespace, whole: bool = False) -> Iterator[dict[
     """Fill in wall and processor seconds of the block, or of the process so far (`whole`), and the peak memory."""
     import torch
 
-    from ultrarag.finetune.throughput import peak_memory
+    from ultrarag.finetune.step.callbacks import peak_memory
 
     wall, processor = (STARTED, 0.0) if whole else (time.perf_counter(), time.process_time())
     found: dict[str, Any] = {}

@@ -28,7 +28,7 @@ def contenders(model_path: str) -> dict[str, Callable[[list[dict[str, Any]]], No
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     from ultrarag import Encoder
-    from ultrarag.finetune.trainable import Trainable
+    from ultrarag.finetune.step.trainable import Trainable
     from ultrarag.loss_arguments import LossArguments
 
     encoder = Encoder.load(model_path, adapter="bge", device="cpu")

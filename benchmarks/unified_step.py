@@ -209,7 +209,7 @@ def work(options: argparse.Namespace) -> None:
 def ours(folder: str) -> tuple[Any, Any]:
     """The module, and a function from a batch to its loss."""
     from ultrarag import Encoder
-    from ultrarag.finetune.trainable import Trainable
+    from ultrarag.finetune.step.trainable import Trainable
     from ultrarag.loss_arguments import LossArguments
 
     encoder = Encoder.load(folder, adapter="bgem3", device="cpu")

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import golden
-from ultrarag.encoder import Encoder
-from ultrarag.finetune.distributed import gather, rank
-from ultrarag.finetune.gradcache import cached_step
-from ultrarag.finetune.trainable import Trainable, freeze
+from ultrarag.encoder.encoder import Encoder
+from ultrarag.finetune.step.distributed import gather, rank
+from ultrarag.finetune.step.gradcache import cached_step
+from ultrarag.finetune.step.trainable import Trainable, freeze
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.plugins import registry

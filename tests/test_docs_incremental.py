@@ -10,7 +10,7 @@ import pytest
 
 from tests.finetune.test_run import ROWS
 from tests.test_readme import ROOT, small
-from ultrarag.checkpoint import read_manifest
+from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.cli import main
 from ultrarag.finetune.__main__ import main as finetune
 
@@ -41,6 +41,6 @@ def test_commands_of_the_page(tiny_m3, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`--(\w+)", PAGE))))
 def test_every_flag_of_the_page_exists(flag):
-    from ultrarag.finetune.arguments import _settings
+    from ultrarag.finetune.flags.arguments import _settings
 
     assert flag in _settings()

@@ -136,7 +136,7 @@ def test_the_cache_gives_the_same_vectors_and_no_other_model_s(environment, mode
     code = f"""
     import os, pathlib, torch
     from ultrarag import Encoder, hookimpl
-    from ultrarag.publish import largest_difference
+    from ultrarag.checkpoint.publishing import largest_difference
     from ultrarag.plugins import registry
 
     class Count:

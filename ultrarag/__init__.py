@@ -5,35 +5,16 @@ Importing this module imports neither torch nor transformers; names load when th
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
     from ultrarag.errors import UltraragError
     from ultrarag.hookspecs import hookimpl
     from ultrarag.types import Embeddings, Hit, Passage, Sparse
-
-__version__ = "0.1.0"
-
-_HOMES = {
-    "Encoder": "ultrarag.encoder",
-    "Embeddings": "ultrarag.types",
-    "Hit": "ultrarag.types",
-    "Passage": "ultrarag.types",
-    "Sparse": "ultrarag.types",
-    "UltraragError": "ultrarag.errors",
-    "hookimpl": "ultrarag.hookspecs",
-}
-
-__all__ = ["Embeddings", "Encoder", "Hit", "Passage", "Sparse", "UltraragError", "__version__", "hookimpl"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'ultrarag' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

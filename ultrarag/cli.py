@@ -20,11 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return finetune(words[1:])
     if words[:1] == ["index"]:
-        from ultrarag.retrieve.cli import main as index
+        from ultrarag.retrieve.command import main as index
 
         return index(words[1:])
     if words[:1] == ["data"]:
-        from ultrarag.data.cli import main as data
+        from ultrarag.data import main as data
 
         return data(words[1:])
     arguments = _parser().parse_args(words)
@@ -72,7 +72,7 @@ def _checkpoint_actions(actions: Any) -> None:
 
 def _checkpoint_log(arguments: argparse.Namespace) -> int:
     """Print the chain of models that led to a checkpoint."""
-    from ultrarag.lineage import checkpoint_log, told
+    from ultrarag.checkpoint import checkpoint_log, told
 
     chain = checkpoint_log(arguments.path)
     print(json.dumps(chain, ensure_ascii=False) if arguments.json else told(chain))
@@ -87,7 +87,7 @@ def _plugins(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([row.__dict__ for row in rows], ensure_ascii=False))
     else:
-        from ultrarag.tables import table
+        from ultrarag.io import table
 
         lines = [(r.name, r.kind, r.package, r.version, ", ".join(r.hooks), r.problem or "ok") for r in rows]
         print(table(("name", "kind", "package", "version", "hooks", "state"), lines))

@@ -16,11 +16,11 @@ import torch
 from tests import golden
 from ultrarag import Encoder
 from ultrarag.adapters.reranker_model import load_cross_encoder
-from ultrarag.checkpoint import read_manifest
+from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.errors import CheckpointError, DataError, PluginError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
-from ultrarag.finetune.flags import DataArguments
+from ultrarag.finetune.flags.own import DataArguments
 from ultrarag.finetune.pairs import PairLengths
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import registry

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.data.files import read, write
-from ultrarag.beir import read_beir, write_beir
 from ultrarag.data import convert
 from ultrarag.errors import DataError, UsageError
+from ultrarag.evaluation.formats import read_beir, write_beir
 from ultrarag.types import Passage
 
 ROWS = [

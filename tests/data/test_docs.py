@@ -47,7 +47,11 @@ def test_every_command_is_described():
 
 def test_every_finding_is_described():
     sources = Path(__file__).parents[2] / "ultrarag"
-    files = [*(sources / "finetune").glob("checking*.py"), sources / "data" / "checking.py"]
+    files = [
+        sources / "finetune" / "check.py",
+        *(sources / "rows" / "checks").glob("*.py"),
+        sources / "data" / "checking.py",
+    ]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
     names = set(re.findall(r'"(?:error|warning)", "([a-z_]+)"|self\.level, "([a-z_]+)"', code))
     names |= {(name, "") for name in re.findall(r'_rows_of\(\s*[\w.]+,\s*"([a-z_]+)"', code)}

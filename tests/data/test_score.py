@@ -9,10 +9,9 @@ import pytest
 
 from ultrarag import Encoder
 from ultrarag.data import scoring
-from ultrarag.data.score_command import main
-from ultrarag.data.scoring import Scorer, score
+from ultrarag.data.scoring import Scorer, main, score
 from ultrarag.errors import DataError, UsageError
-from ultrarag.finetune.row import parse_row
+from ultrarag.rows.row import parse_row
 from ultrarag.testing.tiny import tiny_cross_encoder
 
 ROWS = [

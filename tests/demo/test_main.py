@@ -6,7 +6,7 @@ from ultrarag.demo.corpus import Pair
 from ultrarag.demo.visitor import Visitor
 from ultrarag.errors import IndexStateError, TrainingError
 from ultrarag.retrieve import live as live_module
-from ultrarag.retrieve.builder import Build
+from ultrarag.retrieve.build.child import Build
 
 TOPICS = ["seals", "bread", "bicycles", "rain", "violins", "chess", "bees", "glaciers", "looms", "kites"]
 

@@ -13,16 +13,15 @@ import torch
 
 from tests.finetune.test_run import QUICK, ROWS
 from ultrarag import Encoder
-from ultrarag.checkpoint import read_manifest
+from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.cli import main
 from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune import finetune
-from ultrarag.finetune.batches import BatchPlan
-from ultrarag.finetune.data import TrainData
+from ultrarag.finetune.batches.plan import BatchPlan, ReplayPlan
+from ultrarag.finetune.batches.train_data import TrainData
+from ultrarag.finetune.incremental import KEPT, record_of, seen_before
 from ultrarag.finetune.merging import Search, Trial
 from ultrarag.finetune.output import UNMERGED
-from ultrarag.finetune.replay import ReplayPlan
-from ultrarag.finetune.seen import KEPT, record_of, seen_before
 
 OLD = [{"query": f"old query {i}", "pos": [f"old passage {i}"]} for i in range(9)]
 HELD_OUT = [{"query": row["query"], "pos": row["pos"]} for row in ROWS[:8]]
@@ -118,7 +117,7 @@ def test_auto_takes_the_best_weight_that_keeps_the_guard(tiny_m3, tmp_path, caps
     assert result.metrics["guard_after"]["nDCG@10"] >= least - 1e-9
     assert "merge: weight 0.8" in capsys.readouterr().err
     # what is on the disk is what was measured
-    from ultrarag.finetune.evaluation import read_evaluator
+    from ultrarag.finetune.evaluate import read_evaluator
 
     measured = read_evaluator(HELD_OUT, 16, 24)(Encoder.load(tmp_path / "out"), ("dense",))
     assert measured == pytest.approx(result.metrics["after"])
@@ -145,7 +144,7 @@ def test_search_looks_beside_the_best_of_the_grid_and_below_it():
 
 def test_a_run_stopped_while_it_merges_goes_on_without_training_again(tiny_m3, tmp_path, monkeypatch):
     from ultrarag.finetune import incremental
-    from ultrarag.finetune.trainer import EmbeddingTrainer
+    from ultrarag.finetune.step.trainer import EmbeddingTrainer
 
     options = {**OPTIONS, "merge_with": "parent", "merge_weight": 0.5, "save_strategy": "no"}
     whole = finetune(tiny_m3, ROWS, tmp_path / "whole", **options)
@@ -240,7 +239,7 @@ def rows(start: int, stop: int) -> list[dict]:
 
 
 def trained_on(*parts, ancestors=()):
-    from ultrarag.checkpoint import Training
+    from ultrarag.checkpoint.manifest import Training
 
     older = [{"fingerprint": "f" * 64, "seen": record_of([TrainData.from_rows(part)])} for part in ancestors]
     return Training(seen=record_of([TrainData.from_rows(part) for part in parts]), ancestors=older)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ultrarag import Encoder
-from ultrarag.checkpoint import read_manifest
+from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.errors import DataError, TrainingError, UsageError
 from ultrarag.finetune import finetune
 
@@ -330,7 +330,7 @@ def test_evaluation_reads_a_beir_folder(tiny_m3, tmp_path):
     from ultrarag.types import Passage
 
     folder = tmp_path / "beir"
-    from ultrarag.ir import write_beir
+    from ultrarag.evaluation.metrics import write_beir
 
     corpus = [Passage(str(i), row["pos"][0], title="t") for i, row in enumerate(ROWS)]
     queries = {str(i): row["query"] for i, row in enumerate(ROWS)}
@@ -343,7 +343,7 @@ def test_evaluation_reads_a_beir_folder(tiny_m3, tmp_path):
 
 def test_no_query_ever_holds_the_word_none(tiny_m3, tmp_path, monkeypatch):
     """The seed command of FlagEmbedding, same-dataset mode and no instruction, trains on 'None...' queries."""
-    from ultrarag.finetune import collator
+    from ultrarag.finetune.batches import collator
 
     seen = []
     original = collator.tokenize
@@ -364,7 +364,7 @@ def test_no_query_ever_holds_the_word_none(tiny_m3, tmp_path, monkeypatch):
 
 
 def test_instructions_and_prompts_reach_the_model_and_the_checkpoint(tiny_m3, tmp_path, monkeypatch):
-    from ultrarag.finetune import collator
+    from ultrarag.finetune.batches import collator
 
     seen = []
     original = collator.tokenize

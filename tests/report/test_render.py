@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ultrarag.ir import metrics, per_query
-from ultrarag.report.charts import line_chart
-from ultrarag.report.measured import Evaluation, Measured
-from ultrarag.report.render import Page, evaluation_curve, loss_curve, render
+from ultrarag.evaluation.metrics import metrics, per_query
+from ultrarag.evaluation.results import Evaluation, Measured
+from ultrarag.report.page import line_chart
+from ultrarag.report.rendering import Page, evaluation_curve, loss_curve, render
 from ultrarag.types import Passage
 
 EVIL = "<script>alert('x')</script> & \"q\" \ud800\x00"

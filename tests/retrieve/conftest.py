@@ -10,7 +10,7 @@ import pytest
 
 from tests.retrieve import servers
 from ultrarag.retrieve import live as live_module
-from ultrarag.retrieve.builder import Build
+from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.live import LiveIndex
 
 

@@ -14,17 +14,20 @@ from tests.retrieve import stand_in
 from tests.retrieve.interleave import Interleaving
 from tests.retrieve.live_machine import LiveMachine
 from tests.retrieve.stand_in import StandIn
-from ultrarag.retrieve import builder, flipping, followers, opening
 from ultrarag.retrieve import live as live_module
-from ultrarag.retrieve.backends.numpy_backend import NumpyBackend
-from ultrarag.retrieve.builder import Build
+from ultrarag.retrieve.build import child as builder
+from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.database import Database
-from ultrarag.retrieve.followers import Vectors
-from ultrarag.retrieve.generations import Catalog
+from ultrarag.retrieve.engines.numpy_engine import NumpyBackend
+from ultrarag.retrieve.generation import open as opening
+from ultrarag.retrieve.generation import replay as followers
+from ultrarag.retrieve.generation import swap as flipping
+from ultrarag.retrieve.generation.catalog import Catalog
+from ultrarag.retrieve.generation.replay import Vectors
+from ultrarag.retrieve.generation.serving import Serving
 from ultrarag.retrieve.live import LiveIndex
-from ultrarag.retrieve.serving import Serving
-from ultrarag.retrieve.store import Store
+from ultrarag.retrieve.passages.database import Database
+from ultrarag.retrieve.passages.store import Store
 
 
 @contextlib.contextmanager

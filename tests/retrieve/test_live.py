@@ -15,19 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ultrarag.errors import (
-    CheckpointError,
-    DataError,
-    FingerprintError,
-    GateError,
-    IndexStateError,
-    UsageError,
-)
-from ultrarag.retrieve import building, evaluate, read_passages, read_status, rerank
-from ultrarag.retrieve.backends import default_backend
+from ultrarag.errors import CheckpointError, DataError, FingerprintError, GateError, IndexStateError, UsageError
+from ultrarag.retrieve import evaluate, read_passages, read_status, rerank
+from ultrarag.retrieve.engines.registry import default_backend
+from ultrarag.retrieve.generation import source as building
+from ultrarag.retrieve.generation.serving import FairLock
 from ultrarag.retrieve.live import LiveIndex
-from ultrarag.retrieve.serving import FairLock
-from ultrarag.retrieve.store import Written
+from ultrarag.retrieve.passages.store import Written
 from ultrarag.types import Hit, Passage
 
 #: The tiny tokenizer knows letters and no digits: passages must differ in words.
@@ -464,7 +458,7 @@ def test_the_gate_lets_through_what_is_as_good(live: LiveIndex, other, quick_bui
 
 
 def test_an_unsound_generation_is_refused_even_by_force(live: LiveIndex, other, quick_builds, monkeypatch) -> None:
-    from ultrarag.retrieve.backends import open_backend
+    from ultrarag.retrieve.engines.registry import open_backend
 
     live.add(corpus(10))
     new = live.build(other)

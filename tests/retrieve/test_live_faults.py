@@ -16,15 +16,17 @@ import pytest
 
 from tests.retrieve.test_live import assert_complete, corpus, text_of
 from ultrarag.errors import GateError, IndexStateError
-from ultrarag.retrieve import builder, read_status
-from ultrarag.retrieve.backends import files, open_backend
-from ultrarag.retrieve.builder import Build, read_progress
-from ultrarag.retrieve.building import Source, enter, prepare
-from ultrarag.retrieve.followers import Vectors
-from ultrarag.retrieve.generations import Generation
+from ultrarag.retrieve import read_status
+from ultrarag.retrieve.build import child as builder
+from ultrarag.retrieve.build.child import Build, read_progress
+from ultrarag.retrieve.engines import seal as files
+from ultrarag.retrieve.engines.registry import open_backend
+from ultrarag.retrieve.generation.catalog import Generation
+from ultrarag.retrieve.generation.replay import Vectors
+from ultrarag.retrieve.generation.source import Source, enter, prepare
 from ultrarag.retrieve.live import LiveIndex
-from ultrarag.retrieve.records import records
-from ultrarag.retrieve.store import Store
+from ultrarag.retrieve.passages.incoming import records
+from ultrarag.retrieve.passages.store import Store
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "live_faults.py"
 

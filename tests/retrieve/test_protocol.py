@@ -18,11 +18,11 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.retrieve.live_machine import LiveMachine
 from tests.retrieve.live_stage import machine
-from tests.retrieve.shared_model import Design, Violation, explore
-from ultrarag.retrieve import flipping
+from tests.retrieve.shared.shared_model import Design, Violation, explore
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.generations import Catalog
-from ultrarag.retrieve.searching import Searcher
+from ultrarag.retrieve.generation import swap as flipping
+from ultrarag.retrieve.generation.catalog import Catalog
+from ultrarag.retrieve.search.searcher import Searcher
 
 LONG = bool(os.environ.get("ULTRARAG_LONG_TESTS"))
 

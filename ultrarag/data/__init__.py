@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "DataReport": "ultrarag.finetune.checking",
-    "check": "ultrarag.data.checking",
-    "clean": "ultrarag.data.cleaning",
-    "convert": "ultrarag.data.converting",
-    "EncodedCorpus": "ultrarag.data.encoding",
-    "encode_corpus": "ultrarag.data.encoding",
-    "mine": "ultrarag.data.mining",
-    "score": "ultrarag.data.scoring",
-    "split": "ultrarag.data.splitting",
-    "synthesize": "ultrarag.data.synthesizing",
-}
+from ultrarag.lazy import exports
 
-__all__ = [
-    "DataReport",
-    "EncodedCorpus",
-    "check",
-    "clean",
-    "convert",
-    "encode_corpus",
-    "mine",
-    "score",
-    "split",
-    "synthesize",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'ultrarag.data' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+if TYPE_CHECKING:
+    from ultrarag.data.checking import check
+    from ultrarag.data.cleaning import clean
+    from ultrarag.data.cli import main
+    from ultrarag.data.converting import convert
+    from ultrarag.data.scoring import score
+    from ultrarag.data.splitting import split
+    from ultrarag.data.synthesizing import synthesize
+    from ultrarag.encode import EncodedCorpus, encode_corpus
+    from ultrarag.finetune import DataReport
+    from ultrarag.mining import mine_files as mine
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

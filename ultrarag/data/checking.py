@@ -9,15 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.data.flags import Parser
-from ultrarag.data.reading import Paths, file_paths, reading
 from ultrarag.errors import UsageError
-from ultrarag.finetune.checking import SAMPLE, DataReport, assembled
-from ultrarag.finetune.checking_cost import estimate, steps_of
-from ultrarag.finetune.checking_leaks import LeakChecks
-from ultrarag.finetune.checking_lengths import Sample, counter, measure
-from ultrarag.finetune.checking_rows import SHOWN, Finding, RowChecks
-from ultrarag.finetune.row import BadRow, parse_row
-from ultrarag.finetune.rows import Dataset
+from ultrarag.finetune import SAMPLE, DataReport, assembled
+from ultrarag.rows import BadRow, Dataset, Paths, file_paths, parse_row, reading
+from ultrarag.rows.checks import SHOWN, Finding, LeakChecks, RowChecks, Sample, counter, estimate, measure, steps_of
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -129,7 +124,7 @@ def _plan(given: dict[str, Any]) -> Plan:
 def _leaks(eval_data: str | None) -> LeakChecks | None:
     if eval_data is None:
         return None
-    from ultrarag.finetune.evaluation import read_evaluator
+    from ultrarag.finetune import read_evaluator
 
     return LeakChecks.of(read_evaluator(eval_data, None, None))
 

@@ -10,11 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ultrarag.data.flags import Parser
-from ultrarag.data.output import identity, resumable
-from ultrarag.data.reading import Paths, as_json, checked_row, file_paths, reading
 from ultrarag.errors import DataError, UsageError
-from ultrarag.finetune.row import Row
-from ultrarag.tables import table
+from ultrarag.io import identity, resumable, table
+from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ COMMANDS = {
     "convert": ("ultrarag.data.converting", "convert BEIR, CSV, pairs, triplets and RAG-Retrieval rows, both ways"),
     "encode": ("ultrarag.data.encode_command", "encode a corpus to disk, on several devices"),
     "mine": ("ultrarag.data.mine_command", "find hard negatives for rows"),
-    "score": ("ultrarag.data.score_command", "give rows a teacher's scores"),
+    "score": ("ultrarag.data.scoring", "give rows a teacher's scores"),
     "synthesize": ("ultrarag.data.synthesize_command", "write queries for passages"),
 }
 

@@ -14,10 +14,9 @@ from ultrarag.data.converting_beir import BeirLines, is_beir, read_beir_rows
 from ultrarag.data.converting_columns import LAYOUTS, ColumnLines, delimiter_of, read_column_rows
 from ultrarag.data.converting_rag_retrieval import RagRetrievalLines, read_rag_retrieval_rows
 from ultrarag.data.flags import Parser
-from ultrarag.data.output import identity, resumable
-from ultrarag.data.reading import Counts, Paths, as_json, checked_row, file_paths, reading
 from ultrarag.errors import DataError, UsageError, did_you_mean
-from ultrarag.finetune.row import Row
+from ultrarag.io import identity, resumable
+from ultrarag.rows import Counts, Paths, Row, as_json, checked_row, file_paths, reading
 
 FORMATS = ("rows", "beir", "columns", "rag-retrieval")
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
-from ultrarag.beir import judgements, parse_passage, parse_query, qrels_file
-from ultrarag.data.reading import Counts
 from ultrarag.errors import DataError
-from ultrarag.finetune.row import Row
-from ultrarag.progress import progress_bar
+from ultrarag.evaluation import judgements, parse_passage, parse_query, qrels_file
+from ultrarag.io import progress_bar
+from ultrarag.rows import Counts, Row
 
 _Item = TypeVar("_Item")
 

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from ultrarag.data.converting_groups import Judged, grouped
-from ultrarag.data.reading import Counts, checked_object, reading
+from ultrarag.data.converting_columns import Judged, grouped
 from ultrarag.errors import DataError
-from ultrarag.finetune.row import Row
+from ultrarag.rows import Counts, Row, checked_object, reading
 
 _KEYS = ("query", "pos", "neg", "pos_scores", "neg_scores")
 

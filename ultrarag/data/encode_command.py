@@ -6,8 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from ultrarag.compress import FORMATS, Compression
-from ultrarag.data.encoding import EncodedCorpus, ModelChoice, encode_corpus
+from ultrarag.encode import FORMATS, Compression, EncodedCorpus, ModelChoice, encode_corpus
 
 
 def main(argv: Sequence[str]) -> int:

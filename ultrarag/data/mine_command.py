@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.data.flags import Parser
-from ultrarag.data.models import (
+from ultrarag.data.flags import (
     RERANKERS,
+    Parser,
     add_embedder,
     add_machine,
     add_switch,
@@ -25,8 +25,8 @@ from ultrarag.errors import UsageError
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
-    from ultrarag.retrieve.live import LiveIndex
-    from ultrarag.retrieve.mining.settings import MiningSettings
+    from ultrarag.mining import MiningSettings
+    from ultrarag.retrieve import LiveIndex
 
 #: What the model flags are called that a live index does not need.
 _MODEL_FLAGS = ("model_name_or_path", "query_instruction_for_retrieval", "query_max_length", "passage_max_length")
@@ -35,11 +35,11 @@ _MODEL_FLAGS = ("model_name_or_path", "query_instruction_for_retrieval", "query_
 def main(argv: Sequence[str]) -> int:
     """Mine, and print what was found."""
     arguments = _read(argv)
-    from ultrarag.data.mining import mine
+    from ultrarag.mining import mine_files
 
     with ExitStack() as stack:
         live, encoder = _search_model(arguments, stack)
-        report = mine(
+        report = mine_files(
             arguments.input_file,
             arguments.output_file,
             encoder,
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 def settings_of(arguments: argparse.Namespace) -> MiningSettings:
     """The flags as settings."""
-    from ultrarag.retrieve.mining.settings import MiningSettings
+    from ultrarag.mining import MiningSettings
 
     return MiningSettings(
         weights=arguments.weights,
@@ -95,7 +95,7 @@ def _search_model(arguments: argparse.Namespace, stack: ExitStack) -> tuple[Live
             raise UsageError("--live_index and --candidate_pool both name candidates: give one")
         if given := [name for name in _MODEL_FLAGS if getattr(arguments, name) is not None]:
             raise UsageError(f"--{given[0]} does not go with --live_index, which has its own model")
-        from ultrarag.retrieve.live import LiveIndex
+        from ultrarag.retrieve import LiveIndex
 
         live = stack.enter_context(LiveIndex.open(arguments.live_index, device=device(arguments)))
         return live, live.encoder

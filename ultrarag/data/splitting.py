@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ultrarag.data.components import Components
 from ultrarag.data.flags import Parser
-from ultrarag.data.output import identity, resumable
-from ultrarag.data.reading import Paths, as_json, checked_row, file_paths, reading
 from ultrarag.errors import DataError, UsageError, did_you_mean
-from ultrarag.finetune.checking_texts import guessed_tokens
-from ultrarag.finetune.row import Row
-from ultrarag.finetune.text_keys import text_key
-from ultrarag.tables import table
+from ultrarag.io import identity, resumable, table
+from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading, text_key
+from ultrarag.rows.checks import guessed_tokens
 
 #: The buckets of FlagEmbedding's split_data_by_length.
 LENGTHS = (0, 500, 1000, 2000, 3000, 4000, 5000, 6000, 7000)
@@ -233,3 +230,34 @@ def main(argv: Sequence[str]) -> int:
     report = split(files, output, **found)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if plain else report)
     return 0
+
+
+class Components:
+    """Rows that share a key are in one component; 4 bytes per row, and a dictionary entry per distinct key."""
+
+    def __init__(self) -> None:
+        self._parents = array("I")
+        self._owners: dict[int, int] = {}
+
+    def add(self, keys: Iterable[int]) -> None:
+        """Add a row with its keys."""
+        row = len(self._parents)
+        self._parents.append(row)
+        for key in keys:
+            self._join(row, self._owners.setdefault(key, row))
+
+    def _root(self, row: int) -> int:
+        parents = self._parents
+        while parents[row] != row:
+            parents[row] = parents[parents[row]]  # halves the path on the way
+            row = parents[row]
+        return row
+
+    def _join(self, left: int, right: int) -> None:
+        one, other = self._root(left), self._root(right)
+        # the smaller number stays: a component is called by its first row, whatever the order of keys
+        self._parents[max(one, other)] = min(one, other)
+
+    def roots(self) -> np.ndarray:
+        """The component of each row, called by its first row: (rows,) int64."""
+        return np.array([self._root(row) for row in range(len(self._parents))], np.int64)

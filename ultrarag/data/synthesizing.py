@@ -11,14 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.data.output import Output, identity, resumable
 from ultrarag.data.synthesize_client import Endpoint, EndpointError
-from ultrarag.data.synthesize_journal import Journal
+from ultrarag.data.synthesize_journal import Journal, RoundTrip
 from ultrarag.data.synthesize_prompts import BadAnswer, Prompt, baseline, read_queries
-from ultrarag.data.synthesize_round_trip import RoundTrip
 from ultrarag.errors import UsageError
-from ultrarag.progress import progress_bar
-from ultrarag.retrieve.mining.pool import pool_file, read_pool
+from ultrarag.io import Output, identity, progress_bar, resumable
+from ultrarag.mining import pool_file, read_pool
 from ultrarag.types import Passage
 
 if TYPE_CHECKING:

@@ -13,11 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.demo.corpus import DemoData, build_demo
-from ultrarag.demo.report import comparison, example
+from ultrarag.demo.corpus import DemoData, build_demo, comparison, example
 from ultrarag.demo.visitor import Visitor
 from ultrarag.errors import UltraragError, UsageError
-from ultrarag.ir import Collection, read_beir, significance
+from ultrarag.evaluation import Collection, read_beir, significance
 
 if TYPE_CHECKING:
     from ultrarag.retrieve import Evaluation, LiveIndex, RefreshReport

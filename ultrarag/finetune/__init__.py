@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import UsageError
+from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from ultrarag.finetune.arguments import FinetuneArguments
-    from ultrarag.finetune.incremental import Interrupted
-    from ultrarag.finetune.result import FinetuneResult
-
-__all__ = ["FinetuneArguments", "FinetuneResult", "Interrupted", "finetune"]
-
-_HOMES = {
-    "FinetuneArguments": "ultrarag.finetune.arguments",
-    "FinetuneResult": "ultrarag.finetune.result",
-    "Interrupted": "ultrarag.finetune.incremental",
-}
+    from ultrarag.finetune.check import SAMPLE, DataReport, assembled
+    from ultrarag.finetune.evaluate import Evaluator, read_evaluator
+    from ultrarag.finetune.flags import FinetuneArguments
+    from ultrarag.finetune.incremental import Interrupted, seen_before
+    from ultrarag.finetune.output import UNMERGED, checkpoints_in, claim_output_dir
+    from ultrarag.finetune.report import FinetuneResult, read_history, read_measured, write_text
+    from ultrarag.finetune.set_up import read_data
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)
 
 
 def finetune(
@@ -52,13 +50,13 @@ def finetune(
         >>> result.checkpoint
         'ckpt/1'
     """
-    from ultrarag.finetune.arguments import from_keywords
+    from ultrarag.finetune.flags import from_keywords
     from ultrarag.finetune.run import run
 
     name = adapter or _adapter_of(str(model))
     result = run(from_keywords(model, train_data, output_dir, name, adapter_defaults(name), **arguments))
     if result is None:  # another rank of a distributed run: the first one wrote the checkpoint
-        from ultrarag.finetune.result import FinetuneResult
+        from ultrarag.finetune.report import FinetuneResult
 
         return FinetuneResult(str(output_dir), str(model), "", 0, None, 0.0)
     return result
@@ -82,9 +80,3 @@ def _adapter_of(model: str) -> str:
         known = ", ".join(registry().names())
         raise UsageError(f"'{model}' is no checkpoint of ultrarag's: name the adapter, adapter='bge' (known: {known})")
     return manifest.adapter
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'ultrarag.finetune' has no attribute '{name}'")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ultrarag.errors import UltraragError, UsageError
 
 if TYPE_CHECKING:
-    from ultrarag.finetune.arguments import FinetuneArguments
-    from ultrarag.finetune.checking_batch import RenderedBatch
+    from ultrarag.finetune.flags import FinetuneArguments
+    from ultrarag.finetune.preview import RenderedBatch
     from ultrarag.finetune.run import FinetuneResult
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, adapter: str | None = None) -> int:
 
 def _run(words: list[str], adapter: str | None, as_json: bool) -> int:
     from ultrarag.finetune import adapter_defaults
-    from ultrarag.finetune.arguments import named_adapter, parse_command_line
+    from ultrarag.finetune.flags import named_adapter, parse_command_line
 
     name = adapter or named_adapter(words)
     arguments = parse_command_line(words, adapter, adapter_defaults(name) if name else None)
@@ -60,7 +60,7 @@ def _train(arguments: FinetuneArguments) -> FinetuneResult | None:
 
 
 def _dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
-    from ultrarag.finetune.checking_batch import dry_run
+    from ultrarag.finetune.preview import dry_run
 
     return dry_run(arguments)
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultrarag.checkpoint import tokenizer_content
 from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, TrainingError, UsageError
-from ultrarag.finetune.incremental_flags import BASE, PARENT
-from ultrarag.fingerprint import tokenizer_content
+from ultrarag.finetune.flags import BASE, PARENT
 from ultrarag.hookspecs import LoadOptions
 
 #: Weights that a search tries, the neighbours of the best of them, and what is tried when none of them will do.

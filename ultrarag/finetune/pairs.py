@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from ultrarag.encoder import Encoder
 from ultrarag.errors import DataError, UsageError
-from ultrarag.finetune.arguments import DataArguments, FinetuneArguments
-from ultrarag.finetune.collator import PairCollator
-from ultrarag.finetune.replay import Plan
+from ultrarag.finetune.batches import PairCollator, Plan
+from ultrarag.finetune.flags import DataArguments, FinetuneArguments
 
 
 @dataclass(frozen=True)

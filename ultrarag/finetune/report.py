@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ultrarag.checkpoint import Training
-from ultrarag.files import write_json
-from ultrarag.report.measured import Measured
-from ultrarag.report.render import Page, render
-
-if TYPE_CHECKING:
-    from ultrarag.finetune.result import FinetuneResult
+from ultrarag.evaluation import Measured
+from ultrarag.io import write_json
+from ultrarag.report import Page, render
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
 
@@ -122,3 +120,45 @@ def _facts(result: FinetuneResult, record: Training) -> list[tuple[str, str]]:
 
 def _kind(item: Mapping[str, Any]) -> str:
     return "replayed data" if item.get("replay") else "data"
+
+
+@dataclass
+class FinetuneResult:
+    """What a fine-tuning run gives back."""
+
+    #: the finished checkpoint's directory
+    checkpoint: str
+    #: the model it was trained from
+    parent: str
+    #: identity of the finished model
+    fingerprint: str
+    steps: int
+    #: mean training loss
+    loss: float | None
+    #: seconds of training, without loading and evaluation
+    seconds: float
+    #: "before" and "after": metric -> value; empty without eval_data; with guard_data "guard_before" and "guard_after"
+    #: too, and with merge_with "unmerged" and "guard_unmerged", the trained weights alone
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    #: what was translated, dropped or changed, one line each
+    notes: list[str] = field(default_factory=list)
+    #: the model that the weights were averaged with, the weight, and what was tried; None without `merge_with`
+    merge: dict[str, Any] | None = None
+    #: the page for people
+    report: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"checkpoint  {self.checkpoint}", f"steps       {self.steps}"]
+        if self.loss is not None:
+            lines.append(f"loss        {self.loss:.4f}")
+        if self.merge:
+            lines.append(f"merged      {self.merge['weight']:g} of it with {self.merge['with']} ({self.merge['path']})")
+        for name, before in self.metrics.get("before", {}).items():
+            lines.append(f"{name:<11} {before:.4f} -> {self.metrics['after'][name]:.4f}")
+        for name, before in self.metrics.get("guard_before", {}).items():
+            lines.append(f"{name:<11} {before:.4f} -> {self.metrics['guard_after'][name]:.4f} (guard)")
+        return "\n".join(lines)

@@ -8,32 +8,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ultrarag.checkpoint import Training
+from ultrarag.checkpoint import Training, probe_vectors
 from ultrarag.errors import UsageError
-from ultrarag.finetune.arguments import FinetuneArguments
-from ultrarag.finetune.batch_probe import settle_sizes, wants_probe
-from ultrarag.finetune.checking import check_run
-from ultrarag.finetune.distributed import rank
-from ultrarag.finetune.finishing import Start, merge_adapters, write_finished
+from ultrarag.finetune.check import check_run
+from ultrarag.finetune.evaluate import Measures
+from ultrarag.finetune.flags import FinetuneArguments, refuse_unsupported
 from ultrarag.finetune.incremental import Interrupted, find_trained, merge_weights, tell_seen
-from ultrarag.finetune.lora import add_lora
-from ultrarag.finetune.measures import Measures
+from ultrarag.finetune.memory import settle_sizes, wants_probe
 from ultrarag.finetune.output import (
     UNMERGED,
+    Start,
     asked_to_resume,
     check_same_order,
     claim_output_dir,
     find_resume,
+    merge_adapters,
     remove_left,
+    write_finished,
 )
-from ultrarag.finetune.pairs import (
-    check_groups,
-    refuse_for_pairs,
-    refuse_without_pairs,
-)
-from ultrarag.finetune.refusals import refuse_unsupported
-from ultrarag.finetune.report import HTML_FILE, read_history, write_report
-from ultrarag.finetune.result import FinetuneResult
+from ultrarag.finetune.pairs import check_groups, refuse_for_pairs, refuse_without_pairs
+from ultrarag.finetune.report import HTML_FILE, FinetuneResult, read_history, write_report
 from ultrarag.finetune.set_up import (
     evaluators,
     load_encoder,
@@ -44,10 +38,8 @@ from ultrarag.finetune.set_up import (
     other_model,
     read_data,
 )
-from ultrarag.finetune.trainable import choose_heads, freeze
-from ultrarag.finetune.trainer import EmbeddingTrainer
+from ultrarag.finetune.step import EmbeddingTrainer, add_lora, choose_heads, freeze, rank
 from ultrarag.plugins import registry
-from ultrarag.publish import probe_vectors
 
 
 def run(arguments: FinetuneArguments) -> FinetuneResult | None:
@@ -58,7 +50,7 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
         Interrupted: after Ctrl-C.
     """
     if arguments.dry_run:
-        raise UsageError("dry_run is for the command line; in Python call ultrarag.finetune.checking_batch.dry_run")
+        raise UsageError("dry_run is for the command line; in Python call ultrarag.finetune.preview.dry_run")
     refuse_unsupported(arguments)
     pairs = registry().adapter(arguments.adapter).declared.pair_input
     (refuse_for_pairs if pairs else refuse_without_pairs)(arguments)

@@ -7,30 +7,34 @@ from typing import Any
 
 from ultrarag.checkpoint import Training
 from ultrarag.encoder import Encoder
-from ultrarag.finetune.arguments import FinetuneArguments
-from ultrarag.finetune.batches import BatchPlan
-from ultrarag.finetune.collator import Collator, PairCollator
-from ultrarag.finetune.data import DatasetInfo, TrainData
-from ultrarag.finetune.distributed import rank, world_size
-from ultrarag.finetune.evaluation import read_evaluator
-from ultrarag.finetune.finishing import Start
-from ultrarag.finetune.flags import EVERY_DATASET
-from ultrarag.finetune.guide import Guide, guide_adapter
-from ultrarag.finetune.loader import make_loader
-from ultrarag.finetune.lora import Lora
-from ultrarag.finetune.masking import FalseNegatives, check_honoured
-from ultrarag.finetune.measures import AnyEvaluator
-from ultrarag.finetune.merging import Other, read_other
-from ultrarag.finetune.pairs import (
-    PairLengths,
-    pair_collator,
-    set_up_pairs,
+from ultrarag.finetune.batches import (
+    SEED_OF_OLD,
+    BatchPlan,
+    Collator,
+    DatasetInfo,
+    PairCollator,
+    Plan,
+    ReplayPlan,
+    TrainData,
+    make_loader,
 )
-from ultrarag.finetune.replay import SEED_OF_OLD, Plan, ReplayPlan
-from ultrarag.finetune.rerank_evaluation import read_rerank_evaluator
-from ultrarag.finetune.seen import record_of
-from ultrarag.finetune.sharding import load_models_whole
-from ultrarag.finetune.trainer import EmbeddingTrainer
+from ultrarag.finetune.evaluate import AnyEvaluator, read_evaluator, read_rerank_evaluator
+from ultrarag.finetune.flags import EVERY_DATASET, FinetuneArguments
+from ultrarag.finetune.incremental import record_of
+from ultrarag.finetune.merging import Other, read_other
+from ultrarag.finetune.output import Start
+from ultrarag.finetune.pairs import PairLengths, pair_collator, set_up_pairs
+from ultrarag.finetune.step import (
+    EmbeddingTrainer,
+    FalseNegatives,
+    Guide,
+    Lora,
+    check_honoured,
+    guide_adapter,
+    load_models_whole,
+    rank,
+    world_size,
+)
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import registry
 

@@ -15,17 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
-from ultrarag.retrieve.backends import remove
+from ultrarag.io import OwnerLock
 from ultrarag.retrieve.bm25 import BM25
-from ultrarag.retrieve.followers import Follower
-from ultrarag.retrieve.generations import Catalog, Generation, Layout
-from ultrarag.retrieve.opening import REPAIR, open_serving, open_words
-from ultrarag.retrieve.ownership import OwnerLock
-from ultrarag.retrieve.searching import Searcher
-from ultrarag.retrieve.serving import Serving
-from ultrarag.retrieve.shared.link import Link
-from ultrarag.retrieve.shared.watcher import Watcher
-from ultrarag.retrieve.store import URI, Store
+from ultrarag.retrieve.engines import remove
+from ultrarag.retrieve.generation import (
+    REPAIR,
+    Catalog,
+    Follower,
+    Generation,
+    Layout,
+    Serving,
+    open_serving,
+    open_words,
+)
+from ultrarag.retrieve.passages import URI, Store
+from ultrarag.retrieve.search import Searcher
+from ultrarag.retrieve.shared import Link, Watcher
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder

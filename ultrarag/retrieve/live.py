@@ -11,27 +11,35 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.files import publish_directory, staged_directory
-from ultrarag.ir import DEFAULT_METRICS, Qrels
-from ultrarag.retrieve.backends.batches import check_ids
-from ultrarag.retrieve.building import Source, end, enter, finish, prepare, run_builder, stored_heads
+from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
+from ultrarag.io import publish_directory, staged_directory
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.evaluation import Evaluation, evaluate
-from ultrarag.retrieve.flipping import Flip, Note, go_live
-from ultrarag.retrieve.gate import Gate
-from ultrarag.retrieve.generations import Generation
-from ultrarag.retrieve.on_ray.pool import RayJob, RayPool
-from ultrarag.retrieve.opening import lay_out
-from ultrarag.retrieve.records import records
-from ultrarag.retrieve.shared.creation import check_mirror, create_mirror, create_shared, mirror_path
-from ultrarag.retrieve.status import describe
-from ultrarag.retrieve.store import Written
+from ultrarag.retrieve.engines import check_ids
+from ultrarag.retrieve.generation import (
+    Flip,
+    Gate,
+    Generation,
+    Note,
+    Source,
+    describe,
+    end,
+    enter,
+    finish,
+    go_live,
+    lay_out,
+    prepare,
+    run_builder,
+    stored_heads,
+)
+from ultrarag.retrieve.passages import Written, records
+from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.types import Embeddings, Hit, Passage
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
-    from ultrarag.retrieve.refresh_report import RefreshReport
+    from ultrarag.retrieve.refresh import RefreshReport
 
 #: Passages written to the store in one transaction.
 BATCH = 512
@@ -236,7 +244,7 @@ class LiveIndex:
                 Heads named here are searched. Required when several heads are summed: no default suits all data.
             heads: the heads to search; default: those with a weight, else all that the encoder has.
             filter: a condition on the metadata, applied before the k best are chosen; see
-                `ultrarag.retrieve.filters`.
+                `ultrarag.retrieve.search.filters`.
             fusion: "weighted" sum, or "rrf" (reciprocal rank fusion, which needs no weights).
             normalize: "minmax" maps each head's scores to 0..1 before they are weighted, "raw" takes them as they
                 are. With one head the scores are always its own.

@@ -20,16 +20,10 @@ from ultrarag.errors import PluginError, UltraragError
 from ultrarag.hookspecs import CONTRACT
 from ultrarag.plugin_checks import HOOKS
 from ultrarag.plugins import Adapter, registry
-from ultrarag.testing.examples import write_example
-from ultrarag.testing.report import Failed, NotApplicable, Report, Result
 from ultrarag.testing.saving_checks import check_fingerprint, check_publish, check_save, check_sentence_transformers
-from ultrarag.testing.subject import Subject
-from ultrarag.testing.training_checks import (
-    check_gradcache,
-    check_gradients,
-    check_loss_falls,
-    check_other_devices,
-)
+from ultrarag.testing.subject import Failed, NotApplicable, Report, Result, Subject
+from ultrarag.testing.tiny import write_example
+from ultrarag.testing.training_checks import check_gradcache, check_gradients, check_loss_falls, check_other_devices
 from ultrarag.testing.vector_checks import (
     check_batch_invariance,
     check_determinism,

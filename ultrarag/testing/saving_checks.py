@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ultrarag.encoder import Encoder
+from ultrarag.encoder import Encoder, render
 from ultrarag.errors import UltraragError
 from ultrarag.hookspecs import LoadOptions
-from ultrarag.progress import quiet_progress
-from ultrarag.testing.report import Failed, NotApplicable
-from ultrarag.testing.subject import Subject, difference
+from ultrarag.io import quiet_progress
+from ultrarag.testing.subject import Failed, NotApplicable, Subject, difference
 from ultrarag.testing.vector_checks import TOLERANCE
-from ultrarag.tokenize import render
 from ultrarag.types import Embeddings
 
 _REMEDY = "write everything that 'encode' depends on in 'save', out of `state_dict`, and read it in 'load'"
@@ -135,7 +133,7 @@ def _scores(subject: Subject, encoder: Encoder, folder: Path) -> tuple[np.ndarra
 
 def content_fingerprint(encoder: Encoder) -> str:
     """The identity of the model as it is now (`Encoder.fingerprint` is computed once)."""
-    from ultrarag.fingerprint import fingerprint
+    from ultrarag.checkpoint import fingerprint
 
     return fingerprint(encoder.model, encoder.adapter.name, encoder.settings)
 

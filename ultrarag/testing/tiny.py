@@ -6,11 +6,15 @@ Each function fills a folder as `save_pretrained` would, for a test that wants a
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrarag.errors import UsageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 
 #: What the tokenizers are trained on, and what the conformance kit's toy batch is made of.
 TEXTS = (
@@ -243,9 +247,40 @@ def _random(kind: Any, config: Any, seed: int) -> PreTrainedModel:
 
 
 def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    from ultrarag.progress import quiet_progress
+    from ultrarag.io import quiet_progress
 
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+#: Writes a model that the adapter can load into a folder.
+ExampleModel = Callable[[Path], None]
+
+#: One line per built-in adapter. A third party's plugin has an attribute `example_model` instead.
+EXAMPLES: dict[str, ExampleModel] = {
+    "bge": tiny_bert,
+    "bge-reranker": tiny_cross_encoder,
+    "bge-reranker-gemma": tiny_yes_reranker,
+    "bge-reranker-minicpm-layerwise": tiny_layerwise,
+    "bgem3": tiny_m3,
+    "icl": tiny_decoder,
+    "minicpm-embedding": tiny_minicpm,
+    "sentence-transformers": tiny_bert,
+}
+
+
+def write_example(name: str, plugin: Any, folder: Path) -> None:
+    """Write the example model of an adapter into `folder`.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    make = getattr(plugin, "example_model", None) or EXAMPLES.get(name)
+    if make is None:
+        raise UsageError(
+            f"adapter '{name}' has no example model: name a model with --path (check_adapter(name, path) in Python), "
+            "or give the plugin a function `example_model(folder)` that writes a tiny one"
+        )
+    make(folder)

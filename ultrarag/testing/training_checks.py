@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from ultrarag.encoder import Encoder
-from ultrarag.finetune.gradcache import cached_step
-from ultrarag.finetune.trainable import Trainable
+from ultrarag.finetune.step import Trainable, cached_step
 from ultrarag.hookspecs import Features
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.scores import head_scores
-from ultrarag.testing.report import Failed, NotApplicable
-from ultrarag.testing.subject import GROUP, Subject
+from ultrarag.testing.subject import GROUP, Failed, NotApplicable, Subject
 from ultrarag.types import Embeddings
 
 #: Learning rates that are tried, largest first: tiny random models need the first, real ones the last.

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ultrarag.testing.report import Failed
-from ultrarag.testing.subject import Subject, difference
+from ultrarag.testing.subject import Failed, Subject, difference
 from ultrarag.testing.tiny import TEXTS
 from ultrarag.types import Embeddings, Sparse
 

@@ -1,1 +1,1 @@
-"""Mining of hard negatives: `ultrarag.retrieve.mine` for rows in memory, `ultrarag data mine` for files."""
+"""Settings of mining, under the name that scripts know: `ultrarag.retrieve.mining.settings`."""

@@ -3,3 +3,16 @@
 The server holds the passages with their place in the write log, the vectors of each generation, and who may write.
 Every process keeps a mirror of the passages in a directory of its own, and answers from it and the server.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve.shared.creation import check_mirror, create_mirror, create_shared, mirror_path, remove_shared
+    from ultrarag.retrieve.shared.link import Link
+    from ultrarag.retrieve.shared.watcher import Watcher
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.files import publish_directory, staged_directory
-from ultrarag.retrieve.backends import remove
-from ultrarag.retrieve.backends.uri import parse_uri
+from ultrarag.io import publish_directory, read_owner, staged_directory
 from ultrarag.retrieve.bm25 import BM25
-from ultrarag.retrieve.generations import Catalog, Layout
-from ultrarag.retrieve.opening import lay_out
-from ultrarag.retrieve.ownership import read_owner
-from ultrarag.retrieve.shared.checkpoints import Checkpoints
+from ultrarag.retrieve.engines import parse_uri, remove
+from ultrarag.retrieve.generation import Catalog, Layout, lay_out
+from ultrarag.retrieve.passages import URI, Store
 from ultrarag.retrieve.shared.documents import leases, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease
 from ultrarag.retrieve.shared.link import CHECKPOINTS
-from ultrarag.retrieve.shared.placing import row_of
+from ultrarag.retrieve.shared.mirror import Checkpoints, row_of
 from ultrarag.retrieve.shared.state import State
-from ultrarag.retrieve.store import URI, Store
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ultrarag.errors import UsageError
-from ultrarag.retrieve.backends.uri import Address, parse_uri
+from ultrarag.retrieve.engines import Address, parse_uri
 
 #: Numbers asked for at a time.
 WINDOW = 256
 
 _PLACES = {
-    "qdrant": "ultrarag.retrieve.shared.qdrant_documents",
-    "milvus": "ultrarag.retrieve.shared.milvus_documents",
+    "qdrant": "ultrarag.retrieve.shared.qdrant",
+    "milvus": "ultrarag.retrieve.shared.milvus",
 }
 
 

@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import IndexStateError
-from ultrarag.progress import progress_bar
-from ultrarag.retrieve.backends.server import COLLECTION_FILE, collection_of
-from ultrarag.retrieve.generations import Catalog, Generation, Layout
-from ultrarag.retrieve.shared.checkpoints import Checkpoints
+from ultrarag.io import progress_bar
+from ultrarag.retrieve.engines import COLLECTION_FILE, collection_of
+from ultrarag.retrieve.generation import Catalog, Generation, Layout
+from ultrarag.retrieve.passages import URI, Store
 from ultrarag.retrieve.shared.documents import WINDOW, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease, LeaseError
-from ultrarag.retrieve.shared.mirror import adopt, adopt_generations, entries
-from ultrarag.retrieve.shared.placing import place, row_of
+from ultrarag.retrieve.shared.mirror import Checkpoints, adopt, adopt_generations, entries, place, row_of
 from ultrarag.retrieve.shared.state import Row, State
-from ultrarag.retrieve.store import URI, Store
 
 #: Names in the store's table of values.
 CHECKPOINTS, SYNCED = "shared_checkpoints", "shared_synced"

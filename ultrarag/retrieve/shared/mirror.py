@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from ultrarag.retrieve.backends.points import key
-from ultrarag.retrieve.database import Database
-from ultrarag.retrieve.generations import COLUMNS
+from ultrarag.checkpoint import read_manifest
+from ultrarag.errors import CheckpointError
+from ultrarag.retrieve.engines import SCHEMA_FILE, Schema, collection_of, name_collection, read_schema, write_schema
+from ultrarag.retrieve.engines.qdrant import key
+from ultrarag.retrieve.generation import COLUMNS, Generation, Layout, copy_checkpoint
+from ultrarag.retrieve.passages import Database
 from ultrarag.retrieve.shared.documents import Document
-from ultrarag.retrieve.shared.state import Row
+from ultrarag.retrieve.shared.state import Row, VectorSchema
 
 _ENTRIES = (
     "SELECT log.seq, op, passages.id, text, title, metadata, passages.hash, passages.seq, deleted FROM log "
@@ -64,3 +71,77 @@ def adopt_generations(database: Database, rows: Sequence[Row], uri: str, last: i
             more = (row.applied_seq, row.created, int(row.forced), json.dumps(row.metrics))
             db.execute(f"INSERT INTO generations ({COLUMNS}) VALUES ({marks})", (*values, *more))
         db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'generations'", (last,))
+
+
+def row_of(layout: Layout, generation: Generation, known: Row | None) -> Row:
+    """A generation as the shared state has it; where its vectors are is read from its directory, if it has one here."""
+    values = asdict(generation)
+    del values["backend"]  # each process has its own address for the server
+    row = Row(**values)
+    if generation.state == "building":
+        return row
+    if known is not None and known.collection:
+        return row.model_copy(update={"collection": known.collection, "vectors": known.vectors})
+    vectors = layout.vectors(layout.final(generation.id))
+    held = VectorSchema(**asdict(read_schema(vectors)[1]))
+    return row.model_copy(update={"collection": collection_of(vectors), "vectors": held})
+
+
+def place(layout: Layout, row: Row, uri: str, checkpoints: Checkpoints) -> None:
+    """Give a generation its directory here: the checkpoint's copy, and the name of the collection."""
+    assert row.vectors is not None
+    final = layout.final(row.id)
+    if (layout.vectors(final) / SCHEMA_FILE).exists() and collection_of(layout.vectors(final)) == row.collection:
+        return
+    stage = layout.generations / f"{row.id}.fetch"
+    shutil.rmtree(stage, ignore_errors=True)
+    vectors = layout.vectors(stage)
+    checkpoints.fetch(row.fingerprint, layout.checkpoint(stage))
+    write_schema(vectors, uri, Schema(**row.vectors.model_dump()))
+    name_collection(vectors, row.collection)
+    shutil.rmtree(final, ignore_errors=True)
+    shutil.rmtree(layout.building(row.id), ignore_errors=True)
+    os.rename(stage, final)
+
+
+class Checkpoints:
+    """Checkpoints by fingerprint; each appears whole or not at all, and is never changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, checkpoint: Path, fingerprint: str) -> None:
+        """Copy a checkpoint into the folder, unless it is there."""
+        target = self.folder / fingerprint
+        if target.exists():
+            return
+        manifest = read_manifest(checkpoint)
+        if manifest is None:
+            raise CheckpointError(f"'{checkpoint}' is no checkpoint: its manifest is missing")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        copy_checkpoint(checkpoint, manifest, target)
+
+    def fetch(self, fingerprint: str, target: Path) -> None:
+        """Copy a checkpoint out of the folder, compared with its checksums.
+
+        Raises:
+            CheckpointError: when it is not there, damaged, or another one.
+        """
+        source = self.folder / fingerprint
+        manifest = read_manifest(source) if source.is_dir() else None
+        if manifest is None:
+            raise CheckpointError(
+                f"'{source}' is missing: every process of a shared index must see the folder with its checkpoints; "
+                f"name it with checkpoints=, as this machine sees it"
+            )
+        if manifest.fingerprint != fingerprint:
+            raise CheckpointError(f"'{source}' holds the encoder {manifest.fingerprint[:12]}, not the one of its name")
+        copy_checkpoint(source, manifest, target)
+
+    def remove_others(self, fingerprints: set[str]) -> None:
+        """Delete the checkpoints of generations that no longer are."""
+        import shutil
+
+        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+            if folder.is_dir() and len(folder.name) == 64 and folder.name not in fingerprints:
+                shutil.rmtree(folder)

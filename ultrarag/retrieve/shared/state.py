@@ -16,7 +16,7 @@ _SPACE = uuid.UUID("7a0d6f0e-5d0c-4f57-9d55-3a6ff2a7d9b1")
 
 
 class VectorSchema(BaseModel):
-    """The heads of a collection; see `ultrarag.retrieve.backends.Schema`."""
+    """The heads of a collection; see `ultrarag.retrieve.engines.Schema`."""
 
     model_config = ConfigDict(extra="forbid")
     dense: int | None = None
@@ -26,7 +26,7 @@ class VectorSchema(BaseModel):
 
 
 class Row(BaseModel):
-    """A generation, as `ultrarag.retrieve.generations.Generation`, and where it is."""
+    """A generation, as `ultrarag.retrieve.generation.catalog.Generation`, and where it is."""
 
     model_config = ConfigDict(extra="forbid")
     id: int

@@ -1,0 +1,745 @@
+"""An index in a server that several processes share: mirrors, the lease, and following a swap."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.retrieve import servers
+from tests.retrieve.test_live import corpus, count_encoded, text_of
+from ultrarag.errors import CheckpointError, IndexStateError, UsageError
+from ultrarag.retrieve import remove_shared
+from ultrarag.retrieve.command.parser import main
+from ultrarag.retrieve.live import LiveIndex
+from ultrarag.retrieve.shared import lease as lease_module
+from ultrarag.retrieve.shared import link as link_module
+from ultrarag.retrieve.shared import watcher as watcher_module
+from ultrarag.retrieve.shared.documents import Document, leases, open_documents
+from ultrarag.retrieve.shared.lease import Lease, LeaseError
+from ultrarag.retrieve.shared.state import State
+from ultrarag.types import Passage
+
+ENGINES = {
+    "qdrant-local": "qdrant_client",
+    "qdrant-rest": "qdrant_client",
+    "milvus-lite": "milvus_lite",
+    "qdrant-cluster": "qdrant_client",
+    "milvus-cluster": "pymilvus",
+}
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watcher looks when a test says so."""
+    monkeypatch.setattr(watcher_module.Watcher, "_run", lambda self: None)
+    monkeypatch.setattr(link_module, "PATIENCE", 0.5)
+    monkeypatch.setattr(lease_module, "LOOK", 0.02)
+
+
+@pytest.fixture(params=ENGINES)
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An address whose name no other test has."""
+    engine = request.param
+    if reason := servers.missing(ENGINES[engine]):
+        pytest.skip(reason)
+    if engine.endswith("-cluster"):
+        found = servers.cluster(engine.removesuffix("-cluster"))
+        if found is None:
+            pytest.skip("no cluster is named")
+        base = found
+    elif engine == "qdrant-local":
+        yield f"qdrant://{request.getfixturevalue('memory')}/local"
+        return
+    else:
+        base = request.getfixturevalue("rest" if engine == "qdrant-rest" else "milvus_lite").uri
+    name = f"{servers.NAME}{abs(hash(str(tmp_path))) % 10**9}"
+    yield base.replace(f"/{servers.NAME}", f"/{name}")
+    remove_shared(base.replace(f"/{servers.NAME}", f"/{name}"))
+
+
+@pytest.fixture
+def writer(uri: str, tmp_path: Path, tiny) -> Iterator[LiveIndex]:
+    with closing(LiveIndex.create(tmp_path / "a", tiny, uri=uri)) as live:
+        yield live
+
+
+@pytest.fixture
+def reader(writer: LiveIndex, uri: str, tmp_path: Path, tiny) -> Iterator[LiveIndex]:
+    with closing(LiveIndex.open(tmp_path / "b", tiny, uri=uri)) as live:
+        yield live
+
+
+def look(*indexes: LiveIndex) -> None:
+    for live in indexes:
+        watcher = live._core.watcher
+        assert watcher is not None
+        watcher.look()
+
+
+def rest(live: LiveIndex) -> None:
+    """Let the lease go, as two idle seconds would."""
+    link = live._core.link
+    assert link is not None
+    link._used = float("-inf")
+    link.rest()
+    assert not link.lease.held
+
+
+def found(live: LiveIndex, number: int, **options: Any) -> list[str]:
+    return [hit.id for hit in live.search(text_of(number), k=3, **(options or {"heads": ["dense"]}))]
+
+
+def everything(live: LiveIndex) -> dict[str, Passage]:
+    return {passage.id: passage for passage in live.passages()}
+
+
+# Following
+
+
+def test_what_one_process_writes_the_others_find(writer: LiveIndex, reader: LiveIndex) -> None:
+    writer.add(corpus(20))
+    assert len(reader) == 0
+    look(reader)
+    assert everything(reader) == everything(writer)
+    for options in ({"heads": ["dense"]}, {"heads": ["bm25"]}, {"heads": ["colbert"]}, {"weights": {"sparse": 1}}):
+        assert found(reader, 7, **options) == found(writer, 7, **options), options
+    assert [hit.id for hit in reader.search("number", k=50, filter={"even": True}, heads=["bm25"])] == [
+        hit.id for hit in writer.search("number", k=50, filter={"even": True}, heads=["bm25"])
+    ]
+
+
+def test_changes_and_deletions_are_followed(writer: LiveIndex, reader: LiveIndex) -> None:
+    writer.add(corpus(10))
+    look(reader)
+    writer.add([Passage("p1", text_of(33)), Passage("p2", text_of(2), metadata={"n": -1})])
+    writer.delete(["p3"])
+    look(reader)
+    assert everything(reader) == everything(writer)
+    assert "p3" not in everything(reader)
+    assert found(reader, 33, heads=["bm25"])[0] == "p1"
+    assert reader.get("p2").metadata == {"n": -1}
+
+
+def test_a_mirror_made_late_has_everything(writer: LiveIndex, uri: str, tmp_path: Path, tiny) -> None:
+    writer.add(corpus(600))
+    writer.delete([f"p{n}" for n in range(0, 600, 7)])
+    writer.add([Passage("p1", "changed")])
+    with closing(LiveIndex.open(tmp_path / "late", uri=uri)) as late:
+        assert everything(late) == everything(writer)
+        assert late.fingerprint == writer.fingerprint
+        assert found(late, 8) == found(writer, 8)
+
+
+def test_a_long_text_comes_whole(writer: LiveIndex, reader: LiveIndex) -> None:
+    long = "ひらがな and letters " * 20_000
+    writer.add([Passage("long", long), *corpus(3)])
+    writer.add([Passage("long", long + "!"), Passage("\0odd/ïd", "short")])
+    look(reader)
+    assert reader.get("long").text == long + "!"
+    assert reader.get("\0odd/ïd").text == "short"
+
+
+def test_a_process_that_was_away_goes_on_from_its_mirror(
+    writer: LiveIndex, uri: str, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add(corpus(400))
+    with closing(LiveIndex.open(tmp_path / "b", tiny, uri=uri)):
+        pass
+    writer.add(corpus(10, start=400))
+    asked: list[tuple[int, int]] = []
+    between = link_module.open_documents
+
+    def counting(uri: str, kind: str):
+        documents = between(uri, kind)
+        inner = documents.between
+        documents.between = lambda after, until: asked.append((after, until)) or inner(after, until)
+        return documents
+
+    monkeypatch.setattr(link_module, "open_documents", counting)
+    with closing(LiveIndex.open(tmp_path / "b", tiny)) as again:
+        assert len(again) == 410
+    assert asked == [(400, 410)]
+
+
+# Writing in turn
+
+
+def test_one_process_writes_at_a_time(writer: LiveIndex, reader: LiveIndex) -> None:
+    writer.add(corpus(3))
+    with pytest.raises(LeaseError, match=r"is being written to by .*/a: one process writes at a time"):
+        reader.add(corpus(3, start=3))
+    assert len(reader) == 0
+    rest(writer)
+    assert reader.add(corpus(5)).added == 2  # it knows the three others now
+    assert found(reader, 4)[0] == "p4" or "p4" in found(reader, 4)
+    rest(reader)
+    look(writer)
+    assert everything(writer) == everything(reader) == {passage.id: passage for passage in corpus(5)}
+    writer.delete(["p0"])
+    rest(writer)
+    look(reader)
+    assert len(reader) == 4
+
+
+def test_the_next_writer_encodes_only_what_is_new(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add(corpus(30))
+    rest(writer)
+    seen = count_encoded(monkeypatch, reader)
+    reader.add([Passage("new", "quite new")])
+    assert seen == ["quite new"]
+
+
+def test_processes_that_write_by_turns_lose_nothing(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "PATIENCE", 60.0)
+    monkeypatch.setattr(link_module, "LINGER", 0.0)
+    errors: list[BaseException] = []
+
+    def write(live: LiveIndex, start: int) -> None:
+        try:
+            for number in range(start, start + 12, 3):
+                live.add(corpus(3, start=number))
+                look(live)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(live, n * 12)) for n, live in enumerate((writer, reader))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for live in (writer, reader):
+        look(live)
+        look(live)
+        assert everything(live) == {passage.id: passage for passage in corpus(24)}
+    with writer._core.leading():
+        assert writer._core.live.backend.count() == 24
+
+
+def test_a_dead_writer_is_followed_by_another(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add(corpus(5))
+    reader._core.link.lease.seconds = 0.6
+    before = time.monotonic()
+    reader.add(corpus(6))  # waits until the lease of the other, which gives no sign of life, has ended
+    assert 0.5 < time.monotonic() - before < 30
+    assert len(reader) == 6
+    with pytest.raises(LeaseError, match="another process took over"):
+        writer._core.link.lease.write(lambda state: state)
+    with pytest.raises(LeaseError, match="is being written to by"):
+        writer.add(corpus(7))
+    look(writer)
+    assert everything(writer) == everything(reader)
+
+
+def test_a_write_that_the_lease_did_not_outlive_is_not_acknowledged(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new holder appears between the writing of the passages and that of the state."""
+    writer.add(corpus(5))
+    put = writer._core.link.passages.put
+
+    def slowly(documents) -> None:
+        put(documents)
+        reader._core.link.lease.seconds = 0.0
+        reader.add([Passage("theirs", "theirs")])
+
+    monkeypatch.setattr(writer._core.link.passages, "put", slowly)
+    monkeypatch.setattr(link_module, "PATIENCE", 5.0)
+    with pytest.raises(LeaseError, match="may be stored or not"):
+        writer.add([Passage("ours", "ours")])
+    assert writer.get("ours") is None
+    monkeypatch.setattr(writer._core.link.passages, "put", put)
+    rest(reader)
+    look(writer, reader)
+    assert everything(writer) == everything(reader)
+    assert "theirs" in everything(writer)
+
+
+def test_vectors_are_not_written_once_the_lease_is_gone(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding took so long that another process took over, and replaced the same passage."""
+    writer.add(corpus(5))
+    encode = writer._core.live.encode_passages
+
+    def slowly(texts):
+        found = encode(texts)
+        reader._core.link.lease.seconds = 0.0
+        reader.add([Passage("p1", text_of(34))])
+        writer._core.link.lease._beaten = float("-inf")
+        return found
+
+    monkeypatch.setattr(writer._core.vectors._target, "_encode", slowly)
+    monkeypatch.setattr(link_module, "PATIENCE", 5.0)
+    with pytest.raises(IndexStateError, match="stored and will not be lost, but it cannot be searched yet"):
+        writer.add([Passage("p1", text_of(33))])
+    rest(reader)
+    look(writer)
+    assert everything(writer) == everything(reader)
+    held, wanted = reader.vectors(["p1"]), reader.encoder.encode([text_of(34)], "passage")
+    assert abs(held.dense - wanted.dense).max() < 1e-5
+
+
+def test_a_failed_write_leaves_mirror_and_server_in_step(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server dies after some of the passages: they may be there or not, but everywhere alike."""
+    writer.add(corpus(5))
+    put = writer._core.link.passages.put
+
+    def half(documents) -> None:
+        put(documents[:2])
+        raise IndexStateError("the server went away")
+
+    monkeypatch.setattr(writer._core.link.passages, "put", half)
+    with pytest.raises(IndexStateError, match="went away"):
+        writer.add(corpus(9))
+    assert len(writer) == 5
+    look(reader)
+    assert len(reader) == 5
+    monkeypatch.setattr(writer._core.link.passages, "put", put)
+    writer.add([Passage("more", "more")])
+    look(reader)
+    assert everything(writer) == everything(reader)
+    assert len(writer) == 8  # what the server had got is there
+    assert found(writer, 6, heads=["bm25"])[0] == "p6"
+
+
+def test_a_full_disk_after_the_server_took_it_leaves_nothing_apart(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has the write, the mirror cannot keep it: the next write must not take the same number."""
+    writer.add(corpus(5))
+    database, send = writer._core.store.database, writer._core.link._send
+
+    def full(db) -> None:
+        send(db)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(database, "before_commit", full)
+    with pytest.raises(IndexStateError, match="make room on the disk"):
+        writer.add(corpus(7))
+    assert len(writer) == 5
+    monkeypatch.setattr(database, "before_commit", send)
+    assert writer.add(corpus(8)).added == 1  # two are there: the server had taken them
+    look(reader)
+    assert everything(writer) == everything(reader) == {passage.id: passage for passage in corpus(8)}
+    assert writer._core.live.backend.count() == 8
+
+
+def test_a_taking_over_that_fails_half_way_is_taken_up_again(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add(corpus(5))
+    rest(writer)
+    between = reader._core.link.passages.between
+    monkeypatch.setattr(reader._core.link.passages, "between", lambda after, until: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reader.add(corpus(1, start=5))
+    monkeypatch.setattr(reader._core.link.passages, "between", between)
+    assert reader.add(corpus(1, start=5)).added == 1
+    assert everything(reader) == {passage.id: passage for passage in corpus(6)}
+
+
+def test_words_and_vectors_hold_what_a_dead_writer_stored(writer: LiveIndex, reader: LiveIndex) -> None:
+    """It died after the passages were acknowledged, before their vectors were written."""
+    writer.add(corpus(5))
+    link = writer._core.link
+    with writer._core.leading():
+        writer._core.store.write([])
+        from ultrarag.retrieve.passages.incoming import records
+
+        writer._core.store.write(list(records(corpus(8))))
+    link.lease.forget()
+    reader._core.link.lease.seconds = 0.0
+    reader.add([Passage("one", "one more")])
+    assert reader._core.live.backend.count() == len(reader) == 9
+    assert "p7" in found(reader, 7)
+
+
+# Swapping
+
+
+@pytest.fixture
+def swapped(writer: LiveIndex, reader: LiveIndex, checkpoint: Path, quick_builds: None) -> int:
+    writer.add(corpus(20))
+    look(reader)
+    made = writer.build(checkpoint)
+    writer.swap(made)
+    return made.id
+
+
+def test_a_swap_is_followed(writer: LiveIndex, reader: LiveIndex, swapped: int) -> None:
+    old = reader.fingerprint
+    assert found(reader, 3)  # still on the old pair, which still answers
+    assert reader.fingerprint == old
+    look(reader)
+    assert reader.fingerprint == writer.fingerprint != old
+    assert reader.status()["live"]["id"] == swapped
+    assert found(reader, 3) == found(writer, 3)
+
+
+def test_another_process_rolls_back(writer: LiveIndex, reader: LiveIndex, swapped: int) -> None:
+    look(reader)
+    rest(writer)
+    reader.add([Passage("later", "written after the swap")])
+    flip = reader.rollback()
+    assert flip.old.id == swapped
+    assert "later" in [hit.id for hit in reader.search("written after the swap", k=3, heads=["dense"])]
+    rest(reader)
+    look(writer)
+    assert writer.fingerprint == reader.fingerprint == flip.new.fingerprint
+    assert len(writer) == 21
+
+
+def test_a_process_swaps_what_another_built(
+    writer: LiveIndex, reader: LiveIndex, checkpoint: Path, quick_builds: None
+) -> None:
+    writer.add(corpus(12))
+    made = writer.build(checkpoint)
+    rest(writer)
+    look(reader)
+    assert reader.build(checkpoint).id == made.id  # it is ready: nothing is built twice
+    reader.swap(made.id)
+    rest(reader)
+    look(writer)
+    assert writer.fingerprint == reader.fingerprint == made.fingerprint
+
+
+def test_a_swap_that_the_server_did_not_take_is_none(
+    writer: LiveIndex, reader: LiveIndex, checkpoint: Path, quick_builds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add(corpus(12))
+    made = writer.build(checkpoint)
+    old = writer.fingerprint
+    write = writer._core.link.lease.write
+
+    def refused(change: Callable[[State], State]) -> None:
+        raise IndexStateError("the server went away")
+
+    monkeypatch.setattr(writer._core.link.lease, "write", refused)
+    with pytest.raises(IndexStateError, match="went away"):
+        writer.swap(made)
+    assert writer.fingerprint == old
+    assert writer.generation(made.id).state == "ready"
+    monkeypatch.setattr(writer._core.link.lease, "write", write)
+    look(reader)
+    assert reader.fingerprint == old
+    writer.swap(made)
+    look(reader)
+    assert reader.fingerprint == made.fingerprint
+
+
+def test_vacuum_deletes_what_no_generation_has(
+    writer: LiveIndex, reader: LiveIndex, swapped: int, uri: str, other, tiny
+) -> None:
+    look(reader)
+    first = writer.build(tiny)
+    writer.swap(first)  # the one before the swap is retired by this
+    look(reader)
+    assert sorted(path.name for path in (reader.path / "generations").iterdir()) == [str(swapped), str(first.id)]
+    with open_documents(uri, "states") as states:
+        before = len(states.collections())
+        writer.vacuum()
+        assert len(states.collections()) < before
+        assert len(leases(states.collections(), states.address.name)) == 1
+    assert found(reader, 3) == found(writer, 3)
+    assert writer.rollback().new.fingerprint == other.fingerprint
+    folder = Path(writer.status()["shared"]["checkpoints"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([other.fingerprint, tiny.fingerprint])
+
+
+def test_a_checkpoint_that_is_not_seen_stops_nothing(
+    writer: LiveIndex, reader: LiveIndex, swapped: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(writer.status()["shared"]["checkpoints"])
+    folder.rename(folder.with_name("away"))
+    with pytest.raises(CheckpointError, match="every process of a shared index must see the folder"):
+        look(reader)
+    assert found(reader, 3)
+    folder.with_name("away").rename(folder)
+    look(reader)
+    assert reader.fingerprint == writer.fingerprint
+
+
+# Names, and errors
+
+
+def test_an_index_is_created_once(writer: LiveIndex, uri: str, tmp_path: Path, tiny) -> None:
+    with pytest.raises(IndexStateError, match=r"has a shared index '.*' already; open it with"):
+        LiveIndex.create(tmp_path / "again", tiny, uri=uri)
+    assert not (tmp_path / "again").exists()
+
+
+def test_wrong_places_are_named(uri: str, tmp_path: Path, tiny, writer: LiveIndex) -> None:
+    missing = uri + "x" if "local" not in uri else f"qdrant:///{tmp_path}/nothing"
+    with pytest.raises(IndexStateError, match="holds no shared index"):
+        LiveIndex.open(tmp_path / "c", uri=missing)
+    assert not (tmp_path / "c").exists()
+    with closing(LiveIndex.create(tmp_path / "own", tiny, backend="numpy")):
+        pass
+    with pytest.raises(IndexStateError, match="holds an index of its own; name another directory"):
+        LiveIndex.open(tmp_path / "own", uri=uri)
+    writer.close()
+    with pytest.raises(UsageError, match="no one process repairs"):
+        LiveIndex.open(tmp_path / "a", repair=True)
+    with pytest.raises(UsageError, match="needs a path or a uri"):
+        LiveIndex.open()
+    with pytest.raises(UsageError, match="backend is for an index of this process alone"):
+        LiveIndex.create(tmp_path / "d", tiny, uri=uri, backend="numpy")
+
+
+def test_a_mirror_needs_no_path(uri: str, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with (
+        closing(LiveIndex.create(uri=uri, encoder=tiny)) as one,
+        closing(LiveIndex.open(uri=uri)) as two,
+    ):
+        assert one.path != two.path
+        assert one.path.parent == two.path.parent
+        one.add(corpus(2))
+        look(two)
+        assert len(two) == 2
+
+
+def test_status_says_who_writes(writer: LiveIndex, reader: LiveIndex, uri: str) -> None:
+    writer.add(corpus(2))
+    look(reader)
+    said = reader.status()["shared"]
+    assert said["uri"] == uri
+    assert not said["writing"]
+    assert said["holder"].endswith("/a")
+    assert said["committed"] == 2
+    assert writer.status()["shared"]["writing"]
+    json.dumps(reader.status())
+
+
+def test_the_command_line(uri: str, tmp_path: Path, tiny_m3: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for n, text in enumerate(("red apple", "deep ocean")):
+        (tmp_path / f"{n}.jsonl").write_text(json.dumps({"_id": f"p{n}", "text": text}) + "\n")
+    one, two, model = str(tmp_path / "one"), str(tmp_path / "two"), ["--model", tiny_m3, "--adapter", "bgem3"]
+    folder = str(tmp_path / "checkpoints")
+    for words in (
+        ["create", one, *model, "--uri", uri, "--checkpoints", folder],
+        ["add", one, str(tmp_path / "0.jsonl")],
+        ["mirror", two, "--uri", uri],
+        ["add", two, str(tmp_path / "1.jsonl")],
+        ["search", one, "deep ocean", "--heads", "bm25"],
+        ["status", one],
+    ):
+        assert main(words) == 0, words
+    out = capsys.readouterr().out
+    assert "1 added, 0 changed, 0 unchanged; the index holds 2 passages" in out
+    assert "p1" in out
+    assert f"mirrors {uri}" in out
+    assert main(["mirror", str(tmp_path / "three"), "--uri", uri + "&x=1" if "?" in uri else uri + "?x=1"]) == 2
+    assert "has no option 'x'" in capsys.readouterr().err
+
+
+# The lease and the documents alone
+
+
+@pytest.fixture
+def documents(uri: str, request: pytest.FixtureRequest):
+    with open_documents(uri, "states") as states:
+        states.create()
+        states.create()  # twice is harmless
+        yield states
+        if "qdrant:///" not in uri:
+            states.claim(f"{states.address.name}_lease_1", "m")  # so that there is an index to remove
+
+
+def key_of(number: int) -> str:
+    return f"00000000-0000-0000-0000-{number:012d}"
+
+
+def test_documents_are_replaced_whole(documents) -> None:
+    many = [Document(key_of(n), n, f'{{"n": {n}}}') for n in range(1, 601)]
+    documents.put(many)
+    assert documents.between(0, 600) == many
+    assert documents.between(10, 12) == many[10:12]
+    long = Document(key_of(5), 601, "é" * 50_000)
+    documents.put([long])
+    assert documents.get([key_of(5), key_of(999)]) == {key_of(5): long}
+    shorter = Document(key_of(5), 602, "ü" * 20_000)
+    documents.put([shorter])
+    assert documents.between(600, 700) == [shorter]
+    assert documents.between(4, 5) == []
+    documents.delete([key_of(5), key_of(6)])
+    assert documents.get([key_of(5), key_of(6)]) == {}
+
+
+def test_a_name_is_claimed_once(documents) -> None:
+    name = f"{documents.address.name}_lease_7"
+    won: list[bool] = []
+    threads = [threading.Thread(target=lambda n=n: won.append(documents.claim(name, f"h{n}"))) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False] * 5 + [True]
+    assert leases(documents.collections(), documents.address.name) == [7]
+    documents.drop(name)
+    assert documents.claim(name, "h9")
+
+
+def test_a_lease_passes_on_what_was_written_before(documents, tmp_path: Path) -> None:
+    one, two = Lease(documents, tmp_path / "1"), Lease(documents, tmp_path / "2")
+    assert one.first(State(epoch=1, holder="", checkpoints="c"))
+    assert not two.first(State(epoch=1, holder="", checkpoints="d"))
+    one.write(lambda state: state.model_copy(update={"committed": 5}))
+    with pytest.raises(LeaseError, match="is being written to by"):
+        two.take(0.1)
+    one.release()
+    assert two.take(0.1).committed == 5
+    assert two.look().epoch == 2
+    with pytest.raises(LeaseError, match="does not hold the lease"):
+        one.write(lambda state: state)
+    two.write(lambda state: state.model_copy(update={"committed": 6}))
+    two.release()
+    assert one.take(0.1).committed == 6
+    assert one.look().checkpoints == "c"
+
+
+PROCESS = """
+import json, sys, time
+from ultrarag.retrieve.live import LiveIndex
+from ultrarag.retrieve.shared import watcher
+watcher.POLL = 0.2
+with LiveIndex.open(sys.argv[1], uri=sys.argv[2]) as live:
+    print(json.dumps({"ready": live.fingerprint}), flush=True)
+    seen, deadline = set(), time.monotonic() + 120
+    while time.monotonic() < deadline:
+        hits = live.search("vector database", k=3, heads=["dense"])
+        fingerprint = live.fingerprint
+        if fingerprint not in seen:
+            seen.add(fingerprint)
+            print(json.dumps({"fingerprint": fingerprint, "hits": len(hits), "passages": len(live)}), flush=True)
+        if len(seen) == 2 and len(live) == 21:
+            break
+"""
+
+
+def test_real_processes_follow_and_outlive_each_other(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny, checkpoint: Path, quick_builds: None
+) -> None:
+    """Two processes answer while this one writes, swaps, and leaves; one of them is killed."""
+    if reason := servers.missing("milvus_lite"):
+        pytest.skip(reason)
+    uri = request.getfixturevalue("milvus_lite").uri.replace(f"/{servers.NAME}", f"/{servers.NAME}processes")
+    with closing(LiveIndex.create(tmp_path / "w", tiny, uri=uri)) as live:
+        live.add(corpus(20))
+        command = [sys.executable, "-c", PROCESS]
+        readers = [
+            subprocess.Popen([*command, str(tmp_path / name), uri], stdout=subprocess.PIPE, text=True) for name in "xy"
+        ]
+        for process in readers:
+            assert json.loads(process.stdout.readline())["ready"] == tiny.fingerprint
+            assert json.loads(process.stdout.readline())["passages"] == 20
+        live.swap(live.build(checkpoint))
+        swapped = live.fingerprint
+        live.add([Passage("last", "written after the swap")])
+    readers[1].kill()
+    readers[1].wait()
+    readers[1].stdout.close()
+    told = json.loads(readers[0].stdout.readline())
+    assert told["fingerprint"] == swapped
+    assert told["hits"] == 3
+    assert readers[0].wait(120) == 0
+    readers[0].stdout.close()
+    with closing(LiveIndex.open(tmp_path / "y")) as again:  # the mirror of the killed one is sound
+        assert len(again) == 21
+        assert again.fingerprint == swapped
+    remove_shared(uri)
+
+
+WRITER = """
+import sys
+from ultrarag.retrieve.live import LiveIndex
+with LiveIndex.open(sys.argv[1], uri=sys.argv[2]) as live:
+    number = len(live)
+    while True:
+        live.add([{"id": f"w{number + n}", "text": f"written {number + n}"} for n in range(3)])
+        number += 3
+        print(number, flush=True)
+"""
+
+
+def test_nothing_is_lost_when_a_writer_is_killed(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "PATIENCE", 2.0)
+    if reason := servers.missing("milvus_lite"):
+        pytest.skip(reason)
+    uri = (
+        request.getfixturevalue("milvus_lite").uri.replace(f"/{servers.NAME}", f"/{servers.NAME}killed") + "?timeout=1"
+    )
+    with closing(LiveIndex.create(tmp_path / "w", tiny, uri=uri)):
+        pass
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "x"), uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(3):
+            acknowledged = int(process.stdout.readline())
+        time.sleep(0.1)
+        process.kill()
+        acknowledged = max([acknowledged, *map(int, process.stdout.read().split())])
+    with closing(LiveIndex.open(tmp_path / "w")) as live:
+        assert live.add([Passage("mine", "and mine")]).added == 1  # once the lease of the dead one has ended
+        held = everything(live)
+        assert {f"w{n}" for n in range(acknowledged)} <= set(held)
+        assert live._core.live.backend.count() == len(held)
+        assert sorted(live._core.live.backend.ids()) == sorted(held)
+    with closing(LiveIndex.open(tmp_path / "x")) as again:
+        assert everything(again) == held
+    remove_shared(uri)
+
+
+def succeeds(work: Callable[[], object]) -> bool:
+    try:
+        work()
+    except IndexStateError:
+        return False
+    return True
+
+
+def test_a_server_that_went_away_and_came_back(tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := servers.missing("milvus_lite"):
+        pytest.skip(reason)
+    monkeypatch.setattr(link_module, "PATIENCE", 10.0)
+    server = servers.MilvusLite(tmp_path / "data")
+    try:
+        uri = server.uri + "?timeout=1"
+        with (
+            closing(LiveIndex.create(tmp_path / "a", tiny, uri=uri)) as writer,
+            closing(LiveIndex.open(tmp_path / "b", tiny, uri=uri)) as reader,
+        ):
+            writer.add(corpus(5))
+            look(reader)
+            server.kill()
+            for attempt in (lambda: writer.add(corpus(7)), lambda: look(reader), lambda: found(reader, 3)):
+                with pytest.raises(IndexStateError, match=r"milvus://127\.0\.0\.1"):
+                    attempt()
+            assert found(reader, 3, heads=["bm25"])[0] == "p3"  # the words are here
+            server.start()
+            servers.wait_for(lambda: succeeds(lambda: writer.add(corpus(8))), 60)  # gRPC connects again when it likes
+            servers.wait_for(lambda: succeeds(lambda: look(reader)), 60)
+            assert everything(writer) == everything(reader) == {passage.id: passage for passage in corpus(8)}
+            assert found(reader, 3) == found(writer, 3)
+    finally:
+        server.kill()

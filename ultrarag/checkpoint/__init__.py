@@ -1,0 +1,19 @@
+"""The room of checkpoints: directories that every tool loads, published whole or not at all.
+
+A model's files come in; a manifest, a fingerprint of the content and a lineage go out. Nothing here knows how a
+model was trained.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.checkpoint.identity import fingerprint, tokenizer_content
+    from ultrarag.checkpoint.lineage import checkpoint_log, told
+    from ultrarag.checkpoint.manifest import MANIFEST, Manifest, Training, changed_files, local_folder, read_manifest
+    from ultrarag.checkpoint.publishing import largest_difference, probe_vectors, publish, write_checkpoint
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

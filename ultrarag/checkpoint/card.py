@@ -1,0 +1,100 @@
+"""The model card: README.md of a checkpoint, with the parent, the data, the arguments and the metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ultrarag.checkpoint.manifest import Manifest, Training
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+
+_TEXT_TAGS = ("feature-extraction", "sentence-similarity")
+_PAIR_TAGS = ("text-ranking", "reranker", "cross-encoder")
+
+
+def model_card(manifest: Manifest, encoder: Encoder) -> str:
+    """Return the card's Markdown, with the front matter that model hubs read."""
+    pairs = encoder.adapter.declared.pair_input
+    tags = ["sentence-transformers", *(_PAIR_TAGS if pairs else _TEXT_TAGS), "ultrarag"]
+    task = "text-ranking" if pairs else "sentence-similarity"
+    front = ["---", "library_name: sentence-transformers", f"pipeline_tag: {task}", "tags:"]
+    front += [f"- {tag}" for tag in tags] + ["---", ""]
+    settings = manifest.settings
+    facts = [("adapter", manifest.adapter), ("heads", ", ".join(settings.heads))]
+    if pairs:
+        facts += [("longest pair", f"{encoder.max_length('passage')} tokens")]
+    else:
+        facts += [
+            ("pooling", settings.pooling or "-"),
+            ("unit length", "yes" if settings.normalize else "no"),
+            ("longest query / passage", f"{encoder.max_length('query')} / {encoder.max_length('passage')} tokens"),
+        ]
+    facts += [("fingerprint", manifest.fingerprint)]
+    usage = _pair_usage() if pairs else _usage(manifest)
+    lines = [f"# {'Reranker' if pairs else 'Embedding model'}", "", *_table(("", ""), facts), "", *usage]
+    if manifest.training:
+        lines += _training(manifest.training)
+    return "\n".join(front + lines) + "\n"
+
+
+def _pair_usage() -> list[str]:
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from ultrarag import Encoder",
+        "",
+        "encoder = Encoder.load(path)",
+        'scores = encoder.score([("a query", "a passage")])',
+        "```",
+        "",
+    ]
+
+
+def _usage(manifest: Manifest) -> list[str]:
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from ultrarag import Encoder",
+        "",
+        "encoder = Encoder.load(path)",
+        'vectors = encoder.encode(["a passage"], kind="passage")',
+        "```",
+        "",
+        "The dense vectors also come from `SentenceTransformer(path)`"
+        + (
+            ", all heads from FlagEmbedding's `BGEM3FlagModel(path)`."
+            if manifest.adapter == "bgem3" and len(manifest.settings.heads) > 1
+            else "."
+        ),
+        "",
+    ]
+
+
+def _training(training: Training) -> list[str]:
+    lines = ["## Training", "", f"Parent: {training.parent_name or '-'} (`{training.parent}`)", ""]
+    lines += [f"Optimizer steps: {training.steps}" + (f"; loss {training.loss:.4f}" if training.loss else ""), ""]
+    lines += _table(("data", "rows", "sha256"), [(d["name"], d["rows"], d["sha256"][:16]) for d in training.data])
+    if training.merge:
+        merge = training.merge
+        lines += [
+            "",
+            f"Weights: {merge['weight']:g} of the trained ones, the rest of {merge['with']} ({merge['path']}).",
+        ]
+    if training.metrics:
+        names = sorted({name for values in training.metrics.values() for name in values})
+        columns = list(training.metrics)
+        rows = [(name, *(f"{training.metrics[c].get(name, float('nan')):.4f}" for c in columns)) for name in names]
+        lines += ["", "## Evaluation", "", *_table(("metric", *columns), rows)]
+    arguments = json.dumps(training.arguments, indent=2, ensure_ascii=False, sort_keys=True, default=str)
+    return [*lines, "", "## Arguments", "", "```json", arguments, "```"]
+
+
+def _table(header: tuple[object, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in [header, *rows]]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]

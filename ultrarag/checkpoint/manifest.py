@@ -1,0 +1,165 @@
+"""Checkpoints: a directory every tool loads, with a manifest, published whole or not at all.
+
+`ultrarag.json`, the manifest, says which adapter wrote it, its settings, its fingerprint, its parent, the data
+it was trained on and the digest of every file.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ultrarag.errors import CheckpointError, UsageError
+from ultrarag.io import sha256_of, write_json
+from ultrarag.types import EncoderSettings
+
+MANIFEST = "ultrarag.json"
+FORMAT = 1
+#: Packages whose versions the manifest records.
+_PACKAGES = ("ultrarag", "torch", "transformers", "sentence-transformers", "tokenizers")
+
+
+@dataclass
+class Training:
+    """How a checkpoint came about."""
+
+    #: fingerprint of the checkpoint it was trained from
+    parent: str = ""
+    #: name of that checkpoint, for people; never used as an identity
+    parent_name: str = ""
+    #: one row per data set: name, rows, sha256
+    data: list[dict[str, Any]] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    #: "before" and "after": metric -> value
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    steps: int = 0
+    loss: float | None = None
+    #: which model the trained weights were averaged with, the weight, and how it was chosen
+    merge: dict[str, Any] | None = None
+    #: digests of files and keys of rows that were trained on; see `ultrarag.finetune.incremental`
+    seen: dict[str, Any] | None = None
+    #: the records of all models before this one, the oldest first; they outlive their folders
+    ancestors: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Manifest:
+    """What `ultrarag.json` holds."""
+
+    adapter: str
+    settings: EncoderSettings
+    fingerprint: str = ""
+    training: Training | None = None
+    #: relative path -> {"size": bytes, "sha256": hex}
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "settings": self.settings.to_dict(), "format": FORMAT}
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """This model's record and those of all before it that were trained by ultrarag, the oldest first."""
+        if self.training is None:
+            return []
+        own = asdict(self.training)
+        before = own.pop("ancestors")
+        return [*before, {"fingerprint": self.fingerprint, "created": self.created, "adapter": self.adapter, **own}]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read `ultrarag.json`; None where there is none.
+
+    Raises:
+        CheckpointError: when it is damaged, of a newer format, or a file that it lists is missing or truncated.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") > FORMAT:
+            raise CheckpointError(f"{path} was written by a newer ultrarag: upgrade ultrarag to read it")
+        training = values.pop("training")
+        manifest = Manifest(
+            **{**values, "settings": EncoderSettings.from_dict(values["settings"])},
+        )
+        manifest.training = Training(**training) if training else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    _check_sizes(folder, manifest)
+    return manifest
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    for name, expected in manifest.files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again")
+        if size != expected["size"]:
+            raise CheckpointError(f"{path} has {size} bytes, not {expected['size']}: it is damaged; copy it again")
+
+
+def changed_files(folder: Path, manifest: Manifest) -> list[str]:
+    """The files whose content is no longer what the manifest says, by checksum."""
+    return [name for name, expected in manifest.files.items() if sha256_of(folder / name) != expected["sha256"]]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Record the files of `folder` and their digests, and write the manifest, last."""
+    manifest.files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in _files(folder)
+    }
+    manifest.versions = _versions()
+    manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(folder / MANIFEST, manifest.to_dict())
+
+
+def _files(folder: Path) -> list[str]:
+    found = [
+        os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names
+    ]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def local_folder(name_or_path: str, cache_dir: str | None = None, token: str | None = None) -> Path:
+    """Return the local folder of a model: itself where it exists, else a download from the model hub.
+
+    Raises:
+        UsageError: when there is no such folder and the hub does not give it.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        raise UsageError(f"no model folder '{name_or_path}' (nor is that a hub name such as 'BAAI/bge-m3')")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name_or_path, cache_dir=cache_dir, token=token, ignore_patterns=_NOT_NEEDED))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"'{name_or_path}' is no local folder, and the model hub did not give it: {reason}; "
+            "check the name and the network, or give the path of a local folder"
+        ) from error
+
+
+_NOT_NEEDED = ["*.msgpack", "*.h5", "*.onnx", "onnx/*", "openvino/*", "*.ot", "imgs/*"]

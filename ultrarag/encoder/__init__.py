@@ -1,0 +1,19 @@
+"""The room of the encoder: a model with its adapter, from texts to `Embeddings`.
+
+Texts and pairs come in; vectors, scores and their counted cuts go out. Tokenizing, batches by tokens, precision, and
+the work on the devices stay inside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.encoder.device import in_background
+    from ultrarag.encoder.encoder import BATCH_TOKENS, Encoder
+    from ultrarag.encoder.pairs import read_pairs
+    from ultrarag.encoder.tokens import Cuts, pad, render, tokenize
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

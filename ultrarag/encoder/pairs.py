@@ -1,0 +1,156 @@
+"""Pairs: what a cross-encoder reads in place of texts, tokenized by its model and scored in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ultrarag.encoder.tokens import check_texts, tokenized_windows
+from ultrarag.errors import PluginError, UsageError
+from ultrarag.io import progress_bar
+from ultrarag.types import Tokens
+
+if TYPE_CHECKING:
+    from ultrarag.encoder.encoder import Encoder
+
+#: Pairs tokenized and sorted by length together.
+WINDOW = 4096
+
+
+def tokenize_pairs(
+    encoder: Encoder,
+    pairs: Sequence[tuple[str, str]],
+    query_max_length: int | None = None,
+    max_length: int | None = None,
+    instruction: str | None = None,
+) -> Tokens:
+    """Return the pairs as the model reads them: see `Encoder.tokenize_pairs`."""
+    queries, passages = _sides(pairs)
+    limit = encoder.max_length("passage", max_length)
+    return read_pairs(
+        encoder,
+        [encoder.settings.render(text, "query", instruction) for text in queries],
+        [encoder.settings.render(text, "passage") for text in passages],
+        query_limit(query_max_length, limit, encoder.settings.query_max_length),
+        limit,
+    )
+
+
+def read_pairs(
+    encoder: Encoder,
+    queries: Sequence[str],
+    passages: Sequence[str],
+    query_max_length: int | None,
+    max_length: int | None,
+    **more: Any,
+) -> Tokens:
+    """Ask the model for the tokens of rendered pairs.
+
+    Args:
+        more: `passage_max_length`, `prompts`: given only where a run sets them.
+
+    Raises:
+        PluginError: its adapter says that it reads pairs, and its model does not say how.
+    """
+    read = getattr(encoder.model, "pair_tokens", None)
+    if read is None:
+        raise PluginError(
+            f"{encoder.adapter.describe()} declares pair_input, but the model that its hook 'load' returned has no "
+            "method pair_tokens(queries, passages, query_max_length, max_length) -> ultrarag.types.Tokens"
+        )
+    tokens: Tokens = read(queries, passages, query_max_length, max_length, **more)
+    return tokens
+
+
+def query_limit(asked: int | None, max_length: int | None, declared: int | None = None) -> int | None:
+    """The most tokens of a query: as asked, else three quarters of the pair's, so that a passage has its share.
+
+    Raises:
+        UsageError: the query may be as long as the whole pair.
+    """
+    if max_length is None:
+        return declared if asked is None else asked
+    if asked is None:
+        share = max(1, max_length * 3 // 4)
+        return share if declared is None else min(declared, share)
+    if asked >= max_length:
+        raise UsageError(f"a query of {asked} tokens of a pair's {max_length} leaves nothing for the passage")
+    return asked
+
+
+def score_pairs(
+    encoder: Encoder,
+    pairs: Sequence[tuple[str, str]],
+    weights: dict[str, float] | None = None,
+    normalize: bool = False,
+    *,
+    batch_tokens: int | None = None,
+    precision: str | None = None,
+    query_max_length: int | None = None,
+    max_length: int | None = None,
+    instruction: str | None = None,
+    progress: bool | None = None,
+    window: int = WINDOW,
+) -> np.ndarray:
+    """Return the scores of (query, passage) pairs, (n,) float32: see `Encoder.score`.
+
+    Raises:
+        UsageError: weights, which one score does not have, or a pair that is none.
+    """
+    if weights is not None and set(weights) != {"scores"}:
+        raise UsageError("a cross-encoder gives one score per pair: leave `weights` out")
+    read = partial(
+        encoder.tokenize_pairs, query_max_length=query_max_length, max_length=max_length, instruction=instruction
+    )
+    length = encoder.max_length("passage", max_length)
+    windows = tokenized_windows(pairs, read, window)
+    parts = [np.zeros(0, dtype=np.float32)]
+    with progress_bar(len(pairs), "score", "pair", progress) as bar:
+        options: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "on_batch": bar.update}
+        for part in encoder._encode_windows(windows, "pairs", length, **options):
+            parts.append(np.asarray(part.scores, dtype=np.float32))
+    scores = np.concatenate(parts)
+    return _logistic(scores) if normalize else scores
+
+
+def _logistic(scores: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), written so that neither sign overflows."""
+    return (0.5 * (1 + np.tanh(0.5 * scores.astype(np.float64)))).astype(np.float32)
+
+
+def _sides(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    for number, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise UsageError(f"pairs[{number}] is no (query, passage) pair: {pair!r:.80}")
+    queries, passages = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    check_texts(queries)
+    check_texts(passages)
+    return queries, passages
+
+
+def score_texts(
+    encoder: Encoder, pairs: Sequence[tuple[str, str]], weights: dict[str, float], **options: Any
+) -> np.ndarray:
+    """Score pairs by a model that encodes texts one by one: each distinct text once, (n,) float32.
+
+    Args:
+        weights: weight per head.
+        options: of `Encoder.encode`.
+    """
+    if not pairs:
+        return np.zeros(0, dtype=np.float32)
+    left = {text: row for row, text in enumerate(dict.fromkeys(query for query, _ in pairs))}
+    right = {text: row for row, text in enumerate(dict.fromkeys(passage for _, passage in pairs))}
+    query = encoder.encode(list(left), "query", heads=tuple(weights), **options)
+    passage = encoder.encode(list(right), "passage", heads=tuple(weights), **options)
+    by_query: dict[int, list[int]] = {}
+    for number, (text, _) in enumerate(pairs):
+        by_query.setdefault(left[text], []).append(number)
+    scores = np.empty(len(pairs), dtype=np.float32)
+    for row, numbers in by_query.items():
+        columns = np.array([right[pairs[number][1]] for number in numbers])
+        scores[numbers] = encoder.similarity(query[row : row + 1], passage[columns], weights=weights)[0]
+    return scores

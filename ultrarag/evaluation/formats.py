@@ -1,0 +1,275 @@
+"""BEIR folders: corpus.jsonl, queries.jsonl and qrels/{split}.tsv, the layout of test collections."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ultrarag.errors import DataError, UsageError
+from ultrarag.types import Passage
+
+#: query id -> passage id -> relevance; 0 and below is not relevant
+Qrels = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A test collection: passages, the queries of one split, and which passages are relevant to them."""
+
+    corpus: dict[str, Passage]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    id: str = Field(alias="_id", min_length=1)
+
+
+class _PassageRow(_Row):
+    text: str
+    title: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    def passage(self) -> Passage:
+        return Passage(self.id, self.text, self.title or "", self.metadata or {})
+
+
+class _QueryRow(_Row):
+    text: str = Field(pattern=r"\S")
+
+
+_RowType = TypeVar("_RowType", bound=_Row)
+
+
+def read_beir(folder: str | Path, split: str = "test") -> Collection:
+    """Read corpus.jsonl, queries.jsonl and qrels/{split}.tsv; `queries` are those that the split judges.
+
+    Ids may be numbers in the files and are strings here. Passages may be empty, queries may not.
+
+    Raises:
+        DataError: a file is missing or a row is not usable (names file and line); the split does not exist
+            (names those that do); the qrels name a query or passage that is not there.
+
+    Source:
+        The layout of BEIR (Thakur et al., 2021).
+    """
+    folder = Path(folder)
+    judged = qrels_file(folder, split)
+    corpus = {row.id: row.passage() for row in _read_rows(folder / "corpus.jsonl", _PassageRow)}
+    queries = {row.id: row.text for row in _read_rows(folder / "queries.jsonl", _QueryRow)}
+    qrels = _read_qrels(judged, queries, corpus)
+    return Collection(corpus, {query_id: queries[query_id] for query_id in qrels}, qrels)
+
+
+def qrels_file(folder: Path, split: str) -> Path:
+    """Return the file of a split's judgements.
+
+    Raises:
+        DataError: it does not exist; names those that do.
+    """
+    if not folder.is_dir():
+        raise DataError(f"'{folder}' is not a folder; it should hold corpus.jsonl, queries.jsonl and qrels/")
+    file = folder / "qrels" / f"{split}.tsv"
+    if not file.is_file():
+        splits = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+        have = f"the splits there are: {', '.join(splits)}" if splits else "there are no splits at all"
+        raise DataError(f"split '{split}' needs the file '{file}', which does not exist; {have}")
+    return file
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield ("file:line", text) for every line that is not blank."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="\n") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield f"{file}:{number}", line
+    except OSError as error:
+        raise DataError(f"cannot read '{file}': {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{file}' is not UTF-8 text: {error.reason}") from error
+
+
+def _read_rows(file: Path, row_type: type[_RowType]) -> Iterator[_RowType]:
+    seen: dict[str, str] = {}
+    for place, line in _lines(file):
+        row = _row(place, line, row_type)
+        if row.id in seen:
+            raise DataError(f"{place}: '_id' '{row.id}' was used before, at {seen[row.id]}")
+        seen[row.id] = place
+        yield row
+    if not seen:
+        raise DataError(f"'{file}' holds no rows")
+
+
+def _row(place: str, line: str | bytes, row_type: type[_RowType]) -> _RowType:
+    try:
+        return row_type.model_validate_json(line)
+    except ValidationError as error:
+        raise DataError(f"{place}: {_reason(error)}") from error
+
+
+def parse_passage(place: str, line: str | bytes) -> Passage:
+    """Return the passage of one line of corpus.jsonl; raises DataError, naming `place`, when it is none."""
+    return _row(place, line, _PassageRow).passage()
+
+
+def parse_query(place: str, line: str | bytes) -> tuple[str, str]:
+    """Return id and text of one line of queries.jsonl; raises DataError, naming `place`, when it is none."""
+    row = _row(place, line, _QueryRow)
+    return row.id, row.text
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("string_pattern_mismatch", "string_too_short"):
+        return f"'{where}' is empty"
+    return f"'{where}': {first['msg']}" if where else f"not a JSON object ({first['msg']})"
+
+
+def _read_qrels(file: Path, queries: Mapping[str, str], corpus: Mapping[str, Passage]) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    for place, query_id, passage_id, relevance in judgements(file):
+        if query_id not in queries:
+            raise DataError(f"{place}: query '{query_id}' is not in queries.jsonl")
+        if passage_id not in corpus:
+            raise DataError(f"{place}: passage '{passage_id}' is not in corpus.jsonl")
+        judged = qrels.setdefault(query_id, {})
+        if judged.get(passage_id, relevance) != relevance:
+            raise DataError(f"{place}: '{query_id}' and '{passage_id}' were judged before, and differently")
+        judged[passage_id] = relevance
+    if not qrels:
+        raise DataError(f"'{file}' holds no judgements")
+    return qrels
+
+
+def judgements(file: Path) -> Iterator[tuple[str, str, str, int]]:
+    """Yield (place, query id, passage id, relevance); the first line is a header unless it ends in a number."""
+    header_possible = True
+    for place, line in _lines(file):
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) != 3:
+            raise DataError(f"{place}: {len(fields)} fields; expected query-id, corpus-id, score, separated by tabs")
+        if re.fullmatch(r"\s*-?\d+\s*", fields[2]):
+            yield place, fields[0], fields[1], int(fields[2])
+        elif not header_possible:
+            raise DataError(f"{place}: the relevance '{fields[2]}' is not a whole number")
+        header_possible = False
+
+
+def write_beir(
+    folder: str | Path, corpus: Sequence[Passage], queries: Mapping[str, str], splits: Mapping[str, Qrels]
+) -> None:
+    """Write what `read_beir` reads: corpus.jsonl, queries.jsonl and one qrels/{split}.tsv per split."""
+    import jsonlines
+
+    folder = Path(folder)
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    with jsonlines.open(folder / "corpus.jsonl", "w") as writer:
+        writer.write_all({"_id": p.id, "title": p.title, "text": p.text, "metadata": dict(p.metadata)} for p in corpus)
+    with jsonlines.open(folder / "queries.jsonl", "w") as writer:
+        writer.write_all({"_id": query_id, "text": text} for query_id, text in queries.items())
+    for split, qrels in splits.items():
+        with (folder / "qrels" / f"{split}.tsv").open("w", encoding="utf-8", newline="") as stream:
+            table = csv.writer(stream, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)
+            table.writerow(["query-id", "corpus-id", "score"])
+            table.writerows([q, p, relevance] for q, judged in qrels.items() for p, relevance in judged.items())
+
+
+_FIELDS = "query-id Q0 passage-id rank score tag"
+
+
+def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str = "ultrarag") -> None:
+    """Write a run; an existing file is replaced once the new one is whole.
+
+    Args:
+        run: query id -> passage id -> score. Hits are ranked by score, equal ones in the order given; the scores
+            read back as the same numbers.
+        tag: names the system.
+
+    Raises:
+        DataError: for an id that the format cannot hold (empty, or with white space), or when it cannot be written.
+    """
+    if not re.fullmatch(r"\S+", tag):
+        raise UsageError(f"the tag of a run is one word, not '{tag}'")
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with staging.open("w", encoding="utf-8", newline="\n") as file:
+                for query_id, hits in run.items():
+                    file.writelines(_run_lines(query_id, hits, tag))
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def _run_lines(query_id: str, hits: Mapping[str, float], tag: str) -> list[str]:
+    ranked = sorted(hits.items(), key=lambda hit: -hit[1])
+    return [
+        f"{_word(query_id)} Q0 {_word(passage_id)} {rank} {float(score)!r} {tag}\n"
+        for rank, (passage_id, score) in enumerate(ranked, 1)
+    ]
+
+
+def _word(id: str) -> str:
+    if not re.fullmatch(r"\S+", id):
+        raise DataError(f"a TREC run cannot hold the id {id!r}: its fields are separated by white space; use --json")
+    return id
+
+
+def read_run(path: str | Path) -> dict[str, dict[str, float]]:
+    """Read a run, query id -> passage id -> score, best first; the rank and the tag of a line are not used.
+
+    Raises:
+        DataError: naming file and line.
+
+    Source:
+        As in trec_eval, the scores make the ranking.
+    """
+    run: dict[str, dict[str, float]] = {}
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    _add(run, line, f"{path}:{number}")
+    except OSError as error:
+        raise DataError(f"cannot read '{path}': {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 text: {error.reason}") from error
+    if not run:
+        raise DataError(f"'{path}' holds no hits")
+    return {query_id: dict(sorted(hits.items(), key=lambda hit: -hit[1])) for query_id, hits in run.items()}
+
+
+def _add(run: dict[str, dict[str, float]], line: str, place: str) -> None:
+    fields = line.split()
+    if len(fields) != 6:
+        raise DataError(f"{place}: {len(fields)} fields; a line of a TREC run has six: {_FIELDS}")
+    query_id, _, passage_id, _, score, _ = fields
+    hits = run.setdefault(query_id, {})
+    if passage_id in hits:
+        raise DataError(f"{place}: passage '{passage_id}' is there twice for query '{query_id}'")
+    hits[passage_id] = _score(score, place)
+
+
+def _score(text: str, place: str) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if math.isnan(score):
+        raise DataError(f"{place}: the score '{text}' is not a number")
+    return score

@@ -1,0 +1,227 @@
+"""What was measured: one system's answers to test queries, two systems compared, and the texts to show of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from ultrarag.errors import UsageError
+from ultrarag.evaluation import metrics as ir
+from ultrarag.evaluation.metrics import DEFAULT_METRICS, Qrels, Run, Significance, per_query, significance
+from ultrarag.types import Hit, Passage
+
+#: Below this probability that chance alone made the new side look worse, it is called worse.
+SIGNIFICANT = 0.05
+#: Queries whose hits are shown: so many of those that gained most, and of those that lost most.
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`."""
+
+    #: metric -> mean over the queries
+    metrics: dict[str, float]
+    #: query id -> metric -> value
+    per_query: dict[str, dict[str, float]]
+    #: query id -> passage id -> score, best first
+    run: dict[str, dict[str, float]]
+
+    def of(self, metric: str) -> dict[str, float]:
+        """The values of one metric, query id -> value, for `ultrarag.evaluation.metrics.significance`."""
+        return {query_id: values[metric] for query_id, values in self.per_query.items()}
+
+
+def evaluate_run(qrels: Qrels, run: Run, metrics: Sequence[str] = DEFAULT_METRICS) -> Evaluation:
+    """Measure a run made earlier or by another system, such as one from `ultrarag.evaluation.formats.read_run`.
+
+    A judged query that the run lacks counts as 0.
+
+    Raises:
+        UsageError: for an unknown metric, no qrels, or a run that answers none of their queries.
+    """
+    if run and not qrels.keys() & run.keys():
+        raise UsageError(f"the run answers none of the judged queries; it has '{next(iter(run))}' and others")
+    values = per_query(qrels, run, metrics)
+    means = {name: math.fsum(row[name] for row in values.values()) / len(values) for name in metrics}
+    return Evaluation(means, values, {query_id: dict(hits) for query_id, hits in run.items()})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate measured."""
+
+    metric: str
+    old: float
+    new: float
+    change: Significance
+    #: all that was measured: every default metric, each query, and the runs
+    before: Evaluation = field(repr=False, compare=False)
+    after: Evaluation = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, metric: str, before: Evaluation, after: Evaluation) -> Verdict:
+        """Compare two evaluations of the same queries by one metric."""
+        change = significance(before.of(metric), after.of(metric))
+        return cls(metric, before.metrics[metric], after.metrics[metric], change, before, after)
+
+    @property
+    def worse(self) -> bool:
+        """Significantly worse."""
+        return self.change.difference < 0 and self.change.p_value < SIGNIFICANT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; means only, not the single queries."""
+        return {"metric": self.metric, "old": self.old, "new": self.new, "change": asdict(self.change)}
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.old:.4f} -> {self.new:.4f}: {self.change}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the gate measured, with the texts of the queries and of the passages that a reader wants to see."""
+
+    metric: str
+    before: Evaluation
+    after: Evaluation
+    queries: Mapping[str, str]
+    qrels: ir.Qrels
+    passages: Mapping[str, Passage]
+    #: such as "300 queries on the index"
+    where: str
+
+    @classmethod
+    def of(
+        cls,
+        verdict: Verdict,
+        queries: Mapping[str, str],
+        qrels: ir.Qrels,
+        where: str,
+        passages: Callable[[list[str]], Mapping[str, Passage]],
+    ) -> Measured:
+        """Add the texts: of all judged queries, and of the passages of those that are shown.
+
+        Args:
+            passages: gives the passages of some ids; those that it does not know are left out.
+        """
+        asked = {query_id: queries[query_id] for query_id in qrels}
+        judged = {query_id: dict(row) for query_id, row in qrels.items()}
+        found = cls(verdict.metric, verdict.before, verdict.after, asked, judged, {}, where)
+        ids = list(dict.fromkeys(id for query_id in found.shown() for id in found.ids_of(query_id)))
+        return replace(found, passages=passages(ids))
+
+    def short(self) -> Measured:
+        """The same without the hits of queries that are not shown: what a file needs to hold."""
+        shown = self.shown()
+        before, after = (
+            replace(side, run={query_id: side.run[query_id] for query_id in shown if query_id in side.run})
+            for side in (self.before, self.after)
+        )
+        return replace(self, before=before, after=after)
+
+    def ids_of(self, query_id: str) -> list[str]:
+        """The passages that one query is about: what was found, and what should have been."""
+        return [*self.before.run[query_id], *self.after.run[query_id], *self.qrels[query_id]]
+
+    def gained(self) -> list[tuple[str, float]]:
+        """The queries that are answered better, and by how much, the most first."""
+        return [change for change in self._changes() if change[1] > 0]
+
+    def lost(self) -> list[tuple[str, float]]:
+        """The queries that are answered worse, and by how much, the most first."""
+        return [change for change in reversed(self._changes()) if change[1] < 0]
+
+    def shown(self) -> list[str]:
+        """The queries whose hits are worth showing: those that gained and lost most."""
+        return [query_id for query_id, _ in (*self.gained()[:SHOWN], *self.lost()[:SHOWN])]
+
+    def _changes(self) -> list[tuple[str, float]]:
+        before, after = self.before.of(self.metric), self.after.of(self.metric)
+        changed = [(id, after[id] - before[id]) for id in before if abs(after[id] - before[id]) > 1e-9]
+        return sorted(changed, key=lambda change: (-change[1], change[0]))
+
+    @property
+    def verdict(self) -> Verdict:
+        """The comparison of the two."""
+        return Verdict.of(self.metric, self.before, self.after)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain = asdict(self)
+        # runs as lists of pairs: JSON files are written with sorted keys, and hits have an order
+        for side in ("before", "after"):
+            run = plain[side]["run"]
+            plain[side]["run"] = {query_id: [[*hit] for hit in hits.items()] for query_id, hits in run.items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Measured:
+        """Read what `to_dict` gave."""
+        sides = {}
+        for side in ("before", "after"):
+            found = values[side]
+            run = {query_id: dict(hits) for query_id, hits in found["run"].items()}
+            first = sorted(found["metrics"].items(), key=lambda item: (item[0] != values["metric"], item[0]))
+            sides[side] = Evaluation(dict(first), found["per_query"], run)
+        passages = {id: Passage(**passage) for id, passage in values["passages"].items()}
+        return cls(**{**values, **sides, "passages": passages})
+
+
+__all__ = ["Evaluation", "Searchable", "differences", "evaluate", "evaluate_run"]
+
+#: Queries searched at a time.
+BATCH = 256
+
+
+class Searchable(Protocol):
+    """A LiveIndex, or one generation of it."""
+
+    def search_many(self, queries: Sequence[str], **options: Any) -> list[list[Hit]]:
+        """The hits of each query."""
+        ...
+
+
+def evaluate(
+    index: Searchable,
+    queries: Mapping[str, str],
+    qrels: Qrels,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    k: int | None = None,
+    **search: Any,
+) -> Evaluation:
+    """Search every judged query and compare with its qrels.
+
+    Args:
+        queries: query id -> text; those without qrels are not searched.
+        qrels: query id -> passage id -> relevance.
+        metrics: names such as "nDCG@10"; see `ultrarag.evaluation.metrics.metrics`.
+        k: hits per query; default: the deepest cut-off among the metrics.
+        search: options of `LiveIndex.search`, such as `weights`.
+
+    Raises:
+        UsageError: for a query that has qrels and no text, an unknown metric, or no qrels.
+    """
+    missing = [query_id for query_id in qrels if query_id not in queries]
+    if missing:
+        raise UsageError(f"{len(missing)} judged queries have no text, '{missing[0]}' for one")
+    per_query(qrels, {}, metrics)  # an unknown metric is told before the search, which may take long
+    depth = k or max([_cutoff(name) for name in metrics], default=10)
+    ids, run = list(qrels), {}
+    for start in range(0, len(ids), BATCH):
+        part = ids[start : start + BATCH]
+        found = index.search_many([queries[query_id] for query_id in part], k=depth, **search)
+        run.update({q: {hit.id: hit.score for hit in hits} for q, hits in zip(part, found, strict=True)})
+    return evaluate_run(qrels, run, metrics)
+
+
+def differences(before: Evaluation, after: Evaluation) -> dict[str, Significance]:
+    """How sure one can be that `after` differs from `before`, metric by metric; both must judge the same queries."""
+    return {name: significance(before.of(name), after.of(name)) for name in after.metrics if name in before.metrics}
+
+
+def _cutoff(name: str) -> int:
+    digits = name.rpartition("@")[2]
+    return int(digits) if digits.isdigit() else 10

@@ -1,0 +1,18 @@
+"""The room of batches: which rows each rank sees at each step, as a pure function of (seed, epoch, index, rank).
+
+Checked rows come in; padded features of whole batches go out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.finetune.batches.collator import Collator, PairCollator, TrainingBatch
+    from ultrarag.finetune.batches.loader import PlannedLoader, make_loader
+    from ultrarag.finetune.batches.plan import SEED_OF_OLD, Batch, BatchPlan, Plan, ReplayPlan
+    from ultrarag.finetune.batches.train_data import DatasetInfo, TrainData
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

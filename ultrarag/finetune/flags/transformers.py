@@ -1,0 +1,175 @@
+"""transformers' TrainingArguments, as flags and as the object: our defaults, this machine's precision, DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.errors import UsageError
+from ultrarag.finetune.flags.values import Flag, flags_of
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+GROUP = "transformers' TrainingArguments"
+
+#: Where our default is not transformers'.
+DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    # a share of all steps: fifty points of the report's loss curve, however long the run
+    "logging_steps": 0.02,
+    # every head that is trained gets a gradient at every step
+    "ddp_find_unused_parameters": False,
+    # our rows are no columns of the model's forward
+    "remove_unused_columns": False,
+}
+
+_LOW_PRECISION = ("fp16", "bf16", "tf32", "fp16_full_eval", "bf16_full_eval")
+
+
+def training_flags() -> dict[str, Flag]:
+    """Return a flag for every field of the TrainingArguments installed."""
+    from transformers import TrainingArguments
+
+    flags = flags_of(TrainingArguments, GROUP)
+    for name, default in DEFAULTS.items():
+        flags[name] = replace(flags[name], default=default)
+    flags["report_to"] = replace(flags["report_to"], split=True)
+    size = flags["per_device_train_batch_size"]
+    flags[size.name] = replace(size, kind="int_or_auto", help=f"{size.help} auto: as many as fit into memory.")
+    flags["disable_tqdm"] = replace(flags["disable_tqdm"], shown_default="True where stderr is no terminal")
+    flags["fsdp"] = replace(flags["fsdp"], kind="str_or_bool", bare=True)
+    flags["resume_from_checkpoint"] = replace(
+        flags["resume_from_checkpoint"],
+        kind="str_or_bool",
+        bare=True,
+        help="Go on from this checkpoint; without a value: from the last one in the output directory.",
+    )
+    return flags
+
+
+def build_training_arguments(settings: Mapping[str, Any], has_eval_data: bool, notes: list[str]) -> TrainingArguments:
+    """Return TrainingArguments for the settings that were given; what is changed is told in `notes`.
+
+    Raises:
+        UsageError: when transformers refuses them, or they do not fit together or this installation.
+    """
+    from transformers import TrainingArguments
+
+    values = {**DEFAULTS, "disable_tqdm": not sys.stderr.isatty(), **settings}
+    _check_numbers(values)
+    _keep_columns(values, notes)
+    _move_logging_dir(values)
+    _fit_precision(values, notes)
+    _plan_evaluation(values, has_eval_data, notes)
+    _check_deepspeed(values)
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"transformers refuses these arguments: {error}") from error
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    if not values.get("output_dir"):
+        raise UsageError("--output_dir is required: the directory for the finished model and its checkpoints")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values.get(name, 1) < 1:
+            raise UsageError(f"{name} is {values[name]}; it must be at least 1")
+    if values.get("num_train_epochs", 1) <= 0 and values.get("max_steps", -1) <= 0:
+        raise UsageError(f"num_train_epochs is {values['num_train_epochs']}; it must be above 0")
+    if values.get("learning_rate", 1) < 0:
+        raise UsageError(f"learning_rate is {values['learning_rate']}; it must not be negative")
+
+
+def _keep_columns(values: dict[str, Any], notes: list[str]) -> None:
+    if values["remove_unused_columns"]:
+        notes.append("remove_unused_columns has no effect: the rows hold no columns of the model")
+        values["remove_unused_columns"] = False
+
+
+def _move_logging_dir(values: dict[str, Any]) -> None:
+    directory = values.pop("logging_dir", None)
+    if directory:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = directory  # transformers 5 reads it from nowhere else
+
+
+def _fit_precision(values: dict[str, Any], notes: list[str]) -> None:
+    """Switch off the precisions that need an accelerator, where there is none."""
+    asked = [name for name in _LOW_PRECISION if values.get(name)]
+    if _has_accelerator(values):
+        _prefer_bf16(values, notes)
+        return
+    on_cpu = bool(values.get("use_cpu"))
+    values["use_cpu"] = True  # without it several processes on a CPU would not know of each other
+    if on_cpu:
+        asked = [name for name in asked if not name.startswith("bf16")]  # torch computes it on any CPU
+    for name in asked:
+        values[name] = False if name != "tf32" else None
+    if asked:
+        hint = "" if on_cpu else "; bf16 on a CPU: give --use_cpu --bf16"
+        notes.append(f"{', '.join(asked)} needs a GPU and none is used here: training in fp32{hint}")
+
+
+def _prefer_bf16(values: dict[str, Any], notes: list[str]) -> None:
+    """Train in bf16 on GPUs that have it, unless a precision was chosen."""
+    import torch
+
+    chosen = any(values.get(name) is not None for name in ("bf16", "fp16")) or values.get("deepspeed")
+    if not chosen and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
+        values["bf16"] = True
+        notes.append("training in bf16, which this GPU is made for (float32 weights and optimizer; --bf16 False: fp32)")
+
+
+def _has_accelerator(values: Mapping[str, Any]) -> bool:
+    import torch
+
+    return not values.get("use_cpu") and torch.accelerator.is_available()
+
+
+def _plan_evaluation(values: dict[str, Any], has_eval_data: bool, notes: list[str]) -> None:
+    """Fill in when to evaluate and save, so that the best checkpoint is kept."""
+    if not has_eval_data:
+        _refuse_without_eval_data(values)
+        return
+    strategy = values.setdefault("eval_strategy", _eval_strategy(values))
+    if strategy == "no":
+        return
+    values.setdefault("save_strategy", strategy)
+    if strategy == "steps":
+        every = values.setdefault("eval_steps", values.get("save_steps", 500))
+        values.setdefault("save_steps", every)
+    values.setdefault("metric_for_best_model", "eval_ndcg@10")
+    if values["save_strategy"] == "no":
+        notes.append("save_strategy no: checkpoints are not saved, so that the best one cannot be kept")
+    values.setdefault("load_best_model_at_end", values["save_strategy"] != "no")
+
+
+def _eval_strategy(values: Mapping[str, Any]) -> str:
+    if values.get("eval_steps") or values.get("save_strategy") == "steps":
+        return "steps"
+    by_steps = "save_steps" in values and "save_strategy" not in values
+    return "steps" if by_steps else "epoch"
+
+
+def _refuse_without_eval_data(values: Mapping[str, Any]) -> None:
+    asked = [name for name in ("load_best_model_at_end", "eval_on_start") if values.get(name)]
+    if values.get("eval_strategy", "no") != "no":
+        asked.append("eval_strategy")
+    if asked:
+        raise UsageError(f"{asked[0]} needs --eval_data, the held-out data to evaluate on")
+
+
+def _check_deepspeed(values: Mapping[str, Any]) -> None:
+    if values.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise UsageError("deepspeed is not installed; install it with: pip install ultrarag[deepspeed]")
+
+
+def described(training: TrainingArguments) -> dict[str, Any]:
+    """Return the arguments as plain values, without secrets."""
+    values = typing.cast(dict[str, Any], training.to_dict())
+    return {name: value for name, value in values.items() if not name.endswith("token")}

@@ -1,0 +1,294 @@
+"""EmbeddingTrainer: transformers' Trainer with one forward, one loss, atomic saves and an exact resume."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import save_fsdp_optimizer
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ultrarag.checkpoint import Training, write_checkpoint
+from ultrarag.encoder import Encoder
+from ultrarag.errors import CheckpointError, TrainingError
+from ultrarag.finetune.batches import PlannedLoader, TrainingBatch
+from ultrarag.finetune.evaluate import Evaluator, RerankEvaluator
+from ultrarag.finetune.step.callbacks import StderrProgress, StopOnInterrupt, Throughput
+from ultrarag.finetune.step.distributed import gather, mean_weight, most, world_size
+from ultrarag.finetune.step.gradcache import cached_step
+from ultrarag.finetune.step.lora import Lora
+from ultrarag.finetune.step.masking import FalseNegatives
+from ultrarag.finetune.step.saving import read_weights, remove_old, write_state
+from ultrarag.finetune.step.sharding import Weights, fsdp_on_cpu, load_models_whole, load_sharded, uses_engine
+from ultrarag.finetune.step.trainable import Trainable
+from ultrarag.hookspecs import Features
+from ultrarag.io import sync_directory, sync_tree
+from ultrarag.loss_arguments import LossArguments
+from ultrarag.transfer import remember_host
+from ultrarag.types import Embeddings
+
+
+class EmbeddingTrainer(Trainer):
+    """Trains an `Encoder` on planned batches; the order of data, the saves and the resume are ours."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        heads: tuple[str, ...],
+        args: TrainingArguments,
+        loader: PlannedLoader,
+        loss_arguments: LossArguments,
+        sub_batch_size: int | None,
+        record: Training,
+        evaluator: Evaluator | RerankEvaluator | None = None,
+        callbacks: Sequence[Any] = (),
+        lora: Lora | None = None,
+        masking: FalseNegatives | None = None,
+        peak_tflops: float | None = None,
+    ) -> None:
+        self.trained = Weights(encoder, uses_engine(args))
+        super().__init__(
+            model=Trainable(encoder, heads, self.trained.model),
+            args=args,
+            train_dataset=loader.dataset,
+            eval_dataset=loader.dataset if evaluator else None,  # the Trainer insists on one; `evaluate` is ours
+            data_collator=loader.collate_fn,
+            callbacks=list(callbacks),
+        )
+        load_models_whole()
+        self.encoder = encoder
+        self.heads = heads
+        self.loader = loader
+        self.loss_arguments = loss_arguments
+        self.sub_batch_size = sub_batch_size
+        self.record = record
+        self.evaluator = evaluator
+        self.lora = lora
+        self.masking = masking
+        self.throughput = Throughput(self.trained.model, args.device, args.bf16 or args.fp16, peak_tflops)
+        self.interrupt = StopOnInterrupt()
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        self.add_callback(StderrProgress())
+        self.add_callback(self.interrupt)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers does it, and FSDP where it is asked for."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            fsdp_on_cpu(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; afterwards the encoder has the weights."""
+        output = super().train(*args, **kwargs)
+        self.trained.settle()
+        return output
+
+    # ---- data
+
+    def get_train_dataloader(self) -> PlannedLoader:
+        """This rank's planned batches (accelerate must not shard them again)."""
+        return self.loader
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows per epoch."""
+        return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted here."""
+        return 0
+
+    # ---- the step
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Encode, gather, loss, backward; in pieces of `sub_batch_size` texts where that is set."""
+        model.train()
+        given = _sides(inputs)
+        self.throughput.count(given)
+        batch: TrainingBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
+        sides = _sides(batch)
+        for side, before in zip(sides, given, strict=True):
+            remember_host(side["attention_mask"], before["attention_mask"])
+        share = 1 / self.current_gradient_accumulation_steps
+        if self.sub_batch_size:
+            return cached_step(
+                sides,
+                functools.partial(self._encode, model),
+                lambda embeddings: self._loss(batch, embeddings) * share,
+                Tensor.backward if self.is_deepspeed_enabled else self.accelerator.backward,
+                self.sub_batch_size,
+                functools.partial(self.accelerator.no_sync, model=model),
+                self._push if self.is_deepspeed_enabled else None,
+                most if self.trained.engine else None,
+            )
+        loss = self._loss(batch, self._encode(model, sides)) * share
+        if self.is_deepspeed_enabled:
+            self._push(loss, last=True)
+        else:
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _push(self, loss: Tensor, last: bool) -> None:
+        """Backward through DeepSpeed's engine; it steps after the last one, where the Trainer does."""
+        steps = last and self.accelerator.sync_gradients
+        self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=steps, scale_wrt_gas=False)
+
+    def _encode(self, model: nn.Module, sides: Sequence[Features]) -> list[Embeddings]:
+        with self.compute_loss_context_manager():
+            result: list[Embeddings] = model(sides)
+        return result
+
+    def _loss(self, batch: TrainingBatch, embeddings: list[Embeddings]) -> Tensor:
+        query, passage = embeddings if len(embeddings) == 2 else (None, embeddings[0])
+        queries = len(passage) // batch["group_size"]
+        across = query is not None and self.loss_arguments.negatives_cross_device and batch["in_batch_negatives"]
+        if across:
+            passage = gather(passage)
+        step, teacher, mask = self.state.global_step, batch["teacher"], None
+        if self.masking and query is not None and batch["masking"] is not None:
+            groups = (batch["group_size"], teacher is not None, across)
+            mask = self.masking(batch["masking"], query, passage, *groups)
+        arguments = replace(
+            self.loss_arguments,
+            group_size=batch["group_size"],
+            in_batch_negatives=batch["in_batch_negatives"],
+            false_negatives=mask,
+        )
+        loss = self.encoder.adapter.loss(self.trained.model, query, passage, teacher, step, arguments)
+        if not torch.isfinite(loss):
+            raise TrainingError(_not_finite(loss, step, batch))
+        return loss * mean_weight(queries, loss.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what was measured, what this process achieved, and how many passages were left out as false negatives."""
+        if "loss" in logs:
+            logs |= self.throughput.entries()
+        if self.masking and "loss" in logs:
+            logs["false_negatives"] = round(self.masking.share(), 4)
+        super().log(logs, *args, **kwargs)
+
+    # ---- evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure retrieval on the held-out data."""
+        assert self.evaluator is not None
+        with self.trained.whole():
+            found = self.evaluator(self.encoder, self.heads)
+        metrics = {f"{metric_key_prefix}_{name.lower()}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the encoder as it is now."""
+        with self.trained.whole():
+            self._save(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        record = replace(self.record, steps=self.state.global_step)
+        with torch.random.fork_rng():  # loading it again for the comparison draws random numbers
+            if self.lora:
+                matrices = self.lora.matrices()
+                with self.lora.merged():
+                    more = functools.partial(self.lora.save, matrices=matrices)
+                    write_checkpoint(self.encoder, folder, self.lora.weights(), record, more)
+            else:
+                write_checkpoint(self.encoder, folder, self.encoder.model.state_dict(), record)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write checkpoint-N beside, then rename it: a reader, and a resume, see all of it or nothing."""
+        final = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        stage = final.with_name(f".{final.name}.tmp")
+        if self.args.should_save:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+        self._wait()
+        self.store_flos()
+        self.save_model(str(stage), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(stage))
+            self._save_scaler(str(stage))
+            self._save_rng_state(str(stage))
+        if self.state.best_global_step:
+            best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best)
+        self._wait()
+        if self.args.should_save:
+            write_state(self, stage)
+            sync_tree(stage)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(stage, final)
+            sync_directory(final.parent)
+            remove_old(final, self.state.best_model_checkpoint, self.args.save_total_limit)
+        self._wait()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As transformers does it; under FSDP without the weights, which `save_model` has written."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _wait(self) -> None:
+        if world_size() > 1:
+            dist.barrier()
+
+    # ---- loading
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Put a checkpoint's weights into the model, every one of them, or raise."""
+        if model is None:
+            self._load_weights(resume_from_checkpoint)
+        else:
+            load_sharded(model, read_weights(self.encoder, resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_weights(str(self.state.best_model_checkpoint))
+
+    def _load_weights(self, folder: str) -> None:
+        """Put a checkpoint's weights into the encoder."""
+        weights = read_weights(self.encoder, folder)
+        if self.lora:
+            self.lora.restore(Path(folder), weights)
+            return
+        try:
+            self.encoder.model.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder} does not fit the model that is trained: {error}") from error
+        self.trained.settled()
+
+
+def _sides(batch: TrainingBatch) -> list[Features]:
+    """What of a batch is encoded: queries and passages, or the pairs that stand in place of both."""
+    return [side for side in (batch["queries"], batch["passages"]) if side is not None]
+
+
+def _not_finite(loss: Tensor, step: int, batch: TrainingBatch) -> str:
+    rows = ", ".join(batch["sources"][:8]) + (" ..." if len(batch["sources"]) > 8 else "")
+    return (
+        f"the loss is {loss.item()} at step {step}, dataset '{batch['dataset']}', rows {rows}; nothing was saved from "
+        "this step. Usual causes: fp16 overflow (use --bf16), a learning rate that is too high, a temperature that is "
+        "too low, or damaged teacher scores in these rows"
+    )

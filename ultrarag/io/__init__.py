@@ -1,0 +1,26 @@
+"""The room of input and output: durable files, locks, vectors in files, and the terminal.
+
+Bytes, arrays and lines come in and go out; nothing here knows what they mean.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.io.durable import (
+        publish_directory,
+        sha256_of,
+        staged_directory,
+        sync_directory,
+        sync_tree,
+        write_json,
+    )
+    from ultrarag.io.lock import OwnerLock, read_owner
+    from ultrarag.io.output import Output, identity, resumable
+    from ultrarag.io.terminal import progress_bar, quiet_progress, table, width
+    from ultrarag.io.vectors import BLOCK, Column, Vectors, only, padded_sparse, padded_tokens
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,0 +1,185 @@
+"""Choosing negatives: which candidates may be one, in what order they are drawn, and why the others are not."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ultrarag.errors import DataError
+from ultrarag.mining.search import Found
+from ultrarag.mining.settings import MiningSettings
+from ultrarag.rows.checks import nearly_same, shingles
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+
+#: Why a candidate in the range is no negative, in the order in which they are asked; the first that holds counts.
+REASONS = {
+    "positive": "is a positive of the query, in this row or another",
+    "query": "is the query itself",
+    "margin": "scores too close to the positive, or above it",
+    "near_duplicate": "is nearly the same text as a positive",
+    "reranker": "the reranker thinks that it answers the query",
+    "not_drawn": "could be a negative, but enough were drawn",
+}
+
+Veto = Callable[[Sequence["tuple[Job, int]"]], Sequence[bool]]
+
+
+@dataclass
+class Job:
+    """One row's choice while it is being made."""
+
+    query: str
+    positives: list[str]
+    #: candidates in the range, best first
+    found: Found
+    #: numbers of texts that are positives of this query anywhere
+    forbidden: np.ndarray
+    #: number of the query's own text; -1 where no text is the query
+    query_number: int
+    settings: MiningSettings
+    random: np.random.Generator
+    read: Callable[[int], str]
+    chosen: list[int] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    #: the reranker's score of each text that it saw, by number
+    judged: dict[int, float] = field(default_factory=dict)
+    #: the reranker's scores of the positives
+    positives_judged: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._waiting = iter(self._order(self._open()))
+        self._looked_at = 0
+
+    @property
+    def lacking(self) -> int:
+        """Negatives still to be found."""
+        return self.settings.negatives - len(self.chosen)
+
+    @cached_property
+    def score_of(self) -> dict[int, float]:
+        """The search's score of each candidate."""
+        return dict(zip(self.found.numbers.tolist(), self.found.scores.tolist(), strict=True))
+
+    @property
+    def positive_score(self) -> float:
+        """The search's score of the lowest positive."""
+        return float(self.found.positive_scores.min())
+
+    def draw(self) -> Iterator[int]:
+        """Yield the next candidates, as many as are lacking, passing over near-duplicates of positives."""
+        wanted = self.lacking
+        while wanted > 0 and (number := next(self._waiting, None)) is not None:
+            self._looked_at += 1
+            if self._nearly_positive(self.read(number)):
+                self.counts["near_duplicate"] += 1
+            else:
+                wanted -= 1
+                yield number
+
+    def finish(self) -> None:
+        """Count what was not needed."""
+        self.counts["not_drawn"] = len(self._drawable) - self._looked_at
+        self.counts["chosen"] = len(self.chosen)
+
+    def _open(self) -> np.ndarray:
+        """Numbers of candidates that may be drawn; the others are counted."""
+        numbers, scores = self.found.numbers, self.found.scores
+        positive = np.isin(numbers, self.forbidden)
+        query = ~positive & (numbers == self.query_number)
+        close = ~positive & ~query & (scores > self.settings.limit(self.positive_score))
+        for reason, refused in (("positive", positive), ("query", query), ("margin", close)):
+            self.counts[reason] = int(refused.sum())
+        self.counts["candidates"] = len(numbers)
+        self._drawable = numbers[~(positive | query | close)]
+        return self._drawable
+
+    def _order(self, numbers: np.ndarray) -> list[int]:
+        ordered = numbers if self.settings.sampling == "hardest" else self.random.permutation(numbers)
+        return [int(number) for number in ordered]
+
+    def _nearly_positive(self, text: str) -> bool:
+        least = self.settings.near_duplicate
+        if least is None:
+            return False
+        mine = shingles(text)
+        return any(nearly_same(mine, theirs, least) for theirs in self._shingles)
+
+    @cached_property
+    def _shingles(self) -> list[frozenset[object]]:
+        return [shingles(text) for text in self.positives]
+
+
+def choose(jobs: Sequence[Job], veto: Veto | None = None) -> None:
+    """Draw each job's negatives; what the veto refuses is replaced by the next candidates, while there are any."""
+    waiting = list(jobs)
+    while waiting:
+        drawn = [(job, number) for job in waiting for number in job.draw()]
+        refused = veto(drawn) if veto and drawn else [False] * len(drawn)
+        for (job, number), no in zip(drawn, refused, strict=True):
+            if no:
+                job.counts["reranker"] += 1
+            else:
+                job.chosen.append(number)
+        more = {id(job) for job, _ in drawn}
+        waiting = [job for job in waiting if job.lacking and id(job) in more]
+    for job in jobs:
+        job.finish()
+
+
+def fill(job: Job, pool: int) -> None:
+    """Add random texts of the pool until there are enough, or 20 draws in a row find nothing new."""
+    misses = 0
+    while job.lacking > 0 and misses < 20:
+        number = int(job.random.integers(pool))
+        held = number in job.chosen or number in job.forbidden or number == job.query_number
+        if held or job._nearly_positive(job.read(number)):
+            misses += 1
+            continue
+        misses = 0
+        job.chosen.append(number)
+        job.counts["filled"] += 1
+
+
+class RerankerVeto:
+    """Refuses a candidate whose score is above a threshold, or too near to the lowest positive's."""
+
+    def __init__(
+        self, reranker: Encoder, above: float | None = None, margin: float | None = None, **options: Any
+    ) -> None:
+        self.reranker, self.above, self.margin, self.options = reranker, above, margin, options
+
+    def __call__(self, drawn: Sequence[tuple[Job, int]]) -> list[bool]:
+        """Score what was drawn; say what is refused."""
+        self.judge_positives([job for job, _ in drawn])
+        scores = self._scores([(job.query, job.read(number)) for job, number in drawn])
+        for (job, number), score in zip(drawn, scores, strict=True):
+            job.judged[number] = score
+        return [job.judged[number] > self._limit(job) for job, number in drawn]
+
+    def judge_positives(self, jobs: Sequence[Job]) -> None:
+        """Score the positives of jobs whose positives have no score yet."""
+        fresh = list({id(job): job for job in jobs if not job.positives_judged}.values())
+        scores = iter(self._scores([(job.query, text) for job in fresh for text in job.positives]))
+        for job in fresh:
+            job.positives_judged = [next(scores) for _ in job.positives]
+
+    def _scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        scores = [float(score) for score in self.reranker.score(pairs, progress=False, **self.options)]
+        if bad := next((pair for pair, score in zip(pairs, scores, strict=True) if math.isnan(score)), None):
+            raise DataError(f"the reranker's score of query {bad[0]!r:.60} and {bad[1]!r:.60} is not a number")
+        return scores
+
+    def _limit(self, job: Job) -> float:
+        limits = [math.inf if self.above is None else self.above]
+        if self.margin is not None:
+            limits.append(min(job.positives_judged) - self.margin)
+        return min(limits)

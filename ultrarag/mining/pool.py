@@ -1,0 +1,194 @@
+"""MiningSources: where candidates come from: a file, a BEIR folder, the rows' own passages, or a live index."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from ultrarag.errors import DataError
+from ultrarag.io import sync_directory
+from ultrarag.rows import BadJson, Row, raw_rows, text_key
+from ultrarag.types import Passage
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve import LiveIndex
+
+
+class _PoolRow(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    id: str = Field("", validation_alias=AliasChoices("_id", "id"))
+    text: str = Field(validation_alias=AliasChoices("text", "contents"))
+    title: str | None = None
+
+
+def read_pool(path: str | os.PathLike[str]) -> Iterator[Passage]:
+    """Yield the passages of a pool: a JSONL file (or list) with `text` and maybe `title` and `id`, or a BEIR folder.
+
+    Empty ones are left out, and an id may be missing: it is empty then.
+
+    Raises:
+        DataError: names file and line of what cannot be used.
+    """
+    for place, raw in raw_rows(str(pool_file(path))):
+        if isinstance(raw, BadJson):
+            raise DataError(f"{place}: {raw}")
+        try:
+            row = _PoolRow.model_validate_json(raw) if isinstance(raw, bytes) else _PoolRow.model_validate(raw)
+        except ValidationError as error:
+            raise DataError(f"{place}: a passage is a JSON object with 'text': {_reason(error)}") from None
+        passage = Passage(row.id, row.text, row.title or "")
+        if passage.content.strip():
+            yield passage
+
+
+def pool_file(path: str | os.PathLike[str]) -> Path:
+    """The file of a pool: itself, or the corpus.jsonl of a folder in BEIR's layout.
+
+    Raises:
+        DataError: it is not there.
+    """
+    file = Path(path) / "corpus.jsonl" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise DataError(f"there is no '{file}'; a pool is a JSONL file with 'text', or a folder in BEIR's layout")
+    return file
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}".removeprefix(": ")
+
+
+@dataclass
+class MiningSources:
+    """What is mined: rows, which are read more than once, and where their candidates come from."""
+
+    rows: Callable[[], Iterable[Row]]
+    #: None: the passages of the rows themselves, positives and negatives
+    pool: Callable[[], Iterable[str]] | None = None
+    #: an open index: its passages are the pool, and their vectors need not be computed
+    live: LiveIndex | None = None
+    #: (query, positive) keys of all rows, filled while they are read
+    judged: array[int] = field(default_factory=lambda: array("Q"))
+
+    def pool_texts(self) -> Iterator[str]:
+        """The candidates."""
+        if self.live is not None:
+            yield from (passage.content for passage in self.live.passages() if passage.content.strip())
+        elif self.pool is not None:
+            yield from self.pool()
+        else:
+            for row in self.rows():
+                self._note(row)
+                yield from (*row.pos, *(row.neg or ()))
+
+    def other_texts(self) -> Iterator[str]:
+        """The positives, whose scores are needed also where the pool lacks them."""
+        if self.live is None and self.pool is None:
+            return
+        for row in self.rows():
+            self._note(row)
+            yield from row.pos
+
+    def judgements(self) -> np.ndarray:
+        """(pairs, 2): the keys of each row's query and positives."""
+        return np.array(self.judged, np.uint64).reshape(-1, 2)
+
+    def _note(self, row: Row) -> None:
+        query = text_key(row.query)
+        for text in row.pos:
+            self.judged.extend((query, text_key(text)))
+
+
+_TEXTS, _TABLE = "texts.bin", "texts.npz"
+
+
+class Texts:
+    """Distinct texts on disk, read by number; `write` makes them, `open` finds them again."""
+
+    def __init__(self, folder: Path) -> None:
+        with np.load(folder / _TABLE) as table:
+            #: where each text begins and ends in the file, (texts,) int64
+            self.starts, self.ends = table["starts"], table["ends"]
+            self._keys, self._numbers = table["keys"], table["numbers"]
+            #: the first so many are candidates; those after them are positives that the pool lacks
+            self.pool = int(table["pool"])
+            #: texts of the pool that were there before
+            self.repeated = int(table["repeated"])
+        self._file = os.open(folder / _TEXTS, os.O_RDONLY)
+
+    @classmethod
+    def write(cls, folder: Path, pool: Iterable[str], others: Iterable[str]) -> Texts:
+        """Store the texts of the pool and, after them, others; the first of several equal ones is kept."""
+        ends, keys = array("q"), array("Q")
+        with open(folder / _TEXTS, "wb") as file:
+            _append(file, pool, ends, keys)
+            given = len(ends)
+            _append(file, others, ends, keys)
+            file.flush()
+            os.fsync(file.fileno())
+        _write_table(folder, np.array(ends), np.array(keys), given)
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> Texts | None:
+        """The texts that `write` finished there; None where it did not."""
+        return cls(folder) if (folder / _TABLE).is_file() else None
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def read(self, number: int) -> str:
+        """Return one text."""
+        start = int(self.starts[number])
+        return os.pread(self._file, int(self.ends[number]) - start, start).decode()
+
+    def find(self, texts: Sequence[str]) -> np.ndarray:
+        """The numbers of texts, (n,) int64; -1 for one that is not here."""
+        return self.find_keys(np.array([text_key(text) for text in texts], np.uint64))
+
+    def find_keys(self, wanted: np.ndarray) -> np.ndarray:
+        """The numbers of texts with these keys, (n,) int64; -1 for one that is not here."""
+        if not len(self):
+            return np.full(len(wanted), -1, np.int64)
+        places = np.searchsorted(self._keys, wanted).clip(max=len(self) - 1)
+        found: np.ndarray = np.where(self._keys[places] == wanted, self._numbers[places], -1)
+        return found
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def _append(file: object, texts: Iterable[str], ends: array[int], keys: array[int]) -> None:
+    end = ends[-1] if ends else 0
+    for text in texts:
+        content = text.encode()
+        end += file.write(content)  # type: ignore[attr-defined]
+        ends.append(end)
+        keys.append(text_key(text))
+
+
+def _write_table(folder: Path, ends: np.ndarray, keys: np.ndarray, given: int) -> None:
+    """Write where the first of each group of equal texts stands; the table appears whole or not at all."""
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
+    kept, first = np.unique(keys, return_index=True)
+    order = np.argsort(first)
+    numbers = np.empty(len(first), np.int64)
+    numbers[order] = np.arange(len(first))
+    pool = int((first < given).sum())
+    where = first[order]
+    staging = folder / f".{_TABLE}"
+    with open(staging, "wb") as file:
+        arrays: dict[str, Any] = {"starts": starts[where], "ends": ends[where], "keys": kept, "numbers": numbers}
+        np.savez(file, **arrays, pool=pool, repeated=given - pool)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging, folder / _TABLE)
+    sync_directory(folder)

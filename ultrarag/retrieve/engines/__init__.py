@@ -1,0 +1,27 @@
+"""The room of vector engines: each stores the Embeddings of one encoder, behind the protocol of `base`.
+
+Embeddings and facts come in; ids with scores go out. A folder holds each engine of more than one file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve.engines.address import Address, is_uri, parse_uri
+    from ultrarag.retrieve.engines.base import SCHEMA_FILE, read_schema, write_schema
+    from ultrarag.retrieve.engines.batches import check_ids, check_k
+    from ultrarag.retrieve.engines.registry import Backend, Schema, create, default_backend, open_backend, remove
+    from ultrarag.retrieve.engines.seal import OwnerLock
+    from ultrarag.retrieve.engines.server import (
+        COLLECTION_FILE,
+        REQUEST_POINTS,
+        ServerError,
+        collection_of,
+        name_collection,
+        requests,
+    )
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

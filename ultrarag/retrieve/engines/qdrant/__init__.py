@@ -1,0 +1,16 @@
+"""The room of Qdrant: embedded in this process, or as a server.
+
+Embeddings come in as points; ids with scores go out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve.engines.qdrant.connection import QdrantConnection
+    from ultrarag.retrieve.engines.qdrant.points import covering, key, prefixes
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,0 +1,119 @@
+"""Vector engines: each stores the Embeddings of one encoder, behind the protocol of `base`.
+
+An embedded engine keeps them in a directory; for a server, named by a URI, the directory says which collection they
+are in (docs/backends.md).
+
+backend = create("kb/vectors", Schema(dense=384, fingerprint=encoder.fingerprint))
+backend.upsert(["1"], encoder.encode(["..."]), [{"lang": "en"}])
+backend.flush()
+backend.search_dense(vector, k=10, filter={"lang": "en"})
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.retrieve.engines.address import is_uri, parse_uri
+from ultrarag.retrieve.engines.base import Backend, Schema, read_schema
+from ultrarag.retrieve.engines.server import COLLECTION_FILE
+
+#: Name -> where its class is; imported when first needed, for an engine may be missing on a platform.
+BACKENDS = {
+    "qdrant-edge": "ultrarag.retrieve.engines.qdrant.embedded:QdrantEdge",
+    "numpy": "ultrarag.retrieve.engines.numpy_engine:NumpyBackend",
+}
+
+#: The same for servers, by the scheme of their URI, with the extra that installs their client.
+SERVERS = {
+    "qdrant": ("ultrarag.retrieve.engines.qdrant.server:QdrantServer", "qdrant"),
+    "milvus": ("ultrarag.retrieve.engines.milvus.server:MilvusServer", "milvus"),
+}
+
+__all__ = ["BACKENDS", "SERVERS", "Backend", "Schema", "create", "default_backend", "open_backend", "remove"]
+
+
+def default_backend() -> str:
+    """The embedded engine where its wheel is installed, the numpy reference elsewhere."""
+    return "qdrant-edge" if importlib.util.find_spec("qdrant_edge") else "numpy"
+
+
+def create(directory: str | Path, schema: Schema, backend: str | None = None) -> Backend:
+    """Create an empty engine in a directory that is missing or empty.
+
+    Args:
+        backend: the name of an embedded engine, or the URI of a server (see `uri`); default: `default_backend`.
+
+    Raises:
+        UsageError: when there is no backend of that name, its client is not installed, or the schema has no head.
+        IndexStateError: when the directory already holds something, or the server does not answer.
+    """
+    name = backend or default_backend()
+    if is_uri(name):
+        made: Backend = _server(name).create_at(Path(directory), schema, name)
+        return made
+    return _load(name).create(Path(directory), schema)
+
+
+def open_backend(directory: str | Path, fingerprint: str | None = None, verify: bool = True) -> Backend:
+    """Open the engine that a directory holds; `verify` compares its files with their checksums first.
+
+    Raises:
+        IndexStateError: when the directory holds no engine, is in use by another owner, or has a damaged file; when
+            the server does not answer, or has lost the collection.
+        FingerprintError: when its vectors were made by an encoder with another fingerprint.
+    """
+    name, schema = read_schema(Path(directory))
+    schema.check_fingerprint(fingerprint, Path(directory))
+    if is_uri(name):
+        opened: Backend = _server(name).open_at(Path(directory), schema, name)
+        return opened
+    return _load(name).open(Path(directory), schema, verify)
+
+
+def remove(directory: str | Path) -> None:
+    """Delete a directory and, where its vectors are in a server, the collection there.
+
+    Raises:
+        IndexStateError: when the server does not answer; nothing is deleted then.
+    """
+    directory = Path(directory)
+    if (directory / COLLECTION_FILE).exists():
+        name, schema = read_schema(directory)
+        _server(name).drop_at(directory, schema, name)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_backend(name: str) -> None:
+    """Raise UsageError unless there is an engine of that name, or at that URI."""
+    if is_uri(name):
+        parse_uri(name)
+        _server(name)
+    elif name not in BACKENDS:
+        raise UsageError(
+            f"no backend '{name}'{did_you_mean(name, BACKENDS)}; known: {', '.join(BACKENDS)}, and URIs such as "
+            f"qdrant://localhost:6333 and milvus://localhost:19530"
+        )
+
+
+def _server(uri: str) -> Any:
+    place, extra = SERVERS[parse_uri(uri).engine]
+    try:
+        return _imported(place)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"'{uri}' needs {error.name}: pip install 'ultrarag[{extra}]'") from error
+
+
+def _load(name: str) -> type[Backend]:
+    check_backend(name)
+    loaded: type[Backend] = _imported(BACKENDS[name])
+    return loaded
+
+
+def _imported(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,177 @@
+"""Generations of an index: (encoder, vectors) pairs, their states, and which of them is live."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ultrarag.errors import IndexStateError
+from ultrarag.retrieve.passages import Store
+
+#: building -> ready -> live -> previous -> retired; a rollback exchanges live and previous.
+STATES = ("building", "ready", "live", "previous", "retired")
+#: Of the table, in the order in which `Generation` has them.
+COLUMNS = "id, fingerprint, state, backend, heads, precision, base_seq, applied_seq, created, forced, metrics"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation, as the catalog has it; `id` is what `swap` takes."""
+
+    id: int
+    #: of its encoder
+    fingerprint: str
+    state: str
+    #: name of the vector engine
+    backend: str
+    #: the heads that are stored
+    heads: tuple[str, ...]
+    #: fp32, bf16 or fp16: what passages and queries are encoded in
+    precision: str
+    #: entry of the write log that its build began after
+    base_seq: int
+    #: last entry of the write log that its vectors durably contain
+    applied_seq: int
+    created: str
+    #: it went live although the gate said no
+    forced: bool
+    #: what the gate measured
+    metrics: dict[str, Any]
+
+
+class Layout:
+    """Where things lie below an index directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.bm25 = root / "bm25"
+        self.generations = root / "generations"
+
+    def final(self, generation: int) -> Path:
+        """The directory of a finished generation."""
+        return self.generations / str(generation)
+
+    def building(self, generation: int) -> Path:
+        """The directory of one that is being built."""
+        return self.generations / f"{generation}.tmp"
+
+    def directory(self, generation: int) -> Path:
+        """Where a generation lies now."""
+        final = self.final(generation)
+        return final if final.exists() else self.building(generation)
+
+    @staticmethod
+    def checkpoint(directory: Path) -> Path:
+        """A generation's own copy of its encoder's checkpoint."""
+        return directory / "checkpoint"
+
+    @staticmethod
+    def vectors(directory: Path) -> Path:
+        """The vector engine's directory."""
+        return directory / "vectors"
+
+    @staticmethod
+    def progress(directory: Path) -> Path:
+        """How far a build has come."""
+        return directory / "progress.json"
+
+
+class Catalog:
+    """The table of generations."""
+
+    def __init__(self, store: Store) -> None:
+        self._database = store.database
+
+    def add(
+        self, fingerprint: str, backend: str, heads: Sequence[str], precision: str, state: str, base_seq: int
+    ) -> Generation:
+        """Enter a new generation."""
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        values = (fingerprint, state, backend, json.dumps(list(heads)), precision, base_seq, base_seq, created)
+        with self._database.transaction() as db:
+            found = db.execute(
+                "INSERT INTO generations (fingerprint, state, backend, heads, precision, base_seq, applied_seq, "
+                "created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+            id = found.lastrowid
+        assert id is not None
+        return self.get(id)
+
+    def all(self) -> list[Generation]:
+        """Every generation, the oldest first."""
+        with self._database.reading() as db:
+            return self.read(db)
+
+    @staticmethod
+    def read(db: sqlite3.Connection) -> list[Generation]:
+        """Every generation, as a transaction sees them."""
+        return [_generation(row) for row in db.execute(f"SELECT {COLUMNS} FROM generations ORDER BY id").fetchall()]
+
+    def get(self, id: int) -> Generation:
+        """One generation; IndexStateError names those that exist."""
+        known = self.all()
+        for generation in known:
+            if generation.id == id:
+                return generation
+        names = ", ".join(f"{g.id} ({g.state})" for g in known)
+        raise IndexStateError(f"the index has no generation {id!r}; it has {names}")
+
+    def in_state(self, state: str) -> list[Generation]:
+        """The generations in a state, the oldest first."""
+        return [generation for generation in self.all() if generation.state == state]
+
+    def live(self) -> Generation:
+        """The one that answers searches."""
+        found = self.in_state("live")
+        if len(found) != 1:
+            raise IndexStateError(f"'{self._database.path}' names {len(found)} live generations instead of one")
+        return found[0]
+
+    def set_state(self, id: int, state: str, only_from: Sequence[str]) -> bool:
+        """Move a generation on, in one step, if it is in one of some states; return whether it was."""
+        marks = ", ".join("?" for _ in only_from)
+        with self._database.transaction() as db:
+            statement = f"UPDATE generations SET state = ? WHERE id = ? AND state IN ({marks})"
+            return bool(db.execute(statement, (state, id, *only_from)).rowcount)
+
+    def set_applied(self, id: int, seq: int) -> None:
+        """Note that a generation's vectors durably contain the log up to `seq`."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE generations SET applied_seq = max(applied_seq, ?) WHERE id = ?", (seq, id))
+
+    def flip(self, id: int, forced: bool = False, metrics: dict[str, Any] | None = None) -> None:
+        """Make a generation the live one, and the live one the previous, in one transaction."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE generations SET state = 'retired' WHERE state = 'previous' AND id != ?", (id,))
+            # no two 'previous' meanwhile
+            found = db.execute("UPDATE generations SET state = 'ready' WHERE id = ? AND state != 'retired'", (id,))
+            if not found.rowcount:
+                raise IndexStateError(f"generation {id} was discarded meanwhile; the live one stays")
+            db.execute("UPDATE generations SET state = 'previous' WHERE state = 'live'")
+            db.execute("UPDATE generations SET state = 'live' WHERE id = ?", (id,))
+            if metrics is not None:
+                values = (int(forced), json.dumps(metrics), id)
+                db.execute("UPDATE generations SET forced = ?, metrics = ? WHERE id = ?", values)
+
+
+def _generation(row: Sequence[Any]) -> Generation:
+    id, fingerprint, state, backend, heads, precision, base, applied, created, forced, metrics = row
+    return Generation(
+        id,
+        fingerprint,
+        state,
+        backend,
+        tuple(json.loads(heads)),
+        precision,
+        base,
+        applied,
+        created,
+        bool(forced),
+        json.loads(metrics),
+    )

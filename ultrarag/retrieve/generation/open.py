@@ -1,0 +1,130 @@
+"""Laying out a new index, and bringing the parts of an existing one into memory."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ultrarag.errors import FingerprintError, IndexStateError
+from ultrarag.retrieve.bm25 import BM25
+from ultrarag.retrieve.build import create_vectors, load_encoder
+from ultrarag.retrieve.engines import Backend, OwnerLock, ServerError, default_backend, open_backend, remove
+from ultrarag.retrieve.generation.catalog import Catalog, Generation, Layout
+from ultrarag.retrieve.generation.replay import Follower, Vectors, Words
+from ultrarag.retrieve.generation.serving import Serving
+from ultrarag.retrieve.generation.source import Source, prepare
+from ultrarag.retrieve.passages import Store
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+REPAIR = "open the index with repair=True to encode all passages again"
+
+logger = logging.getLogger("ultrarag")
+
+
+def lay_out(directory: Path, encoder: Encoder, backend: str | None, heads: tuple[str, ...], bm25: bool) -> None:
+    """Write an empty index with one live generation into an empty directory."""
+    layout, store = Layout(directory), Store.create(directory)
+    try:
+        catalog, source = Catalog(store), Source(encoder)
+        first = catalog.add(source.fingerprint, backend or default_backend(), heads, source.precision, "ready", 0)
+        layout.final(first.id).mkdir(parents=True)
+        prepare(layout, first, source)
+        create_vectors(encoder, first, layout.vectors(layout.final(first.id))).close()
+        if bm25:
+            BM25.create(layout.bm25).close()
+        store.set_meta(bm25=str(int(bm25)), bm25_seq="0")
+        catalog.flip(first.id)
+    finally:
+        store.close()
+
+
+def open_serving(
+    layout: Layout,
+    store: Store,
+    generation: Generation,
+    encoder: Encoder | None = None,
+    device: str | None = None,
+    repair: bool = False,
+    check: Callable[[], object] = lambda: None,
+) -> tuple[Serving, Follower]:
+    """Open the encoder and the vectors of a generation, and what keeps them up to date.
+
+    Args:
+        check: called before each write to the vectors, and may refuse it.
+
+    Raises:
+        FingerprintError: when another encoder is given than the one that made the vectors.
+        CheckpointError, IndexStateError: when the checkpoint or the vectors are damaged.
+    """
+    directory = layout.directory(generation.id)
+    if encoder is None:
+        encoder = load_encoder(directory, generation, device)
+    elif encoder.fingerprint != generation.fingerprint:
+        raise FingerprintError(
+            f"the live generation {generation.id} of '{layout.root}' was built by the encoder "
+            f"{generation.fingerprint[:12]}, not by the one given ({encoder.fingerprint[:12]}): open the index without "
+            f"an encoder to use its own copy, and `build` and `swap` to change it"
+        )
+    backend, emptied = _vectors(layout.vectors(directory), generation, encoder, repair)
+    try:
+        serving = Serving(generation, encoder, backend)
+        catalog = Catalog(store)
+        follower = Follower(
+            store,
+            Vectors(backend, serving.encode_passages, check),
+            generation.applied_seq,
+            lambda seq: catalog.set_applied(generation.id, seq),
+        )
+        if emptied:
+            follower.refill()
+    except BaseException:
+        backend.close()
+        raise
+    return serving, follower
+
+
+def _vectors(directory: Path, generation: Generation, encoder: Encoder, repair: bool) -> tuple[Backend, bool]:
+    """Open the vectors; to repair means to begin anew where they are damaged."""
+    try:
+        directory.mkdir(exist_ok=True)
+        return open_backend(directory, generation.fingerprint), False
+    except ServerError:  # it is away, or refuses us: nothing is known to be damaged
+        raise
+    except IndexStateError as error:
+        OwnerLock(directory).release()  # it may be in use and not damaged: that raises here, before anything is removed
+        if not repair:
+            raise IndexStateError(f"{error} ({REPAIR})") from error
+        logger.warning("%s; encoding all passages again", error)
+        remove(directory)
+        return create_vectors(encoder, generation, directory), True
+
+
+def open_words(layout: Layout, store: Store) -> tuple[BM25, Follower] | None:
+    """Open BM25, where the index has it; a damaged one is made anew from the passages."""
+    if store.get_meta("bm25") != "1":
+        return None
+    emptied = False
+    try:
+        bm25 = BM25.open(layout.bm25)
+    except IndexStateError as error:
+        if layout.bm25.exists():
+            OwnerLock(layout.bm25).release()
+        logger.warning("%s; indexing the words of all passages again", error)
+        shutil.rmtree(layout.bm25, ignore_errors=True)
+        bm25, emptied = BM25.create(layout.bm25), True
+    applied = int(store.get_meta("bm25_seq", "0"))
+    follower = Follower(store, Words(bm25), applied, lambda seq: store.set_meta(bm25_seq=str(seq)))
+    try:
+        if not emptied:
+            follower.catch_up()
+        if bm25.count() != store.count():  # emptied, or cut off while it was filled anew
+            follower.refill(bm25.ids())
+    except BaseException:
+        bm25.close()
+        raise
+    return bm25, follower

@@ -1,0 +1,173 @@
+"""What follows the write log: the vectors of a generation, and BM25; each knows how far it has come."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from ultrarag.errors import UsageError
+from ultrarag.retrieve.bm25 import BM25
+from ultrarag.retrieve.engines import Backend
+from ultrarag.retrieve.passages import Changes, Store
+from ultrarag.types import Embeddings, Passage
+
+logger = logging.getLogger("ultrarag")
+
+#: Entries of the log applied at a time.
+STRETCH = 512
+#: A flush may cost this share of the work since the last one.
+FLUSH_SHARE = 0.1
+#: Flushing is not considered for fewer entries than this.
+FLUSH_FROM = 256
+
+
+class Target(Protocol):
+    """Something derived from the passages; applying a change twice is harmless."""
+
+    def put(self, passages: Sequence[Passage]) -> None:
+        """Insert or replace passages whose text may be new."""
+        ...
+
+    def put_metadata(self, passages: Sequence[Passage]) -> None:
+        """Replace the metadata of passages whose text it has."""
+        ...
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Forget passages."""
+        ...
+
+    def flush(self) -> None:
+        """Make it durable."""
+        ...
+
+
+class Vectors:
+    """The vectors of one generation as a target."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        encode: Callable[[Sequence[str]], Embeddings],
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`check` is called before each write, and may refuse it."""
+        self._backend, self._encode, self._check = backend, encode, check
+
+    def put(self, passages: Sequence[Passage]) -> None:
+        """Encode and store."""
+        if passages:
+            self._store(passages, self._encode([passage.content for passage in passages]))
+
+    def put_metadata(self, passages: Sequence[Passage]) -> None:
+        """Store the same vectors with new metadata; encode only where they are missing."""
+        if not passages:
+            return
+        try:
+            held = self._backend.vectors([passage.id for passage in passages])
+        except UsageError:
+            self.put(passages)
+        else:
+            self._store(passages, held)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Delete the vectors."""
+        if ids:
+            self._check()
+            self._backend.delete(ids)
+
+    def flush(self) -> None:
+        """Flush the engine."""
+        self._backend.flush()
+
+    def _store(self, passages: Sequence[Passage], embeddings: Embeddings) -> None:
+        ids = [passage.id for passage in passages]
+        self._check()  # now: encoding may have taken long
+        self._backend.upsert(ids, embeddings, [passage.metadata for passage in passages])
+
+
+class Words:
+    """BM25 as a target; it takes new metadata by indexing the text again, which costs no encoder."""
+
+    def __init__(self, bm25: BM25) -> None:
+        self._bm25 = bm25
+
+    def put(self, passages: Sequence[Passage]) -> None:
+        """Index the words."""
+        if passages:
+            ids, texts = [passage.id for passage in passages], [passage.content for passage in passages]
+            self._bm25.upsert(ids, texts, [passage.metadata for passage in passages])
+
+    put_metadata = put
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Delete the words."""
+        if ids:
+            self._bm25.delete(ids)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._bm25.flush()
+
+
+class Follower:
+    """A target that is brought up to date from the log, and remembers durably how far it is.
+
+    Its owner lets one thread at a time write; searches of the target go on meanwhile.
+    """
+
+    def __init__(self, store: Store, target: Target, applied: int, save: Callable[[int], None]) -> None:
+        self._store, self._target, self._save = store, target, save
+        #: the last entry of the log that the target holds, and that it holds durably
+        self.applied = self.flushed = applied
+        self._spent = self._flush_cost = 0.0
+
+    def catch_up(self, until: int | None = None) -> None:
+        """Apply what the log has more, up to entry `until` at least (else to its end).
+
+        After an error everything since the last flush is applied again next time.
+        """
+        try:
+            while (until is None or self.applied < until) and (changes := self._store.changes(self.applied, STRETCH)):
+                started = time.perf_counter()
+                self._apply(changes)
+                self._spent += time.perf_counter() - started
+                self.applied = changes.seq
+                if self._flush_pays():
+                    self.flush()
+        except BaseException:
+            self.applied = self.flushed
+            raise
+
+    def refill(self, held: Iterable[str] = ()) -> None:
+        """Put every passage into the target anew, and remove what else it holds, by the ids `held`."""
+        seq, row = self._store.last_seq(), 0
+        wanted = {passage.id for passage in self._store.passages()}
+        self._target.delete([id for id in held if id not in wanted])
+        while chunk := self._store.scan(row, STRETCH, seq):
+            self._target.put([passage for _, passage in chunk])
+            row = chunk[-1][0]
+        self._target.flush()
+        self._save(seq)
+        self.applied = self.flushed = seq
+
+    def flush(self) -> None:
+        """Make what was applied durable, then say so."""
+        if self.applied == self.flushed:
+            return
+        started = time.perf_counter()
+        self._target.flush()
+        self._save(self.applied)
+        self.flushed = self.applied
+        self._flush_cost, self._spent = time.perf_counter() - started, 0.0
+
+    def _apply(self, changes: Changes) -> None:
+        self._target.delete(changes.deleted)
+        self._target.put_metadata(changes.metadata)
+        self._target.put(changes.content)
+
+    def _flush_pays(self) -> bool:
+        """The numpy engine writes everything on each flush: the larger it is, the less often."""
+        pending = self.applied - self.flushed
+        return pending >= FLUSH_FROM and self._flush_cost <= FLUSH_SHARE * self._spent

@@ -1,0 +1,147 @@
+"""A generation in service: an encoder and the vectors it made, used by many threads, closed after the last left."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.encoder import Cuts
+from ultrarag.errors import FingerprintError, IndexStateError
+from ultrarag.retrieve.engines import Backend
+from ultrarag.retrieve.generation.catalog import Generation
+from ultrarag.types import Embeddings, Kind
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+#: Passages encoded between two chances for a query to come in: on a CPU a few take some 50 ms.
+WINDOW = {"cpu": 8, "cuda": 256}
+#: Queries encoded at a time.
+QUERIES = 64
+
+
+class FairLock:
+    """A lock that is given away in the order in which it was asked for.
+
+    A thread that encodes passage after passage would win back a plain lock each time, and starve the queries.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._held = False
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the lock for a block."""
+        self._acquire()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _acquire(self) -> None:
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+        try:
+            gate.acquire()
+        except BaseException:  # Ctrl-C while waiting: leave the queue, or pass on what was just given
+            with self._mutex:
+                if gate in self._waiting:
+                    self._waiting.remove(gate)
+                    raise
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._held = False
+
+
+class Serving:
+    """The pair (encoder, vectors) of one generation; a search holds on to the pair it began with."""
+
+    def __init__(self, generation: Generation, encoder: Encoder, backend: Backend) -> None:
+        if encoder.fingerprint != backend.schema.fingerprint:
+            raise FingerprintError(
+                f"generation {generation.id} holds vectors of the encoder {backend.schema.fingerprint[:12]}, not of "
+                f"{encoder.fingerprint[:12]}; open it with the encoder that built it, or build a new generation"
+            )
+        self.generation, self.encoder, self.backend = generation, encoder, backend
+        self._encoding = FairLock()  # one forward at a time: two would share the same cores, and both be slower
+        #: of the passages; told when the write, or whatever encoded them, is done
+        self.cuts = Cuts()
+        self._idle = threading.Condition()
+        self._users, self._retiring = 0, False
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder, and so of the vectors."""
+        return self.generation.fingerprint
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that are stored."""
+        return self.generation.heads
+
+    def enter(self) -> bool:
+        """Begin to use the pair; False when it is being retired, and a newer one is there."""
+        with self._idle:
+            if self._retiring:
+                return False
+            self._users += 1
+            return True
+
+    def leave(self) -> None:
+        """End what `enter` began."""
+        with self._idle:
+            self._users -= 1
+            self._idle.notify_all()
+
+    def retire(self) -> None:
+        """Let nobody in any more, wait for those inside, and close the vectors."""
+        with self._idle:
+            self._retiring = True
+            self._idle.wait_for(lambda: self._users == 0)
+        self.backend.close()
+
+    def encode_queries(self, texts: Sequence[str], heads: Sequence[str]) -> Embeddings:
+        """Encode queries with the given heads."""
+        cuts = Cuts()
+        found = self._encode(texts, "query", heads, QUERIES, cuts)
+        cuts.tell()
+        return found
+
+    def encode_passages(self, texts: Sequence[str]) -> Embeddings:
+        """Encode passages with all heads stored, a few at a time, so that queries come in between."""
+        window = WINDOW.get(self.encoder.device.type, WINDOW["cuda"])
+        return self._encode(texts, "passage", self.heads, window, self.cuts)
+
+    def _encode(self, texts: Sequence[str], kind: Kind, heads: Sequence[str], window: int, cuts: Cuts) -> Embeddings:
+        options: dict[str, Any] = {"heads": tuple(heads), "progress": False, "cuts": cuts}
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding within a window
+        parts = []
+        for start in range(0, len(texts), window):
+            chunk = [texts[row] for row in order[start : start + window]]
+            with self._encoding.turn():
+                parts.append(self._checked(self.encoder.encode(chunk, kind, **options)))
+        place = [0] * len(order)
+        for position, row in enumerate(order):
+            place[row] = position
+        return Embeddings.cat(parts)[place]
+
+    def _checked(self, embeddings: Embeddings) -> Embeddings:
+        if not embeddings.heads:
+            raise IndexStateError(f"generation {self.generation.id}: its encoder gave no vectors")
+        return embeddings

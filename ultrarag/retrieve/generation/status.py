@@ -1,0 +1,85 @@
+"""What can be said about an index from any process, without owning it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ultrarag.io import read_owner
+from ultrarag.retrieve.build import read_progress
+from ultrarag.retrieve.generation.catalog import Catalog, Generation, Layout
+from ultrarag.retrieve.passages import FORMAT, URI, Store
+from ultrarag.types import Passage
+
+
+def read_status(path: str | Path) -> dict[str, Any]:
+    """Return what `LiveIndex.status` does, while another process may own the index.
+
+    Raises:
+        IndexStateError: when there is no index, or it is damaged.
+    """
+    store = Store.open(Path(path), read_only=True)
+    try:
+        return describe(Layout(Path(path)), store)
+    finally:
+        store.close()
+
+
+def read_passages(path: str | Path) -> Iterator[Passage]:
+    """Iterate over the passages of an index that another process may own, in the order in which they were added."""
+    store = Store.open(Path(path), read_only=True)
+    try:
+        yield from store.passages()
+    finally:
+        store.close()
+
+
+def describe(layout: Layout, store: Store) -> dict[str, Any]:
+    """Plain JSON values: passages, write log, the live generation, all others, the owner, bytes on disk."""
+    last, generations = store.last_seq(), Catalog(store).all()
+    described = [_describe(layout, generation, last) for generation in generations]
+    owner = read_owner(layout.root)
+    return {
+        "path": str(layout.root),
+        "format": FORMAT,
+        "passages": store.count(),
+        "writes": last,
+        "bm25": store.get_meta("bm25") == "1",
+        "shared": {"uri": uri} if (uri := store.get_meta(URI)) else None,
+        "live": next((entry for entry in described if entry["state"] == "live"), None),
+        "previous": next((entry for entry in described if entry["state"] == "previous"), None),
+        "generations": described,
+        "owner": asdict(owner) if owner else None,
+        "bytes": _bytes(layout.root),
+    }
+
+
+def _describe(layout: Layout, generation: Generation, last: int) -> dict[str, Any]:
+    directory = layout.directory(generation.id)
+    entry = {**asdict(generation), "heads": list(generation.heads), "behind": last - generation.applied_seq}
+    entry["bytes"] = _bytes(directory)
+    if generation.state == "building":
+        entry["progress"] = _progress(directory)
+    return entry
+
+
+def _progress(directory: Path) -> dict[str, Any]:
+    """Passages encoded, of how many, and the seconds that the rest will take."""
+    found = read_progress(directory) or {}
+    encoded, total, seconds = found.get("encoded", 0), found.get("total"), found.get("seconds", 0.0)
+    rest = seconds / encoded * (total - encoded) if encoded and total else None
+    return {"encoded": encoded, "total": total, "seconds": seconds, "seconds_left": rest}
+
+
+def _bytes(path: Path) -> int:
+    """What the files below `path` occupy; engines preallocate files that are mostly holes."""
+    total = 0
+    for file in path.rglob("*"):
+        try:
+            status = file.lstat()
+        except OSError:  # gone since it was listed
+            continue
+        total += getattr(status, "st_blocks", status.st_size // 512) * 512
+    return total

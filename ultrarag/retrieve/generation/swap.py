@@ -1,0 +1,108 @@
+"""Making a generation the live one: bring it up to date, check it, compare it, and exchange one pointer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ultrarag.errors import GateError
+from ultrarag.evaluation import Verdict
+from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.generation.catalog import Generation
+from ultrarag.retrieve.generation.gate import Gate, check_count, check_sound, compare
+from ultrarag.retrieve.generation.replay import Follower
+from ultrarag.retrieve.generation.serving import Serving
+from ultrarag.retrieve.search import Searcher
+
+#: Entries of the log that may be left for the moment in which writers wait.
+FEW = 16
+
+
+@dataclass(frozen=True)
+class Flip:
+    """What a swap or a rollback did."""
+
+    old: Generation
+    new: Generation
+    #: what the gate measured; None without a gate
+    verdict: Verdict | None
+    #: seconds that writers waited; searches never did
+    seconds: float
+
+
+#: Told what the gate measured, before it decides.
+Note = Callable[[Verdict], None]
+
+
+def go_live(
+    core: Core,
+    generation: Generation,
+    gate: Gate | None,
+    force: bool,
+    metric: str,
+    search: dict[str, Any],
+    note: Note | None = None,
+) -> Flip:
+    """Make a finished generation live; GateError leaves everything as it was."""
+    old = core.live
+    new, vectors = core.load(generation)
+    seconds = 0.0
+    try:
+        _approach(core, vectors)
+        check_sound(new, core.store, vectors.applied)
+        verdict = _measure(core, new, gate, metric, search)
+        if verdict is not None:
+            if note is not None:
+                note(verdict)
+            _decide(verdict, generation, force)
+        _approach(core, vectors)
+        seconds = _exchange(core, new, vectors, verdict, force)
+    except BaseException:
+        if core.catalog.live().id != generation.id:
+            core.let_go(new)
+            raise
+        core.replace(new, vectors)  # Ctrl-C between the two halves of the flip: carry it through
+    core.let_go(old)
+    new.cuts.tell()
+    return Flip(core.catalog.get(old.generation.id), core.catalog.get(generation.id), verdict, seconds)
+
+
+def _approach(core: Core, vectors: Follower) -> None:
+    """Apply the writes so far, and those made meanwhile while they get fewer; writers need not wait for these."""
+    before = None
+    while (behind := core.store.last_seq() - vectors.applied) > 0:
+        if before is not None and (behind <= FEW or behind > before / 2):
+            return
+        before = behind
+        vectors.catch_up(core.store.last_seq())
+
+
+def _measure(core: Core, new: Serving, gate: Gate | None, metric: str, search: dict[str, Any]) -> Verdict | None:
+    if gate is None:
+        return None
+    with core.searching() as live:
+        return compare(live, Searcher(new, core.store, core.bm25), gate, metric, search)
+
+
+def _decide(verdict: Verdict, generation: Generation, force: bool) -> None:
+    if verdict.worse and not force:
+        raise GateError(
+            f"generation {generation.id} is significantly worse than the live one: {verdict}; the live one stays "
+            f"(force=True swaps all the same)"
+        )
+
+
+def _exchange(core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, force: bool) -> float:
+    """Apply the last writes, then flip in one transaction and one assignment, while writers wait; return how long."""
+    forced = bool(force and verdict and verdict.worse)
+    with core.writing:
+        started = time.perf_counter()
+        vectors.catch_up()
+        vectors.flush()
+        check_count(new, core.store)
+        core.flush()
+        core.catalog.flip(new.generation.id, forced, verdict.to_dict() if verdict else None)
+        core.replace(new, vectors)
+        return time.perf_counter() - started

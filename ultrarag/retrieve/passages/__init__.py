@@ -1,0 +1,18 @@
+"""The room of passages: the source of truth of an index, with the ordered log of every write.
+
+Passages of files or of Python come in, checked; records, changes and counts go out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve.passages.database import FORMAT, Database
+    from ultrarag.retrieve.passages.files import STDIN, PassageFile, passage_file, read_queries
+    from ultrarag.retrieve.passages.incoming import content_hash, records
+    from ultrarag.retrieve.passages.store import URI, Changes, Store, Written
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

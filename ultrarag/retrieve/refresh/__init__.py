@@ -1,0 +1,16 @@
+"""The room of a refresh: fine-tune, build, gate and swap, in one call that a crash only interrupts.
+
+Rows of training data come in; a generation that is live, or refused with the numbers, and a report go out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve.refresh.report import RefreshReport
+    from ultrarag.retrieve.refresh.stages import Terms, refresh
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,0 +1,89 @@
+"""By which queries a refresh is judged: those given, those of a BEIR folder, or rows with a corpus of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.evaluation import DEFAULT_METRICS, Measured, Qrels, Verdict
+from ultrarag.types import Passage
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve.passages import Store
+
+#: A BEIR folder is about the index's passages when this share of its relevant ones have the same text there.
+SAME_TEXT = 0.5
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Queries, what is relevant to them, and where they are searched."""
+
+    queries: Mapping[str, str]
+    qrels: Qrels
+    #: the corpus to search, passage id -> text; None: the index itself
+    corpus: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        where = "the index" if self.corpus is None else f"the {len(self.corpus)} passages of the evaluation data"
+        return f"{len(self.qrels)} queries on {where}"
+
+
+def questions(store: Store, gate: Any, eval_data: Any) -> Questions | None:
+    """Return what the gate asks; None when there is nothing to ask, or nothing shall be asked.
+
+    Args:
+        gate: (queries, qrels); or True for those of `eval_data`; or False for none.
+
+    Raises:
+        DataError: when `eval_data` cannot be used.
+    """
+    if gate is False or (gate is True and eval_data is None):
+        return None
+    if gate is not True:
+        queries, qrels = gate
+        return Questions(queries, qrels)
+    from ultrarag.finetune import read_evaluator
+
+    found = read_evaluator(os.fspath(eval_data) if isinstance(eval_data, os.PathLike) else eval_data, None, None)
+    qrels = {query_id: dict(found.qrels[query_id]) for query_id in found.queries if found.qrels.get(query_id)}
+    return Questions(found.queries, qrels, None if _is_of(store, found.corpus, qrels) else found.corpus)
+
+
+def _is_of(store: Store, corpus: Mapping[str, str], qrels: Qrels) -> bool:
+    """Whether the relevant passages are all in the index; ids alone may agree by chance, so texts are compared."""
+    ids = sorted({id for judged in qrels.values() for id, relevance in judged.items() if relevance > 0})
+    held = store.get(ids)
+    same = sum(held[id].content == corpus[id] for id in held)
+    return bool(ids) and len(held) == len(ids) and same >= SAME_TEXT * len(ids)
+
+
+def compare_encoders(
+    old: Path, new: Path, asked: Questions, metric: str, precision: str, device: str | None
+) -> Verdict:
+    """Search the questions' own corpus with both checkpoints, exactly: with the dense head, or the first there is."""
+    from ultrarag.encoder import Encoder
+    from ultrarag.finetune import Evaluator
+
+    assert asked.corpus is not None
+    names = list(dict.fromkeys((metric, *DEFAULT_METRICS)))
+    evaluator = Evaluator(asked.corpus, asked.queries, asked.qrels)
+    before, after = (
+        evaluator.evaluate(encoder, encoder.heads, names)
+        for encoder in (Encoder.load(folder, device=device, precision=precision) for folder in (old, new))
+    )
+    return Verdict.of(metric, before, after)
+
+
+def measured(verdict: Verdict, asked: Questions, store: Store) -> Measured:
+    """What the gate measured, with the texts of what a reader wants to see."""
+
+    def passages(ids: list[str]) -> Mapping[str, Passage]:
+        if asked.corpus is None:
+            return store.get(ids)
+        return {id: Passage(id, asked.corpus[id]) for id in ids if id in asked.corpus}
+
+    return Measured.of(verdict, asked.queries, asked.qrels, str(asked), passages)

@@ -1,0 +1,18 @@
+"""The room of checks on rows: duplicates, conflicts, cuts, leaks of evaluation data, and the cost of a run.
+
+Rows come in; findings and estimates go out, each with its place in the files.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.rows.checks.leaks import LeakChecks
+    from ultrarag.rows.checks.lengths import Cost, Lengths, Sample, counter, estimate, measure, steps_of
+    from ultrarag.rows.checks.rows import SHOWN, Finding, RowChecks, described_scripts
+    from ultrarag.rows.checks.texts import guessed_tokens, nearly_same, shingles
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)
