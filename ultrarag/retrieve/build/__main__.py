@@ -1,0 +1,200 @@
+"""`torchrun ... -m ultrarag.retrieve.build INDEX CHECKPOINT`: build a generation with many processes or machines.
+
+Each process encodes its share of the passages into files below the index (see `ultrarag.retrieve.build.encoded`), and the
+first one then joins them into a generation by an ordinary build, which encodes nothing but what was written meanwhile.
+Started again after any crash, with as many processes or others, it goes on with the blocks that have no file. The index
+may be in use: searches and writes go on, and the process that owns it then joins, with `build` of the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.encoder import Cuts
+from ultrarag.errors import IndexStateError, UltraragError, UsageError
+from ultrarag.io import progress_bar
+from ultrarag.retrieve.command import built
+from ultrarag.retrieve.build.child import read_progress
+from ultrarag.retrieve.generation import stored_heads
+from ultrarag.retrieve.build.encoded import Encoded, block_of, passages_of
+from ultrarag.retrieve.generation import Catalog, Layout
+from ultrarag.retrieve.live import LiveIndex
+from ultrarag.io import read_owner
+from ultrarag.retrieve.passages import Store
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+#: How long the ranks that are done wait for the others.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that torchrun, or SLURM with the same variables, has started."""
+
+    number: int
+    world: int
+    local: int
+
+    @staticmethod
+    def of_environment() -> Rank:
+        """What RANK, WORLD_SIZE and LOCAL_RANK say; a process by itself is the only one."""
+        number, world, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return Rank(int(number or 0), int(world or 1), int(local or 0))
+
+    def device(self) -> str:
+        """The GPU of this process, or the CPU."""
+        import torch
+
+        return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+    def wait(self) -> None:
+        """Wait until every rank is here; an error when one has ended without coming."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def encode_share(
+    root: Path, checkpoint: str, rank: Rank, adapter: str | None, heads: Sequence[str] | None, device: str
+) -> int:
+    """Encode this rank's blocks that have no file yet, and return the number of passages.
+
+    The blocks of rank r of w are r, r + w, r + 2w, ...
+    """
+    from ultrarag.encoder import Encoder
+
+    store = Store.open(root, read_only=True)
+    try:
+        precision = Catalog(store).live().precision
+        encoder = Encoder.load(checkpoint, adapter, device=device, precision=precision)
+        chosen = stored_heads(encoder.heads, heads)
+        if _is_built(root, store, encoder.fingerprint, chosen):
+            return 0
+        ahead = Encoded(root, encoder.fingerprint, chosen, precision)
+        ahead.prepare()
+        done = _blocks_built(root, store, encoder.fingerprint)
+        mine = [block for block in ahead.missing(store.last_row()) if block % rank.world == rank.number]
+        return _encode(store, ahead, encoder, chosen, [block for block in mine if block >= done], rank)
+    finally:
+        store.close()
+
+
+def _encode(
+    store: Store, ahead: Encoded, encoder: Encoder, heads: tuple[str, ...], blocks: list[int], rank: Rank
+) -> int:
+    cuts, total = Cuts(), 0
+    label = f"encode, rank {rank.number} of {rank.world}"
+    with progress_bar(len(blocks), label, "block", None if rank.number == 0 else False) as bar:
+        for block in blocks:
+            passages = passages_of(store, block)
+            ahead.write(
+                block,
+                passages,
+                lambda texts: encoder.encode(list(texts), "passage", heads=heads, progress=False, cuts=cuts),
+            )
+            total += len(passages)
+            bar.update(1)
+    cuts.tell()
+    return total
+
+
+def _is_built(root: Path, store: Store, fingerprint: str, heads: tuple[str, ...]) -> bool:
+    """Whether a generation with these vectors only waits to go live."""
+    return any(
+        found.state == "ready" and (found.fingerprint, found.heads) == (fingerprint, heads)
+        for found in Catalog(store).all()
+    )
+
+
+def _blocks_built(root: Path, store: Store, fingerprint: str) -> int:
+    """The number of blocks that an unfinished build of this encoder has taken already."""
+    rows = [0]
+    for found in Catalog(store).in_state("building"):
+        if found.fingerprint == fingerprint:
+            rows.append(int((read_progress(Layout(root).directory(found.id)) or {}).get("row", 0)))
+    return block_of(max(rows) + 1)
+
+
+def join(root: Path, checkpoint: str, device: str, **wishes: Any) -> dict[str, Any]:
+    """Build the generation from what is encoded; an index that is in use is left to its owner."""
+    owner = read_owner(root)
+    if owner is not None:
+        print(
+            f"'{root}' is in use by {owner}: the vectors are encoded; build the same checkpoint there "
+            f"(live.build) to join them, which encodes nothing again",
+            file=sys.stderr,
+        )
+        return {"state": "encoded", "owner": asdict(owner)}
+    with LiveIndex.open(root, device=device) as live:
+        return asdict(live.build(checkpoint, device=device, **wishes))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one rank; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
+    asked = _parser().parse_args(arguments)
+    rank = Rank.of_environment()
+    try:
+        found = _run(asked, rank)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (UltraragError, OSError) as error:
+        print(f"error: rank {rank.number}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the blocks that are encoded are kept; the same command goes on", file=sys.stderr)
+        return 130
+    if found is not None:
+        print(json.dumps(found) if asked.json or found["state"] == "encoded" else built(found))
+    return 0
+
+
+def _run(asked: argparse.Namespace, rank: Rank) -> dict[str, Any] | None:
+    root = Path(asked.index)
+    if not root.is_dir():
+        raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
+    device = asked.device or rank.device()
+    count = encode_share(root, asked.checkpoint, rank, asked.adapter, asked.heads, device)
+    print(f"rank {rank.number} of {rank.world}: {count} passages encoded", file=sys.stderr, flush=True)
+    rank.wait()
+    if rank.number:
+        return None
+    wishes = {name: getattr(asked, name) for name in ("adapter", "heads", "backend", "threads")}
+    return join(root, asked.checkpoint, device, **wishes)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchrun ... -m ultrarag.retrieve.build",
+        description="Build a generation of an index with many processes or machines that see the same directory.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("index", metavar="INDEX", help="the index directory")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint to encode the passages with")
+    parser.add_argument("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
+    parser.add_argument("--heads", type=lambda text: tuple(text.split(",")), metavar="A,B", help="default: all")
+    parser.add_argument("--backend", help="the vector engine; default: the live generation's")
+    parser.add_argument("--device", help="default: the GPU of the process's local rank, or the CPU")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of the process that joins; default: half of the cores"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
