@@ -34,7 +34,7 @@ import torch
 
 from ultrarag import Encoder
 from ultrarag.retrieve import LiveIndex
-from ultrarag.retrieve import live as live_module
+from ultrarag.retrieve.build import start
 from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.generation.catalog import Catalog, Generation
 
@@ -104,11 +104,11 @@ def building_here() -> Iterator[None]:
     def run(root: Path, generation: Generation, **options: Any) -> None:
         Build(root, generation, "cpu").run(False)
 
-    real, live_module.run_builder = live_module.run_builder, run
+    real, start.run_builder = start.run_builder, run
     try:
         yield
     finally:
-        live_module.run_builder = real
+        start.run_builder = real
 
 
 def one_round(folder: Path, number: int, seed: int, build: bool, expected: State) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.retrieve import servers
-from ultrarag.retrieve import live as live_module
+from ultrarag.retrieve.build import start
 from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.live import LiveIndex
 
@@ -53,10 +53,10 @@ def live(tmp_path: Path, tiny):
 def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the builder's own code in this process, without the seconds that a new one takes to import torch."""
 
-    def run(root, generation, *, device=None, threads=None, progress=None, started=None) -> None:
+    def run(root, generation, *, device=None, **_: object) -> None:
         Build(root, generation, device).run(False)
 
-    monkeypatch.setattr(live_module, "run_builder", run)
+    monkeypatch.setattr(start, "run_builder", run)
 
 
 @pytest.fixture(scope="session")

@@ -235,7 +235,7 @@ class LiveMachine(RuleBasedStateMachine):
         self._leave()
         self.live = LiveIndex.open(copy)
         self.live._core.writing = TurnLock(self.turns, "writing")  # type: ignore[assignment]
-        self.live._flipping = TurnLock(self.turns, "flipping")  # type: ignore[assignment]
+        self.live._core.flipping = TurnLock(self.turns, "flipping")  # type: ignore[assignment]
         self.turns.watch = self.one_is_live
         type(self).current = self
 

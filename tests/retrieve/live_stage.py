@@ -14,16 +14,18 @@ from tests.retrieve import stand_in
 from tests.retrieve.interleave import Interleaving
 from tests.retrieve.live_machine import LiveMachine
 from tests.retrieve.stand_in import StandIn
-from ultrarag.retrieve import live as live_module
+from ultrarag.retrieve import swap as swapping
 from ultrarag.retrieve.build import child as builder
-from ultrarag.retrieve.build.child import Build
+from ultrarag.retrieve.build import start
+from ultrarag.retrieve.build.child import Build, EncodeHere
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.engines.numpy_engine import NumpyBackend
+from ultrarag.retrieve.generation import draft as drafts
 from ultrarag.retrieve.generation import open as opening
 from ultrarag.retrieve.generation import replay as followers
-from ultrarag.retrieve.generation import swap as flipping
 from ultrarag.retrieve.generation.catalog import Catalog
-from ultrarag.retrieve.generation.replay import Vectors
+from ultrarag.retrieve.generation.draft import Draft
+from ultrarag.retrieve.generation.replay import GenerationVectors
 from ultrarag.retrieve.generation.serving import Serving
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages.database import Database
@@ -46,7 +48,7 @@ def machine(folder: Path) -> Iterator[tuple[type[LiveMachine], pytest.MonkeyPatc
 
 
 def _stand_in(patch: pytest.MonkeyPatch) -> None:
-    for module in (opening, live_module):
+    for module in (opening, start):
         patch.setattr(module, "prepare", stand_in.prepare)
     for module in (opening, builder):
         patch.setattr(module, "load_encoder", stand_in.load_encoder)
@@ -64,7 +66,7 @@ def _small(patch: pytest.MonkeyPatch) -> None:
     """Everything that is done in portions is done in several."""
     patch.setattr(followers, "STRETCH", 2)
     patch.setattr(followers, "FLUSH_FROM", 2)
-    patch.setattr(flipping, "FEW", 1)
+    patch.setattr(swapping, "FEW", 1)
     patch.setattr(builder, "LEFT_OVER", 1)
     patch.setattr(builder, "COMMIT_SHARE", float("inf"))
 
@@ -74,12 +76,12 @@ def _pauses(patch: pytest.MonkeyPatch, turns: Interleaving) -> None:
         *turns.points(Store, "changes", "scan", "last_seq", "forget"),
         *turns.points(Catalog, "add", "flip", "set_state", "set_applied"),
         *turns.points(Core, "replace", "load"),
-        *turns.points(Vectors, "put", "put_metadata", "delete", "flush"),
+        *turns.points(GenerationVectors, "put", "put_metadata", "delete", "flush"),
         *turns.points(NumpyBackend, "search_dense"),
         *turns.points(Serving, "encode_queries", "encode_passages"),
-        *turns.points(Build, "_commit"),
-        *turns.points(builder, "sync_tree"),
-        *turns.points(flipping, "check_count", "check_sound"),
+        *turns.points(Draft, "commit"),
+        *turns.points(drafts, "sync_tree"),
+        *turns.points(swapping, "check_count", "check_sound"),
     ]
     for owner, name, function in points:
         patch.setattr(owner, name, function)
@@ -91,17 +93,17 @@ def _pauses(patch: pytest.MonkeyPatch, turns: Interleaving) -> None:
         retire(self)
 
     patch.setattr(Serving, "retire", retiring)
-    patch.setattr(live_module, "run_builder", _build)
+    patch.setattr(start, "run_builder", _build)
 
 
 def _build(root: Path, generation: Any, **options: Any) -> None:
     """The builder's code in this process, which lets go of its files as the end of its own would."""
-    build = Build(root, generation, None, chunk=2)
+    build = Build(root, generation, None, EncodeHere(chunk=2))
     try:
         build.run(False)
     except BaseException:
-        build.backend._lock.release()  # type: ignore[attr-defined]
-        build.store.close()
+        build.draft.backend._lock.release()  # type: ignore[attr-defined]
+        build.draft.store.close()
         raise
 
 

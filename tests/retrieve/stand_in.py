@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ultrarag.retrieve.generation.catalog import Generation, Layout
+from ultrarag.retrieve.generation.catalog import Generation, IndexLayout
 from ultrarag.types import Embeddings
 
 #: Models, and dimensions of each: a model fills its own ones, so vectors of two models have the inner product 0.
@@ -43,15 +43,15 @@ def _direction(text: str) -> np.ndarray:
     return 1.0 + np.frombuffer(hashlib.sha256(text.encode()).digest()[:WIDTH], np.uint8)
 
 
-def prepare(layout: Layout, generation: Generation, source: Any) -> None:
+def prepare(layout: IndexLayout, generation: Generation, source: Any) -> None:
     """Stands for `ultrarag.retrieve.generation.source.prepare`: the directory, with the model's name."""
-    copy = Layout.checkpoint(layout.directory(generation.id))
+    copy = IndexLayout.checkpoint(layout.directory(generation.id))
     copy.mkdir(parents=True, exist_ok=True)
     (copy / "model").write_text(generation.fingerprint)
 
 
 def load_encoder(directory: Path, generation: Generation, device: str | None = None) -> StandIn:
-    """Stands for `ultrarag.retrieve.build.child.load_encoder`."""
-    name = (Layout.checkpoint(directory) / "model").read_text()
+    """Stands for `ultrarag.retrieve.generation.source.load_encoder`."""
+    name = (IndexLayout.checkpoint(directory) / "model").read_text()
     assert name == generation.fingerprint
     return StandIn(int(name.removeprefix("model-")))

@@ -18,7 +18,7 @@ import pytest
 from ultrarag.errors import CheckpointError, DataError, FingerprintError, GateError, IndexStateError, UsageError
 from ultrarag.retrieve import evaluate, read_passages, read_status, rerank
 from ultrarag.retrieve.engines.registry import default_backend
-from ultrarag.retrieve.generation import source as building
+from ultrarag.retrieve.generation import source as sources
 from ultrarag.retrieve.generation.serving import FairLock
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages.store import Written
@@ -625,21 +625,21 @@ def test_a_real_build_in_its_own_process(tmp_path: Path, minilm_encoder, other) 
 
 
 def kill_the_builder(live: LiveIndex) -> None:
-    while live._builder is None:
+    while live._core.builder is None:
         time.sleep(0.01)
     time.sleep(0.5)
-    os.kill(live._builder.pid, signal.SIGKILL)
+    os.kill(live._core.builder.pid, signal.SIGKILL)
 
 
 def test_an_error_of_the_builder_is_raised_here(live: LiveIndex, other, monkeypatch) -> None:
     live.add(corpus(3))
-    prepare = building.prepare
+    prepare = sources.prepare
 
     def spoiled(layout, generation, source) -> None:
         prepare(layout, generation, source)
         (layout.checkpoint(layout.directory(generation.id)) / "model.safetensors").unlink()
 
-    monkeypatch.setattr("ultrarag.retrieve.live.prepare", spoiled)
+    monkeypatch.setattr("ultrarag.retrieve.build.start.prepare", spoiled)
     with pytest.raises(CheckpointError, match=r"building generation 2: .*model\.safetensors"):
         live.build(other)
 

@@ -18,12 +18,14 @@ from tests.retrieve.test_live import assert_complete, corpus, text_of
 from ultrarag.errors import GateError, IndexStateError
 from ultrarag.retrieve import read_status
 from ultrarag.retrieve.build import child as builder
-from ultrarag.retrieve.build.child import Build, read_progress
+from ultrarag.retrieve.build.child import Build, EncodeHere
+from ultrarag.retrieve.build.start import enter
 from ultrarag.retrieve.engines import seal as files
 from ultrarag.retrieve.engines.registry import open_backend
-from ultrarag.retrieve.generation.catalog import Generation
-from ultrarag.retrieve.generation.replay import Vectors
-from ultrarag.retrieve.generation.source import Source, enter, prepare
+from ultrarag.retrieve.generation import draft as drafts
+from ultrarag.retrieve.generation.catalog import Generation, Progress
+from ultrarag.retrieve.generation.replay import GenerationVectors
+from ultrarag.retrieve.generation.source import Source, prepare
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages.incoming import records
 from ultrarag.retrieve.passages.store import Store
@@ -61,31 +63,31 @@ def test_a_build_goes_on_after_the_last_committed_chunk(live: LiveIndex, other, 
     generation = entry(live, other)
     directory = live._core.layout.building(generation.id)
     monkeypatch.setattr(builder, "COMMIT_SHARE", float("inf"))  # commit every chunk, however little it holds
-    build = Build(live.path, generation, "cpu", chunk=10)
-    commit = build._commit
+    build = Build(live.path, generation, "cpu", EncodeHere(chunk=10))
+    commit = build.draft.commit
 
     def dying(finished: bool = False) -> None:
         commit(finished)
-        if build.state["encoded"] == 20:
+        if build.draft.progress.encoded == 20:
             raise Killed
 
-    monkeypatch.setattr(build, "_commit", dying)
+    monkeypatch.setattr(build.draft, "commit", dying)
     with pytest.raises(Killed):
         build.run(False)
-    build.backend._lock.release()  # as the end of the process does
-    assert (read_progress(directory) or {})["encoded"] == 20
+    build.draft.backend._lock.release()  # as the end of the process does
+    assert Progress.read(directory).encoded == 20
     described = live.status()["generations"][1]
     assert (described["progress"]["encoded"], described["progress"]["total"]) == (20, 50)
     live.add([*corpus(5, start=50), *corpus(1)])
     live.delete(["p3", "p45"])  # one that was encoded, one that was not
     encoded: list[str] = []
-    resumed = Build._encode
+    resumed = Build.encode
 
     def counting(self, texts):
         encoded.extend(texts)
         return resumed(self, texts)
 
-    monkeypatch.setattr(Build, "_encode", counting)
+    monkeypatch.setattr(Build, "encode", counting)
     live.swap(live.build(other))
     assert len(encoded) == 29  # 50 - 20 committed - 1 deleted; the 5 new ones came after, in the swap
     assert_complete(live, 53)
@@ -99,13 +101,13 @@ def test_a_build_killed_at_its_end_is_recognised(
     generation = entry(live, other)
     with monkeypatch.context() as patch:
         if moment == "finished":
-            patch.setattr(builder, "sync_tree", raise_killed)
+            patch.setattr(drafts, "sync_tree", raise_killed)
             with pytest.raises(Killed):
                 Build(live.path, generation, "cpu").run(False)
         else:
             Build(live.path, generation, "cpu").run(False)
     assert live.generation(generation).state == "building"
-    monkeypatch.setattr(Build, "_encode", raise_killed)
+    monkeypatch.setattr(Build, "encode", raise_killed)
     assert live.build(other).id == generation.id
     live.swap(generation.id)
     assert_complete(live, 5)
@@ -203,9 +205,9 @@ def test_ctrl_c_ends_a_build_that_can_be_taken_up(live: LiveIndex, other) -> Non
     pids: list[int] = []
 
     def interrupt() -> None:
-        while live._builder is None:
+        while live._core.builder is None:
             time.sleep(0.01)
-        pids.append(live._builder.pid)
+        pids.append(live._core.builder.pid)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -231,10 +233,12 @@ def test_a_builder_ends_with_its_parent(live: LiveIndex, other, tmp_path: Path) 
         "import os, sys, threading, time\n"
         "from ultrarag.retrieve import LiveIndex\n"
         "live = LiveIndex.open(sys.argv[1])\n"
+        "def priority():\n"
+        "    return open(f'/proc/{live._core.builder.pid}/stat').read().split()[18]\n"
         "def die():\n"
-        "    while live._builder is None: time.sleep(0.01)\n"
-        "    while open(f'/proc/{live._builder.pid}/stat').read().split()[18] == str(os.nice(0)): time.sleep(0.01)\n"
-        "    print(live._builder.pid, flush=True)\n"
+        "    while live._core.builder is None: time.sleep(0.01)\n"
+        "    while priority() == str(os.nice(0)): time.sleep(0.01)\n"
+        "    print(live._core.builder.pid, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
         "threading.Thread(target=die).start()\n"
         "live.build(sys.argv[2])\n"
@@ -287,7 +291,7 @@ def test_a_repair_that_was_cut_off_is_noticed(live: LiveIndex, tiny, monkeypatch
     shutil.rmtree(live.path / "generations" / "1" / "vectors")
     shutil.rmtree(live.path / "bm25")
     with monkeypatch.context() as patch:
-        patch.setattr(Vectors, "put", raise_killed)
+        patch.setattr(GenerationVectors, "put", raise_killed)
         with pytest.raises(Killed):
             LiveIndex.open(live.path, tiny, repair=True)
     with pytest.raises(IndexStateError, match=r"vectors of 0 passages out of 6: .*repair=True"):

@@ -19,8 +19,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.retrieve.live_machine import LiveMachine
 from tests.retrieve.live_stage import machine
 from tests.retrieve.shared.shared_model import Design, Violation, explore
+from ultrarag.retrieve import swap as swapping
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.generation import swap as flipping
 from ultrarag.retrieve.generation.catalog import Catalog
 from ultrarag.retrieve.search.searcher import Searcher
 
@@ -57,8 +57,8 @@ def flip_before_catching_up(patch: pytest.MonkeyPatch) -> None:
         vectors.catch_up()
         return 0.0
 
-    patch.setattr(flipping, "_approach", lambda core, vectors: None)
-    patch.setattr(flipping, "_exchange", exchange)
+    patch.setattr(swapping, "_approach", lambda core, vectors: None)
+    patch.setattr(swapping, "_exchange", exchange)
 
 
 def search_in_whatever_is_live(patch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from ultrarag.retrieve.generation import (
     Catalog,
     Follower,
     Generation,
-    Layout,
+    IndexLayout,
     Serving,
     open_serving,
     open_words,
@@ -49,8 +50,12 @@ class Core:
         """Take the index, bring it up to date with its log, or leave everything as it was."""
         if not root.is_dir():
             raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
-        self.layout, self.device = Layout(root), device
+        self.layout, self.device = IndexLayout(root), device
         self.writing = threading.RLock()
+        #: held for a build, and for what replaces or removes generations: one at a time each
+        self.building, self.flipping = threading.Lock(), threading.Lock()
+        #: the process of the build that runs
+        self.builder: subprocess.Popen[str] | None = None
         self._lingering: list[Serving] = []
         with ExitStack() as undo:
             lock = OwnerLock(root)

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import publish_directory, staged_directory
+from ultrarag.retrieve.build import build_generation, end_build
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.engines import check_ids
-from ultrarag.retrieve.generation import (
-    Flip,
-    Gate,
-    Generation,
-    Note,
-    Source,
-    describe,
-    end,
-    enter,
-    finish,
-    go_live,
-    lay_out,
-    prepare,
-    run_builder,
-    stored_heads,
-)
+from ultrarag.retrieve.gate import Gate
+from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
+from ultrarag.retrieve.status import describe
+from ultrarag.retrieve.swap import Flip, Note, SwapTerms, rollback, swap
 from ultrarag.types import Embeddings, Hit, Passage
 
 if TYPE_CHECKING:
+    from ultrarag.encode.ray import RayPool
     from ultrarag.encoder import Encoder
     from ultrarag.retrieve.refresh import RefreshReport
 
@@ -63,9 +51,7 @@ class LiveIndex:
 
     def __init__(self, core: Core) -> None:
         """Use `create` or `open`."""
-        self._core = core
-        self._building, self._flipping, self._refreshing = threading.Lock(), threading.Lock(), threading.Lock()
-        self._builder: subprocess.Popen[str] | None = None
+        self._core, self._refreshing = core, threading.Lock()
 
     @classmethod
     def create(
@@ -162,8 +148,7 @@ class LiveIndex:
 
     def close(self) -> None:
         """End a running build (it can be taken up again), let searches finish, and flush; twice is harmless."""
-        if (child := self._builder) is not None:
-            end(child)
+        end_build(self._core)
         self._core.close()
 
     @property
@@ -325,32 +310,8 @@ class LiveIndex:
         Returns:
             the generation, "ready", for `swap`.
         """
-        if not self._building.acquire(blocking=False):
-            raise IndexStateError("a build is running already; wait for it to finish")
-        try:
-            with self._core.leading():
-                core = self._core
-                job = ray and RayJob.of(ray, checkpoint, adapter, backend or core.live.generation.backend)
-                source = Source(checkpoint, adapter, core.live.generation.precision)
-                generation = enter(core, source, backend, stored_heads(source.heads, heads))
-                if generation.state == "ready":
-                    return generation
-                prepare(core.layout, generation, source)
-                del source  # a loaded encoder need not stay in memory
-                if not core.layout.final(generation.id).exists():
-                    run_builder(
-                        self.path,
-                        generation,
-                        device=device or core.device,
-                        threads=threads,
-                        progress=progress,
-                        started=self._started,
-                        **({"ray": job} if job else {}),
-                    )
-                return finish(core, generation)
-        finally:
-            self._builder = None
-            self._building.release()
+        wishes: dict[str, Any] = {"adapter": adapter, "backend": backend, "heads": heads, "device": device}
+        return build_generation(self._core, checkpoint, **wishes, threads=threads, progress=progress, ray=ray)
 
     def swap(
         self,
@@ -380,18 +341,7 @@ class LiveIndex:
             GateError: when it is refused, with the numbers; nothing has changed then.
             IndexStateError: when the generation is not ready.
         """
-        with self._flipping, self._core.leading():
-            found = self.generation(generation)
-            if found.state != "ready":
-                advice = {
-                    "live": "it is live already",
-                    "previous": "rollback brings it back",
-                    "building": "build it first",
-                }
-                raise IndexStateError(
-                    f"generation {found.id} is {found.state}, not ready: {advice.get(found.state, 'build it again')}"
-                )
-            return go_live(self._core, found, gate, force, metric, search, note)
+        return swap(self._core, _id(generation), SwapTerms(gate, force, metric, search, note))
 
     def refresh(
         self,
@@ -428,13 +378,13 @@ class LiveIndex:
             UsageError: for arguments that cannot be used, or a folder with a refresh that was asked for differently.
             DataError, TrainingError, IndexStateError: as for fine-tuning, `build` and `swap`.
         """
-        from ultrarag.retrieve.refresh import Terms, refresh
+        from ultrarag.retrieve.refresh import RefreshTerms, refresh
 
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
-            terms = Terms(gate, force, metric, search)
-            return refresh(self, train_data, eval_data, output_dir, terms, finetune_arguments)
+            terms = RefreshTerms(gate, force, metric, search)
+            return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
         finally:
             self._refreshing.release()
 
@@ -445,11 +395,7 @@ class LiveIndex:
             IndexStateError: when there is none.
             GateError: when it is not sound; nothing has changed then.
         """
-        with self._flipping, self._core.leading():
-            previous = self._core.catalog.in_state("previous")
-            if not previous:
-                raise IndexStateError("there is no previous generation to roll back to")
-            return go_live(self._core, previous[0], None, False, "", {})
+        return rollback(self._core)
 
     def discard(self, generation: int | Generation) -> None:
         """Give up a generation that is being built or ready; `vacuum` removes its files."""
@@ -461,7 +407,7 @@ class LiveIndex:
 
     def vacuum(self) -> None:
         """Remove the files of retired generations, old log entries and tombstones, and compact the databases."""
-        with self._flipping, self._core.leading():
+        with self._core.flipping, self._core.leading():
             self._core.vacuum()
 
     def status(self) -> dict[str, Any]:
@@ -471,9 +417,6 @@ class LiveIndex:
         if (link := self._core.link) is not None and (watcher := self._core.watcher) is not None:
             found["shared"] = {**link.describe(), "error": watcher.error}
         return found
-
-    def _started(self, child: subprocess.Popen[str]) -> None:
-        self._builder = child
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

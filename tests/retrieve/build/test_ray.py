@@ -20,16 +20,17 @@ import pytest
 
 from tests.retrieve import servers
 from tests.retrieve.test_live import assert_complete, corpus
-from ultrarag.encode.ray import build as build_module
+from ultrarag.encode.ray import driver as driver_module
 from ultrarag.encode.ray import pool as pool_module
 from ultrarag.encode.ray import worker as worker_module
-from ultrarag.encode.ray.build import LEDGER_FILE, RayBuild
+from ultrarag.encode.ray.driver import LEDGER_FILE, Driver, EncodeOnRay
 from ultrarag.encode.ray.ledger import Ledger
 from ultrarag.encode.ray.pool import RayJob
 from ultrarag.encode.ray.worker import Attempts, Order, Worker, read_block
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError
-from ultrarag.retrieve import live as live_module
 from ultrarag.retrieve import remove_shared
+from ultrarag.retrieve.build import start
+from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.on_ray import RayPool
 from ultrarag.types import Passage
@@ -239,20 +240,21 @@ def played(monkeypatch: pytest.MonkeyPatch, installed, counted) -> list[int]:
     """The builder in this process, and one worker; the blocks that it took."""
     taken: list[int] = []
 
-    def confirmations(self: RayBuild, ledger: Ledger):
+    def confirmations(self: Driver):
         worker = Worker(self._order("cpu"), counted)
+        root, base, ledger = str(self.draft.layout.root), self.draft.generation.base_seq, self.ledger
         for block in ledger.missing():
             taken.append(block)
-            rows = read_block(block_table(block), str(self.root), ledger.first, ledger.size, self.generation.base_seq)
+            rows = read_block(block_table(block), root, ledger.first, ledger.size, base)
             yield worker(rows).to_pylist()[0]
 
     def run(root, generation, *, ray, device=None, threads=None, progress=None, started=None) -> None:
-        build = RayBuild(root, generation, device, RayJob.from_json(ray.to_json()))
-        with closing(build.backend), closing(build.store):
+        build = Build(root, generation, device, EncodeOnRay(RayJob.from_json(ray.to_json())))
+        with closing(build.draft.backend), closing(build.draft.store):
             build.run(False)
 
-    monkeypatch.setattr(RayBuild, "_confirmations", confirmations)
-    monkeypatch.setattr(live_module, "run_builder", run)
+    monkeypatch.setattr(Driver, "_confirmations", confirmations)
+    monkeypatch.setattr(start, "run_builder", run)
     return taken
 
 
@@ -298,10 +300,8 @@ def test_a_driver_that_died_goes_on_after_what_was_confirmed(live, checkpoint, r
 
 
 def test_an_ordinary_build_goes_on_after_one_on_ray(live, checkpoint, rest, played, monkeypatch) -> None:
-    from ultrarag.retrieve.build.child import Build
-
     live.add(corpus(PASSAGES))
-    monkeypatch.setattr(build_module, "TELL_EVERY", 0)
+    monkeypatch.setattr(driver_module, "TELL_EVERY", 0)
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
         with pytest.raises(Killed):
@@ -312,7 +312,7 @@ def test_an_ordinary_build_goes_on_after_one_on_ray(live, checkpoint, rest, play
     def ordinary(root, generation, **wishes) -> None:
         Build(root, generation, "cpu").run(False)
 
-    monkeypatch.setattr(live_module, "run_builder", ordinary)
+    monkeypatch.setattr(start, "run_builder", ordinary)
     generation = live.build(checkpoint, backend=rest.uri)
     assert json.loads((live._core.layout.final(generation.id) / "progress.json").read_text())["encoded"] == PASSAGES
     live.swap(generation)
@@ -321,14 +321,14 @@ def test_an_ordinary_build_goes_on_after_one_on_ray(live, checkpoint, rest, play
 
 def test_what_the_server_has_lost_is_encoded_again(live, checkpoint, rest, played, monkeypatch) -> None:
     live.add(corpus(PASSAGES))
-    lost = RayBuild._lost
+    lost = Driver._lost
 
-    def losing(self: RayBuild, ledger: Ledger, before: int) -> set[int]:
+    def losing(self: Driver) -> set[int]:
         if len(played) == 5:
-            self.backend.delete(["p20", "p70"])
-        return lost(self, ledger, before)
+            self.draft.backend.delete(["p20", "p70"])
+        return lost(self)
 
-    monkeypatch.setattr(RayBuild, "_lost", losing)
+    monkeypatch.setattr(Driver, "_lost", losing)
     live.swap(live.build(checkpoint, backend=rest.uri, ray=POOL))
     assert played == [0, 1, 2, 3, 4, 1, 4]
     assert_complete(live, PASSAGES)
@@ -336,7 +336,7 @@ def test_what_the_server_has_lost_is_encoded_again(live, checkpoint, rest, playe
 
 def test_a_server_that_forgets_every_time_is_an_error(live, checkpoint, rest, played, monkeypatch) -> None:
     live.add(corpus(BLOCK))
-    monkeypatch.setattr(RayBuild, "_lost", lambda self, ledger, before: {0})
+    monkeypatch.setattr(Driver, "_lost", lambda self: {0})
     with pytest.raises(IndexStateError, match="confirmed 3 times"):
         live.build(checkpoint, backend=rest.uri, ray=POOL)
     assert played == [0, 0, 0]

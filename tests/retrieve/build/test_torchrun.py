@@ -48,13 +48,13 @@ def share(root: Path, checkpoint: Path, number: int, world: int) -> int:
 def count_encoded(monkeypatch) -> list[str]:
     """The texts that a build encodes itself."""
     encoded: list[str] = []
-    encode = Build._encode_now
+    encode = Build.encode
 
     def counting(self, texts):
         encoded.extend(texts)
         return encode(self, texts)
 
-    monkeypatch.setattr(Build, "_encode_now", counting)
+    monkeypatch.setattr(Build, "encode", counting)
     return encoded
 
 

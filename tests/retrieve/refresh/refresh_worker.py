@@ -39,7 +39,7 @@ def arm(stage: str) -> None:
         from ultrarag.retrieve.build import child as builder
 
         in_this_process()
-        builder.Build._catch_up = die  # type: ignore[method-assign]
+        builder.Build.catch_up = die  # type: ignore[method-assign]
     if stage == "flipped":
         from ultrarag.retrieve.generation.catalog import Catalog
 
@@ -50,10 +50,10 @@ def arm(stage: str) -> None:
 
 def in_this_process() -> None:
     """Run the builder's code here: a process of its own takes seconds to import torch."""
-    from ultrarag.retrieve import live
+    from ultrarag.retrieve.build import start
     from ultrarag.retrieve.build.child import Build
 
-    live.run_builder = lambda root, generation, **options: Build(root, generation, None).run(False)
+    start.run_builder = lambda root, generation, **options: Build(root, generation, None).run(False)
 
 
 if __name__ == "__main__":

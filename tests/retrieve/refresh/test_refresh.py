@@ -52,12 +52,10 @@ def straight(tiny, tmp_path_factory):
     """The fingerprint that an uninterrupted refresh comes to."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch, filled(folder / "kb", tiny) as live:
-        from ultrarag.retrieve import live as live_module
+        from ultrarag.retrieve.build import start
         from ultrarag.retrieve.build.child import Build
 
-        patch.setattr(
-            live_module, "run_builder", lambda root, generation, **_: Build(root, generation, None).run(False)
-        )
+        patch.setattr(start, "run_builder", lambda root, generation, **_: Build(root, generation, None).run(False))
         report = live.refresh(ROWS, output_dir=folder / "out", gate=GATE, cache_path=str(folder / "cache"), **ARGUMENTS)
     return report.lineage["fingerprint"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.encode.ray.build import RayBuild
+    from ultrarag.encode.ray.driver import EncodeOnRay
     from ultrarag.encode.ray.pool import RayJob, RayPool
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

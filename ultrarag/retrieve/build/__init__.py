@@ -1,6 +1,6 @@
-"""The room of builds: the corpus encoded into a new generation, in a process of its own, by torchrun or on Ray.
+"""The room of builds: the corpus encoded into a new generation, by a child process, by the ranks of torchrun or on Ray.
 
-A generation in the catalog comes in; its vectors, ready to be swapped in, go out.
+An open index and a checkpoint come in; a generation that is ready to be swapped in goes out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,6 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.build.child import Build, create_vectors, load_encoder, read_progress
+    from ultrarag.retrieve.build.start import build_generation, end_build
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,9 +1,10 @@
 """`torchrun ... -m ultrarag.retrieve.build INDEX CHECKPOINT`: build a generation with many processes or machines.
 
-Each process encodes its share of the passages into files below the index (see `ultrarag.retrieve.build.encoded`), and the
-first one then joins them into a generation by an ordinary build, which encodes nothing but what was written meanwhile.
-Started again after any crash, with as many processes or others, it goes on with the blocks that have no file. The index
-may be in use: searches and writes go on, and the process that owns it then joins, with `build` of the same checkpoint.
+Each process encodes its share of the passages into files below the index (see `ultrarag.retrieve.build.encoded`), and
+the first one then joins them into a generation by an ordinary build, which encodes nothing but what was written
+meanwhile. Started again after any crash, with as many processes or others, it goes on with the blocks that have no
+file. The index may be in use: searches and writes go on, and the process that owns it then joins, with `build` of the
+same checkpoint.
 """
 
 from __future__ import annotations
@@ -20,14 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag.encoder import Cuts
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
-from ultrarag.io import progress_bar
-from ultrarag.retrieve.command import built
-from ultrarag.retrieve.build.child import read_progress
-from ultrarag.retrieve.generation import stored_heads
+from ultrarag.io import progress_bar, read_owner
 from ultrarag.retrieve.build.encoded import Encoded, block_of, passages_of
-from ultrarag.retrieve.generation import Catalog, Layout
+from ultrarag.retrieve.command import built
+from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, stored_heads
 from ultrarag.retrieve.live import LiveIndex
-from ultrarag.io import read_owner
 from ultrarag.retrieve.passages import Store
 
 if TYPE_CHECKING:
@@ -125,7 +123,7 @@ def _blocks_built(root: Path, store: Store, fingerprint: str) -> int:
     rows = [0]
     for found in Catalog(store).in_state("building"):
         if found.fingerprint == fingerprint:
-            rows.append(int((read_progress(Layout(root).directory(found.id)) or {}).get("row", 0)))
+            rows.append((Progress.read(IndexLayout(root).directory(found.id)) or Progress()).row)
     return block_of(max(rows) + 1)
 
 

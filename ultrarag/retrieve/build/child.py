@@ -14,24 +14,25 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
-from ultrarag.encoder import Cuts
-from ultrarag.errors import CheckpointError, IndexStateError, UltraragError, kind_of
-from ultrarag.io import sync_tree, write_json
+from ultrarag.errors import UltraragError, kind_of
 from ultrarag.io import progress_bar
-from ultrarag.retrieve.engines import Backend, Schema, create, open_backend, remove
-from ultrarag.retrieve.engines import SCHEMA_FILE
 from ultrarag.retrieve.build.encoded import Encoded, Known
-from ultrarag.retrieve.generation import Follower, Vectors
-from ultrarag.retrieve.generation import Catalog, Generation, Layout
+from ultrarag.retrieve.generation import (
+    Catalog,
+    Draft,
+    Follower,
+    Generation,
+    GenerationVectors,
+    IndexLayout,
+    load_encoder,
+)
 from ultrarag.retrieve.passages import Store
-from ultrarag.types import Embeddings
-
-if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
+from ultrarag.types import Embeddings, Passage
 
 #: Passages encoded between two possible commits.
 CHUNK = 512
@@ -41,126 +42,107 @@ COMMIT_SHARE = 0.05
 LEFT_OVER = 64
 NICENESS = 10
 
+Encode = Callable[[Sequence[str]], Embeddings]
+
+
+class Strategy(Protocol):
+    """A way to give vectors to all passages that were written before a build began."""
+
+    def fill(self, draft: Draft, encode: Encode, progress: bool | None) -> None:
+        """Encode what the draft lacks, and commit; whatever a kill leaves is taken up by the next start.
+
+        Args:
+            encode: encodes passages in this process.
+            progress: a bar on stderr; None: on a terminal.
+        """
+        ...
+
+
+class EncodeHere:
+    """Encode in this process, chunk by chunk; vectors that the ranks of torchrun made ahead are taken as they are."""
+
+    def __init__(self, chunk: int = CHUNK) -> None:
+        """`chunk`: passages between two possible commits."""
+        self.chunk = chunk
+
+    def fill(self, draft: Draft, encode: Encode, progress: bool | None) -> None:
+        """See `Strategy.fill`."""
+        done, ahead, pace = draft.progress, encoded_ahead(draft), _Pace(draft)
+        done.ahead, done.own = 0, {}  # what Ray has beyond `row` is encoded again
+        started, spent = time.monotonic(), done.seconds
+        with progress_bar(draft.total(), f"build generation {draft.generation.id}", "passage", progress) as bar:
+            bar.update(done.encoded)
+            while chunk := draft.store.scan(done.row, self.chunk, draft.generation.base_seq):
+                rows, passages = zip(*chunk, strict=True)
+                _put(draft, passages, ahead.known(rows), encode)
+                done.row, done.encoded = rows[-1], done.encoded + len(rows)
+                done.seconds = spent + time.monotonic() - started
+                bar.update(len(rows))
+                pace.commit()
+
+
+def _put(draft: Draft, passages: Sequence[Passage], known: Known, encode: Encode) -> None:
+    GenerationVectors(draft.backend, lambda texts: known.fill(texts, encode)).put(passages)
+
+
+class _Pace:
+    """Commits a draft as often as it costs little beside the encoding."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft, self._committed, self._cost = draft, time.monotonic(), 0.0
+
+    def commit(self) -> None:
+        """Commit, unless the last commit was too dear for the time since then."""
+        began = time.monotonic()
+        if self._cost > COMMIT_SHARE * (began - self._committed):
+            return
+        self._draft.commit()
+        self._committed = time.monotonic()
+        self._cost = self._committed - began
+
+
+def encoded_ahead(draft: Draft) -> Encoded:
+    """What ranks have encoded, or will, for a draft."""
+    generation = draft.generation
+    return Encoded(draft.layout.root, generation.fingerprint, generation.heads, generation.precision)
+
 
 class Build:
     """The building of one generation, from where it stands."""
 
-    def __init__(self, root: Path, generation: Generation, device: str | None, chunk: int = CHUNK) -> None:
-        self.layout, self.generation, self.chunk = Layout(root), generation, chunk
-        self.cuts = Cuts()
-        self.store = Store.open(root, read_only=True)
-        self.directory = self.layout.building(generation.id)
-        self.encoder = load_encoder(self.directory, generation, device)
-        self.backend = self._vectors()
-        self.ahead = Encoded(root, generation.fingerprint, generation.heads, generation.precision)
-        self._known = Known()
-        self.state = read_progress(self.directory) or {
-            "row": 0,
-            "encoded": 0,
-            "applied": generation.base_seq,
-            "seconds": 0.0,
-        }
-        # a build on Ray notes all that is encoded, and apart from it what is up to `row`
-        self.state["encoded"] = self.state.pop("up_to_row", self.state["encoded"])
+    def __init__(
+        self, root: Path, generation: Generation, device: str | None, strategy: Strategy | None = None
+    ) -> None:
+        """Load the encoder and open the draft; default strategy: `EncodeHere`."""
+        self.strategy: Strategy = strategy or EncodeHere()
+        self.encoder = load_encoder(IndexLayout(root).building(generation.id), generation, device)
+        self.draft = Draft(root, generation, self.encoder)
 
     def run(self, progress: bool | None = None) -> None:
         """Encode, catch up with the writes made meanwhile, optimise, and make the directory final."""
-        if not self.state.get("finished"):
-            self._fill(progress)
-            self._catch_up()
-            self.backend.optimize()
-            self._commit(finished=True)
-            self.cuts.tell()
-        self.backend.close()
-        self.store.close()
-        sync_tree(self.directory)
-        os.rename(self.directory, self.layout.final(self.generation.id))
-        self.ahead.remove()
+        draft = self.draft
+        if not draft.progress.finished:
+            self.strategy.fill(draft, self.encode, progress)
+            self.catch_up()
+            draft.backend.optimize()
+            draft.commit(finished=True)
+            draft.cuts.tell()
+        draft.publish()
+        encoded_ahead(draft).remove()
 
-    def _fill(self, progress: bool | None) -> None:
-        """Encode all passages written before the build began."""
-        base = self.generation.base_seq
-        vectors = Vectors(self.backend, self._encode)
-        started = committed = time.monotonic()
-        spent = float(self.state["seconds"])
-        with progress_bar(self._total(), f"build generation {self.generation.id}", "passage", progress) as bar:
-            bar.update(self.state["encoded"])
-            cost = 0.0
-            while chunk := self.store.scan(self.state["row"], self.chunk, base):
-                self._known = self.ahead.known([row for row, _ in chunk])
-                vectors.put([passage for _, passage in chunk])
-                self.state["row"], self.state["encoded"] = chunk[-1][0], self.state["encoded"] + len(chunk)
-                self.state["seconds"] = spent + time.monotonic() - started
-                bar.update(len(chunk))
-                if cost <= COMMIT_SHARE * (time.monotonic() - committed):
-                    begun = time.monotonic()
-                    self._commit()
-                    committed = time.monotonic()
-                    cost = committed - begun
-
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Apply the writes made meanwhile, until few are left."""
-        follower = Follower(self.store, Vectors(self.backend, self._encode), self.state["applied"], lambda seq: None)
-        while self.store.last_seq() - follower.applied > LEFT_OVER:
-            follower.catch_up(self.store.last_seq())
-        self.backend.flush()
-        self.state["applied"] = follower.applied
+        draft, vectors = self.draft, GenerationVectors(self.draft.backend, self.encode)
+        follower = Follower(draft.store, vectors, draft.progress.applied, lambda seq: None)
+        while draft.store.last_seq() - follower.applied > LEFT_OVER:
+            follower.catch_up(draft.store.last_seq())
+        draft.backend.flush()
+        draft.progress.applied = follower.applied
 
-    def _commit(self, finished: bool = False) -> None:
-        """Make the vectors durable, then the note of how far they go."""
-        self.backend.flush()
-        write_json(self.layout.progress(self.directory), {**self.state, "total": self._total(), "finished": finished})
-
-    def _total(self) -> int:
-        return max(self.store.count(), self.state["encoded"])
-
-    def _encode(self, texts: Any) -> Embeddings:
-        return self._known.fill(list(texts), self._encode_now)
-
-    def _encode_now(self, texts: Any) -> Embeddings:
-        return self.encoder.encode(list(texts), "passage", heads=self.generation.heads, progress=False, cuts=self.cuts)
-
-    def _vectors(self) -> Backend:
-        """Open what an earlier start left, or begin anew where it had not committed anything."""
-        directory = self.layout.vectors(self.directory)
-        if read_progress(self.directory) is None:
-            remove(directory)
-        if not (directory / SCHEMA_FILE).exists():
-            return create_vectors(self.encoder, self.generation, directory)
-        return open_backend(directory, self.generation.fingerprint)
-
-
-def create_vectors(encoder: Encoder, generation: Generation, directory: Path) -> Backend:
-    """Create the empty vector engine of a generation."""
-    probe = encoder.encode(["dimension"], "passage", heads=generation.heads, progress=False)
-    return create(directory, Schema.of(probe, generation.fingerprint), generation.backend)
-
-
-def load_encoder(directory: Path, generation: Generation, device: str | None = None) -> Encoder:
-    """Load a generation's own copy of its encoder; CheckpointError when it is not the one it was."""
-    from ultrarag.encoder import Encoder
-
-    folder = Layout.checkpoint(directory)
-    encoder = Encoder.load(folder, device=device, precision=generation.precision)
-    if encoder.fingerprint != generation.fingerprint:
-        raise CheckpointError(
-            f"{folder} is not the encoder of generation {generation.id} any more (fingerprint "
-            f"{encoder.fingerprint[:12]} instead of {generation.fingerprint[:12]}): restore the folder from a copy, or "
-            f"build a new generation"
-        )
-    return encoder
-
-
-def read_progress(directory: Path) -> dict[str, Any] | None:
-    """How far a build has come, or None before its first commit."""
-    path = Layout.progress(directory)
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise IndexStateError(f"'{path}' is damaged ({error}); delete '{directory}' and build again") from error
-    return found
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        """Encode passages with the heads that the generation stores."""
+        heads, cuts = self.draft.generation.heads, self.draft.cuts
+        return self.encoder.encode(list(texts), "passage", heads=heads, progress=False, cuts=cuts)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,20 +162,19 @@ def main(arguments: list[str] | None = None) -> int:
         store = Store.open(asked.index, read_only=True)
         generation = Catalog(store).get(asked.generation)
         store.close()
-        _build(asked, generation).run(wanted)
+        Build(asked.index, generation, asked.device, _strategy(asked)).run(wanted)
     except (UltraragError, OSError) as error:
         print(json.dumps({"kind": kind_of(error), "message": str(error)}))
         return 1
     return 0
 
 
-def _build(asked: argparse.Namespace, generation: Generation) -> Build:
+def _strategy(asked: argparse.Namespace) -> Strategy:
     if asked.ray is None:
-        return Build(asked.index, generation, asked.device, asked.chunk)
-    from ultrarag.encode.ray import RayBuild
-    from ultrarag.encode.ray import RayJob
+        return EncodeHere(asked.chunk)
+    from ultrarag.encode.ray import EncodeOnRay, RayJob
 
-    return RayBuild(asked.index, generation, asked.device, RayJob.from_json(asked.ray))
+    return EncodeOnRay(RayJob.from_json(asked.ray))
 
 
 def _behave(threads: int) -> None:

@@ -17,9 +17,10 @@ from ultrarag.errors import DataError, IndexStateError, UsageError
 from ultrarag.evaluation import Collection, differences, evaluate_run, read_beir, read_run, write_run
 from ultrarag.io import progress_bar
 from ultrarag.retrieve.command import printing
-from ultrarag.retrieve.generation import Generation, read_status
+from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages import STDIN, Written, passage_file, read_queries
+from ultrarag.retrieve.status import read_status
 from ultrarag.types import Hit
 
 #: Queries searched at a time.

@@ -1,6 +1,6 @@
-"""The room of a generation: (encoder, vectors) pairs, from a line in the catalog to the flip that makes one live.
+"""The room of a generation: (encoder, vectors) pairs, from a line in the catalog to a pair in service.
 
-A checkpoint's copy and the write log come in; a pair in service goes out.
+A checkpoint's copy and the write log come in; a draft to be built, or a pair that answers searches, goes out.
 """
 
 from __future__ import annotations
@@ -10,22 +10,11 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.generation.catalog import COLUMNS, Catalog, Generation, Layout
-    from ultrarag.retrieve.generation.gate import Gate
+    from ultrarag.retrieve.generation.catalog import COLUMNS, Catalog, Generation, IndexLayout, Progress
+    from ultrarag.retrieve.generation.draft import Draft
     from ultrarag.retrieve.generation.open import REPAIR, lay_out, open_serving, open_words
-    from ultrarag.retrieve.generation.replay import Follower, Vectors
+    from ultrarag.retrieve.generation.replay import Follower, GenerationVectors
     from ultrarag.retrieve.generation.serving import Serving
-    from ultrarag.retrieve.generation.source import (
-        Source,
-        copy_checkpoint,
-        end,
-        enter,
-        finish,
-        prepare,
-        run_builder,
-        stored_heads,
-    )
-    from ultrarag.retrieve.generation.status import describe, read_passages, read_status
-    from ultrarag.retrieve.generation.swap import Flip, Note, go_live
+    from ultrarag.retrieve.generation.source import Source, load_encoder, prepare, stored_heads
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

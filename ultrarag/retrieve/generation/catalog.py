@@ -1,16 +1,17 @@
-"""Generations of an index: (encoder, vectors) pairs, their states, and which of them is live."""
+"""Generations of an index: their states, which of them is live, where each lies, and how far a build has come."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import IndexStateError
+from ultrarag.io import write_json
 from ultrarag.retrieve.passages import Store
 
 #: building -> ready -> live -> previous -> retired; a rollback exchanges live and previous.
@@ -44,7 +45,7 @@ class Generation:
     metrics: dict[str, Any]
 
 
-class Layout:
+class IndexLayout:
     """Where things lie below an index directory."""
 
     def __init__(self, root: Path) -> None:
@@ -79,6 +80,59 @@ class Layout:
     def progress(directory: Path) -> Path:
         """How far a build has come."""
         return directory / "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far the build of a generation has come, durably: its `progress.json`."""
+
+    #: the last row of the store up to which every passage has its vectors
+    row: int = 0
+    #: passages up to that row
+    encoded: int = 0
+    #: passages after that row that have their vectors already
+    ahead: int = 0
+    #: last entry of the write log that the vectors contain
+    applied: int = 0
+    seconds: float = 0.0
+    #: passages to encode in all; None before the first note
+    total: int | None = None
+    finished: bool = False
+    #: what the way of encoding notes for itself, under names of its own
+    own: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> Progress | None:
+        """The progress of the build in a directory, or None before its first note.
+
+        Raises:
+            IndexStateError: when the file is damaged.
+        """
+        path = IndexLayout.progress(directory)
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            held = int(found.get("encoded", 0))
+            up_to_row = int(found.pop("up_to_row", held))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise IndexStateError(f"'{path}' is damaged ({error}); delete '{directory}' and build again") from error
+        names = {item.name for item in fields(cls)} - {"own"}
+        own = {name: found.pop(name) for name in list(found) if name not in names}
+        return cls(**{**found, "encoded": up_to_row, "ahead": held - up_to_row, "own": own})
+
+    @property
+    def held(self) -> int:
+        """All passages that have their vectors."""
+        return self.encoded + self.ahead
+
+    def write(self, directory: Path) -> None:
+        """Replace the file; `encoded` there is all that is held, for whoever asks how far the build is."""
+        note = {**asdict(self), "encoded": self.held, **self.own}
+        del note["own"], note["ahead"]
+        if self.ahead:
+            note["up_to_row"] = self.encoded
+        write_json(IndexLayout.progress(directory), note)
 
 
 class Catalog:

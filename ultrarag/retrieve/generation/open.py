@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.bm25 import BM25
-from ultrarag.retrieve.build import create_vectors, load_encoder
 from ultrarag.retrieve.engines import Backend, OwnerLock, ServerError, default_backend, open_backend, remove
-from ultrarag.retrieve.generation.catalog import Catalog, Generation, Layout
-from ultrarag.retrieve.generation.replay import Follower, Vectors, Words
+from ultrarag.retrieve.generation.catalog import Catalog, Generation, IndexLayout
+from ultrarag.retrieve.generation.draft import create_vectors
+from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Words
 from ultrarag.retrieve.generation.serving import Serving
-from ultrarag.retrieve.generation.source import Source, prepare
+from ultrarag.retrieve.generation.source import Source, load_encoder, prepare
 from ultrarag.retrieve.passages import Store
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ logger = logging.getLogger("ultrarag")
 
 def lay_out(directory: Path, encoder: Encoder, backend: str | None, heads: tuple[str, ...], bm25: bool) -> None:
     """Write an empty index with one live generation into an empty directory."""
-    layout, store = Layout(directory), Store.create(directory)
+    layout, store = IndexLayout(directory), Store.create(directory)
     try:
         catalog, source = Catalog(store), Source(encoder)
         first = catalog.add(source.fingerprint, backend or default_backend(), heads, source.precision, "ready", 0)
@@ -44,7 +44,7 @@ def lay_out(directory: Path, encoder: Encoder, backend: str | None, heads: tuple
 
 
 def open_serving(
-    layout: Layout,
+    layout: IndexLayout,
     store: Store,
     generation: Generation,
     encoder: Encoder | None = None,
@@ -76,7 +76,7 @@ def open_serving(
         catalog = Catalog(store)
         follower = Follower(
             store,
-            Vectors(backend, serving.encode_passages, check),
+            GenerationVectors(backend, serving.encode_passages, check),
             generation.applied_seq,
             lambda seq: catalog.set_applied(generation.id, seq),
         )
@@ -104,7 +104,7 @@ def _vectors(directory: Path, generation: Generation, encoder: Encoder, repair: 
         return create_vectors(encoder, generation, directory), True
 
 
-def open_words(layout: Layout, store: Store) -> tuple[BM25, Follower] | None:
+def open_words(layout: IndexLayout, store: Store) -> tuple[BM25, Follower] | None:
     """Open BM25, where the index has it; a damaged one is made anew from the passages."""
     if store.get_meta("bm25") != "1":
         return None

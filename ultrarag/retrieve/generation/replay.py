@@ -43,7 +43,7 @@ class Target(Protocol):
         ...
 
 
-class Vectors:
+class GenerationVectors:
     """The vectors of one generation as a target."""
 
     def __init__(

@@ -1,32 +1,22 @@
-"""Preparing a generation and running its build: the side of the process that goes on answering searches."""
+"""The encoder of a generation: where it comes from, its copy in the index, and loading that."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultrarag import errors
-from ultrarag.checkpoint import MANIFEST, Manifest, changed_files, read_manifest
-from ultrarag.errors import CheckpointError, IndexStateError, UsageError, did_you_mean
-from ultrarag.io import publish_directory, staged_directory
-from ultrarag.retrieve.build import read_progress
-from ultrarag.retrieve.generation.catalog import Generation, Layout
+from ultrarag.checkpoint import Manifest, copy_checkpoint, read_manifest
+from ultrarag.errors import CheckpointError, UsageError, did_you_mean
+from ultrarag.retrieve.generation.catalog import Generation, IndexLayout
 
 if TYPE_CHECKING:
-    from ultrarag.encode.ray import RayJob
     from ultrarag.encoder import Encoder
-    from ultrarag.retrieve.core import Core
 
 #: The heads that an index can store.
 STORED = ("dense", "sparse", "colbert")
-#: Seconds that a build may take to end when it is told to.
-PATIENCE = 20.0
 
 
 def stored_heads(available: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -88,50 +78,7 @@ class Source:
         return manifest.fingerprint
 
 
-def copy_checkpoint(source: Path, manifest: Manifest, target: Path) -> None:
-    """Copy the files that a manifest lists, compare them with their checksums, and publish them in one step.
-
-    Not hard links: a later training run may write into the same files.
-    """
-    with staged_directory(target) as stage:
-        for name in (*manifest.files, MANIFEST):
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, stage / name)
-        if damaged := changed_files(stage, manifest):
-            raise CheckpointError(
-                f"'{source / damaged[0]}' is not what the checkpoint's manifest says (checksum; {len(damaged)} such "
-                f"files): it is damaged, or was changed; save the checkpoint again"
-            )
-        publish_directory(stage, target)
-
-
-def enter(core: Core, source: Source, backend: str | None, heads: tuple[str, ...]) -> Generation:
-    """Return the unfinished or ready generation of an encoder, or a new one; unfinished ones of others are given up."""
-    if core.link is not None and backend not in (None, core.link.uri):
-        raise UsageError(f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out")
-    wanted = (source.fingerprint, backend or core.live.generation.backend, heads, source.precision)
-    for found in core.catalog.all():
-        same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
-        if same and found.state in ("building", "ready"):
-            return found
-        if found.state == "building":
-            core.catalog.set_state(found.id, "retired", only_from=("building",))
-    with core.writing:  # else a vacuum could forget the log entries that follow
-        return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq())
-
-
-def finish(core: Core, generation: Generation) -> Generation:
-    """Enter a built generation as ready, with the writes that its builder applied."""
-    done = read_progress(core.layout.final(generation.id)) or {}
-    core.catalog.set_applied(generation.id, int(done.get("applied", generation.base_seq)))
-    if core.link is not None:
-        core.link.share(generation)
-    if not core.catalog.set_state(generation.id, "ready", only_from=("building",)):
-        raise IndexStateError(f"generation {generation.id} was discarded while it was built; build it again")
-    return core.catalog.get(generation.id)
-
-
-def prepare(layout: Layout, generation: Generation, source: Source) -> None:
+def prepare(layout: IndexLayout, generation: Generation, source: Source) -> None:
     """Give a generation that is to be built its directory and its copy of the checkpoint, unless it has them."""
     directory = layout.directory(generation.id)
     directory.mkdir(parents=True, exist_ok=True)
@@ -147,62 +94,16 @@ def prepare(layout: Layout, generation: Generation, source: Source) -> None:
         )
 
 
-def run_builder(
-    root: Path,
-    generation: Generation,
-    *,
-    device: str | None = None,
-    threads: int | None = None,
-    progress: bool | None = None,
-    ray: RayJob | None = None,
-    started: Callable[[subprocess.Popen[str]], None] = lambda child: None,
-) -> None:
-    """Run the builder process to its end; on Ctrl-C it is ended, and can be taken up again later.
+def load_encoder(directory: Path, generation: Generation, device: str | None = None) -> Encoder:
+    """Load a generation's own copy of its encoder; CheckpointError when it is not the one it was."""
+    from ultrarag.encoder import Encoder
 
-    Raises:
-        UltraragError: of the kind that stopped the builder.
-    """
-    threads = threads or max(1, (os.cpu_count() or 2) // 2)
-    wish = {None: "auto", True: "always", False: "never"}[progress]
-    command = [sys.executable, "-m", "ultrarag.retrieve.build.child", str(root), str(generation.id)]
-    command += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
-    command += ["--ray", ray.to_json()] if ray else []
-    # a session of its own: Ctrl-C reaches this process only, which then ends the builder in good order
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=_environment(threads), start_new_session=True
-    ) as child:
-        started(child)
-        try:
-            output, _ = child.communicate()
-        except BaseException:
-            end(child)
-            raise
-    if child.returncode:
-        raise _error(output, child.returncode, generation)
-
-
-def end(child: subprocess.Popen[str]) -> None:
-    """End a builder: politely, then by force."""
-    child.terminate()
-    try:
-        child.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _environment(threads: int) -> dict[str, str]:
-    paths = os.pathsep.join(path for path in sys.path if path)  # a program run from its source folder
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
-
-
-def _error(output: str, status: int, generation: Generation) -> Exception:
-    """The error that the builder printed as JSON, or one that says how it ended."""
-    again = "what it committed is kept: build the same checkpoint again to go on"
-    try:
-        told = json.loads(output.strip().splitlines()[-1])
-        kind = getattr(errors, told["kind"])
-        return kind(f"building generation {generation.id}: {told['message']}")
-    except (ValueError, IndexError, KeyError, AttributeError, TypeError):
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
-        return IndexStateError(f"the build of generation {generation.id} {how}; {again}")
+    folder = IndexLayout.checkpoint(directory)
+    encoder = Encoder.load(folder, device=device, precision=generation.precision)
+    if encoder.fingerprint != generation.fingerprint:
+        raise CheckpointError(
+            f"{folder} is not the encoder of generation {generation.id} any more (fingerprint "
+            f"{encoder.fingerprint[:12]} instead of {generation.fingerprint[:12]}): restore the folder from a copy, or "
+            f"build a new generation"
+        )
+    return encoder

@@ -11,6 +11,6 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.refresh.report import RefreshReport
-    from ultrarag.retrieve.refresh.stages import Terms, refresh
+    from ultrarag.retrieve.refresh.stages import RefreshTerms, refresh
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -9,19 +9,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ultrarag.checkpoint import MANIFEST, read_manifest
 from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
 from ultrarag.evaluation import Measured, Verdict
 from ultrarag.finetune import read_measured
-from ultrarag.retrieve.generation import Gate, Generation, Layout
+from ultrarag.retrieve.build import build_generation
+from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.gate import Gate
+from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured, questions
-from ultrarag.retrieve.refresh.report import JSON_FILE, RefreshReport, write_report
-from ultrarag.retrieve.refresh.state import STATE_FILE, Request, State
-
-if TYPE_CHECKING:
-    from ultrarag.retrieve.live import LiveIndex
+from ultrarag.retrieve.refresh.report import JSON_FILE, STATE_FILE, RefreshReport, RefreshState, Request, write_report
+from ultrarag.retrieve.swap import SwapTerms, swap
 
 #: Arguments of `finetune` that a refresh decides itself.
 _OWN = ("model_name_or_path", "model", "adapter", "resume_from_checkpoint")
@@ -32,7 +32,7 @@ logger = logging.getLogger("ultrarag")
 
 
 @dataclass(frozen=True)
-class Terms:
+class RefreshTerms:
     """On which terms the new generation goes live."""
 
     gate: bool | Gate = True
@@ -43,15 +43,15 @@ class Terms:
 
 
 def refresh(
-    live: LiveIndex,
+    core: Core,
     train_data: Any,
     eval_data: Any,
     output_dir: str | os.PathLike[str],
-    terms: Terms,
+    terms: RefreshTerms,
     arguments: dict[str, Any],
 ) -> RefreshReport:
     """See `LiveIndex.refresh`."""
-    work = _Refresh(live, train_data, eval_data, Path(output_dir), terms, arguments)
+    work = _Refresh(core, train_data, eval_data, Path(output_dir), terms, arguments)
     if (done := work.finished()) is not None:
         return done
     work.begin()
@@ -70,16 +70,21 @@ def refresh(
 class _Refresh:
     """One refresh, from where it stands."""
 
-    state: State
+    state: RefreshState
 
     def __init__(
-        self, live: LiveIndex, train_data: Any, eval_data: Any, output: Path, terms: Terms, arguments: dict[str, Any]
+        self,
+        core: Core,
+        train_data: Any,
+        eval_data: Any,
+        output: Path,
+        terms: RefreshTerms,
+        arguments: dict[str, Any],
     ) -> None:
         """Check all that can be checked before hours of training."""
-        self.live, self.output, self.terms = live, output, terms
+        self.core, self.output, self.terms = core, output, terms
         self.train_data, self.eval_data, self.arguments = train_data, eval_data, arguments
-        self.core = live._core
-        self.parent = self.core.live.generation
+        self.parent = core.live.generation
         self._check_arguments()
         self.request = Request.of(
             train_data, eval_data, {name: value for name, value in arguments.items() if name not in _INCIDENTAL}
@@ -95,7 +100,7 @@ class _Refresh:
         report = RefreshReport.read(path)
         if report.request != asdict(self.request):
             return None  # `begin` says what is in the way
-        if report.lineage["fingerprint"] != self.live.fingerprint:
+        if report.lineage["fingerprint"] != self.core.live.fingerprint:
             raise IndexStateError(
                 f"'{self.output}' holds this refresh, finished: its generation {report.generation} is not the live one "
                 f"any more; roll back to it, or give another output_dir to refresh anew"
@@ -105,7 +110,7 @@ class _Refresh:
 
     def begin(self) -> None:
         """Take up what was begun in the output folder, or begin."""
-        found = State.read(self.output)
+        found = RefreshState.read(self.output)
         if found is not None and self._goes_on(found):
             self.state = found
             return
@@ -117,7 +122,7 @@ class _Refresh:
         claim_output_dir(self.output, overwrite, logger.info)
         for name in (JSON_FILE, STATE_FILE):
             (self.output / name).unlink(missing_ok=True)
-        self.state = State(self.request, self.parent.fingerprint, self.parent.id)
+        self.state = RefreshState(self.request, self.parent.fingerprint, self.parent.id)
         self._save()
 
     def _refuse_seen(self) -> None:
@@ -156,7 +161,7 @@ class _Refresh:
         if self.state.generation is not None and self._generation().state != "retired":
             return
         with self._timed("build"):
-            self.state.generation = self.live.build(self.output).id
+            self.state.generation = build_generation(self.core, self.output).id
         self._save()
 
     def swap(self) -> RefreshReport:
@@ -183,7 +188,7 @@ class _Refresh:
         elif self.asked is not None:
             gate = self._compare_encoders(self.asked)
         terms = self.terms
-        self.live.swap(generation, gate, force=terms.force, metric=terms.metric, note=self._note, **self.search)
+        swap(self.core, generation.id, SwapTerms(gate, terms.force, terms.metric, self.search, self._note))
 
     def _compare_encoders(self, asked: Questions) -> Verdict:
         precision, device = self.parent.precision, self.core.device
@@ -203,8 +208,8 @@ class _Refresh:
             self.state,
             self._generation(),
             self.output,
-            self.live.path,
-            len(self.live),
+            self.core.layout.root,
+            self.core.store.count(),
             None if refused is None else str(refused),
             self._shown(),
         )
@@ -214,7 +219,7 @@ class _Refresh:
         found = self.state.measured or read_measured(self.output)
         return Measured.from_dict(found) if found else None
 
-    def _goes_on(self, found: State) -> bool:
+    def _goes_on(self, found: RefreshState) -> bool:
         """Whether a state is that of this refresh; False when what is there is worth nothing, an error otherwise."""
         if self.arguments.get("overwrite_output_dir"):
             return found.request == self.request and self._same_parent(found)
@@ -227,16 +232,17 @@ class _Refresh:
             )
         if not self._same_parent(found):
             raise IndexStateError(
-                f"the refresh in '{self.output}' began from the encoder {found.parent[:12]}, and the live one is now "
-                f"{self.live.fingerprint[:12]}: give overwrite_output_dir=True to start anew, or another output_dir"
+                f"the refresh in '{self.output}' began from the encoder {found.parent[:12]}, and the live one is "
+                f"now {self.core.live.fingerprint[:12]}: give overwrite_output_dir=True to start anew, or another "
+                "output_dir"
             )
         return True
 
-    def _same_parent(self, found: State) -> bool:
-        swapped = found.trained is not None and found.trained["fingerprint"] == self.live.fingerprint
-        return swapped or found.parent == self.live.fingerprint
+    def _same_parent(self, found: RefreshState) -> bool:
+        swapped = found.trained is not None and found.trained["fingerprint"] == self.core.live.fingerprint
+        return swapped or found.parent == self.core.live.fingerprint
 
-    def _worth_keeping(self, found: State) -> bool:
+    def _worth_keeping(self, found: RefreshState) -> bool:
         from ultrarag.finetune import checkpoints_in
 
         return found.trained is not None or bool(checkpoints_in(self.output))
@@ -267,7 +273,8 @@ class _Refresh:
         if not options and len(self.parent.heads) > 1:
             options = {"heads": [self.parent.heads[0]]}
         if self.asked is not None and self.asked.corpus is None:
-            self.live.search("try", k=1, **options)
+            with self.core.searching() as searcher:
+                searcher.search_many(["try"], k=1, **options)
         return options
 
     def _for_finetune(self) -> dict[str, Any]:
@@ -285,10 +292,10 @@ class _Refresh:
 
     def _generation(self) -> Generation:
         assert self.state.generation is not None
-        return self.live.generation(self.state.generation)
+        return self.core.catalog.get(self.state.generation)
 
     def _parent_checkpoint(self) -> str:
-        layout: Layout = self.core.layout
+        layout = self.core.layout
         return str(layout.checkpoint(layout.directory(self.parent.id)))
 
     def _save(self) -> None:

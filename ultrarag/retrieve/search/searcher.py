@@ -52,7 +52,7 @@ class SearchOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """Search options, checked against what an index has."""
 
     k: int
@@ -74,7 +74,7 @@ class Plan:
         return tuple(head for head in wanted if head and head != BM25_HEAD)
 
 
-def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> Plan:
+def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> SearchPlan:
     """Check options against the heads that are stored; UsageError says what cannot be, and what can."""
     known = (*stored, BM25_HEAD) if bm25 else tuple(stored)
     heads = _heads(options, tuple(stored), known)
@@ -90,7 +90,9 @@ def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> Plan:
         raise UsageError("ColBERT scores the candidates of another head, and the index has none: store dense as well")
     single = len(heads) == 1 and source is None
     kept = {head: weights[head] for head in heads}
-    return Plan(k, heads, kept, method, k if single else max(k, depth), source, parse(options.filter), options.exact)
+    return SearchPlan(
+        k, heads, kept, method, k if single else max(k, depth), source, parse(options.filter), options.exact
+    )
 
 
 def _heads(options: SearchOptions, stored: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -171,10 +173,10 @@ class Searcher:
         arrays = embeddings.numpy()
         return [self._search(chosen, arrays[row : row + 1], "") for row in range(len(arrays))]
 
-    def _plan(self, options: dict[str, Any]) -> Plan:
+    def _plan(self, options: dict[str, Any]) -> SearchPlan:
         return plan(SearchOptions.of(options), self._serving.heads, self._bm25 is not None)
 
-    def _search(self, chosen: Plan, query: Embeddings | None, text: str) -> list[Hit]:
+    def _search(self, chosen: SearchPlan, query: Embeddings | None, text: str) -> list[Hit]:
         """The k best; engines may still hold passages that a write beside this search deletes, so it looks deeper."""
         more = 0
         while True:
@@ -186,7 +188,7 @@ class Searcher:
                 return hits[: chosen.k]
             more = 2 * more + gone
 
-    def _fused(self, chosen: Plan, query: Embeddings | None, text: str, more: int) -> Sequence[Fused]:
+    def _fused(self, chosen: SearchPlan, query: Embeddings | None, text: str, more: int) -> Sequence[Fused]:
         """The k and some more best of all heads."""
         score, search = self._scorers(query, text), self._retrievers(chosen, query, text, more)
         names = [head for head in (*chosen.heads, chosen.source) if head and head != "colbert"]
@@ -206,7 +208,7 @@ class Searcher:
         return asked if asked <= held else min(asked, max(1, held, self._serving.backend.count()))
 
     def _retrievers(
-        self, chosen: Plan, query: Embeddings | None, text: str, more: int
+        self, chosen: SearchPlan, query: Embeddings | None, text: str, more: int
     ) -> dict[str, Callable[[], list[Scored]]]:
         backend, depth = self._serving.backend, self._depth(chosen.depth + more)
         search: dict[str, Callable[[], list[Scored]]] = {}

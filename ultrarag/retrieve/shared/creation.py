@@ -10,7 +10,7 @@ from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import publish_directory, read_owner, staged_directory
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import parse_uri, remove
-from ultrarag.retrieve.generation import Catalog, Layout, lay_out
+from ultrarag.retrieve.generation import Catalog, IndexLayout, lay_out
 from ultrarag.retrieve.passages import URI, Store
 from ultrarag.retrieve.shared.documents import leases, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease
@@ -38,7 +38,7 @@ def create_shared(
         passages.create()
         with staged_directory(root) as stage:
             lay_out(stage, encoder, uri, heads, bm25)
-            layout, store = Layout(stage), Store.open(stage)
+            layout, store = IndexLayout(stage), Store.open(stage)
             try:
                 store.set_meta(**{URI: uri, CHECKPOINTS: checkpoints or ""})
                 folder = Path(checkpoints or root / "checkpoints").absolute()
@@ -65,7 +65,7 @@ def create_mirror(root: Path, uri: str, checkpoints: str | None) -> None:
     with open_documents(uri, "states") as states:
         state = Lease(states, root).look()
     with staged_directory(root) as stage:
-        layout, store = Layout(stage), Store.create(stage)
+        layout, store = IndexLayout(stage), Store.create(stage)
         try:
             layout.generations.mkdir()
             if state.bm25:

@@ -19,7 +19,7 @@ from typing import Any
 from ultrarag.errors import IndexStateError
 from ultrarag.io import progress_bar
 from ultrarag.retrieve.engines import COLLECTION_FILE, collection_of
-from ultrarag.retrieve.generation import Catalog, Generation, Layout
+from ultrarag.retrieve.generation import Catalog, Generation, IndexLayout
 from ultrarag.retrieve.passages import URI, Store
 from ultrarag.retrieve.shared.documents import WINDOW, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease, LeaseError
@@ -37,7 +37,7 @@ LINGER = 2.0
 class Link:
     """The server's side of an index, as one process sees it; its methods may be called from any thread."""
 
-    def __init__(self, layout: Layout, store: Store, checkpoints: str | None = None) -> None:
+    def __init__(self, layout: IndexLayout, store: Store, checkpoints: str | None = None) -> None:
         """Connect to the index that the store says it mirrors."""
         self.layout, self.store, self.uri = layout, store, store.get_meta(URI)
         self._lock = threading.RLock()

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ultrarag.checkpoint import read_manifest
+from ultrarag.checkpoint import copy_checkpoint, read_manifest
 from ultrarag.errors import CheckpointError
 from ultrarag.retrieve.engines import SCHEMA_FILE, Schema, collection_of, name_collection, read_schema, write_schema
 from ultrarag.retrieve.engines.qdrant import key
-from ultrarag.retrieve.generation import COLUMNS, Generation, Layout, copy_checkpoint
+from ultrarag.retrieve.generation import COLUMNS, Generation, IndexLayout
 from ultrarag.retrieve.passages import Database
 from ultrarag.retrieve.shared.documents import Document
 from ultrarag.retrieve.shared.state import Row, VectorSchema
@@ -73,7 +73,7 @@ def adopt_generations(database: Database, rows: Sequence[Row], uri: str, last: i
         db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'generations'", (last,))
 
 
-def row_of(layout: Layout, generation: Generation, known: Row | None) -> Row:
+def row_of(layout: IndexLayout, generation: Generation, known: Row | None) -> Row:
     """A generation as the shared state has it; where its vectors are is read from its directory, if it has one here."""
     values = asdict(generation)
     del values["backend"]  # each process has its own address for the server
@@ -87,7 +87,7 @@ def row_of(layout: Layout, generation: Generation, known: Row | None) -> Row:
     return row.model_copy(update={"collection": collection_of(vectors), "vectors": held})
 
 
-def place(layout: Layout, row: Row, uri: str, checkpoints: Checkpoints) -> None:
+def place(layout: IndexLayout, row: Row, uri: str, checkpoints: Checkpoints) -> None:
     """Give a generation its directory here: the checkpoint's copy, and the name of the collection."""
     assert row.vectors is not None
     final = layout.final(row.id)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from ultrarag.errors import UltraragError
 from ultrarag.retrieve.shared.link import Link
-
-if TYPE_CHECKING:
-    from ultrarag.retrieve.core import Core
 
 #: Seconds between two looks at the shared state. A flip is followed after this, and the loading of the encoder.
 POLL = 1.0
@@ -18,10 +16,22 @@ POLL = 1.0
 logger = logging.getLogger("ultrarag")
 
 
+class Followed(Protocol):
+    """The index of this process: `ultrarag.retrieve.core.Core`, which imports this file."""
+
+    def leading(self) -> AbstractContextManager[None]:
+        """Be the one process that writes, for a block."""
+        ...
+
+    def keep_up(self) -> None:
+        """Apply what the mirror learned."""
+        ...
+
+
 class Watcher:
     """Looks at the shared state again and again, until it is stopped."""
 
-    def __init__(self, core: Core, link: Link) -> None:
+    def __init__(self, core: Followed, link: Link) -> None:
         self._core, self._link = core, link
         #: what went wrong at the last look; "" if nothing
         self.error = ""

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.io import read_owner
-from ultrarag.retrieve.build import read_progress
-from ultrarag.retrieve.generation.catalog import Catalog, Generation, Layout
+from ultrarag.retrieve.generation import Catalog, Generation, IndexLayout, Progress
 from ultrarag.retrieve.passages import FORMAT, URI, Store
 from ultrarag.types import Passage
 
@@ -22,7 +21,7 @@ def read_status(path: str | Path) -> dict[str, Any]:
     """
     store = Store.open(Path(path), read_only=True)
     try:
-        return describe(Layout(Path(path)), store)
+        return describe(IndexLayout(Path(path)), store)
     finally:
         store.close()
 
@@ -36,7 +35,7 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
         store.close()
 
 
-def describe(layout: Layout, store: Store) -> dict[str, Any]:
+def describe(layout: IndexLayout, store: Store) -> dict[str, Any]:
     """Plain JSON values: passages, write log, the live generation, all others, the owner, bytes on disk."""
     last, generations = store.last_seq(), Catalog(store).all()
     described = [_describe(layout, generation, last) for generation in generations]
@@ -56,7 +55,7 @@ def describe(layout: Layout, store: Store) -> dict[str, Any]:
     }
 
 
-def _describe(layout: Layout, generation: Generation, last: int) -> dict[str, Any]:
+def _describe(layout: IndexLayout, generation: Generation, last: int) -> dict[str, Any]:
     directory = layout.directory(generation.id)
     entry = {**asdict(generation), "heads": list(generation.heads), "behind": last - generation.applied_seq}
     entry["bytes"] = _bytes(directory)
@@ -66,11 +65,11 @@ def _describe(layout: Layout, generation: Generation, last: int) -> dict[str, An
 
 
 def _progress(directory: Path) -> dict[str, Any]:
-    """Passages encoded, of how many, and the seconds that the rest will take."""
-    found = read_progress(directory) or {}
-    encoded, total, seconds = found.get("encoded", 0), found.get("total"), found.get("seconds", 0.0)
-    rest = seconds / encoded * (total - encoded) if encoded and total else None
-    return {"encoded": encoded, "total": total, "seconds": seconds, "seconds_left": rest}
+    """Passages encoded, of how many, and the seconds that are left."""
+    found = Progress.read(directory) or Progress()
+    encoded, total = found.held, found.total
+    left = found.seconds / encoded * (total - encoded) if encoded and total else None
+    return {"encoded": encoded, "total": total, "seconds": found.seconds, "seconds_left": left}
 
 
 def _bytes(path: Path) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ultrarag.errors import GateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Qrels, Searchable, Verdict, evaluate
-from ultrarag.retrieve.generation.serving import Serving
+from ultrarag.retrieve.generation import Serving
 from ultrarag.retrieve.passages import Store
 from ultrarag.types import Embeddings, Passage
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ultrarag.errors import GateError
+from ultrarag.errors import GateError, IndexStateError
 from ultrarag.evaluation import Verdict
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.generation.catalog import Generation
-from ultrarag.retrieve.generation.gate import Gate, check_count, check_sound, compare
-from ultrarag.retrieve.generation.replay import Follower
-from ultrarag.retrieve.generation.serving import Serving
+from ultrarag.retrieve.gate import Gate, check_count, check_sound, compare
+from ultrarag.retrieve.generation import Follower, Generation, Serving
 from ultrarag.retrieve.search import Searcher
 
 #: Entries of the log that may be left for the moment in which writers wait.
@@ -36,15 +34,41 @@ class Flip:
 Note = Callable[[Verdict], None]
 
 
-def go_live(
-    core: Core,
-    generation: Generation,
-    gate: Gate | None,
-    force: bool,
-    metric: str,
-    search: dict[str, Any],
-    note: Note | None = None,
-) -> Flip:
+@dataclass(frozen=True)
+class SwapTerms:
+    """On which terms a generation goes live."""
+
+    gate: Gate | None = None
+    #: go live although the gate says no
+    force: bool = False
+    metric: str = "nDCG@10"
+    #: options of `LiveIndex.search` for the gate
+    search: Mapping[str, Any] = field(default_factory=dict)
+    note: Note | None = None
+
+
+def swap(core: Core, generation: int, terms: SwapTerms) -> Flip:
+    """Make a ready generation live; see `LiveIndex.swap`."""
+    with core.flipping, core.leading():
+        found = core.catalog.get(generation)
+        if found.state != "ready":
+            advice = {"live": "it is live already", "previous": "rollback brings it back", "building": "build it first"}
+            raise IndexStateError(
+                f"generation {found.id} is {found.state}, not ready: {advice.get(found.state, 'build it again')}"
+            )
+        return _go_live(core, found, terms)
+
+
+def rollback(core: Core) -> Flip:
+    """Make the previous generation live again; see `LiveIndex.rollback`."""
+    with core.flipping, core.leading():
+        previous = core.catalog.in_state("previous")
+        if not previous:
+            raise IndexStateError("there is no previous generation to roll back to")
+        return _go_live(core, previous[0], SwapTerms())
+
+
+def _go_live(core: Core, generation: Generation, terms: SwapTerms) -> Flip:
     """Make a finished generation live; GateError leaves everything as it was."""
     old = core.live
     new, vectors = core.load(generation)
@@ -52,13 +76,13 @@ def go_live(
     try:
         _approach(core, vectors)
         check_sound(new, core.store, vectors.applied)
-        verdict = _measure(core, new, gate, metric, search)
+        verdict = _measure(core, new, terms)
         if verdict is not None:
-            if note is not None:
-                note(verdict)
-            _decide(verdict, generation, force)
+            if terms.note is not None:
+                terms.note(verdict)
+            _decide(verdict, generation, terms.force)
         _approach(core, vectors)
-        seconds = _exchange(core, new, vectors, verdict, force)
+        seconds = _exchange(core, new, vectors, verdict, terms.force)
     except BaseException:
         if core.catalog.live().id != generation.id:
             core.let_go(new)
@@ -79,11 +103,11 @@ def _approach(core: Core, vectors: Follower) -> None:
         vectors.catch_up(core.store.last_seq())
 
 
-def _measure(core: Core, new: Serving, gate: Gate | None, metric: str, search: dict[str, Any]) -> Verdict | None:
-    if gate is None:
+def _measure(core: Core, new: Serving, terms: SwapTerms) -> Verdict | None:
+    if terms.gate is None:
         return None
     with core.searching() as live:
-        return compare(live, Searcher(new, core.store, core.bm25), gate, metric, search)
+        return compare(live, Searcher(new, core.store, core.bm25), terms.gate, terms.metric, dict(terms.search))
 
 
 def _decide(verdict: Verdict, generation: Generation, force: bool) -> None:

@@ -1,0 +1,169 @@
+"""Building a generation, from the side of the process that goes on answering searches: enter it, run the child, finish.
+
+The child (`ultrarag.retrieve.build.child`) does the work; what it committed is there when the same encoder is built
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ultrarag import errors
+from ultrarag.encode.ray import RayJob, RayPool
+from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.generation import Generation, Progress, Source, prepare, stored_heads
+
+if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
+
+#: Seconds that a build may take to end when it is told to.
+PATIENCE = 20.0
+
+
+def build_generation(
+    core: Core,
+    checkpoint: str | os.PathLike[str] | Encoder,
+    *,
+    adapter: str | None = None,
+    backend: str | None = None,
+    heads: Sequence[str] | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    progress: bool | None = None,
+    ray: RayPool | None = None,
+) -> Generation:
+    """Build, or go on building, a generation of an open index; see `LiveIndex.build`."""
+    if not core.building.acquire(blocking=False):
+        raise IndexStateError("a build is running already; wait for it to finish")
+    try:
+        with core.leading():
+            job = RayJob.of(ray, checkpoint, adapter, backend or core.live.generation.backend) if ray else None
+            generation = _prepared(core, Source(checkpoint, adapter, core.live.generation.precision), backend, heads)
+            if generation.state == "ready":
+                return generation
+            if not core.layout.final(generation.id).exists():
+                run_builder(
+                    core.layout.root,
+                    generation,
+                    device=device or core.device,
+                    threads=threads,
+                    progress=progress,
+                    ray=job,
+                    started=lambda child: _started(core, child),
+                )
+            return finish(core, generation)
+    finally:
+        core.builder = None
+        core.building.release()
+
+
+def end_build(core: Core) -> None:
+    """End a running build, if there is one; it can be taken up again."""
+    if (child := core.builder) is not None:
+        end(child)
+
+
+def _started(core: Core, child: subprocess.Popen[str]) -> None:
+    core.builder = child
+
+
+def _prepared(core: Core, source: Source, backend: str | None, heads: Sequence[str] | None) -> Generation:
+    """The generation, with its directory and checkpoint unless it is ready; a loaded encoder is let go of here."""
+    generation = enter(core, source, backend, stored_heads(source.heads, heads))
+    if generation.state != "ready":
+        prepare(core.layout, generation, source)
+    return generation
+
+
+def enter(core: Core, source: Source, backend: str | None, heads: tuple[str, ...]) -> Generation:
+    """Return the unfinished or ready generation of an encoder, or a new one; unfinished ones of others are given up."""
+    if core.link is not None and backend not in (None, core.link.uri):
+        raise UsageError(f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out")
+    wanted = (source.fingerprint, backend or core.live.generation.backend, heads, source.precision)
+    for found in core.catalog.all():
+        same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
+        if same and found.state in ("building", "ready"):
+            return found
+        if found.state == "building":
+            core.catalog.set_state(found.id, "retired", only_from=("building",))
+    with core.writing:  # else a vacuum could forget the log entries that follow
+        return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq())
+
+
+def finish(core: Core, generation: Generation) -> Generation:
+    """Enter a built generation as ready, with the writes that its builder applied."""
+    done = Progress.read(core.layout.final(generation.id))
+    core.catalog.set_applied(generation.id, done.applied if done else generation.base_seq)
+    if core.link is not None:
+        core.link.share(generation)
+    if not core.catalog.set_state(generation.id, "ready", only_from=("building",)):
+        raise IndexStateError(f"generation {generation.id} was discarded while it was built; build it again")
+    return core.catalog.get(generation.id)
+
+
+def run_builder(
+    root: Path,
+    generation: Generation,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    progress: bool | None = None,
+    ray: RayJob | None = None,
+    started: Callable[[subprocess.Popen[str]], None] = lambda child: None,
+) -> None:
+    """Run the builder process to its end; on Ctrl-C it is ended, and can be taken up again later.
+
+    Raises:
+        UltraragError: of the kind that stopped the builder.
+    """
+    threads = threads or max(1, (os.cpu_count() or 2) // 2)
+    wish = {None: "auto", True: "always", False: "never"}[progress]
+    command = [sys.executable, "-m", "ultrarag.retrieve.build.child", str(root), str(generation.id)]
+    command += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
+    command += ["--ray", ray.to_json()] if ray else []
+    # a session of its own: Ctrl-C reaches this process only, which then ends the builder in good order
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=_environment(threads), start_new_session=True
+    ) as child:
+        started(child)
+        try:
+            output, _ = child.communicate()
+        except BaseException:
+            end(child)
+            raise
+    if child.returncode:
+        raise _error(output, child.returncode, generation)
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """End a builder: politely, then by force."""
+    child.terminate()
+    try:
+        child.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    paths = os.pathsep.join(path for path in sys.path if path)  # a program run from its source folder
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
+
+
+def _error(output: str, status: int, generation: Generation) -> Exception:
+    """The error that the builder printed as JSON, or one that says how it ended."""
+    again = "what it committed is kept: build the same checkpoint again to go on"
+    try:
+        told = json.loads(output.strip().splitlines()[-1])
+        kind = getattr(errors, told["kind"])
+        return kind(f"building generation {generation.id}: {told['message']}")
+    except (ValueError, IndexError, KeyError, AttributeError, TypeError):
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+        return IndexStateError(f"the build of generation {generation.id} {how}; {again}")
