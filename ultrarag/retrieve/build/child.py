@@ -128,7 +128,7 @@ class Build:
             draft.commit(finished=True)
             draft.cuts.tell()
         draft.publish()
-        encoded_ahead(draft).remove()
+        encoded_ahead(draft).remove()  # whichever strategy built it, nobody needs the blocks any more
 
     def catch_up(self) -> None:
         """Apply the writes made meanwhile, until few are left."""
