@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from ultrarag.errors import UltraragError, UsageError
+from ultrarag.io import secret_in, without_secret
 
 logger = logging.getLogger("ultrarag")
 
@@ -83,6 +84,11 @@ class Endpoint:
     first_wait: float = _FIRST_WAIT
 
     def __post_init__(self) -> None:
+        if secret := secret_in(self.base_url):
+            raise UsageError(
+                f"--base_url holds {secret}, which would stand in messages and files: put it into an environment "
+                f"variable, and name that with --api_key_env"
+            )
         if not self.base_url.startswith(("http://", "https://")):
             raise UsageError(f"--base_url is '{self.base_url}'; it begins with http:// or https://")
         self._url = self.base_url.rstrip("/") + "/chat/completions"
@@ -147,12 +153,12 @@ class Endpoint:
         await asyncio.sleep(seconds)
 
     def _excerpt(self, response: Any) -> str:
-        text = " ".join(response.text.split())
-        return self._clean(text if len(text) <= 300 else f"{text[:300]}...") or "an empty answer"
+        text = " ".join(self._clean(response.text).split())  # cleaned before it is cut, which would leave half a key
+        return (text if len(text) <= 300 else f"{text[:300]}...") or "an empty answer"
 
     def _clean(self, text: str) -> str:
         """A text of the endpoint's without the key, which some repeat in their errors."""
-        return text.replace(self.key, "***") if self.key else text
+        return without_secret(text, self.key)
 
 
 def _answer(content: bytes) -> Answer:

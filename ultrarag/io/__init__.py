@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from ultrarag.io.lock import OwnerLock, read_owner
     from ultrarag.io.output import Output, identity, resumable
+    from ultrarag.io.secrets import secret_in, without_secret
     from ultrarag.io.terminal import progress_bar, quiet_progress, table, width
     from ultrarag.io.vectors import BLOCK, Column, Vectors, only, padded_sparse, padded_tokens
 else:

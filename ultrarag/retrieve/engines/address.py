@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.io import secret_in
 
 #: Port, and the environment variable with the API key, of each engine.
 PORTS = {"qdrant": 6333, "milvus": 19530}
@@ -78,10 +79,13 @@ def parse_uri(uri: str) -> Address:
     """
     parts = urlsplit(uri)
     engine = parts.scheme
+    if secret := secret_in(uri):
+        raise UsageError(
+            f"a {engine}:// URI holds no {secret.removeprefix('a ').removeprefix('the ')}, for it is stored: set "
+            f"{KEYS.get(engine, 'an environment variable')} instead, or name another one with key_env=..."
+        )
     if engine not in PORTS:
         raise UsageError(f"'{engine}://' is no vector server{did_you_mean(engine, PORTS)}; known: {', '.join(PORTS)}")
-    if "@" in parts.netloc:
-        raise UsageError(f"a {engine}:// URI holds no user or password, for it is stored: set {KEYS[engine]} instead")
     try:
         host, port = parts.hostname or "", parts.port or PORTS[engine]
     except ValueError as error:
@@ -113,8 +117,6 @@ def _name(uri: str, name: str) -> str:
 def _options(uri: str, query: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
-        if name in ("key", "api_key", "token", "password"):
-            raise UsageError(f"a URI holds no {name}, for it is stored: name an environment variable with key_env=...")
         if name not in OPTIONS:
             raise UsageError(
                 f"'{uri}' has no option '{name}'{did_you_mean(name, OPTIONS)}; known: {', '.join(OPTIONS)}"
