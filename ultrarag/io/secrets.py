@@ -7,7 +7,9 @@ import re
 from urllib.parse import parse_qsl, quote, urlsplit
 
 #: Names of query parameters that hold a secret, without case, dashes and underscores.
-_SECRET = re.compile(r"(api|access|auth|secret|private)?(key|token|secret|password|passwd|pwd|credential|signature|sig)s?")
+_SECRET = re.compile(
+    r"(api|access|auth|secret|private)?(key|token|secret|password|passwd|pwd|credential|signature|sig)s?"
+)
 
 
 def secret_in(url: str) -> str | None:
@@ -22,7 +24,7 @@ def secret_in(url: str) -> str | None:
 
 
 def without_secret(text: str, secret: str | None) -> str:
-    """A text with `***` for each time that it repeats the secret, also as JSON or in a URL, or broken by white space."""
+    """A text with `***` where it repeats the secret, also as JSON or in a URL, or broken by white space."""
     if not secret:
         return text
     for form in dict.fromkeys((secret, json.dumps(secret)[1:-1], secret.replace("/", r"\/"), quote(secret, safe=""))):

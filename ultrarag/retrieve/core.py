@@ -108,7 +108,10 @@ class Core:
 
     def _check_count(self, repair: bool) -> None:
         """Find vectors that are missing, such as those of a repair that was cut off."""
-        backend, wanted = self.live.backend, self.store.count()
+        backend, unencoded = self.live.backend, self.live.unencoded
+        if backend.count() != self.store.count() - len(unencoded.all()) and unencoded.all():
+            unencoded.note({}, list(backend.ids()))  # stored by a retry that was killed before it struck them out
+        wanted = self.store.count() - len(unencoded.all())
         if (held := backend.count()) == wanted:
             return
         if not repair:
@@ -229,6 +232,13 @@ class Core:
         except (UltraragError, OSError) as error:
             logger.warning("generation %d cannot be closed yet: %s", serving.generation.id, error)
             self._lingering.append(serving)
+
+    def retry(self) -> dict[str, str]:
+        """Encode the passages again that the live generation could not encode; return those that still fail."""
+        with self.leading(), self.writing:
+            self.catch_up()
+            self.vectors.again(list(self.live.unencoded.all()))
+            return dict(self.live.unencoded.all())
 
     def vacuum(self) -> None:
         """Remove the files of retired generations, and what the log and the databases no longer need."""

@@ -15,6 +15,8 @@ from ultrarag.types import Embeddings, Passage
 
 #: Passages whose stored vectors are looked at, and those of them that are encoded again.
 SAMPLE, CANARIES = 256, 8
+#: The share of passages that a new encoder may fail on, each of which is listed.
+MOST_UNENCODED = 0.01
 #: How far stored vectors may be from those of the encoder: bf16 moves components by some 0.005.
 TOLERANCE = 0.03
 
@@ -37,11 +39,22 @@ def compare(old: Searchable, new: Searchable, gate: Gate, metric: str, search: d
 
 def check_count(serving: Serving, store: Store) -> None:
     """Raise GateError unless there is a vector for every passage."""
-    held, wanted = serving.backend.count(), store.count()
+    held, wanted = serving.backend.count(), store.count() - len(store.unencoded(serving.generation.id))
     if held != wanted:
         raise GateError(
-            f"generation {serving.generation.id} holds vectors of {held} passages, the index has {wanted}; "
-            f"build it again"
+            f"generation {serving.generation.id} holds vectors of {held} passages, the index has {wanted} that can be "
+            f"encoded; build it again"
+        )
+
+
+def check_encoded(new: Serving, old: Serving, store: Store) -> None:
+    """Raise GateError when a generation cannot encode more than a few passages that the live one can."""
+    failed = {id: why for id, why in new.unencoded.all().items() if id not in old.unencoded.all()}
+    if len(failed) > MOST_UNENCODED * store.count():
+        id, why = next(iter(failed.items()))
+        raise GateError(
+            f"generation {new.generation.id} has no vectors of {len(failed)} passages out of {store.count()} that the "
+            f"live one can encode, such as {id!r} ({why}); force=True swaps all the same"
         )
 
 
@@ -51,7 +64,8 @@ def check_sound(serving: Serving, store: Store, applied: int) -> None:
     Args:
         applied: the entry of the log that the vectors contain.
     """
-    passages = store.sample(SAMPLE, applied)
+    unencoded = serving.unencoded.all()
+    passages = [passage for passage in store.sample(SAMPLE, applied) if passage.id not in unencoded]
     if not passages:
         return
     held = _stored(serving, passages)

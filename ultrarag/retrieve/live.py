@@ -51,7 +51,24 @@ class LiveIndex:
 
     def __init__(self, core: Core) -> None:
         """Use `create` or `open`."""
-        self._core, self._refreshing = core, threading.Lock()
+        self._owned, self._owner, self._refreshing = core, os.getpid(), threading.Lock()
+
+    @property
+    def _core(self) -> Core:
+        """The parts of the index, which the process that opened it alone may use."""
+        if os.getpid() != self._owner:
+            raise IndexStateError(
+                f"'{self._owned.layout.root}' was opened by process {self._owner}, and process {os.getpid()} is its "
+                f"fork: an index has one owner, whose files and threads a fork does not have; open it after forking, in "
+                f"one process, or share it through a server (docs/shared-index.md)"
+            )
+        return self._owned
+
+    def __reduce__(self) -> Any:
+        raise IndexStateError(
+            f"'{self._owned.layout.root}' is open, and an open index cannot be pickled or copied: send its path, and "
+            f"let one process open it"
+        )
 
     @classmethod
     def create(
@@ -148,8 +165,9 @@ class LiveIndex:
 
     def close(self) -> None:
         """End a running build (it can be taken up again), let searches finish, and flush; twice is harmless."""
-        end_build(self._core)
-        self._core.close()
+        if os.getpid() == self._owner:  # a fork has nothing of its own to close, and must not close its parent's
+            end_build(self._core)
+            self._core.close()
 
     @property
     def path(self) -> Path:
@@ -204,6 +222,16 @@ class LiveIndex:
         wanted = [ids] if isinstance(ids, str) else list(ids)
         check_ids(wanted)
         return self._core.write(lambda: self._core.store.delete(wanted))
+
+    def retry(self) -> dict[str, str]:
+        """Encode the passages again that could not be encoded (`status()["live"]["unencoded"]`).
+
+        Such a passage is stored and its words can be searched; it has no vectors. To change or delete it cures it too.
+
+        Returns:
+            id -> reason, of those that still cannot be.
+        """
+        return self._core.retry()
 
     def get(self, id: str) -> Passage | None:
         """Return a passage, or None."""

@@ -38,7 +38,7 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
 def describe(layout: IndexLayout, store: Store) -> dict[str, Any]:
     """Plain JSON values: passages, write log, the live generation, all others, the owner, bytes on disk."""
     last, generations = store.last_seq(), Catalog(store).all()
-    described = [_describe(layout, generation, last) for generation in generations]
+    described = [_describe(layout, store, generation, last) for generation in generations]
     owner = read_owner(layout.root)
     return {
         "path": str(layout.root),
@@ -55,10 +55,11 @@ def describe(layout: IndexLayout, store: Store) -> dict[str, Any]:
     }
 
 
-def _describe(layout: IndexLayout, generation: Generation, last: int) -> dict[str, Any]:
+def _describe(layout: IndexLayout, store: Store, generation: Generation, last: int) -> dict[str, Any]:
     directory = layout.directory(generation.id)
     entry = {**asdict(generation), "heads": list(generation.heads), "behind": last - generation.applied_seq}
     entry["bytes"] = _bytes(directory)
+    entry["unencoded"] = store.unencoded(generation.id)
     if generation.state == "building":
         entry["progress"] = _progress(directory)
     return entry

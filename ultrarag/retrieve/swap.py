@@ -10,7 +10,7 @@ from typing import Any
 from ultrarag.errors import GateError, IndexStateError
 from ultrarag.evaluation import Verdict
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.gate import Gate, check_count, check_sound, compare
+from ultrarag.retrieve.gate import Gate, check_count, check_encoded, check_sound, compare
 from ultrarag.retrieve.generation import Follower, Generation, Serving
 from ultrarag.retrieve.search import Searcher
 
@@ -76,6 +76,8 @@ def _go_live(core: Core, generation: Generation, terms: SwapTerms) -> Flip:
     try:
         _approach(core, vectors)
         check_sound(new, core.store, vectors.applied)
+        if not terms.force:
+            check_encoded(new, old, core.store)
         verdict = _measure(core, new, terms)
         if verdict is not None:
             if terms.note is not None:

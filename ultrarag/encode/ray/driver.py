@@ -126,6 +126,7 @@ class Driver:
             raise kind(f"{told['message']} (what was confirmed is kept: build the same checkpoint again to go on)")
         for what, limit, cut, total in json.loads(found["cuts"]):
             self.draft.cuts.add(cut, total, what, limit)
+        self.draft.progress.unencoded |= json.loads(found["unencoded"])
 
     def _lost(self) -> set[int]:
         """The blocks with passages that the server does not have.
@@ -134,10 +135,11 @@ class Driver:
         before its block was taken again. Replaying the log sets that right.
         """
         draft, ledger = self.draft, self.ledger
-        if draft.backend.count() == draft.progress.encoded + ledger.passages:
+        unencoded = draft.progress.unencoded
+        if draft.backend.count() == draft.progress.encoded + ledger.passages - len(unencoded):
             return set()
         held, row, lost = set(draft.backend.ids()), ledger.first, set()
         while chunk := draft.store.scan(row, ledger.size, draft.generation.base_seq):
-            lost |= {ledger.block_of(at) for at, passage in chunk if passage.id not in held}
+            lost |= {ledger.block_of(at) for at, passage in chunk if passage.id not in held | unencoded.keys()}
             row = chunk[-1][0]
         return lost

@@ -19,7 +19,9 @@ from typing import Any
 from ultrarag.encoder import Cuts
 from ultrarag.errors import CheckpointError, IndexStateError, UltraragError, kind_of
 from ultrarag.retrieve.engines import open_backend
+from ultrarag.retrieve.generation import encode_apart
 from ultrarag.retrieve.passages import Store
+from ultrarag.types import Embeddings, Passage
 
 #: Passages encoded, and written, at a time.
 PIECE = 512
@@ -91,15 +93,17 @@ class Worker:
     def __call__(self, batch: Any) -> Any:
         """Confirm the block of a one-row table, or say why it cannot be."""
         row = batch.to_pylist()[0]
-        error, cuts = self._failure or row["error"], Cuts()
+        error, cuts, failed = self._failure or row["error"], Cuts(), {}
         if not error and row["ids"]:
             try:
                 self._begin(row["block"])
-                self._take(row["ids"], row["texts"], [json.loads(text) for text in row["metadata"]], cuts)
+                rows = zip(row["ids"], row["texts"], row["metadata"], strict=True)
+                failed = self._take([Passage(id, text, "", json.loads(metadata)) for id, text, metadata in rows], cuts)
             except (UltraragError, OSError) as problem:
                 error = _told(problem)
         counted = [[what, limit, *counts] for (what, limit), counts in cuts.take().items()]
-        return _row(block=row["block"], passages=len(row["ids"]), cuts=json.dumps(counted), error=error)
+        notes = {"cuts": json.dumps(counted), "unencoded": json.dumps(failed)}
+        return _row(block=row["block"], passages=len(row["ids"]), **notes, error=error)
 
     def _prepare(self) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -130,25 +134,28 @@ class Worker:
                 f"memory: see Ray's logs; fewer workers per machine, or a smaller batch_tokens, take less"
             )
 
-    def _take(self, ids: Sequence[str], texts: Sequence[str], payloads: Sequence[Any], cuts: Cuts) -> None:
-        """Encode a piece while the one before it is on its way to the server."""
+    def _take(self, passages: Sequence[Passage], cuts: Cuts) -> dict[str, str]:
+        """Encode a piece while the one before it is on its way to the server; return what could not be encoded."""
         order = self._order
+        failed: dict[str, str] = {}
         sent: Future[None] | None = None
-        for start in range(0, len(ids), PIECE):
-            piece = slice(start, start + PIECE)
-            vectors = self._encoder.encode(
-                list(texts[piece]),
-                "passage",
-                heads=order.heads,
-                batch_tokens=order.batch_tokens,
-                progress=False,
-                cuts=cuts,
+
+        def encode(texts: Sequence[str]) -> Embeddings:
+            return self._encoder.encode(
+                list(texts), "passage", heads=order.heads, batch_tokens=order.batch_tokens, progress=False, cuts=cuts
             )
+
+        for start in range(0, len(passages), PIECE):
+            found = encode_apart(passages[start : start + PIECE], encode)
+            failed |= found.failed
             if sent is not None:
                 sent.result()
-            sent = self._writer.submit(self._backend.upsert, ids[piece], vectors, payloads[piece])
+            if found.embeddings is not None:
+                ids, metadata = [p.id for p in found.passages], [p.metadata for p in found.passages]
+                sent = self._writer.submit(self._backend.upsert, ids, found.embeddings, metadata)
         if sent is not None:
             sent.result()
+        return failed
 
 
 def _told(error: Exception) -> str:
@@ -159,6 +166,12 @@ def _told(error: Exception) -> str:
 def _row(**values: Any) -> Any:
     import pyarrow as pa
 
-    types = {"block": pa.int64(), "passages": pa.int64(), "error": pa.string(), "cuts": pa.string()}
+    types = {
+        "block": pa.int64(),
+        "passages": pa.int64(),
+        "error": pa.string(),
+        "cuts": pa.string(),
+        "unencoded": pa.string(),
+    }
     columns = {name: pa.array([value], types.get(name, pa.list_(pa.string()))) for name, value in values.items()}
     return pa.table(columns)

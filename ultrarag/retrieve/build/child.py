@@ -27,7 +27,6 @@ from ultrarag.retrieve.generation import (
     Draft,
     Follower,
     Generation,
-    GenerationVectors,
     IndexLayout,
     load_encoder,
 )
@@ -82,7 +81,7 @@ class EncodeHere:
 
 
 def _put(draft: Draft, passages: Sequence[Passage], known: Known, encode: Encode) -> None:
-    GenerationVectors(draft.backend, lambda texts: known.fill(texts, encode)).put(passages)
+    draft.vectors(lambda texts: known.fill(texts, encode)).put(passages)
 
 
 class _Pace:
@@ -132,7 +131,7 @@ class Build:
 
     def catch_up(self) -> None:
         """Apply the writes made meanwhile, until few are left."""
-        draft, vectors = self.draft, GenerationVectors(self.draft.backend, self.encode)
+        draft, vectors = self.draft, self.draft.vectors(self.encode)
         follower = Follower(draft.store, vectors, draft.progress.applied, lambda seq: None)
         while draft.store.last_seq() - follower.applied > LEFT_OVER:
             follower.catch_up(draft.store.last_seq())

@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 
 from ultrarag.errors import IndexStateError
-from ultrarag.io import sync_directory, write_json
-from ultrarag.retrieve.passages import content_hash
-from ultrarag.retrieve.passages import Store
+from ultrarag.io import padded_sparse, padded_tokens, sync_directory, write_json
+from ultrarag.retrieve.generation import encode_apart
+from ultrarag.retrieve.passages import Store, content_hash
 from ultrarag.types import Embeddings, Passage, Sparse
-from ultrarag.io import padded_sparse, padded_tokens
 
 FOLDER = "encoded"
 #: Rows of the store in a block.
@@ -57,9 +56,10 @@ class Encoded:
     def write(self, block: int, passages: Sequence[Passage], encode: _Encode) -> None:
         """Encode a block's passages and write its file, all of it or nothing."""
         content = io.BytesIO()
-        texts = [passage.content for passage in passages]
+        found = encode_apart(passages, encode)  # the build lists the others
+        texts = [passage.content for passage in found.passages]
         hashes = np.frombuffer(b"".join(map(content_hash, texts)), np.uint8).reshape(-1, 32)
-        arrays = _flat(encode(texts).numpy()) if texts else {}
+        arrays = _flat(found.embeddings.numpy()) if found.embeddings is not None else {}
         held: dict[str, Any] = {"hashes": hashes, **arrays}
         np.savez(content, **held)
         self._publish(block, content.getvalue())

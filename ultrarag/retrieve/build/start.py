@@ -18,7 +18,7 @@ from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.generation import Generation, Progress, Source, prepare, stored_heads
+from ultrarag.retrieve.generation import Generation, Progress, Source, Unencoded, prepare, stored_heads
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -101,6 +101,8 @@ def finish(core: Core, generation: Generation) -> Generation:
     """Enter a built generation as ready, with the writes that its builder applied."""
     done = Progress.read(core.layout.final(generation.id))
     core.catalog.set_applied(generation.id, done.applied if done else generation.base_seq)
+    if done and done.unencoded:
+        Unencoded(core.store, generation.id).note(done.unencoded, [])
     if core.link is not None:
         core.link.share(generation)
     if not core.catalog.set_state(generation.id, "ready", only_from=("building",)):

@@ -217,6 +217,14 @@ def refresh(arguments: argparse.Namespace) -> None:
     _show(arguments, report.to_dict(), lambda found: str(report))
 
 
+def retry(arguments: argparse.Namespace) -> None:
+    """`ultrarag index retry`: encode the passages again that could not be encoded."""
+    with _open(arguments) as live:
+        before = len(live.status()["live"]["unencoded"])
+        failed = live.retry()
+    _show(arguments, {"encoded": before - len(failed), "unencoded": failed}, printing.retried)
+
+
 def vacuum(arguments: argparse.Namespace) -> None:
     """Give back space on the disk."""
     with _open(arguments) as live:

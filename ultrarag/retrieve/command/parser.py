@@ -268,5 +268,6 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "rollback": ("bring the previous generation back", _device),
     "evaluate": ("search judged queries and measure", _evaluate),
     "refresh": ("fine-tune on new data, build, check and swap, in one go", _refresh),
+    "retry": ("encode the passages again that could not be encoded", _device),
     "vacuum": ("remove what retired generations and deleted passages left behind", _device),
 }

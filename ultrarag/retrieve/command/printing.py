@@ -42,6 +42,10 @@ def _cut(text: str, room: int) -> str:
     return f"{text[:end].rstrip()}..."
 
 
+#: Passages that cannot be encoded of which the reasons are shown.
+SHOWN_UNENCODED = 20
+
+
 def status(found: Mapping[str, Any]) -> str:
     """An index and its generations."""
     owner = found["owner"]
@@ -57,8 +61,22 @@ def status(found: Mapping[str, Any]) -> str:
             *([f"mirrors {shared['uri']}"] if (shared := found.get("shared")) else []),
             "",
             table(header[:shown], [row[:shown] for row in rows]),
+            *unencoded(found["live"]["unencoded"] if found["live"] else {}),
         ]
     )
+
+
+def retried(found: Mapping[str, Any]) -> str:
+    """What `retry` encoded, and what it could not."""
+    return "\n".join([f"{found['encoded']} passages encoded", *unencoded(found["unencoded"])])
+
+
+def unencoded(found: Mapping[str, str]) -> list[str]:
+    """Passages without vectors, each with the reason; the first of many."""
+    lines = [f"  {id}: {reason}" for id, reason in list(found.items())[:SHOWN_UNENCODED]]
+    more = [f"  and {len(found) - len(lines)} more (--json lists all)"] if len(found) > len(lines) else []
+    advice = "their words alone can be searched; `ultrarag index retry` encodes them again, delete removes them"
+    return [f"{len(found)} passages cannot be encoded: {advice}", *lines, *more] if found else []
 
 
 def _generation(entry: Mapping[str, Any]) -> tuple[object, ...]:

@@ -98,6 +98,8 @@ class Progress:
     #: passages to encode in all; None before the first note
     total: int | None = None
     finished: bool = False
+    #: id -> reason, of passages that have no vectors, for the encoder cannot encode them
+    unencoded: dict[str, str] = field(default_factory=dict)
     #: what the way of encoding notes for itself, under names of its own
     own: dict[str, Any] = field(default_factory=dict)
 

@@ -10,6 +10,8 @@ from ultrarag.encoder import Cuts
 from ultrarag.io import sync_tree
 from ultrarag.retrieve.engines import SCHEMA_FILE, Backend, Schema, create, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Generation, IndexLayout, Progress
+from ultrarag.retrieve.generation.replay import GenerationVectors
+from ultrarag.retrieve.generation.unencoded import Encode, Noted
 from ultrarag.retrieve.passages import Store
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ class Draft:
         self.backend = self._vectors(encoder)
         #: texts that were longer than the encoder takes
         self.cuts = Cuts()
+
+    def vectors(self, encode: Encode) -> GenerationVectors:
+        """The vectors so far as what passages are put into; the progress notes those that cannot be encoded."""
+        return GenerationVectors(self.backend, encode, Noted(self.progress.unencoded))
 
     def total(self) -> int:
         """The number of passages to encode, as far as it is known."""

@@ -16,6 +16,7 @@ from ultrarag.retrieve.generation.draft import create_vectors
 from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Words
 from ultrarag.retrieve.generation.serving import Serving
 from ultrarag.retrieve.generation.source import Source, load_encoder, prepare
+from ultrarag.retrieve.generation.unencoded import Unencoded
 from ultrarag.retrieve.passages import Store
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ def open_serving(
         )
     backend, emptied = _vectors(layout.vectors(directory), generation, encoder, repair)
     try:
-        serving = Serving(generation, encoder, backend)
+        serving = Serving(generation, encoder, backend, Unencoded(store, generation.id))
         catalog = Catalog(store)
         follower = Follower(
             store,
-            GenerationVectors(backend, serving.encode_passages, check),
+            GenerationVectors(backend, serving.encode_passages, serving.unencoded, check),
             generation.applied_seq,
             lambda seq: catalog.set_applied(generation.id, seq),
         )

@@ -10,6 +10,7 @@ from typing import Protocol
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import Backend
+from ultrarag.retrieve.generation.unencoded import Notes, encode_apart
 from ultrarag.retrieve.passages import Changes, Store
 from ultrarag.types import Embeddings, Passage
 
@@ -50,18 +51,25 @@ class GenerationVectors:
         self,
         backend: Backend,
         encode: Callable[[Sequence[str]], Embeddings],
+        unencoded: Notes,
         check: Callable[[], object] = lambda: None,
     ) -> None:
         """`check` is called before each write, and may refuse it."""
-        self._backend, self._encode, self._check = backend, encode, check
+        self._backend, self._encode, self._unencoded, self._check = backend, encode, unencoded, check
 
     def put(self, passages: Sequence[Passage]) -> None:
-        """Encode and store."""
-        if passages:
-            self._store(passages, self._encode([passage.content for passage in passages]))
+        """Encode and store; a passage that cannot be encoded is noted, and what was stored of it before is deleted."""
+        found = encode_apart(passages, self._encode)
+        if found.embeddings is not None:
+            self._store(found.passages, found.embeddings)
+        if found.failed:
+            self._check()
+            self._backend.delete(list(found.failed))
+        self._unencoded.note(found.failed, [passage.id for passage in found.passages])
 
     def put_metadata(self, passages: Sequence[Passage]) -> None:
         """Store the same vectors with new metadata; encode only where they are missing."""
+        passages = [passage for passage in passages if passage.id not in self._unencoded.all()]
         if not passages:
             return
         try:
@@ -76,6 +84,7 @@ class GenerationVectors:
         if ids:
             self._check()
             self._backend.delete(ids)
+            self._unencoded.note({}, ids)
 
     def flush(self) -> None:
         """Flush the engine."""
@@ -151,6 +160,11 @@ class Follower:
         self._target.flush()
         self._save(seq)
         self.applied = self.flushed = seq
+
+    def again(self, ids: Sequence[str]) -> None:
+        """Put passages into the target once more, durably."""
+        self._target.put(list(self._store.get(ids).values()))
+        self._target.flush()
 
     def flush(self) -> None:
         """Make what was applied durable, then say so."""

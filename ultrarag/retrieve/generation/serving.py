@@ -12,6 +12,7 @@ from ultrarag.encoder import Cuts
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation.catalog import Generation
+from ultrarag.retrieve.generation.unencoded import Unencoded
 from ultrarag.types import Embeddings, Kind
 
 if TYPE_CHECKING:
@@ -72,13 +73,15 @@ class FairLock:
 class Serving:
     """The pair (encoder, vectors) of one generation; a search holds on to the pair it began with."""
 
-    def __init__(self, generation: Generation, encoder: Encoder, backend: Backend) -> None:
+    def __init__(self, generation: Generation, encoder: Encoder, backend: Backend, unencoded: Unencoded) -> None:
         if encoder.fingerprint != backend.schema.fingerprint:
             raise FingerprintError(
                 f"generation {generation.id} holds vectors of the encoder {backend.schema.fingerprint[:12]}, not of "
                 f"{encoder.fingerprint[:12]}; open it with the encoder that built it, or build a new generation"
             )
         self.generation, self.encoder, self.backend = generation, encoder, backend
+        #: passages that have no vectors, for the encoder cannot encode them
+        self.unencoded = unencoded
         self._encoding = FairLock()  # one forward at a time: two would share the same cores, and both be slower
         #: of the passages; told when the write, or whatever encoded them, is done
         self.cuts = Cuts()

@@ -30,6 +30,13 @@ CREATE TABLE generations (
 CREATE UNIQUE INDEX one_live ON generations (state) WHERE state IN ('live', 'previous');
 """
 
+#: Came later than format 1; an older version does not look at it, a file without it gets it when it is next written to.
+UNENCODED = """
+CREATE TABLE IF NOT EXISTS unencoded (
+    generation INTEGER NOT NULL, id TEXT NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (generation, id)
+)
+"""
+
 
 class Database:
     """Connections to one file; every commit is on the disk when it returns (WAL, synchronous=FULL).

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from ultrarag.errors import IndexStateError
-from ultrarag.retrieve.passages.database import Database
+from ultrarag.retrieve.passages.database import UNENCODED, Database
 from ultrarag.retrieve.passages.incoming import Record, content_hash
 from ultrarag.types import Passage
 
@@ -186,6 +186,24 @@ class Store:
         """Set named values durably."""
         with self.database.transaction() as db:
             db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(values.items()))
+
+    def unencoded(self, generation: int) -> dict[str, str]:
+        """Id -> reason, of the passages that have no vectors in a generation because they cannot be encoded."""
+        query = (
+            "SELECT u.id, u.reason FROM unencoded u JOIN passages p ON p.id = u.id AND p.deleted = 0 "
+            "WHERE u.generation = ? ORDER BY p.row"
+        )
+        with self.database.reading() as db:
+            there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'unencoded'").fetchone()
+            return dict(db.execute(query, (generation,)).fetchall()) if there else {}
+
+    def note_unencoded(self, generation: int, failed: Mapping[str, str], cured: Iterable[str] = ()) -> None:
+        """Enter passages that cannot be encoded, and strike out those that can."""
+        with self.database.transaction() as db:
+            db.execute(UNENCODED)
+            db.executemany("DELETE FROM unencoded WHERE generation = ? AND id = ?", [(generation, id) for id in cured])
+            rows = [(generation, id, reason) for id, reason in failed.items()]
+            db.executemany("INSERT OR REPLACE INTO unencoded VALUES (?, ?, ?)", rows)
 
     def forget(self, up_to_seq: int) -> None:
         """Drop log entries and tombstones that every generation has applied, and shrink the file."""
