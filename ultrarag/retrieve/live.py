@@ -59,8 +59,8 @@ class LiveIndex:
         if os.getpid() != self._owner:
             raise IndexStateError(
                 f"'{self._owned.layout.root}' was opened by process {self._owner}, and process {os.getpid()} is its "
-                f"fork: an index has one owner, whose files and threads a fork does not have; open it after forking, in "
-                f"one process, or share it through a server (docs/shared-index.md)"
+                f"fork: an index has one owner, whose files and threads a fork does not have; open it after forking, "
+                f"in one process, or share it through a server (docs/shared-index.md)"
             )
         return self._owned
 
