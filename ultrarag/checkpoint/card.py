@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ultrarag.checkpoint.manifest import Manifest, Training
-
-if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
-
 
 _TEXT_TAGS = ("feature-extraction", "sentence-similarity")
 _PAIR_TAGS = ("text-ranking", "reranker", "cross-encoder")
 
 
-def model_card(manifest: Manifest, encoder: Encoder) -> str:
-    """Return the card's Markdown, with the front matter that model hubs read."""
-    pairs = encoder.adapter.declared.pair_input
+def model_card(manifest: Manifest, pairs: bool, longest: tuple[int | None, int | None]) -> str:
+    """Return the card's Markdown, with the front matter that model hubs read.
+
+    Args:
+        pairs: whether the model reads (query, passage) pairs.
+        longest: the most tokens of a query and of a passage, or pair.
+    """
     tags = ["sentence-transformers", *(_PAIR_TAGS if pairs else _TEXT_TAGS), "ultrarag"]
     task = "text-ranking" if pairs else "sentence-similarity"
     front = ["---", "library_name: sentence-transformers", f"pipeline_tag: {task}", "tags:"]
@@ -26,12 +25,12 @@ def model_card(manifest: Manifest, encoder: Encoder) -> str:
     settings = manifest.settings
     facts = [("adapter", manifest.adapter), ("heads", ", ".join(settings.heads))]
     if pairs:
-        facts += [("longest pair", f"{encoder.max_length('passage')} tokens")]
+        facts += [("longest pair", f"{longest[1]} tokens")]
     else:
         facts += [
             ("pooling", settings.pooling or "-"),
             ("unit length", "yes" if settings.normalize else "no"),
-            ("longest query / passage", f"{encoder.max_length('query')} / {encoder.max_length('passage')} tokens"),
+            ("longest query / passage", f"{longest[0]} / {longest[1]} tokens"),
         ]
     facts += [("fingerprint", manifest.fingerprint)]
     usage = _pair_usage() if pairs else _usage(manifest)
