@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ultrarag.hookspecs import Features, LoadOptions
 
 #: The question that the published models were trained with.
-PROMPT = (
+RERANKER_PROMPT = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
     "prediction of either 'Yes' or 'No'."
 )
@@ -31,7 +31,7 @@ PROMPT = (
 def llm_settings() -> EncoderSettings:
     """Settings of the published models."""
     return EncoderSettings(
-        heads=("scores",), query_instruction="A: ", passage_instruction="B: ", prompt=PROMPT, separator="\n"
+        heads=("scores",), query_instruction="A: ", passage_instruction="B: ", prompt=RERANKER_PROMPT, separator="\n"
     )
 
 
