@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "ultrarag"
 
 #: Rooms, and files that belong to none, from the bottom up: each may import from its own line and those below it.
 ORDER = [
-    {"errors", "types", "lazy", "loss_arguments"},
+    {"errors", "types", "lazy", "loss_arguments", "tokenizer_limits", "untrusted"},
     {"io", "scores", "losses", "evaluation"},
     {"hookspecs", "transfer", "packing", "packed_attention"},
     {"adapters"},
@@ -48,7 +48,17 @@ ORDER = [
     {"testing", "demo", "cli", "__init__"},
 ]
 #: What an adapter may use: it could be anybody's package.
-FOR_ADAPTERS = {"adapters", "errors", "types", "loss_arguments", "losses", "scores", "packing", "hookspecs"}
+FOR_ADAPTERS = {
+    "adapters",
+    "errors",
+    "types",
+    "loss_arguments",
+    "losses",
+    "scores",
+    "packing",
+    "hookspecs",
+    "tokenizer_limits",
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ultrarag.adapters.embedder_files import load_tokenizer
 from ultrarag.adapters.llm_reranker_model import PairReader, at_last_token, part_of, refuse_pooling
 from ultrarag.adapters.minicpm_config import granite_config
 from ultrarag.adapters.minicpm_model import load_granite
-from ultrarag.adapters.pair_format import fast_backend, token_ids
+from ultrarag.adapters.pair_format import fast_backend, save_tokenizer, token_ids
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.losses import cross_encoder_loss
 from ultrarag.packing import hidden_states
@@ -155,7 +155,7 @@ def save_layerwise(model: LayerwiseReranker, path: str, state_dict: Mapping[str,
 
     folder = Path(path)
     model.backbone.save_pretrained(folder, state_dict=part_of(state_dict, "backbone."))
-    model.tokenizer.save_pretrained(folder)
+    save_tokenizer(model.tokenizer, folder)
     heads = {f"{model.start_layer + i}": state_dict[f"layer_heads.{i}.weight"] for i in range(len(model.layer_heads))}
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in heads.items()}
     save_file(tensors, folder / HEADS_FILE, {"format": "pt"})

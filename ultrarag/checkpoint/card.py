@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Sequence
 
 from ultrarag.checkpoint.manifest import Manifest, Training
@@ -76,14 +78,15 @@ def _usage(manifest: Manifest) -> list[str]:
 
 
 def _training(training: Training) -> list[str]:
-    lines = ["## Training", "", f"Parent: {training.parent_name or '-'} (`{training.parent}`)", ""]
+    lines = ["## Training", "", f"Parent: {_plain(training.parent_name or '-')} (`{training.parent}`)", ""]
     lines += [f"Optimizer steps: {training.steps}" + (f"; loss {training.loss:.4f}" if training.loss else ""), ""]
     lines += _table(("data", "rows", "sha256"), [(d["name"], d["rows"], d["sha256"][:16]) for d in training.data])
     if training.merge:
         merge = training.merge
         lines += [
             "",
-            f"Weights: {merge['weight']:g} of the trained ones, the rest of {merge['with']} ({merge['path']}).",
+            f"Weights: {merge['weight']:g} of the trained ones, the rest of {_plain(merge['with'])} "
+            f"({_plain(merge['path'])}).",
         ]
     if training.metrics:
         names = sorted({name for values in training.metrics.values() for name in values})
@@ -95,5 +98,11 @@ def _training(training: Training) -> list[str]:
 
 
 def _table(header: tuple[object, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
-    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in [header, *rows]]
+    lines = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in [header, *rows]]
     return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
+def _plain(value: object) -> str:
+    """A name from outside as one line of Markdown that shows it as it is: no markup, no HTML, no new table cell."""
+    line = "".join(character if character.isprintable() else " " for character in str(value))
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(line, quote=False))

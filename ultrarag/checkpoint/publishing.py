@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -104,8 +105,20 @@ def write_checkpoint(
     longest = encoder.max_length("query"), encoder.max_length("passage")
     card = model_card(manifest, encoder.adapter.declared.pair_input, longest)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    _follow_umask(folder)
     write_manifest(folder, manifest)
     return manifest
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give all files the mode of any new file here: safetensors makes its own readable by their owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
 
 def _reload(encoder: Publishable, folder: Path) -> Publishable:

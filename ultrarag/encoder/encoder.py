@@ -24,6 +24,7 @@ from ultrarag.io import progress_bar, quiet_progress
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
 from ultrarag.types import Embeddings, Kind, Tokens
+from ultrarag.untrusted import check_folder
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -75,6 +76,7 @@ class Encoder(TokenEncoder):
         if heads is not None:
             options = replace(options, heads=tuple(heads))
         folder = local_folder(str(path), options.cache_dir, options.token)
+        check_folder(folder)
         manifest = read_manifest(folder)
         plugin = registry().adapter(adapter_name(adapter, manifest, folder))
         if manifest and manifest.adapter == plugin.name:
