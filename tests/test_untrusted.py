@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from ultrarag import Encoder
 from ultrarag.checkpoint import read_manifest
 from ultrarag.errors import CheckpointError
+from ultrarag.finetune import finetune
 from ultrarag.retrieve.generation.source import Source
 from ultrarag.testing.tiny import tiny_bert, tiny_masked_lm
 
@@ -123,6 +125,17 @@ def test_pickles_with_more_than_tensors_are_refused_in_our_words(tiny_m3, tmp_pa
     assert "weights_only" not in str(raised.value)
     assert raised.value.__suppress_context__
     assert "never be printed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_the_state_of_a_stopped_run_is_refused_in_our_words(tmp_path, name):
+    old = Path(__file__).parent / "fixtures" / "dee4ec6"
+    options = json.loads((old / "expected.json").read_text(encoding="utf-8"))["options"]
+    training = shutil.copytree(old / "training", tmp_path / "training")
+    evil(training / "checkpoint-2" / name)
+    options["training"] |= {"num_train_epochs": 2, "save_steps": 2, "allow_seen_data": True}
+    with pytest.raises(CheckpointError, match=rf"{name}.* holds Python objects besides tensors"):
+        finetune(old / "checkpoint", options["rows"], training, resume_from_checkpoint=True, **options["training"])
 
 
 # ---- sizes that no file can have
