@@ -93,7 +93,7 @@ def train_theirs(data: Path, output: Path, max_steps: int, seed: int) -> dict[st
 
 def evaluate(path: str, folder: Path) -> float:
     """nDCG@10 on the test queries, with the same code for both."""
-    from ultrarag.encoder.encoder import Encoder
+    from ultrarag.encoder import Encoder
     from ultrarag.finetune.evaluate import read_evaluator
 
     evaluator = read_evaluator(str(folder), RECIPE["tokens"], RECIPE["tokens"])

@@ -32,7 +32,7 @@ def make_model(folder: Path, sizes: dict[str, Any]) -> None:
     import torch
     from transformers import XLMRobertaModel
 
-    from ultrarag.adapters.sentence_transformers_files import write_declaration
+    from ultrarag.adapters import write_declaration
     from ultrarag.io.terminal import quiet_progress
     from ultrarag.types import EncoderSettings
 

@@ -36,7 +36,7 @@ def encode_tokens(lengths: list[int], budget: int | None, options: argparse.Name
     """Encode texts of these lengths, given as token ids, after some of them have warmed up."""
     import torch
 
-    from ultrarag.encoder.encoder import BATCH_TOKENS
+    from ultrarag.encoder import BATCH_TOKENS
     from ultrarag.types import Tokens
 
     encoder = load(options)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ultrarag import Embeddings, Sparse, hookimpl
-from ultrarag.adapters.hooks import EmbedderAdapter
+from ultrarag.adapters import EmbedderAdapter
 from ultrarag.losses import embedding_loss
 
 

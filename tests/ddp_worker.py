@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import golden
-from ultrarag.encoder.encoder import Encoder
+from ultrarag.encoder import Encoder
 from ultrarag.finetune.step.distributed import gather, rank
 from ultrarag.finetune.step.gradcache import cached_step
 from ultrarag.finetune.step.trainable import Trainable, freeze

@@ -277,7 +277,8 @@ def installed(tmp_path):
         (info / "entry_points.txt").write_text(textwrap.dedent(entry_points))
 
     def run(*words, **variables):
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), **variables}
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, **variables}
         return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
 
     install.run = run
@@ -316,7 +317,11 @@ def test_broken_extension_is_reported_and_left_out(installed):
 
 
 def test_name_collision_names_both_packages_and_the_way_out(installed):
-    installed("acme_bge", "from ultrarag.adapters.bge import adapter", "[ultrarag.adapters]\nbge = acme_bge:adapter\n")
+    installed(
+        "acme_bge",
+        "from ultrarag.adapters.embedders import bge as adapter",
+        "[ultrarag.adapters]\nbge = acme_bge:adapter\n",
+    )
     code = "from ultrarag.plugins import registry; print(registry().adapter('bge').describe())"
     clash = installed.run("-c", code)
     assert "adapter 'bge' is offered by" in clash.stderr

@@ -29,6 +29,7 @@ from ultrarag.plugin_checks import (
     hook_functions,
 )
 from ultrarag.types import Embeddings
+from ultrarag.untrusted import only_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -228,7 +229,8 @@ class Adapter:
 
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Return the model at `path`."""
-        model = self.registry.call(self.name, "load", path=path, options=options)
+        with only_tensors(path):
+            model = self.registry.call(self.name, "load", path=path, options=options)
         missing = [name for name in ("config", "tokenizer", "state_dict") if not hasattr(model, name)]
         if missing:
             raise self._wrong("load", model, f"a torch module with .{' and .'.join(missing)}")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ultrarag import Encoder, hookimpl
-from ultrarag.adapters.bgem3 import BGEM3Adapter
+from ultrarag.adapters.embedders import BGEM3Adapter
 from ultrarag.checkpoint.manifest import changed_files, read_manifest
 from ultrarag.errors import CheckpointError
 from ultrarag.io.durable import publish_directory, remove_stale_stages, staged_directory

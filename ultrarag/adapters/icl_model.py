@@ -12,6 +12,7 @@ from ultrarag.adapters.embedder import Embedder
 from ultrarag.adapters.embedder_files import load_embedder
 from ultrarag.adapters.sentence_transformers_files import read_declaration
 from ultrarag.errors import CheckpointError
+from ultrarag.tokenizer_limits import keep_limits
 from ultrarag.types import EncoderSettings
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def load_icl(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Embedde
         options = replace(options, pooling="last_token")
     model = load_embedder(path, options, heads)
     if model.settings.pooling == "last_token":
-        close_with_end_token(model.tokenizer, path)
+        with keep_limits(model.tokenizer):
+            close_with_end_token(model.tokenizer, path)
     _format_queries(model.settings, model.tokenizer)
     return model
 

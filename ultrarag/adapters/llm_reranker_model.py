@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ultrarag.adapters.embedder_files import load_tokenizer, without_loading_report
-from ultrarag.adapters.pair_format import fast_backend, shortest, token_ids
+from ultrarag.adapters.pair_format import fast_backend, save_tokenizer, shortest, token_ids
 from ultrarag.adapters.pooling import last_token
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.packing import hidden_states
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ultrarag.hookspecs import Features, LoadOptions
 
 #: The question that the published models were trained with.
-PROMPT = (
+RERANKER_PROMPT = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
     "prediction of either 'Yes' or 'No'."
 )
@@ -31,7 +31,7 @@ PROMPT = (
 def llm_settings() -> EncoderSettings:
     """Settings of the published models."""
     return EncoderSettings(
-        heads=("scores",), query_instruction="A: ", passage_instruction="B: ", prompt=PROMPT, separator="\n"
+        heads=("scores",), query_instruction="A: ", passage_instruction="B: ", prompt=RERANKER_PROMPT, separator="\n"
     )
 
 
@@ -156,7 +156,7 @@ def save_yes_reranker(model: YesReranker, path: str, state_dict: Mapping[str, An
     tied = model.backbone._tied_weights_keys or () if model.config.tie_word_embeddings else ()
     weights = {name: tensor for name, tensor in part_of(state_dict, "backbone.").items() if name not in tied}
     model.backbone.save_pretrained(Path(path), state_dict=weights)
-    model.tokenizer.save_pretrained(path)
+    save_tokenizer(model.tokenizer, Path(path))
 
 
 def part_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

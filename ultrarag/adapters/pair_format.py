@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import CheckpointError
@@ -63,7 +65,7 @@ class PairFormat:
         return ids, [*types, *self.after.types]
 
 
-def fast_backend(tokenizer: PreTrainedTokenizerBase, path: str) -> Any:
+def fast_backend(tokenizer: Any, path: str) -> Any:
     """The tokenizer's Rust part, set to neither cut nor pad.
 
     Raises:
@@ -72,9 +74,35 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase, path: str) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(f"{path}: a reranker needs a fast tokenizer (tokenizer.json); leave --use_fast_tokenizer")
+    if not hasattr(tokenizer, "declared_limits"):
+        tokenizer.declared_limits = _limits(backend)
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _limits(backend: Any) -> dict[str, Any]:
+    """The truncation and padding that tokenizer.json declares, as it writes them; empty where it has neither."""
+    if backend.truncation is None and backend.padding is None:
+        return {}
+    from tokenizers import Tokenizer, models
+
+    blank = Tokenizer(models.WordLevel({}, unk_token=""))
+    if backend.truncation is not None:
+        blank.enable_truncation(**backend.truncation)
+    if backend.padding is not None:
+        blank.enable_padding(**backend.padding)
+    values = json.loads(blank.to_str())
+    return {name: values[name] for name in ("truncation", "padding")}
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save the tokenizer of a reranker with the limits that `fast_backend` took from it, which other tools go by."""
+    tokenizer.save_pretrained(folder)
+    if tokenizer.declared_limits:
+        file = folder / "tokenizer.json"
+        values = {**json.loads(file.read_text(encoding="utf-8")), **tokenizer.declared_limits}
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def token_ids(backend: Any, texts: Sequence[str]) -> list[list[int]]:

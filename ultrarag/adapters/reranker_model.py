@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ultrarag.adapters.embedder_files import load_tokenizer, without_loading_report
-from ultrarag.adapters.pair_format import PairFormat, fast_backend, join_pairs
+from ultrarag.adapters.pair_format import PairFormat, fast_backend, join_pairs, save_tokenizer
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.types import Embeddings, EncoderSettings, Tokens
 
@@ -31,8 +31,8 @@ class CrossEncoder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = EncoderSettings(heads=("scores",))
+        self.backend = fast_backend(tokenizer, path)  # before the next line, which calls the tokenizer
         self.template = PairFormat.of(tokenizer, path)
-        self.backend = fast_backend(tokenizer, path)
         #: parts of the backbone that --fix_encoder and LoRA leave to be trained whole
         self.head_prefixes = tuple(
             f"backbone.{name}." for name, _ in backbone.named_children() if name != backbone.base_model_prefix
@@ -133,4 +133,4 @@ def save_cross_encoder(model: CrossEncoder, path: str, state_dict: Mapping[str, 
         if name.startswith("backbone.")
     }
     model.backbone.save_pretrained(Path(path), state_dict=weights)
-    model.tokenizer.save_pretrained(path)
+    save_tokenizer(model.tokenizer, Path(path))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ultrarag.checkpoint.manifest import Manifest, Training
-
-if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
-
 
 _TEXT_TAGS = ("feature-extraction", "sentence-similarity")
 _PAIR_TAGS = ("text-ranking", "reranker", "cross-encoder")
 
 
-def model_card(manifest: Manifest, encoder: Encoder) -> str:
-    """Return the card's Markdown, with the front matter that model hubs read."""
-    pairs = encoder.adapter.declared.pair_input
+def model_card(manifest: Manifest, pairs: bool, longest: tuple[int | None, int | None]) -> str:
+    """Return the card's Markdown, with the front matter that model hubs read.
+
+    Args:
+        pairs: whether the model reads (query, passage) pairs.
+        longest: the most tokens of a query and of a passage, or pair.
+    """
     tags = ["sentence-transformers", *(_PAIR_TAGS if pairs else _TEXT_TAGS), "ultrarag"]
     task = "text-ranking" if pairs else "sentence-similarity"
     front = ["---", "library_name: sentence-transformers", f"pipeline_tag: {task}", "tags:"]
@@ -26,12 +27,12 @@ def model_card(manifest: Manifest, encoder: Encoder) -> str:
     settings = manifest.settings
     facts = [("adapter", manifest.adapter), ("heads", ", ".join(settings.heads))]
     if pairs:
-        facts += [("longest pair", f"{encoder.max_length('passage')} tokens")]
+        facts += [("longest pair", f"{longest[1]} tokens")]
     else:
         facts += [
             ("pooling", settings.pooling or "-"),
             ("unit length", "yes" if settings.normalize else "no"),
-            ("longest query / passage", f"{encoder.max_length('query')} / {encoder.max_length('passage')} tokens"),
+            ("longest query / passage", f"{longest[0]} / {longest[1]} tokens"),
         ]
     facts += [("fingerprint", manifest.fingerprint)]
     usage = _pair_usage() if pairs else _usage(manifest)
@@ -77,14 +78,15 @@ def _usage(manifest: Manifest) -> list[str]:
 
 
 def _training(training: Training) -> list[str]:
-    lines = ["## Training", "", f"Parent: {training.parent_name or '-'} (`{training.parent}`)", ""]
+    lines = ["## Training", "", f"Parent: {_plain(training.parent_name or '-')} (`{training.parent}`)", ""]
     lines += [f"Optimizer steps: {training.steps}" + (f"; loss {training.loss:.4f}" if training.loss else ""), ""]
     lines += _table(("data", "rows", "sha256"), [(d["name"], d["rows"], d["sha256"][:16]) for d in training.data])
     if training.merge:
         merge = training.merge
         lines += [
             "",
-            f"Weights: {merge['weight']:g} of the trained ones, the rest of {merge['with']} ({merge['path']}).",
+            f"Weights: {merge['weight']:g} of the trained ones, the rest of {_plain(merge['with'])} "
+            f"({_plain(merge['path'])}).",
         ]
     if training.metrics:
         names = sorted({name for values in training.metrics.values() for name in values})
@@ -96,5 +98,11 @@ def _training(training: Training) -> list[str]:
 
 
 def _table(header: tuple[object, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
-    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in [header, *rows]]
+    lines = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in [header, *rows]]
     return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
+def _plain(value: object) -> str:
+    """A name from outside as one line of Markdown that shows it as it is: no markup, no HTML, no new table cell."""
+    line = "".join(character if character.isprintable() else " " for character in str(value))
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(line, quote=False))

@@ -17,6 +17,7 @@ from typing import Any
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.io import sha256_of, write_json
 from ultrarag.types import EncoderSettings
+from ultrarag.untrusted import refuse_outside
 
 MANIFEST = "ultrarag.json"
 FORMAT = 1
@@ -77,7 +78,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Read `ultrarag.json`; None where there is none.
 
     Raises:
-        CheckpointError: when it is damaged, of a newer format, or a file that it lists is missing or truncated.
+        CheckpointError: when it is damaged, of a newer format, or a file that it lists is missing, cut or outside.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -93,6 +94,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         manifest.training = Training(**training) if training else None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    refuse_outside(folder, manifest.files, path)
     _check_sizes(folder, manifest)
     return manifest
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self
 
 import numpy as np
+from torch import nn
 
 from ultrarag.checkpoint.card import model_card
 from ultrarag.checkpoint.manifest import Manifest, Training, write_manifest
 from ultrarag.errors import CheckpointError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import publish_directory, quiet_progress, staged_directory
-from ultrarag.types import Embeddings
-
-if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
+from ultrarag.plugins import Adapter
+from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
 
 #: Encoded before and after: short and long, English and Chinese, one token, digits.
 PROBES = (
@@ -33,8 +32,39 @@ PROBE_PAIRS = tuple((query, passage) for query in (PROBES[0], PROBES[1]) for pas
 TOLERANCE = 1e-5
 
 
+class Publishable(Protocol):
+    """What publishing needs of an encoder: its parts, its identity, and its vectors, here and loaded again."""
+
+    adapter: Adapter
+    model: nn.Module
+    settings: EncoderSettings
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that the model has."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity by content."""
+
+    def around(self, model: nn.Module) -> Self:
+        """The same around another model."""
+
+    def max_length(self, kind: Kind) -> int | None:
+        """The most tokens of a text of this kind."""
+
+    def tokenize(self, texts: Sequence[str], kind: Kind) -> Tokens:
+        """Read texts."""
+
+    def tokenize_pairs(self, pairs: Sequence[tuple[str, str]]) -> Tokens:
+        """Read (query, passage) pairs."""
+
+    def encode_tokens(self, tokens: Tokens, heads: tuple[str, ...]) -> Embeddings:
+        """Return the vectors, or scores, in float32."""
+
+
 def publish(
-    encoder: Encoder,
+    encoder: Publishable,
     target: Path,
     state_dict: Mapping[str, Any],
     training: Training | None = None,
@@ -57,7 +87,7 @@ def publish(
 
 
 def write_checkpoint(
-    encoder: Encoder,
+    encoder: Publishable,
     folder: Path,
     state_dict: Mapping[str, Any],
     training: Training | None = None,
@@ -72,22 +102,33 @@ def write_checkpoint(
     reloaded = _reload(encoder, folder)
     _compare(encoder, reloaded, folder)
     manifest.fingerprint = reloaded.fingerprint
-    card = folder / "README.md"
-    card.write_text(model_card(manifest, encoder), encoding="utf-8")
+    longest = encoder.max_length("query"), encoder.max_length("passage")
+    card = model_card(manifest, encoder.adapter.declared.pair_input, longest)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    _follow_umask(folder)
     write_manifest(folder, manifest)
     return manifest
 
 
-def _reload(encoder: Encoder, folder: Path) -> Encoder:
-    from ultrarag.encoder import Encoder
+def _follow_umask(folder: Path) -> None:
+    """Give all files the mode of any new file here: safetensors makes its own readable by their owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
+
+def _reload(encoder: Publishable, folder: Path) -> Publishable:
     options = LoadOptions(heads=encoder.heads, pooling=encoder.settings.pooling, normalize=encoder.settings.normalize)
     with quiet_progress():
         model = encoder.adapter.load(str(folder), options)
-    return Encoder(encoder.adapter, model, replace(encoder.settings), device=encoder.device)
+    return encoder.around(model)
 
 
-def probe_vectors(encoder: Encoder) -> Embeddings:
+def probe_vectors(encoder: Publishable) -> Embeddings:
     """The embeddings of the probe texts, or of the probe pairs, in float32, with every head."""
     if encoder.adapter.declared.pair_input:
         return encoder.encode_tokens(encoder.tokenize_pairs(PROBE_PAIRS), encoder.heads)
@@ -112,7 +153,7 @@ def _of_head(embeddings: Embeddings, head: str) -> np.ndarray:
     return np.asarray(getattr(embeddings, head))
 
 
-def _compare(encoder: Encoder, reloaded: Encoder, folder: Path) -> None:
+def _compare(encoder: Publishable, reloaded: Publishable, folder: Path) -> None:
     for head, difference in largest_difference(probe_vectors(encoder), probe_vectors(reloaded)).items():
         if not difference <= TOLERANCE:
             what = "scores" if encoder.adapter.declared.pair_input else "vectors"

@@ -12,7 +12,8 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.encoder.device import in_background
-    from ultrarag.encoder.encoder import BATCH_TOKENS, Encoder
+    from ultrarag.encoder.encoder import Encoder
+    from ultrarag.encoder.forward import BATCH_TOKENS
     from ultrarag.encoder.pairs import read_pairs
     from ultrarag.encoder.tokens import Cuts, pad, render, tokenize
 else:

@@ -13,49 +13,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from ultrarag.checkpoint import Manifest, Training, fingerprint, local_folder, read_manifest
-from ultrarag.encoder.device import map_side_by_side, one_ahead, side_by_side
-from ultrarag.encoder.load import (
-    PRECISIONS,
-    adapter_name,
-    checked_precision,
-    declared_options,
-    override_settings,
-    settings_of,
-)
+from ultrarag.checkpoint import Training, fingerprint, local_folder, publish, read_manifest
+from ultrarag.encoder.forward import TokenEncoder
+from ultrarag.encoder.load import adapter_name, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
-from ultrarag.encoder.precision import Casts
-from ultrarag.encoder.tokens import (
-    Cuts,
-    batches_by_tokens,
-    check_texts,
-    effective_length,
-    pad,
-    render,
-    token_limit,
-    tokenize,
-    tokenized_windows,
-)
-from ultrarag.errors import UsageError, did_you_mean
-from ultrarag.hookspecs import Features, LoadOptions
+from ultrarag.encoder.tokens import Cuts, tokenized_windows
+from ultrarag.errors import UsageError
+from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
-from ultrarag.plugins import Adapter, registry
+from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
-from ultrarag.transfer import remember_host, to_device, to_host
-from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
+from ultrarag.types import Embeddings, Kind, Tokens
+from ultrarag.untrusted import check_folder
 
 if TYPE_CHECKING:
     from os import PathLike
 
 logger = logging.getLogger("ultrarag")
 
-#: Padded tokens per forward: small enough for a CPU's caches, large enough for a GPU to be busy.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 #: Texts tokenized and sorted by length together; the next window is tokenized while one is encoded.
 WINDOW = 4096
 
 
-class Encoder:
+class Encoder(TokenEncoder):
     """A loaded model that turns texts into `Embeddings`.
 
     Example:
@@ -64,25 +44,6 @@ class Encoder:
         >>> encoder.encode(["what is milvus?"], kind="query").dense.shape
         (1, 384)
     """
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        model: nn.Module,
-        settings: EncoderSettings,
-        manifest: Manifest | None = None,
-        device: str | torch.device | None = None,
-        precision: str = "fp32",
-    ) -> None:
-        self.adapter = adapter
-        self.settings = settings
-        self.manifest = manifest
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.precision = checked_precision(precision, self.device)
-        self.model = model.to(self.device).eval()
-        model.settings = settings  # type: ignore[assignment]
-        #: the model's matrices in lower precision, until it is trained
-        self.casts = Casts()
 
     @classmethod
     def load(
@@ -115,6 +76,7 @@ class Encoder:
         if heads is not None:
             options = replace(options, heads=tuple(heads))
         folder = local_folder(str(path), options.cache_dir, options.token)
+        check_folder(folder)
         manifest = read_manifest(folder)
         plugin = registry().adapter(adapter_name(adapter, manifest, folder))
         if manifest and manifest.adapter == plugin.name:
@@ -126,6 +88,10 @@ class Encoder:
         found = settings_of(model, plugin, options, manifest)
         override_settings(found, settings)
         return cls(plugin, model, found, manifest, device, precision)
+
+    def around(self, model: nn.Module) -> Encoder:
+        """An encoder of the same adapter, settings and device around another model, such as this one loaded again."""
+        return Encoder(self.adapter, model, replace(self.settings), device=self.device)
 
     def compile(self, **options: Any) -> None:
         """Let torch.compile speed the backbone up; it then computes padding too, and the first batches are slow.
@@ -144,16 +110,6 @@ class Encoder:
         self.casts.stop()  # a compiled backbone casts in its own code
         backbone.compile(**{"dynamic": True, **options})
 
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """The heads that the model has."""
-        return self.settings.heads
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's transformers tokenizer."""
-        return self.model.tokenizer
-
     @cached_property
     def dim(self) -> int | None:
         """Width of the dense vectors; None for a model without them."""
@@ -170,33 +126,6 @@ class Encoder:
                 "the model's content changed since its manifest was written: its identity is now %s", found[:12]
             )
         return found
-
-    @property
-    def limit(self) -> int | None:
-        """The most tokens that the model can take."""
-        return token_limit(self.tokenizer, self.model.config)
-
-    def max_length(self, kind: Kind, asked: int | None = None) -> int | None:
-        """The token limit for texts of `kind`; raises UsageError when `asked` is more than the model takes."""
-        return effective_length(asked, self.settings.max_length(kind), self.limit)
-
-    def tokenize(
-        self, texts: Sequence[str], kind: Kind, max_length: int | None = None, instruction: str | None = None
-    ) -> Tokens:
-        """Render the texts with their kind's instruction and tokenize them.
-
-        Raises:
-            UsageError, DataError: a text is no string, or holds what is not text.
-        """
-        check_texts(texts)
-        rendered = render(self.settings, texts, kind, instruction)
-        return tokenize(self.tokenizer, rendered, self.max_length(kind, max_length))
-
-    def features(self, tokens: Tokens, rows: Sequence[int] | None = None, multiple_of: int | None = None) -> Features:
-        """Pad some rows of tokenized texts or pairs into one batch on the CPU."""
-        chosen = tokens.ids if rows is None else [tokens.ids[row] for row in rows]
-        types = tokens.types if tokens.types is None or rows is None else [tokens.types[row] for row in rows]
-        return pad(chosen, self.tokenizer.pad_token_id, self.tokenizer.padding_side, multiple_of, types)
 
     def encode(
         self,
@@ -274,29 +203,7 @@ class Encoder:
         options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
         options |= {"on_batch": on_batch, "cuts": cuts}
         length = self.max_length(kind, max_length)
-        yield from self._encode_windows(tokenized_windows(texts, read, window), "texts", length, **options)
-
-    def _encode_windows(
-        self,
-        windows: Iterator[Tokens],
-        what: str,
-        length: int | None,
-        heads: Sequence[str] | None = None,
-        batch_tokens: int | None = None,
-        precision: str | None = None,
-        on_batch: Callable[[int], object] | None = None,
-        cuts: Cuts | None = None,
-    ) -> Iterator[Embeddings]:
-        """Yield the embeddings of each window of tokenized texts or pairs; say in the end how many were cut."""
-        chosen = self._checked_heads(heads)
-        budget = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
-        dtype = PRECISIONS[checked_precision(precision or self.precision, self.device)]
-        counted = cuts or Cuts()
-        for tokens in windows:
-            counted.add(tokens.truncated, len(tokens), what, length)
-            yield self.encode_tokens(tokens, chosen, budget, dtype, on_batch)
-        if cuts is None:
-            counted.tell()
+        yield from self.encode_windows(tokenized_windows(texts, read, window), "texts", length, **options)
 
     def _refuse_pairs(self) -> None:
         if self.adapter.declared.pair_input:
@@ -304,69 +211,6 @@ class Encoder:
                 f"{self.adapter.describe()} reads (query, passage) pairs and gives no vectors: "
                 "use encoder.score([(query, passage), ...])"
             )
-
-    def encode_tokens(
-        self,
-        tokens: Tokens,
-        heads: tuple[str, ...],
-        budget: int = BATCH_TOKENS["cpu"],
-        dtype: torch.dtype | None = None,
-        on_batch: Callable[[int], object] | None = None,
-    ) -> Embeddings:
-        """Return the embeddings of tokenized texts, in their order.
-
-        Args:
-            budget: padded tokens per forward, at most.
-            dtype: of the forward, if not float32.
-            on_batch: told the number of texts after each forward.
-        """
-        self.model.eval()
-        workers = self._workers()
-        batches = list(batches_by_tokens([len(row) for row in tokens.ids], budget, workers))
-
-        @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
-        def start(rows: list[int]) -> Callable[[], Embeddings]:
-            return to_host(self._forward(self.features(tokens, rows), heads, dtype))
-
-        if self.device.type == "cpu":
-            results = map_side_by_side(lambda rows: start(rows)(), batches, workers)
-        else:
-            results = one_ahead(start, batches)
-        parts, order = [], []
-        for rows, part in results:
-            parts.append(part)
-            order.extend(rows)
-            if on_batch:
-                on_batch(len(rows))
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = np.arange(len(order))
-        return Embeddings.cat(parts)[place]
-
-    def _workers(self) -> int:
-        """Forwards to run at a time: one on a GPU, and where a plugin does not say that several may run."""
-        if self.device.type != "cpu" or not self.adapter.registry.threaded_encode(self.adapter.name):
-            return 1
-        return side_by_side()
-
-    def _forward(self, features: Features, heads: tuple[str, ...], dtype: torch.dtype | None) -> Embeddings:
-        moved = {name: to_device(cast(torch.Tensor, value), self.device) for name, value in features.items()}
-        remember_host(moved["attention_mask"], features["attention_mask"])
-        batch = cast(Features, {**moved, "heads": heads})
-        if dtype is None:
-            return self.adapter.encode(self.model, batch)
-        with torch.autocast(self.device.type, dtype):
-            return self.adapter.encode(self.casts.of(self.model, dtype), batch)
-
-    def _checked_heads(self, heads: Sequence[str] | None) -> tuple[str, ...]:
-        if heads is None:
-            return self.heads
-        chosen = (heads,) if isinstance(heads, str) else tuple(heads)
-        for head in chosen:
-            if head not in self.heads:
-                known = ", ".join(self.heads)
-                missing = "has no weights here" if head in self.adapter.declared.heads else "is unknown"
-                raise UsageError(f"head '{head}' {missing}{did_you_mean(head, self.heads)} (this model has: {known})")
-        return chosen
 
     def tokenize_pairs(
         self,
@@ -407,7 +251,9 @@ class Encoder:
             raise UsageError("normalize is for cross-encoders, whose scores are logits; this model compares vectors")
         if not pairs:
             return np.zeros(0, dtype=np.float32)
-        return score_texts(self, pairs, self._weights(weights), **options)
+        chosen = self._weights(weights)
+        encode = partial(self.encode, heads=tuple(chosen), **options)
+        return score_texts(pairs, encode, partial(self.similarity, weights=chosen))
 
     def similarity(self, query: Embeddings, passage: Embeddings, weights: dict[str, float] | None = None) -> np.ndarray:
         """Return the weighted sum of the heads' scores, (queries, passages) float32, of encoded texts."""
@@ -423,7 +269,7 @@ class Encoder:
                 example = ", ".join(f"'{head}': 1" for head in self.heads)
                 raise UsageError(f"the model has several heads: say how they weigh, for example {{{example}}}")
             return {self.heads[0]: 1.0}
-        self._checked_heads(tuple(weights))
+        self.checked_heads(tuple(weights))
         chosen = {head: weight for head, weight in weights.items() if weight != 0}
         if not chosen:
             raise UsageError(f"all weights are 0: {weights}; at least one head must count")
@@ -438,8 +284,5 @@ class Encoder:
         Raises:
             CheckpointError: when what was written does not give this model's vectors.
         """
-        from ultrarag.checkpoint import publish
-
-        return publish(
-            self, Path(path), self.model.state_dict(), training or (self.manifest.training if self.manifest else None)
-        )
+        record = training or (self.manifest.training if self.manifest else None)
+        return publish(self, Path(path), self.model.state_dict(), record)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.tokens import check_texts, tokenized_windows
 from ultrarag.errors import PluginError, UsageError
 from ultrarag.io import progress_bar
-from ultrarag.types import Tokens
-
-if TYPE_CHECKING:
-    from ultrarag.encoder.encoder import Encoder
+from ultrarag.types import Embeddings, Tokens
 
 #: Pairs tokenized and sorted by length together.
 WINDOW = 4096
 
 
 def tokenize_pairs(
-    encoder: Encoder,
+    encoder: TokenEncoder,
     pairs: Sequence[tuple[str, str]],
     query_max_length: int | None = None,
     max_length: int | None = None,
@@ -40,7 +38,7 @@ def tokenize_pairs(
 
 
 def read_pairs(
-    encoder: Encoder,
+    encoder: TokenEncoder,
     queries: Sequence[str],
     passages: Sequence[str],
     query_max_length: int | None,
@@ -82,7 +80,7 @@ def query_limit(asked: int | None, max_length: int | None, declared: int | None 
 
 
 def score_pairs(
-    encoder: Encoder,
+    encoder: TokenEncoder,
     pairs: Sequence[tuple[str, str]],
     weights: dict[str, float] | None = None,
     normalize: bool = False,
@@ -103,14 +101,14 @@ def score_pairs(
     if weights is not None and set(weights) != {"scores"}:
         raise UsageError("a cross-encoder gives one score per pair: leave `weights` out")
     read = partial(
-        encoder.tokenize_pairs, query_max_length=query_max_length, max_length=max_length, instruction=instruction
+        tokenize_pairs, encoder, query_max_length=query_max_length, max_length=max_length, instruction=instruction
     )
     length = encoder.max_length("passage", max_length)
     windows = tokenized_windows(pairs, read, window)
     parts = [np.zeros(0, dtype=np.float32)]
     with progress_bar(len(pairs), "score", "pair", progress) as bar:
         options: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "on_batch": bar.update}
-        for part in encoder._encode_windows(windows, "pairs", length, **options):
+        for part in encoder.encode_windows(windows, "pairs", length, **options):
             parts.append(np.asarray(part.scores, dtype=np.float32))
     scores = np.concatenate(parts)
     return _logistic(scores) if normalize else scores
@@ -132,25 +130,24 @@ def _sides(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
 
 
 def score_texts(
-    encoder: Encoder, pairs: Sequence[tuple[str, str]], weights: dict[str, float], **options: Any
+    pairs: Sequence[tuple[str, str]],
+    encode: Callable[..., Embeddings],
+    similarity: Callable[[Embeddings, Embeddings], np.ndarray],
 ) -> np.ndarray:
     """Score pairs by a model that encodes texts one by one: each distinct text once, (n,) float32.
 
     Args:
-        weights: weight per head.
-        options: of `Encoder.encode`.
+        encode: texts and their kind -> their vectors.
+        similarity: vectors of queries and of passages -> scores, (queries, passages).
     """
-    if not pairs:
-        return np.zeros(0, dtype=np.float32)
     left = {text: row for row, text in enumerate(dict.fromkeys(query for query, _ in pairs))}
     right = {text: row for row, text in enumerate(dict.fromkeys(passage for _, passage in pairs))}
-    query = encoder.encode(list(left), "query", heads=tuple(weights), **options)
-    passage = encoder.encode(list(right), "passage", heads=tuple(weights), **options)
+    query, passage = encode(list(left), "query"), encode(list(right), "passage")
     by_query: dict[int, list[int]] = {}
     for number, (text, _) in enumerate(pairs):
         by_query.setdefault(left[text], []).append(number)
     scores = np.empty(len(pairs), dtype=np.float32)
     for row, numbers in by_query.items():
         columns = np.array([right[pairs[number][1]] for number in numbers])
-        scores[numbers] = encoder.similarity(query[row : row + 1], passage[columns], weights=weights)[0]
+        scores[numbers] = similarity(query[row : row + 1], passage[columns])[0]
     return scores

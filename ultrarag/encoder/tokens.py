@@ -13,6 +13,7 @@ import numpy as np
 
 from ultrarag.encoder.device import in_background
 from ultrarag.errors import DataError, UsageError
+from ultrarag.tokenizer_limits import keep_limits
 from ultrarag.types import EncoderSettings, Kind, Tokens
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> To
     """Tokenize rendered texts, special tokens included; count those that had to be cut."""
     if not texts:
         return Tokens([])
-    with _lock_of(tokenizer):
+    with _lock_of(tokenizer), keep_limits(tokenizer):
         batch = _batch(tokenizer, texts, max_length)
     fallback = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id]
     ids = [row or fallback for row in batch["input_ids"]]

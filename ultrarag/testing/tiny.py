@@ -48,7 +48,7 @@ def tiny_bert(folder: Path, pooling: str = "mean", seed: int = 0) -> None:
     """A BERT with `modules.json`: pooling (cls or mean) and normalisation, as a sentence-transformers model has."""
     from transformers import BertConfig, BertModel
 
-    from ultrarag.adapters.sentence_transformers_files import write_declaration
+    from ultrarag.adapters import write_declaration
     from ultrarag.types import EncoderSettings
 
     tokenizer = tiny_tokenizer("bert")
@@ -150,9 +150,9 @@ def tiny_layerwise(folder: Path, seed: int = 0) -> None:
 
 def _prompted_tokenizer() -> PreTrainedTokenizerFast:
     """A decoder's tokenizer with a token for each word of the rerankers' prompt, and room for it."""
-    from ultrarag.adapters.llm_reranker_model import PROMPT
+    from ultrarag.adapters import RERANKER_PROMPT
 
-    tokenizer = tiny_tokenizer("decoder", (*TEXTS, PROMPT))
+    tokenizer = tiny_tokenizer("decoder", (*TEXTS, RERANKER_PROMPT))
     tokenizer.model_max_length = 2 * MAX_LENGTH
     return tokenizer
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ultrarag.encoder.encoder import Encoder
+from ultrarag.encoder import Encoder
 from ultrarag.finetune.batches.collator import Collator
 from ultrarag.finetune.batches.plan import Batch
 from ultrarag.finetune.flags.learning import FalseNegativeArguments

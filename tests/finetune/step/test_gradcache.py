@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from ultrarag.encoder.encoder import Encoder
+from ultrarag.encoder import Encoder
 from ultrarag.finetune.step.gradcache import cached_step, split
 from ultrarag.finetune.step.trainable import Trainable
 from ultrarag.hookspecs import LoadOptions

@@ -36,6 +36,7 @@ from ultrarag.io import sync_directory, sync_tree
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.transfer import remember_host
 from ultrarag.types import Embeddings
+from ultrarag.untrusted import only_tensors
 
 
 class EmbeddingTrainer(Trainer):
@@ -256,6 +257,14 @@ class EmbeddingTrainer(Trainer):
             dist.barrier()
 
     # ---- loading
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with only_tensors(checkpoint or ""):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with only_tensors(checkpoint or ""):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put a checkpoint's weights into the model, every one of them, or raise."""

@@ -1,4 +1,4 @@
-"""bge-reranker-gemma and bge-reranker-minicpm-layerwise: language models that rerank."""
+"""The adapters of models that read (query, passage) pairs: their hooks, free of torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,56 @@ if TYPE_CHECKING:
 
     from ultrarag.adapters.layerwise_model import LayerwiseReranker
     from ultrarag.adapters.llm_reranker_model import YesReranker
+    from ultrarag.adapters.reranker_model import CrossEncoder
     from ultrarag.loss_arguments import LossArguments
 
 
-class GemmaRerankerAdapter:
+class RerankerAdapter:
+    """The hooks of models whose `encode(features)` gives one score per pair."""
+
+    heads = ("scores",)
+    pair_input = True
+
+    @hookimpl
+    def encode(self, model: nn.Module, features: Features) -> Embeddings:
+        """Score the pairs."""
+        return cast("CrossEncoder | LayerwiseReranker | YesReranker", model).encode(features)
+
+    @hookimpl
+    def loss(self, passage: Embeddings, teacher: Tensor | None, args: LossArguments) -> Tensor:
+        """Cross-entropy of the positive within its group, and of the teacher's distribution where there is one."""
+        from ultrarag.losses import cross_encoder_loss
+
+        return cross_encoder_loss(passage.scores, teacher, args)
+
+
+class CrossEncoderAdapter(RerankerAdapter):
+    """A sequence classifier whose only logit is the score: bge-reranker base, large and v2-m3, ms-marco MiniLM.
+
+    Training compares each query's positive with its own negatives; a plain encoder gets a fresh head for it.
+
+    Source:
+        bge-reranker (FlagEmbedding); Passage Re-ranking with BERT (Nogueira and Cho, 2019).
+    """
+
+    threaded_encode = True
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Load a classifier, or in training an encoder under a fresh classification head."""
+        from ultrarag.adapters.reranker_model import load_cross_encoder
+
+        return load_cross_encoder(path, options)
+
+    @hookimpl
+    def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
+        """Write what transformers, sentence-transformers' CrossEncoder and FlagEmbedding's FlagReranker load."""
+        from ultrarag.adapters.reranker_model import save_cross_encoder
+
+        save_cross_encoder(cast("CrossEncoder", model), path, state_dict)
+
+
+class GemmaRerankerAdapter(RerankerAdapter):
     """A causal language model that is asked whether the passage answers; the score is its logit of "Yes".
 
     It reads `<bos>A: {query}\\n B: {passage}\\n {prompt}`, the parts tokenized by themselves.
@@ -24,9 +70,6 @@ class GemmaRerankerAdapter:
     Source:
         Model card of BAAI/bge-reranker-v2-gemma.
     """
-
-    heads = ("scores",)
-    pair_input = True
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
@@ -36,18 +79,6 @@ class GemmaRerankerAdapter:
         return load_yes_reranker(path, options)
 
     @hookimpl
-    def encode(self, model: nn.Module, features: Features) -> Embeddings:
-        """Score the pairs."""
-        return cast("YesReranker", model).encode(features)
-
-    @hookimpl
-    def loss(self, passage: Embeddings, teacher: Tensor | None, args: LossArguments) -> Tensor:
-        """Cross-entropy of the positive within its group, and of the teacher's distribution where there is one."""
-        from ultrarag.losses import cross_encoder_loss
-
-        return cross_encoder_loss(passage.scores, teacher, args)
-
-    @hookimpl
     def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
         """Write what transformers and FlagEmbedding's FlagLLMReranker load."""
         from ultrarag.adapters.llm_reranker_model import save_yes_reranker
@@ -55,7 +86,7 @@ class GemmaRerankerAdapter:
         save_yes_reranker(cast("YesReranker", model), path, state_dict)
 
 
-class LayerwiseRerankerAdapter:
+class LayerwiseRerankerAdapter(RerankerAdapter):
     """MiniCPM-2B with a score after each of its upper layers; `cutoff_layer` says which one counts, and where it ends.
 
     In training all scores learn, the last one teaching the others where the rows carry no teacher's scores.
@@ -64,20 +95,12 @@ class LayerwiseRerankerAdapter:
         Model card of BAAI/bge-reranker-v2-minicpm-layerwise.
     """
 
-    heads = ("scores",)
-    pair_input = True
-
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Load the published model, one saved here, or in training MiniCPM-2B itself."""
-        from ultrarag.adapters.layerwise_files import load_layerwise
+        from ultrarag.adapters.layerwise_model import load_layerwise
 
         return load_layerwise(path, options)
-
-    @hookimpl
-    def encode(self, model: nn.Module, features: Features) -> Embeddings:
-        """Score the pairs."""
-        return cast("LayerwiseReranker", model).encode(features)
 
     @hookimpl
     def loss(self, passage: Embeddings, teacher: Tensor | None, args: LossArguments) -> Tensor:
@@ -89,10 +112,11 @@ class LayerwiseRerankerAdapter:
     @hookimpl
     def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
         """Write a Granite checkpoint, and the layers' heads beside it."""
-        from ultrarag.adapters.layerwise_files import save_layerwise
+        from ultrarag.adapters.layerwise_model import save_layerwise
 
         save_layerwise(cast("LayerwiseReranker", model), path, state_dict)
 
 
+cross_encoder = CrossEncoderAdapter()
 gemma = GemmaRerankerAdapter()
 layerwise = LayerwiseRerankerAdapter()

@@ -1,0 +1,152 @@
+"""The adapters of models that encode texts: their hooks, free of torch, so that listing plugins is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from ultrarag.hookspecs import Features, LoadOptions, hookimpl
+from ultrarag.types import Embeddings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ultrarag.adapters.embedder import Embedder
+    from ultrarag.adapters.minicpm_model import MiniCPMEmbedder
+    from ultrarag.adapters.sentence_transformers_model import SentenceTransformersModel
+    from ultrarag.loss_arguments import LossArguments
+
+
+class EmbedderAdapter:
+    """The hooks of models with `encode(features)`, such as `Embedder`; subclasses say which heads theirs may have."""
+
+    heads: tuple[str, ...] = ("dense",)
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Load the backbone and the heads that it has."""
+        from ultrarag.adapters.embedder_files import load_embedder
+
+        return load_embedder(path, options, self.heads)
+
+    @hookimpl
+    def encode(self, model: nn.Module, features: Features) -> Embeddings:
+        """Run the model's one forward."""
+        return cast("Embedder", model).encode(features)
+
+    @hookimpl
+    def loss(
+        self, query: Embeddings, passage: Embeddings, teacher: Tensor | None, step: int, args: LossArguments
+    ) -> Tensor:
+        """The contrastive or distillation loss of every head that was encoded."""
+        from ultrarag.losses import embedding_loss
+
+        return embedding_loss(query, passage, teacher, step, args)
+
+    @hookimpl
+    def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
+        """Write what transformers, sentence-transformers and FlagEmbedding load."""
+        from ultrarag.adapters.embedder_files import save_embedder
+
+        save_embedder(cast("Embedder", model), path, state_dict)
+
+
+class BGEAdapter(EmbedderAdapter):
+    """One dense vector per text: bge, e5, gte, MiniLM and whatever `modules.json` of the same kind describes.
+
+    Pooling (cls, mean, last_token, weighted_mean), prompts and normalisation are as the checkpoint declares.
+    """
+
+    heads = ("dense",)
+    threaded_encode = True
+
+
+class BGEM3Adapter(EmbedderAdapter):
+    """BAAI/bge-m3, or the same heads over any encoder: CLS, lexical weights, and one ColBERT vector per token.
+
+    Source:
+        M3-Embedding (Chen et al., 2024); head files as in FlagEmbedding 1.4.2.
+    """
+
+    heads = ("dense", "sparse", "colbert")
+    threaded_encode = True
+
+
+class ICLAdapter(EmbedderAdapter):
+    """A causal backbone whose vector is the hidden state of the end token: bge-en-icl, e5-mistral and their like.
+
+    The end token closes every text. The instruction says what the query is for; it comes from the run, the call, or a
+    row's `prompt`, and is put into the format that the model was trained with. Few-shot examples, which bge-en-icl can
+    read, are a `query_format` that begins with them. Passages are raw.
+
+    Source:
+        bge-en-icl (Li et al., 2024); e5-mistral-7b-instruct (Wang et al., 2024).
+    """
+
+    heads = ("dense",)
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Load the backbone, and see to it that its tokenizer ends each text with the end token."""
+        from ultrarag.adapters.icl_model import load_icl
+
+        return load_icl(path, options, self.heads)
+
+
+class MiniCPMAdapter(EmbedderAdapter):
+    """MiniCPM-Embedding (dense) and its Light (dense and sparse) as a stock transformers model: no remote code.
+
+    Queries are read as `Query: {query}`; an instruction given to a fine-tuning run
+    (`--query_instruction_for_retrieval`) as `Instruction: {instruction} Query: {query}`; passages are raw.
+
+    Source:
+        Model cards of openbmb/MiniCPM-Embedding and openbmb/MiniCPM-Embedding-Light.
+    """
+
+    heads = ("dense", "sparse")
+    finetune_defaults = {"query_instruction_format": "Instruction: {} Query: {}"}  # noqa: RUF012
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Load a published checkpoint, or one that was fine-tuned here."""
+        from ultrarag.adapters.minicpm_model import load_minicpm
+
+        return load_minicpm(path, options, self.heads)
+
+    @hookimpl
+    def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
+        """Write a Granite checkpoint that transformers and sentence-transformers load without remote code."""
+        from ultrarag.adapters.minicpm_model import save_minicpm
+
+        save_minicpm(cast("MiniCPMEmbedder", model), path, state_dict)
+
+
+class SentenceTransformersAdapter(EmbedderAdapter):
+    """Any checkpoint of that library, run by its own modules, whatever `modules.json` lists.
+
+    A model has one head: dense, or for a SparseEncoder sparse, whose token ids are the dimensions of its vector.
+    The adapter `bge` is faster for models of Transformer, Pooling, Dense and Normalize alone: it computes no padding.
+    """
+
+    heads = ("dense", "sparse")
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Let sentence-transformers load its modules."""
+        from ultrarag.adapters.sentence_transformers_model import load_model
+
+        return load_model(path, options)
+
+    @hookimpl
+    def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
+        """Let sentence-transformers save its modules."""
+        from ultrarag.adapters.sentence_transformers_model import save_model
+
+        save_model(cast("SentenceTransformersModel", model), path, state_dict)
+
+
+bge = BGEAdapter()
+bgem3 = BGEM3Adapter()
+icl = ICLAdapter()
+minicpm = MiniCPMAdapter()
+sentence_transformers = SentenceTransformersAdapter()

@@ -1,0 +1,178 @@
+"""TokenEncoder: a model with its adapter on a device, from tokenized texts to Embeddings, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ultrarag.checkpoint import Manifest
+from ultrarag.encoder.device import map_side_by_side, one_ahead, side_by_side
+from ultrarag.encoder.load import PRECISIONS, checked_precision
+from ultrarag.encoder.precision import Casts
+from ultrarag.encoder.tokens import (
+    Cuts,
+    batches_by_tokens,
+    check_texts,
+    effective_length,
+    pad,
+    render,
+    token_limit,
+    tokenize,
+)
+from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.hookspecs import Features
+from ultrarag.plugins import Adapter
+from ultrarag.transfer import remember_host, to_device, to_host
+from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
+
+#: Padded tokens per forward: small enough for a CPU's caches, large enough for a GPU to be busy.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+
+
+class TokenEncoder:
+    """The part of an `Encoder` that knows tokens: its limits, its batches, its forward."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        model: nn.Module,
+        settings: EncoderSettings,
+        manifest: Manifest | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self.adapter = adapter
+        self.settings = settings
+        self.manifest = manifest
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.precision = checked_precision(precision, self.device)
+        self.model = model.to(self.device).eval()
+        model.settings = settings  # type: ignore[assignment]
+        #: the model's matrices in lower precision, until it is trained
+        self.casts = Casts()
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that the model has."""
+        return self.settings.heads
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer."""
+        return self.model.tokenizer
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that the model can take."""
+        return token_limit(self.tokenizer, self.model.config)
+
+    def max_length(self, kind: Kind, asked: int | None = None) -> int | None:
+        """The token limit for texts of `kind`; raises UsageError when `asked` is more than the model takes."""
+        return effective_length(asked, self.settings.max_length(kind), self.limit)
+
+    def tokenize(
+        self, texts: Sequence[str], kind: Kind, max_length: int | None = None, instruction: str | None = None
+    ) -> Tokens:
+        """Render the texts with their kind's instruction and tokenize them.
+
+        Raises:
+            UsageError, DataError: a text is no string, or holds what is not text.
+        """
+        check_texts(texts)
+        rendered = render(self.settings, texts, kind, instruction)
+        return tokenize(self.tokenizer, rendered, self.max_length(kind, max_length))
+
+    def features(self, tokens: Tokens, rows: Sequence[int] | None = None, multiple_of: int | None = None) -> Features:
+        """Pad some rows of tokenized texts or pairs into one batch on the CPU."""
+        chosen = tokens.ids if rows is None else [tokens.ids[row] for row in rows]
+        types = tokens.types if tokens.types is None or rows is None else [tokens.types[row] for row in rows]
+        return pad(chosen, self.tokenizer.pad_token_id, self.tokenizer.padding_side, multiple_of, types)
+
+    def encode_windows(
+        self,
+        windows: Iterator[Tokens],
+        what: str,
+        length: int | None,
+        heads: Sequence[str] | None = None,
+        batch_tokens: int | None = None,
+        precision: str | None = None,
+        on_batch: Callable[[int], object] | None = None,
+        cuts: Cuts | None = None,
+    ) -> Iterator[Embeddings]:
+        """Yield the embeddings of each window of tokenized texts or pairs; say in the end how many were cut."""
+        chosen = self.checked_heads(heads)
+        budget = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
+        dtype = PRECISIONS[checked_precision(precision or self.precision, self.device)]
+        counted = cuts or Cuts()
+        for tokens in windows:
+            counted.add(tokens.truncated, len(tokens), what, length)
+            yield self.encode_tokens(tokens, chosen, budget, dtype, on_batch)
+        if cuts is None:
+            counted.tell()
+
+    def encode_tokens(
+        self,
+        tokens: Tokens,
+        heads: tuple[str, ...],
+        budget: int = BATCH_TOKENS["cpu"],
+        dtype: torch.dtype | None = None,
+        on_batch: Callable[[int], object] | None = None,
+    ) -> Embeddings:
+        """Return the embeddings of tokenized texts, in their order.
+
+        Args:
+            budget: padded tokens per forward, at most.
+            dtype: of the forward, if not float32.
+            on_batch: told the number of texts after each forward.
+        """
+        self.model.eval()
+        workers = self._workers()
+        batches = list(batches_by_tokens([len(row) for row in tokens.ids], budget, workers))
+
+        @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
+        def start(rows: list[int]) -> Callable[[], Embeddings]:
+            return to_host(self._forward(self.features(tokens, rows), heads, dtype))
+
+        if self.device.type == "cpu":
+            results = map_side_by_side(lambda rows: start(rows)(), batches, workers)
+        else:
+            results = one_ahead(start, batches)
+        parts, order = [], []
+        for rows, part in results:
+            parts.append(part)
+            order.extend(rows)
+            if on_batch:
+                on_batch(len(rows))
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        return Embeddings.cat(parts)[place]
+
+    def _workers(self) -> int:
+        """Forwards to run at a time: one on a GPU, and where a plugin does not say that several may run."""
+        if self.device.type != "cpu" or not self.adapter.registry.threaded_encode(self.adapter.name):
+            return 1
+        return side_by_side()
+
+    def _forward(self, features: Features, heads: tuple[str, ...], dtype: torch.dtype | None) -> Embeddings:
+        moved = {name: to_device(cast(torch.Tensor, value), self.device) for name, value in features.items()}
+        remember_host(moved["attention_mask"], features["attention_mask"])
+        batch = cast(Features, {**moved, "heads": heads})
+        if dtype is None:
+            return self.adapter.encode(self.model, batch)
+        with torch.autocast(self.device.type, dtype):
+            return self.adapter.encode(self.casts.of(self.model, dtype), batch)
+
+    def checked_heads(self, heads: Sequence[str] | None) -> tuple[str, ...]:
+        if heads is None:
+            return self.heads
+        chosen = (heads,) if isinstance(heads, str) else tuple(heads)
+        for head in chosen:
+            if head not in self.heads:
+                known = ", ".join(self.heads)
+                missing = "has no weights here" if head in self.adapter.declared.heads else "is unknown"
+                raise UsageError(f"head '{head}' {missing}{did_you_mean(head, self.heads)} (this model has: {known})")
+        return chosen
