@@ -41,12 +41,12 @@ class Weights:
             encoder.model.to("cpu")
             self.model = copy.deepcopy(encoder.model)
             show_embeddings_to_engines()
-        self._settled = not engine
+        self._final = not engine
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Give the encoder the weights as they are now; every rank must take part."""
-        if self._settled:
+        if self._final:
             yield
             return
         self._copy()
@@ -55,16 +55,16 @@ class Weights:
         finally:
             self.encoder.model.to("cpu")
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Training is over: the encoder has its result from now on."""
-        if not self._settled:
+        if not self._final:
             self._copy()
-        self.settled()
+        self.keep()
 
-    def settled(self) -> None:
+    def keep(self) -> None:
         """The encoder has the weights that are wanted: nothing is taken from the engine any more."""
         self.encoder.model.to(self.encoder.device)
-        self._settled = True
+        self._final = True
 
     def _copy(self) -> None:
         copy_whole(self.model, self.encoder.model)
