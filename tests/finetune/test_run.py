@@ -330,7 +330,7 @@ def test_evaluation_reads_a_beir_folder(tiny_m3, tmp_path):
     from ultrarag.types import Passage
 
     folder = tmp_path / "beir"
-    from ultrarag.evaluation.metrics import write_beir
+    from ultrarag.evaluation import write_beir
 
     corpus = [Passage(str(i), row["pos"][0], title="t") for i, row in enumerate(ROWS)]
     queries = {str(i): row["query"] for i, row in enumerate(ROWS)}
@@ -343,11 +343,11 @@ def test_evaluation_reads_a_beir_folder(tiny_m3, tmp_path):
 
 def test_no_query_ever_holds_the_word_none(tiny_m3, tmp_path, monkeypatch):
     """The seed command of FlagEmbedding, same-dataset mode and no instruction, trains on 'None...' queries."""
-    from ultrarag.finetune.batches import collator
+    from ultrarag.finetune.batches import loader
 
     seen = []
-    original = collator.tokenize
-    monkeypatch.setattr(collator, "tokenize", lambda t, texts, n: seen.extend(texts) or original(t, texts, n))
+    original = loader.tokenize
+    monkeypatch.setattr(loader, "tokenize", lambda t, texts, n: seen.extend(texts) or original(t, texts, n))
     rows = [{**row, "prompt": None} for row in ROWS]
     finetune(
         tiny_m3,
@@ -364,11 +364,11 @@ def test_no_query_ever_holds_the_word_none(tiny_m3, tmp_path, monkeypatch):
 
 
 def test_instructions_and_prompts_reach_the_model_and_the_checkpoint(tiny_m3, tmp_path, monkeypatch):
-    from ultrarag.finetune.batches import collator
+    from ultrarag.finetune.batches import loader
 
     seen = []
-    original = collator.tokenize
-    monkeypatch.setattr(collator, "tokenize", lambda t, texts, n: seen.extend(texts) or original(t, texts, n))
+    original = loader.tokenize
+    monkeypatch.setattr(loader, "tokenize", lambda t, texts, n: seen.extend(texts) or original(t, texts, n))
     rows = [{**ROWS[0], "prompt": "own: "}, *ROWS[1:]]
     result = finetune(
         tiny_m3,
