@@ -11,6 +11,7 @@ from tests.finetune.batches.planning import train_data
 from tests.rows.row_files import GOOD, write
 from ultrarag.errors import DataError
 from ultrarag.rows import json_lines as json_rows
+from ultrarag.rows.files import find_files
 from ultrarag.rows.reader import read_eval_rows, read_rows
 
 
