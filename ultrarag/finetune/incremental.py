@@ -105,7 +105,7 @@ def seen_before(data: TrainData, parent: Training | None) -> Seen | None:
     known = [(by, record) for by, record in records if record]
     files = [name for name, digest in data.files.items() if any(digest in record["files"] for _, record in known)]
     held = [(by, *_keys_of(record)) for by, record in known]
-    # each record alone, and all together in what all of them can tell
+    # each record alone, and all together over the keys that all of them cover
     found = [_compare(keys, limit, rows, by) for by, limit, rows in held]
     if len(held) > 1:
         limits = [limit for _, limit, _ in held if limit is not None]
