@@ -19,7 +19,7 @@ from ultrarag.cli import main
 from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.batches.plan import ReplayPlan
-from ultrarag.finetune.incremental import KEPT, Search, Trial, record_of, seen_before
+from ultrarag.finetune.incremental import KEPT, Trial, WeightSearch, record_of, seen_before
 from ultrarag.finetune.output import UNMERGED
 
 OLD = [{"query": f"old query {i}", "pos": [f"old passage {i}"]} for i in range(9)]
@@ -126,7 +126,7 @@ def test_auto_takes_the_best_weight_that_keeps_the_guard(tiny_m3, tmp_path, caps
 
 
 def searched(guard, domain, least=0.5) -> tuple[Trial, list[Trial]]:
-    return Search(guard, domain, least, lambda trial: None).best()
+    return WeightSearch(guard, domain, least, lambda trial: None).best()
 
 
 def test_search_looks_beside_the_best_of_the_grid_and_below_it():

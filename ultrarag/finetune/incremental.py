@@ -228,7 +228,7 @@ class Trial:
 
 
 @dataclass
-class Search:
+class WeightSearch:
     """The search for the weight.
 
     Args:
@@ -361,7 +361,7 @@ class _Merger:
                 f"merge: weight {trial.weight:g}: {MAIN_METRIC} {domain}, guard {trial.guard:.4f} ({before:.4f} before)"
             )
 
-        search = Search(
+        search = WeightSearch(
             lambda weight: self.measure(GUARD, weight),
             lambda weight: self.measure("", weight),
             before - max_forgetting - 1e-12,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ultrarag.encoder import Encoder
-from ultrarag.finetune.batches import Batch, Collator, PairCollator, PairLengths, Plan
+from ultrarag.finetune.batches import AnyPlan, Batch, Collator, PairCollator, PairLengths
 
 
 @dataclass
@@ -80,7 +80,7 @@ class RenderedBatch:
         return "\n".join(lines)
 
 
-def rendered_batch(encoder: Encoder, plan: Plan, collator: Collator | PairCollator) -> RenderedBatch:
+def rendered_batch(encoder: Encoder, plan: AnyPlan, collator: Collator | PairCollator) -> RenderedBatch:
     """Render batch 0 of epoch 0, by the run's own plan and collator."""
     batch = plan.batch(0, 0, 0)
     made = collator([batch])

@@ -1,4 +1,4 @@
-"""Run: one fine-tuning, from checked settings to a published checkpoint, under the command lines and `finetune()`."""
+"""FinetuneRun: from checked settings to a published checkpoint, under the command lines and `finetune()`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ultrarag.checkpoint import Training
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import (
+    AnyPlan,
     DatasetInfo,
-    Plan,
     ReplayPlan,
     TrainData,
     make_collator,
@@ -68,7 +68,7 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
     """
     if arguments.dry_run:
         raise UsageError("dry_run is for the command line; in Python call ultrarag.finetune.dry_run")
-    return Run(arguments).finetune()
+    return FinetuneRun(arguments).finetune()
 
 
 def dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
@@ -78,10 +78,10 @@ def dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
         UltraragError: whatever the run itself would refuse before it trains.
     """
     with tempfile.TemporaryDirectory(prefix="ultrarag-") as cache:
-        return Run(replace(arguments, data=replace(arguments.data, cache_path=cache))).preview()
+        return FinetuneRun(replace(arguments, data=replace(arguments.data, cache_path=cache))).preview()
 
 
-class Run:
+class FinetuneRun:
     """One fine-tuning run, stage by stage: until all that can be refused is refused, nothing is written.
 
     Each attribute is set by the stage that stands above it.
@@ -96,7 +96,7 @@ class Run:
     encoder: Encoder
     heads: tuple[str, ...]
     # plan_batches
-    plan: Plan
+    plan: AnyPlan
     # set_up
     start: Start
     other: Other | None

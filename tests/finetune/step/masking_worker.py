@@ -1,4 +1,4 @@
-"""One rank of the masked cross-device runs: started by test_false_negatives.py under torchrun, writes JSON."""
+"""One rank of the masked cross-device runs: started by test_masking.py under torchrun, writes JSON."""
 
 from __future__ import annotations
 

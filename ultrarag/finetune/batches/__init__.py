@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         make_collator,
         make_loader,
     )
-    from ultrarag.finetune.batches.plan import Batch, BatchPlan, Plan, ReplayPlan, make_plan
+    from ultrarag.finetune.batches.plan import AnyPlan, Batch, BatchPlan, ReplayPlan, make_plan
     from ultrarag.finetune.batches.train_data import DatasetInfo, TrainData, read_data
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ultrarag.encoder import in_background, pad, read_pairs, tokenize
-from ultrarag.finetune.batches.plan import Batch, Plan
+from ultrarag.finetune.batches.plan import AnyPlan, Batch
 from ultrarag.hookspecs import Features
 from ultrarag.types import EncoderSettings
 
@@ -155,7 +155,7 @@ def make_collator(
 class PlannedBatches(Dataset[Batch]):
     """Item (epoch, index) is this rank's batch."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: AnyPlan, rank: int) -> None:
         self.plan = plan
         self.rank = rank
 
@@ -204,7 +204,7 @@ class PlannedLoader(DataLoader[Any]):
         cast(EpochOrder, self.batch_sampler).set_epoch(epoch)
 
 
-def make_loader(plan: Plan, collator: Collator | PairCollator, rank: int, args: TrainingArguments) -> PlannedLoader:
+def make_loader(plan: AnyPlan, collator: Collator | PairCollator, rank: int, args: TrainingArguments) -> PlannedLoader:
     """Return the loader of one rank's batches, with the run's dataloader settings."""
     workers = args.dataloader_num_workers
     loader = PlannedLoader(

@@ -249,10 +249,10 @@ class ReplayPlan:
 
 
 #: What says which batch comes when.
-Plan = BatchPlan | ReplayPlan
+AnyPlan = BatchPlan | ReplayPlan
 
 
-def make_plan(arguments: FinetuneArguments, data: TrainData, pairs: bool) -> Plan:
+def make_plan(arguments: FinetuneArguments, data: TrainData, pairs: bool) -> AnyPlan:
     """Which batch of the run comes when; rows to replay are read here.
 
     Args:
@@ -263,7 +263,7 @@ def make_plan(arguments: FinetuneArguments, data: TrainData, pairs: bool) -> Pla
     """
     schedule = Schedule.of(arguments)
     new = BatchPlan(data, schedule)
-    plan: Plan = new
+    plan: AnyPlan = new
     if arguments.incremental.replay_data:
         old = BatchPlan(read_data(arguments, replay=True), replace(schedule, seed=schedule.seed + SEED_OF_OLD))
         plan = ReplayPlan(new, old, arguments.incremental.replay_ratio or 0.0)
