@@ -13,7 +13,7 @@ from torch import nn
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import PairLengths
-from ultrarag.finetune.step.sharding import layer_classes, load_models_whole
+from ultrarag.finetune.step.distributed import layer_classes, load_models_whole
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.plugins import registry
 from ultrarag.types import Embeddings

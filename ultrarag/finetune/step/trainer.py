@@ -23,11 +23,20 @@ from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, TrainingError
 from ultrarag.finetune.batches import PlannedLoader, TrainingBatch
 from ultrarag.finetune.step.callbacks import StderrProgress, StopOnInterrupt, Throughput
-from ultrarag.finetune.step.distributed import gather, mean_weight, most, world_size
+from ultrarag.finetune.step.distributed import (
+    Weights,
+    fsdp_on_cpu,
+    gather,
+    load_models_whole,
+    load_sharded,
+    mean_weight,
+    most,
+    uses_engine,
+    world_size,
+)
 from ultrarag.finetune.step.gradcache import cached_step
 from ultrarag.finetune.step.lora import Lora
 from ultrarag.finetune.step.masking import FalseNegatives
-from ultrarag.finetune.step.sharding import Weights, fsdp_on_cpu, load_models_whole, load_sharded, uses_engine
 from ultrarag.finetune.step.trainable import Trainable
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.io import quiet_progress, sync_directory, sync_tree
