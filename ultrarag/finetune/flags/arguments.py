@@ -287,9 +287,9 @@ def refuse_unsupported(arguments: FinetuneArguments, pairs: bool) -> None:
     Raises:
         UsageError: names the first of them.
     """
-    refuse_unsupported_training(arguments.training)
     if arguments.lora.use_lora:
         _refuse_with_lora(arguments)
+    refuse_unsupported_training(arguments.training)
     (_refuse_for_pairs if pairs else _refuse_without_pairs)(arguments)
 
 
