@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Index one corpus and measure every way to search it."""
-    from ultrarag.evaluation.metrics import read_beir
+    from ultrarag.evaluation import read_beir
 
     test, train = read_beir(folder, "test"), read_beir(folder, "train")
     with tempfile.TemporaryDirectory() as place:

@@ -29,7 +29,7 @@ from typing import Any
 
 from finetune import RECIPE, evaluate, model_path
 
-from ultrarag.evaluation.metrics import Collection, read_beir, write_beir
+from ultrarag.evaluation import Collection, read_beir, write_beir
 from ultrarag.io.durable import sha256_of, write_json
 
 RESULTS = Path(__file__).parent / "results" / "incremental.json"

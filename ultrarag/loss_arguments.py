@@ -12,7 +12,8 @@ from ultrarag.errors import UsageError
 KD_LOSS_TYPES = ("kl_div", "m3_kd_loss")
 
 
-def _flag(default: Any, text: str, **more: Any) -> Any:
+def flag(default: Any, text: str, **more: Any) -> Any:
+    """A field of a group of settings that is a flag of the command line; `text` is what `--help` says about it."""
     return field(default=default, metadata={"help": text, **more})
 
 
@@ -26,27 +27,27 @@ class LossArguments:
         UsageError: when a value cannot be used.
     """
 
-    temperature: float = _flag(0.02, "Scores are divided by it before the softmax.")
-    knowledge_distillation: bool = _flag(
+    temperature: float = flag(0.02, "Scores are divided by it before the softmax.")
+    knowledge_distillation: bool = flag(
         False, "Learn also from a teacher: the rows carry its pos_scores and neg_scores."
     )
-    kd_loss_type: str = _flag(
+    kd_loss_type: str = flag(
         "kl_div",
         "How to learn from the teacher: kl_div compares the distributions over a group and adds the contrastive "
         "loss; m3_kd_loss weighs a cross-entropy per passage with the teacher's probability.",
         choices=KD_LOSS_TYPES,
     )
-    unified_finetuning: bool = _flag(False, "Train the dense, sparse and ColBERT heads together.")
-    use_self_distill: bool = _flag(False, "With unified fine-tuning: the ensemble of the heads teaches each of them.")
-    self_distill_start_step: int = _flag(
+    unified_finetuning: bool = flag(False, "Train the dense, sparse and ColBERT heads together.")
+    use_self_distill: bool = flag(False, "With unified fine-tuning: the ensemble of the heads teaches each of them.")
+    self_distill_start_step: int = flag(
         -1, "Self-distillation is on while the step is above this; -1: from the first step."
     )
-    use_mrl: bool = _flag(False, "Matryoshka: take the loss also on the first mrl_dims dimensions.")
-    mrl_dims: tuple[int, ...] = _flag(
+    use_mrl: bool = flag(False, "Matryoshka: take the loss also on the first mrl_dims dimensions.")
+    mrl_dims: tuple[int, ...] = flag(
         (), "The numbers of dimensions for use_mrl, such as 64 128 256 or 64,128,256.", split=True
     )
-    normalize_embeddings: bool = _flag(True, "Give dense vectors unit length.")
-    negatives_cross_device: bool = _flag(False, "The passages of all processes are negatives.")
+    normalize_embeddings: bool = flag(True, "Give dense vectors unit length.")
+    negatives_cross_device: bool = flag(False, "The passages of all processes are negatives.")
 
     #: passages per query in this batch, positive first; None: passages / queries
     group_size: int | None = None

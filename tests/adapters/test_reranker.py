@@ -20,8 +20,8 @@ from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.errors import CheckpointError, DataError, PluginError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
-from ultrarag.finetune.flags.own import DataArguments
-from ultrarag.finetune.pairs import PairLengths
+from ultrarag.finetune.batches import PairLengths
+from ultrarag.finetune.flags.groups import DataArguments
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import registry
 from ultrarag.testing import tiny

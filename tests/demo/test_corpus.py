@@ -8,7 +8,7 @@ import pytest
 
 from ultrarag.demo.corpus import Pair, build_demo, choose, module_name, pair_of, pairs_of_file, without_repeats
 from ultrarag.errors import DataError
-from ultrarag.evaluation.metrics import read_beir
+from ultrarag.evaluation import read_beir
 
 BODY = "Long enough to be a passage. " * 8 + "The end."
 

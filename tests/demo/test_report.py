@@ -1,5 +1,5 @@
 from ultrarag.demo.corpus import comparison, example, reciprocal_rank, risen
-from ultrarag.evaluation.metrics import Collection
+from ultrarag.evaluation import Collection
 from ultrarag.retrieve import Evaluation
 
 TASK = Collection(

@@ -12,8 +12,9 @@ import torch
 
 from ultrarag import Encoder
 from ultrarag.encoder.device import in_background, one_ahead
-from ultrarag.finetune import set_up
+from ultrarag.finetune.batches import make_collator, make_loader, make_plan, read_data
 from ultrarag.finetune.flags.arguments import parse_command_line
+from ultrarag.finetune.step import load_encoder
 from ultrarag.finetune.step.gradcache import split
 from ultrarag.testing.tiny import TEXTS, tiny_m3
 from ultrarag.transfer import on_host, remember_host, to_device, to_host
@@ -86,9 +87,9 @@ def test_a_loader_that_works_ahead_gives_the_same_batches(tmp_path):
     tiny_m3(tmp_path / "model")
     given = f"--model_name_or_path {tmp_path}/model --train_data {data} --output_dir {tmp_path}/out --use_cpu True"
     arguments = parse_command_line([*given.split(), "--cache_path", f"{tmp_path}/cache", "--adapter", "bgem3"], None)
-    encoder = set_up.load_encoder(arguments, print)
-    plan = set_up.make_plan(arguments, set_up.read_data(arguments))
-    loader = set_up.make_loader(plan, set_up.make_collator(arguments, encoder), 0, arguments.training)
+    encoder = load_encoder(arguments, print)
+    plan = make_plan(arguments, read_data(arguments), pairs=False)
+    loader = make_loader(plan, make_collator(arguments.data, encoder), 0, arguments.training)
     assert not loader.ahead
     expected = list(loader)
     loader.ahead = True

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ultrarag.errors import DataError, UsageError
-from ultrarag.evaluation.metrics import metrics, per_query, read_beir, run_of, significance, top_k, write_beir
+from ultrarag.evaluation import read_beir, run_of, significance, top_k, write_beir
+from ultrarag.evaluation.metrics import metrics, per_query
 from ultrarag.types import Passage
 
 CORPUS = [

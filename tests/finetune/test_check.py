@@ -12,7 +12,7 @@ from tests.finetune.test_run import QUICK, ROWS
 from ultrarag.errors import DataError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
-from ultrarag.finetune.check import DataReport, tell
+from ultrarag.finetune.check import DataReport, note_findings
 from ultrarag.rows.checks.leaks import LeakChecks
 from ultrarag.rows.checks.lengths import Lengths, Sample, measure, steps_of
 from ultrarag.rows.checks.rows import Finding, RowChecks
@@ -66,7 +66,7 @@ def test_repeats_that_fill_a_group_are_counted_by_distinct_negatives():
     assert "2 repeats" in found.text
 
 
-def test_a_few_rows_of_crossing_scripts_are_told():
+def test_a_few_rows_of_crossing_scripts_are_counted():
     rows = [{"query": "warum", "pos": ["darum"]}] * 30
     assert "scripts_differ" not in checked(*rows)
     assert checked(*rows, {"query": "warum", "pos": ["因为"]})["scripts_differ"].rows == 1
@@ -159,10 +159,12 @@ def test_guessed_lengths_are_near_the_tokenizers(minilm_encoder):
 
 def test_an_error_stops_and_a_warning_is_noted():
     notes: list[str] = []
-    tell(DataReport(5, 5, findings=[Finding("warning", "duplicate_rows", 1, "once more", ["f:2"])]), notes.append)
+    note_findings(
+        DataReport(5, 5, findings=[Finding("warning", "duplicate_rows", 1, "once more", ["f:2"])]), notes.append
+    )
     assert "duplicate_rows" in notes[0]
     with pytest.raises(DataError, match="--skip_data_check"):
-        tell(DataReport(5, 5, findings=[Finding("error", "x", 1, "bad")]), notes.append)
+        note_findings(DataReport(5, 5, findings=[Finding("error", "x", 1, "bad")]), notes.append)
 
 
 def words(tmp_path: Path, model: str, rows: list[dict], adapter: str, **more: object) -> list[str]:
@@ -214,16 +216,17 @@ def test_dry_run_shows_the_batch_and_writes_nothing(tiny_m3, tmp_path, capsys, m
 
 def test_dry_run_is_what_training_sees(tiny_m3, tmp_path):
     """The ids are those of the first batch of the loader of a real run."""
-    from ultrarag.finetune import set_up
-    from ultrarag.finetune.flags.arguments import parse_command_line
-    from ultrarag.finetune.preview import dry_run
+    from ultrarag.finetune.batches import make_collator, make_loader, make_plan, read_data
+    from ultrarag.finetune.flags import parse_command_line
+    from ultrarag.finetune.run import dry_run
+    from ultrarag.finetune.step import load_encoder
 
     given = words(tmp_path, tiny_m3, ROWS, "bgem3", train_group_size=3, per_device_train_batch_size=4, seed=7)
     arguments = parse_command_line([*given, "--cache_path", str(tmp_path / "cache")], None)
     rendered = dry_run(arguments)
-    encoder = set_up.load_encoder(arguments, print)
-    plan = set_up.make_plan(arguments, set_up.read_data(arguments))
-    loader = set_up.make_loader(plan, set_up.make_collator(arguments, encoder), 0, arguments.training)
+    encoder = load_encoder(arguments, print)
+    plan = make_plan(arguments, read_data(arguments), pairs=False)
+    loader = make_loader(plan, make_collator(arguments.data, encoder), 0, arguments.training)
     batch = next(iter(loader))
     ids = [[int(i) for i in row[mask.bool()]] for row, mask in zip(*_arrays(batch["passages"]), strict=True)]
     assert [text.ids for item in rendered.queries for text in item.group] == ids

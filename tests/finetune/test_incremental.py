@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.finetune.batches.planning import batch_plan, train_data
 from tests.finetune.test_run import QUICK, ROWS
 from ultrarag import Encoder
 from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.cli import main
 from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune import finetune
-from ultrarag.finetune.batches.plan import BatchPlan, ReplayPlan
-from ultrarag.finetune.batches.train_data import TrainData
-from ultrarag.finetune.incremental import KEPT, record_of, seen_before
-from ultrarag.finetune.merging import Search, Trial
+from ultrarag.finetune.batches.plan import ReplayPlan
+from ultrarag.finetune.incremental import KEPT, Trial, WeightSearch, record_of, seen_before
 from ultrarag.finetune.output import UNMERGED
 
 OLD = [{"query": f"old query {i}", "pos": [f"old passage {i}"]} for i in range(9)]
@@ -38,7 +37,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def replay_plan(ratio: float, batch: int = 4, ranks: int = 1) -> ReplayPlan:
     sizes = {"per_device_batch_size": batch, "world_size": ranks, "train_group_size": 1, "seed": 3}
-    new, old = (BatchPlan(TrainData.from_rows(rows), **sizes) for rows in (ROWS, OLD))
+    new, old = (batch_plan(train_data(rows), **sizes) for rows in (ROWS, OLD))
     return ReplayPlan(new, old, ratio)
 
 
@@ -127,7 +126,7 @@ def test_auto_takes_the_best_weight_that_keeps_the_guard(tiny_m3, tmp_path, caps
 
 
 def searched(guard, domain, least=0.5) -> tuple[Trial, list[Trial]]:
-    return Search(guard, domain, least, lambda trial: None).best()
+    return WeightSearch(guard, domain, least, lambda trial: None).best()
 
 
 def test_search_looks_beside_the_best_of_the_grid_and_below_it():
@@ -223,10 +222,10 @@ def test_the_chain_outlives_the_folders_of_its_models(tiny_m3, tmp_path, capsys)
     assert chain[-1]["parent"] == Encoder.load(tiny_m3, adapter="bgem3").fingerprint
     assert all(item["arguments"]["training"]["learning_rate"] == QUICK["learning_rate"] for item in chain)
     assert main(["checkpoint", "log", paths[-1]]) == 0
-    told = capsys.readouterr().out
-    assert all(item["fingerprint"][:12] in told for item in chain)
-    assert told.count(chain[0]["data"][0]["sha256"][:12]) == 3
-    assert f"{chain[0]['metrics']['after']['nDCG@10']:.4f}" in told
+    printed = capsys.readouterr().out
+    assert all(item["fingerprint"][:12] in printed for item in chain)
+    assert printed.count(chain[0]["data"][0]["sha256"][:12]) == 3
+    assert f"{chain[0]['metrics']['after']['nDCG@10']:.4f}" in printed
     assert main(["checkpoint", "log", tiny_m3]) == 1
     assert "no ultrarag.json" in capsys.readouterr().err
 
@@ -241,33 +240,33 @@ def rows(start: int, stop: int) -> list[dict]:
 def trained_on(*parts, ancestors=()):
     from ultrarag.checkpoint.manifest import Training
 
-    older = [{"fingerprint": "f" * 64, "seen": record_of([TrainData.from_rows(part)])} for part in ancestors]
-    return Training(seen=record_of([TrainData.from_rows(part) for part in parts]), ancestors=older)
+    older = [{"fingerprint": "f" * 64, "seen": record_of([train_data(part)])} for part in ancestors]
+    return Training(seen=record_of([train_data(part) for part in parts]), ancestors=older)
 
 
 def test_rows_are_known_again_whatever_file_they_are_in():
     record = trained_on(rows(0, 100))
-    same = seen_before(TrainData.from_rows(rows(0, 100)), record)
+    same = seen_before(train_data(rows(0, 100)), record)
     assert (same.files, same.share, same.too_many) == (["<rows>"], 1.0, True)
-    grown = seen_before(TrainData.from_rows(rows(50, 250)), record)
+    grown = seen_before(train_data(rows(50, 250)), record)
     assert (grown.files, grown.share, grown.too_many) == ([], 0.25, True)
-    assert seen_before(TrainData.from_rows(rows(95, 205)), record).too_many is False
-    assert seen_before(TrainData.from_rows(rows(100, 200)), record) is None
+    assert seen_before(train_data(rows(95, 205)), record).too_many is False
+    assert seen_before(train_data(rows(100, 200)), record) is None
     written = [{"query": " QUERY  5", "pos": ["passage 5"], "neg": ["mined"]}, *rows(200, 203)]
-    assert seen_before(TrainData.from_rows(written), record).share == 0.25
+    assert seen_before(train_data(written), record).share == 0.25
     older = trained_on(rows(500, 510), ancestors=[rows(0, 100)])
-    found = seen_before(TrainData.from_rows(rows(0, 50)), older)
+    found = seen_before(train_data(rows(0, 50)), older)
     assert (found.share, found.by[:3]) == (1.0, "fff")
 
 
 def test_a_large_record_is_small_and_tells_the_share_from_a_sample():
     record = trained_on(rows(0, 3 * KEPT))
     assert len(record.seen["keys"]) < 24_000
-    half = seen_before(TrainData.from_rows(rows(2 * KEPT, 4 * KEPT)), record)
+    half = seen_before(train_data(rows(2 * KEPT, 4 * KEPT)), record)
     assert half.compared < 2 * KEPT
     assert half.share == pytest.approx(0.5, abs=0.06)
     mixed = trained_on(rows(0, 3 * KEPT), ancestors=[rows(6 * KEPT, 6 * KEPT + 10)])
-    assert seen_before(TrainData.from_rows(rows(0, KEPT)), mixed).share == 1.0
+    assert seen_before(train_data(rows(0, KEPT)), mixed).share == 1.0
 
 
 def test_a_run_says_what_its_model_has_seen(tiny_m3, tmp_path):

@@ -12,7 +12,7 @@ from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.finetune import memory as batch_probe
 from ultrarag.finetune.flags.arguments import from_keywords
-from ultrarag.finetune.memory import Room, measure_room, settle_sizes
+from ultrarag.finetune.memory import Room, choose_sizes, measure_room
 from ultrarag.testing.tiny import tiny_bert
 
 ROWS = [{"query": f"query {n}", "pos": [f"passage {n}"], "neg": [f"other {n}"]} for n in range(24)]
@@ -67,8 +67,8 @@ def test_a_chunk_is_needed_only_where_the_batch_does_not_fit(model, tmp_path, mo
     for mib, wanted in ((100_000, None), (60, int)):
         with_memory(monkeypatch, mib)
         asked = arguments(model, tmp_path, sub_batch_size="auto", per_device_train_batch_size=512)
-        settle_sizes(asked, encoder, ("dense",), 10_000, None, notes.append)
-        assert asked.model.sub_batch_size is None if wanted is None else 1 <= asked.model.chunk < 1024
+        choose_sizes(asked, encoder, ("dense",), 10_000, None, notes.append)
+        assert asked.model.sub_batch_size is None if wanted is None else 1 <= asked.model.chunk_texts < 1024
     assert "sub_batch_size auto: none: the whole batch fits" in notes[0]
 
 

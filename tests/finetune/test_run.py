@@ -15,7 +15,7 @@ import torch
 
 from ultrarag import Encoder
 from ultrarag.checkpoint.manifest import read_manifest
-from ultrarag.errors import DataError, TrainingError, UsageError
+from ultrarag.errors import DataError, TrainingError, UltraragError, UsageError
 from ultrarag.finetune import finetune
 
 #: words that the tiny tokenizer knows
@@ -330,7 +330,7 @@ def test_evaluation_reads_a_beir_folder(tiny_m3, tmp_path):
     from ultrarag.types import Passage
 
     folder = tmp_path / "beir"
-    from ultrarag.evaluation.metrics import write_beir
+    from ultrarag.evaluation import write_beir
 
     corpus = [Passage(str(i), row["pos"][0], title="t") for i, row in enumerate(ROWS)]
     queries = {str(i): row["query"] for i, row in enumerate(ROWS)}
@@ -343,11 +343,11 @@ def test_evaluation_reads_a_beir_folder(tiny_m3, tmp_path):
 
 def test_no_query_ever_holds_the_word_none(tiny_m3, tmp_path, monkeypatch):
     """The seed command of FlagEmbedding, same-dataset mode and no instruction, trains on 'None...' queries."""
-    from ultrarag.finetune.batches import collator
+    from ultrarag.finetune.batches import loader
 
     seen = []
-    original = collator.tokenize
-    monkeypatch.setattr(collator, "tokenize", lambda t, texts, n: seen.extend(texts) or original(t, texts, n))
+    original = loader.tokenize
+    monkeypatch.setattr(loader, "tokenize", lambda t, texts, n: seen.extend(texts) or original(t, texts, n))
     rows = [{**row, "prompt": None} for row in ROWS]
     finetune(
         tiny_m3,
@@ -364,11 +364,11 @@ def test_no_query_ever_holds_the_word_none(tiny_m3, tmp_path, monkeypatch):
 
 
 def test_instructions_and_prompts_reach_the_model_and_the_checkpoint(tiny_m3, tmp_path, monkeypatch):
-    from ultrarag.finetune.batches import collator
+    from ultrarag.finetune.batches import loader
 
     seen = []
-    original = collator.tokenize
-    monkeypatch.setattr(collator, "tokenize", lambda t, texts, n: seen.extend(texts) or original(t, texts, n))
+    original = loader.tokenize
+    monkeypatch.setattr(loader, "tokenize", lambda t, texts, n: seen.extend(texts) or original(t, texts, n))
     rows = [{**ROWS[0], "prompt": "own: "}, *ROWS[1:]]
     result = finetune(
         tiny_m3,
@@ -404,3 +404,69 @@ def test_threads_of_training_leave_no_environment_behind(tiny_m3, tmp_path):
     before = dict(os.environ)
     finetune(tiny_m3, ROWS, tmp_path / "out", adapter="bge", train_group_size=1, max_steps=1, **QUICK)
     assert {k: v for k, v in os.environ.items() if k not in before} == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor is not supported"),
+        ({"adapter": "bge-reranker", "use_mrl": True, "mrl_dims": (8,)}, "--use_mrl does not suit a cross-encoder"),
+        ({"adapter": "bge-reranker", "train_group_size": 1}, "a cross-encoder compares a query's positive"),
+        ({"no_in_batch_neg": ("*",), "train_group_size": 1}, "the loss would be 0"),
+        ({"eval_data": [{"query": "q", "pos": [""]}]}, "pos"),
+        ({"adapter": "bge-reranker", "eval_data": [{"query": "q", "pos": ["p"]}]}, "no query with 'neg'"),
+        ({"merge_with": "nowhere/at/all", "merge_weight": 0.5}, "cannot be loaded"),
+        ({"output_dir": "finished"}, "holds a finished model of an earlier run"),
+        ({"output_dir": "finished", "resume_from_checkpoint": "no/checkpoint-1"}, "no such checkpoint"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses_and_neither_writes(tiny_m3, tmp_path, monkeypatch, options, message):
+    from ultrarag.finetune import adapter_defaults
+    from ultrarag.finetune.flags import from_keywords
+    from ultrarag.finetune.run import dry_run
+    from ultrarag.finetune.run import run as whole_run
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "ultrarag.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    given = {**QUICK, "output_dir": "out", "adapter": "bge", **options}
+    adapter, output_dir = given.pop("adapter"), given.pop("output_dir")
+    said = []
+    for start in (dry_run, whole_run):
+        arguments = from_keywords(tiny_m3, ROWS, output_dir, adapter, adapter_defaults(adapter), **given)
+        with pytest.raises(UltraragError, match=message) as refused:
+            start(arguments)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_to_resume_with_other_batches(tiny_m3, tmp_path):
+    from ultrarag.finetune import dry_run
+    from ultrarag.finetune.flags import from_keywords
+
+    options = {**QUICK, "train_group_size": 1, "max_steps": 2}
+    finetune(tiny_m3, ROWS, tmp_path / "out", adapter="bgem3", **options)
+    resumed = {**options, "resume_from_checkpoint": True}
+    assert dry_run(from_keywords(tiny_m3, ROWS, tmp_path / "out", "bgem3", **resumed)).steps_per_epoch == 5
+    with pytest.raises(UsageError, match="cannot be resumed with other data or batches"):
+        dry_run(from_keywords(tiny_m3, ROWS, tmp_path / "out", "bgem3", **resumed, seed=7))
+
+
+def test_checkpoints_to_overwrite_outlive_a_refusal(tiny_m3, tmp_path):
+    options = {**QUICK, "adapter": "bge", "train_group_size": 1, "max_steps": 1, "overwrite_output_dir": True}
+    finetune(tiny_m3, ROWS, tmp_path / "out", **options)
+    held = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert held
+    with pytest.raises(DataError):
+        finetune(tiny_m3, [{"query": "", "pos": ["p"]}], tmp_path / "out", **options)
+    assert sorted((tmp_path / "out").glob("checkpoint-*")) == held
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused_first(tmp_path, monkeypatch):
+    from ultrarag.finetune import output
+
+    monkeypatch.setattr(output.os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match=f"'{tmp_path}' cannot be written to"):
+        output.check_output_dir(tmp_path / "a" / "b", overwrite=False)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.finetune.batches.planning import train_data
 from tests.rows.row_files import GOOD, write
 from ultrarag.errors import DataError
-from ultrarag.finetune.batches.train_data import TrainData
 from ultrarag.rows import json_lines as json_rows
+from ultrarag.rows.files import find_files
 from ultrarag.rows.reader import read_eval_rows, read_rows
 
 
@@ -95,19 +96,19 @@ def test_twenty_bad_rows_are_shown_and_the_rest_counted(tmp_path):
 def test_drop_leaves_bad_rows_out_and_counts_them_per_file(tmp_path):
     one = write(tmp_path / "one.jsonl", GOOD, {"query": ""})
     two = write(tmp_path / "two.jsonl", GOOD, GOOD)
-    data = TrainData.load([one, two], on_bad_rows="drop")
+    data = train_data([one, two], on_bad_rows="drop")
     assert [data[i].source for i in range(len(data))] == [f"{one}:1", f"{two}:1", f"{two}:2"]
     assert f"1 of 2 rows of '{one}' cannot be used and are left out" in data.notes
     assert any(f"{one}:2: 'query' is empty" in note for note in data.notes)
-    assert TrainData.load([one, two], on_bad_rows="drop").notes == data.notes  # from the cache too
+    assert train_data([one, two], on_bad_rows="drop").notes == data.notes  # from the cache too
     with pytest.raises(DataError):
-        TrainData.load([one, two])  # what was dropped before is not forgiven now
+        train_data([one, two])  # what was dropped before is not forgiven now
 
 
 def test_drop_does_not_accept_that_nothing_is_left(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"query": ""})
     with pytest.raises(DataError, match="1 of 1 rows"):
-        TrainData.load([path], on_bad_rows="drop")
+        train_data([path], on_bad_rows="drop")
 
 
 def test_an_empty_file_is_refused(tmp_path):
@@ -115,7 +116,7 @@ def test_an_empty_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl' holds no rows"):
         read_rows([path])
     with pytest.raises(DataError, match="no training data was given"):
-        TrainData.from_rows([])
+        find_files([])
 
 
 def test_settings_of_a_file_must_agree(tmp_path):
@@ -136,17 +137,17 @@ def test_null_and_missing_fields_are_absent_and_numbers_align(tmp_path):
     first, second = read_rows([path])
     assert (first.neg, first.prompt, first.pos_scores, first.type) == ((), None, None, "normal")
     assert (second.pos_scores, second.neg_scores) == ((1.0,), (2.5, 3.0))
-    assert TrainData.load(path)[1] == second
+    assert train_data(path)[1] == second
 
 
 def test_teacher_needs_scores_in_every_row(tmp_path):
     scored = {**GOOD, "pos_scores": [1], "neg_scores": [0]}
     path = write(tmp_path / "rows.jsonl", scored, {**GOOD, "pos_scores": [1]}, GOOD)
     with pytest.raises(DataError) as caught:
-        TrainData.load(path, teacher=True)
+        train_data(path, knowledge_distillation=True)
     assert f"{path}:2: 'neg_scores' is missing" in str(caught.value)
     assert f"{path}:3: 'pos_scores' is missing" in str(caught.value)
-    assert len(TrainData.load(path)) == 3
+    assert len(train_data(path)) == 3
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -203,19 +204,19 @@ def test_windows_line_ends_and_a_missing_last_one(tmp_path):
 
 def test_unused_keys_and_contradictions_are_counted(tmp_path):
     rows = [{**GOOD, "titel": "x"}, {"query": "q", "pos": ["p"], "neg": ["n", "p"], "neg_scores": [1, 2], "titel": 1}]
-    data = TrainData.from_rows(rows)
+    data = train_data(rows)
     assert "keys of rows that training does not use: 'titel' (2 rows)" in data.notes
     assert (data[1].neg, data[1].neg_scores) == (("n",), (1.0,))
     assert any("1 rows name a text as positive and as negative" in note and "<rows>:2" in note for note in data.notes)
 
 
 def test_rows_in_memory(tmp_path):
-    data = TrainData.from_rows([{"query": "q", "pos": ("p",)}, GOOD])
+    data = train_data([{"query": "q", "pos": ("p",)}, GOOD])
     assert [data[0].source, data[1].source] == ["<rows>:1", "<rows>:2"]
     with pytest.raises(DataError, match="<rows>:2: not a JSON object, but a list"):
-        TrainData.from_rows([GOOD, []])
+        read_rows([GOOD, []])
     with pytest.raises(DataError, match="<rows>:1: 'query' holds half of a character"):
-        TrainData.from_rows([{"query": "\ud83d", "pos": ["p"]}])
+        train_data([{"query": "\ud83d", "pos": ["p"]}])
 
 
 # ---- evaluation rows

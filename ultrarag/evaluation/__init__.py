@@ -10,19 +10,28 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.evaluation.formats import judgements, parse_passage, parse_query, qrels_file, read_run, write_run
-    from ultrarag.evaluation.metrics import (
-        DEFAULT_METRICS,
+    from ultrarag.evaluation.formats import (
         Collection,
         Qrels,
+        judgements,
+        parse_passage,
+        parse_query,
+        qrels_file,
+        read_beir,
+        read_run,
+        write_beir,
+        write_run,
+    )
+    from ultrarag.evaluation.metrics import (
+        DEFAULT_METRICS,
+        MAIN_METRIC,
         Run,
         Significance,
         best_columns,
-        read_beir,
+        deepest,
         run_of,
         significance,
         top_k,
-        write_beir,
     )
     from ultrarag.evaluation.results import (
         SHOWN,
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
         differences,
         evaluate,
         evaluate_run,
+        passages_of,
     )
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

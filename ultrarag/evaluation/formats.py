@@ -1,4 +1,4 @@
-"""BEIR folders: corpus.jsonl, queries.jsonl and qrels/{split}.tsv, the layout of test collections."""
+"""Test collections in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/{split}.tsv), and runs as TREC files."""
 
 from __future__ import annotations
 
@@ -185,6 +185,8 @@ def write_beir(
             table.writerow(["query-id", "corpus-id", "score"])
             table.writerows([q, p, relevance] for q, judged in qrels.items() for p, relevance in judged.items())
 
+
+# ---- TREC runs
 
 _FIELDS = "query-id Q0 passage-id rank score tag"
 

@@ -1,4 +1,4 @@
-"""Information retrieval without models: test collections, ranking metrics, significance, exact search."""
+"""Ranking metrics, significance and exact search: information retrieval without models."""
 
 from __future__ import annotations
 
@@ -11,28 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from ultrarag.errors import UsageError, did_you_mean
-from ultrarag.evaluation.formats import Collection, Qrels, read_beir, write_beir
-
-__all__ = [
-    "DEFAULT_METRICS",
-    "Collection",
-    "Qrels",
-    "Run",
-    "Significance",
-    "best_columns",
-    "metrics",
-    "per_query",
-    "read_beir",
-    "run_of",
-    "significance",
-    "top_k",
-    "write_beir",
-]
+from ultrarag.evaluation.formats import Qrels
 
 #: query id -> passage id -> score; the higher the better
 Run = Mapping[str, Mapping[str, float]]
 
+#: What is measured where nothing else is asked for; the first one decides.
 DEFAULT_METRICS = ("nDCG@10", "Recall@10", "MRR@10")
+MAIN_METRIC = DEFAULT_METRICS[0]
+#: Below this probability that chance alone made the difference, two systems are said to differ.
+SIGNIFICANT = 0.05
 
 #: our names of the metrics, in lower case -> those of ir-measures
 _MEASURES = {
@@ -96,6 +84,12 @@ def _measure(name: str) -> str:
     return f"{_MEASURES[match[1].lower()]}@{match[2]}"
 
 
+def deepest(names: Sequence[str]) -> int:
+    """The deepest cut-off among metrics: so many hits must be found; 10 for metrics without one."""
+    cutoffs = [name.rpartition("@")[2] for name in names]
+    return max((int(cutoff) if cutoff.isdigit() else 10 for cutoff in cutoffs), default=10)
+
+
 def _ranked(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
     """Replace the scores of judged queries by distinct ones: ir-measures' providers break ties each in its own way."""
     unjudged = len(run.keys() - qrels.keys())
@@ -124,6 +118,11 @@ class Significance:
     #: two-sided; how often chance alone gives a difference this large
     p_value: float
     queries: int
+
+    @property
+    def significant(self) -> bool:
+        """Chance alone is an unlikely reason."""
+        return self.p_value < SIGNIFICANT
 
     def __str__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""What was measured: one system's answers to test queries, two systems compared, and the texts to show of both."""
+"""The judgement: one system's answers measured, two systems compared, and the texts to show of both."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from ultrarag.errors import UsageError
-from ultrarag.evaluation import metrics as ir
-from ultrarag.evaluation.metrics import DEFAULT_METRICS, Qrels, Run, Significance, per_query, significance
+from ultrarag.evaluation.formats import Qrels
+from ultrarag.evaluation.metrics import DEFAULT_METRICS, Run, Significance, deepest, per_query, significance
 from ultrarag.types import Hit, Passage
 
-#: Below this probability that chance alone made the new side look worse, it is called worse.
-SIGNIFICANT = 0.05
+#: Queries searched at a time.
+CHUNK_QUERIES = 256
 #: Queries whose hits are shown: so many of those that gained most, and of those that lost most.
 SHOWN = 5
 
@@ -49,9 +49,55 @@ def evaluate_run(qrels: Qrels, run: Run, metrics: Sequence[str] = DEFAULT_METRIC
     return Evaluation(means, values, {query_id: dict(hits) for query_id, hits in run.items()})
 
 
+class Searchable(Protocol):
+    """A LiveIndex, or one generation of it."""
+
+    def search_many(self, queries: Sequence[str], **options: Any) -> list[list[Hit]]:
+        """The hits of each query."""
+        ...
+
+
+def evaluate(
+    index: Searchable,
+    queries: Mapping[str, str],
+    qrels: Qrels,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    k: int | None = None,
+    **search: Any,
+) -> Evaluation:
+    """Search every judged query and compare with its qrels.
+
+    Args:
+        queries: query id -> text; those without qrels are not searched.
+        qrels: query id -> passage id -> relevance.
+        metrics: names such as "nDCG@10"; see `ultrarag.evaluation.metrics.metrics`.
+        k: hits per query; default: the deepest cut-off among the metrics.
+        search: options of `LiveIndex.search`, such as `weights`.
+
+    Raises:
+        UsageError: for a query that has qrels and no text, an unknown metric, or no qrels.
+    """
+    missing = [query_id for query_id in qrels if query_id not in queries]
+    if missing:
+        raise UsageError(f"{len(missing)} judged queries have no text, '{missing[0]}' for one")
+    per_query(qrels, {}, metrics)  # refuses an unknown metric before the search, which may take long
+    depth = k or deepest(metrics)
+    ids, run = list(qrels), {}
+    for start in range(0, len(ids), CHUNK_QUERIES):
+        part = ids[start : start + CHUNK_QUERIES]
+        found = index.search_many([queries[query_id] for query_id in part], k=depth, **search)
+        run.update({q: {hit.id: hit.score for hit in hits} for q, hits in zip(part, found, strict=True)})
+    return evaluate_run(qrels, run, metrics)
+
+
+def differences(before: Evaluation, after: Evaluation) -> dict[str, Significance]:
+    """How sure one can be that `after` differs from `before`, metric by metric; both must judge the same queries."""
+    return {name: significance(before.of(name), after.of(name)) for name in after.metrics if name in before.metrics}
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate measured."""
+    """Two systems compared by one metric, as a gate judges them."""
 
     metric: str
     old: float
@@ -70,7 +116,7 @@ class Verdict:
     @property
     def worse(self) -> bool:
         """Significantly worse."""
-        return self.change.difference < 0 and self.change.p_value < SIGNIFICANT
+        return self.change.difference < 0 and self.change.significant
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; means only, not the single queries."""
@@ -80,15 +126,20 @@ class Verdict:
         return f"{self.metric} {self.old:.4f} -> {self.new:.4f}: {self.change}"
 
 
+def passages_of(corpus: Mapping[str, str]) -> Callable[[list[str]], Mapping[str, Passage]]:
+    """What gives the passages of some ids, where a corpus is held as texts by id."""
+    return lambda ids: {id: Passage(id, corpus[id]) for id in ids if id in corpus}
+
+
 @dataclass(frozen=True)
 class Measured:
-    """What the gate measured, with the texts of the queries and of the passages that a reader wants to see."""
+    """Two systems measured, with the texts of the queries and of the passages that a reader wants to see."""
 
     metric: str
     before: Evaluation
     after: Evaluation
     queries: Mapping[str, str]
-    qrels: ir.Qrels
+    qrels: Qrels
     passages: Mapping[str, Passage]
     #: such as "300 queries on the index"
     where: str
@@ -98,14 +149,14 @@ class Measured:
         cls,
         verdict: Verdict,
         queries: Mapping[str, str],
-        qrels: ir.Qrels,
+        qrels: Qrels,
         where: str,
         passages: Callable[[list[str]], Mapping[str, Passage]],
     ) -> Measured:
         """Add the texts: of all judged queries, and of the passages of those that are shown.
 
         Args:
-            passages: gives the passages of some ids; those that it does not know are left out.
+            passages: gives the passages of some ids (see `passages_of`); those that it does not know are left out.
         """
         asked = {query_id: queries[query_id] for query_id in qrels}
         judged = {query_id: dict(row) for query_id, row in qrels.items()}
@@ -168,60 +219,3 @@ class Measured:
             sides[side] = Evaluation(dict(first), found["per_query"], run)
         passages = {id: Passage(**passage) for id, passage in values["passages"].items()}
         return cls(**{**values, **sides, "passages": passages})
-
-
-__all__ = ["Evaluation", "Searchable", "differences", "evaluate", "evaluate_run"]
-
-#: Queries searched at a time.
-BATCH = 256
-
-
-class Searchable(Protocol):
-    """A LiveIndex, or one generation of it."""
-
-    def search_many(self, queries: Sequence[str], **options: Any) -> list[list[Hit]]:
-        """The hits of each query."""
-        ...
-
-
-def evaluate(
-    index: Searchable,
-    queries: Mapping[str, str],
-    qrels: Qrels,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    k: int | None = None,
-    **search: Any,
-) -> Evaluation:
-    """Search every judged query and compare with its qrels.
-
-    Args:
-        queries: query id -> text; those without qrels are not searched.
-        qrels: query id -> passage id -> relevance.
-        metrics: names such as "nDCG@10"; see `ultrarag.evaluation.metrics.metrics`.
-        k: hits per query; default: the deepest cut-off among the metrics.
-        search: options of `LiveIndex.search`, such as `weights`.
-
-    Raises:
-        UsageError: for a query that has qrels and no text, an unknown metric, or no qrels.
-    """
-    missing = [query_id for query_id in qrels if query_id not in queries]
-    if missing:
-        raise UsageError(f"{len(missing)} judged queries have no text, '{missing[0]}' for one")
-    per_query(qrels, {}, metrics)  # an unknown metric is told before the search, which may take long
-    depth = k or max([_cutoff(name) for name in metrics], default=10)
-    ids, run = list(qrels), {}
-    for start in range(0, len(ids), BATCH):
-        part = ids[start : start + BATCH]
-        found = index.search_many([queries[query_id] for query_id in part], k=depth, **search)
-        run.update({q: {hit.id: hit.score for hit in hits} for q, hits in zip(part, found, strict=True)})
-    return evaluate_run(qrels, run, metrics)
-
-
-def differences(before: Evaluation, after: Evaluation) -> dict[str, Significance]:
-    """How sure one can be that `after` differs from `before`, metric by metric; both must judge the same queries."""
-    return {name: significance(before.of(name), after.of(name)) for name in after.metrics if name in before.metrics}
-
-
-def _cutoff(name: str) -> int:
-    digits = name.rpartition("@")[2]
-    return int(digits) if digits.isdigit() else 10

@@ -10,13 +10,16 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from os import PathLike
 
+    from ultrarag.finetune.__main__ import main
+    from ultrarag.finetune.batches import read_data
     from ultrarag.finetune.check import SAMPLE, DataReport, assembled
     from ultrarag.finetune.evaluate import Evaluator, read_evaluator
     from ultrarag.finetune.flags import FinetuneArguments
-    from ultrarag.finetune.incremental import Interrupted, seen_before
+    from ultrarag.finetune.incremental import seen_before
     from ultrarag.finetune.output import UNMERGED, checkpoints_in, claim_output_dir
     from ultrarag.finetune.report import FinetuneResult, read_history, read_measured, write_text
-    from ultrarag.finetune.set_up import read_data
+    from ultrarag.finetune.run import dry_run
+    from ultrarag.finetune.step import Interrupted
 else:
     __getattr__, __dir__, __all__ = exports(__name__)
 

@@ -13,7 +13,7 @@ from ultrarag.errors import UltraragError, UsageError
 if TYPE_CHECKING:
     from ultrarag.finetune.flags import FinetuneArguments
     from ultrarag.finetune.preview import RenderedBatch
-    from ultrarag.finetune.run import FinetuneResult
+    from ultrarag.finetune.report import FinetuneResult
 
 
 def main(argv: Sequence[str] | None = None, adapter: str | None = None) -> int:
@@ -60,7 +60,7 @@ def _train(arguments: FinetuneArguments) -> FinetuneResult | None:
 
 
 def _dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
-    from ultrarag.finetune.preview import dry_run
+    from ultrarag.finetune.run import dry_run
 
     return dry_run(arguments)
 

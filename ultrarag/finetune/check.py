@@ -26,6 +26,7 @@ from ultrarag.rows.checks import (
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
     from ultrarag.finetune.batches import TrainData
+    from ultrarag.finetune.evaluate import HeldOut
     from ultrarag.finetune.flags import FinetuneArguments
 
 #: A fine-tune looks at this many rows, drawn evenly: two seconds at 9 texts a row. `ultrarag data check` looks at all.
@@ -97,44 +98,30 @@ def _places(finding: Finding) -> str:
     return f" [{', '.join(finding.places[:3])}{more}]" if finding.places else ""
 
 
-def check_run(
-    arguments: FinetuneArguments, data: TrainData, encoder: Encoder, evaluator: Any, note: Callable[[str], None]
-) -> None:
-    """Check the rows of a run on its first rank, unless it is told not to.
-
-    Raises:
-        DataError: a finding is an error.
-    """
-    from ultrarag.finetune.pairs import PairLengths
-    from ultrarag.finetune.step import rank
-
-    if arguments.skip_data_check or rank() != 0:
-        return
-    limits = {"query": arguments.data.query_max_len, "passage": arguments.data.passage_max_len}
-    if encoder.adapter.declared.pair_input:
-        pair = PairLengths.of(arguments.data)
-        limits = {"query": pair.query, "pair": pair.pair}
-    check_before_training(data, encoder, arguments.data.train_group_size, limits, evaluator, note)
-
-
-def check_before_training(
+def check_rows(
+    arguments: FinetuneArguments,
     data: TrainData,
     encoder: Encoder,
-    group_size: int,
-    limits: dict[str, int],
-    evaluator: Any,
+    held_out: HeldOut | None,
     note: Callable[[str], None],
-) -> DataReport:
+) -> None:
     """Look at a run's rows, at most `ROWS_BEFORE_TRAINING` of them, and note what was found in one table.
 
     Args:
-        limits: tokens read of a "query", and of a "passage" or a "pair".
-        evaluator: the held-out data, whose texts should not be in the rows; or None.
+        held_out: the held-out data, whose texts should not be in the rows.
 
     Raises:
         DataError: a finding is an error.
     """
-    checks, leaks = RowChecks(group_size), LeakChecks.of(evaluator, "warning") if evaluator else None
+    from ultrarag.finetune.batches import PairLengths
+
+    settings = arguments.data
+    limits = {"query": settings.query_max_len, "passage": settings.passage_max_len}
+    if encoder.adapter.declared.pair_input:
+        lengths = PairLengths.of(settings)
+        limits = {"query": lengths.query, "pair": lengths.pair}
+    checks = RowChecks(settings.train_group_size)
+    leaks = LeakChecks.of(held_out, "warning") if held_out else None
     sample = Sample(SAMPLE_BEFORE_TRAINING[0])
     numbers = np.unique(np.linspace(0, len(data) - 1, min(len(data), ROWS_BEFORE_TRAINING)).astype(np.int64))
     for number in numbers:
@@ -143,10 +130,8 @@ def check_before_training(
         sample.add(row.query, [*row.pos, *row.neg])
         if leaks:
             leaks.add(row.source, row.query, row.pos)
-    lengths = measure(sample.within(SAMPLE_BEFORE_TRAINING[1]), counter(encoder), limits, "pair" in limits)
-    report = assembled(checks, leaks, lengths, len(data))
-    tell(report, note)
-    return report
+    measured = measure(sample.within(SAMPLE_BEFORE_TRAINING[1]), counter(encoder), limits, "pair" in limits)
+    note_findings(assembled(checks, leaks, measured, len(data)), note)
 
 
 def assembled(checks: RowChecks, leaks: LeakChecks | None, lengths: list[Lengths], rows: int) -> DataReport:
@@ -160,7 +145,7 @@ def assembled(checks: RowChecks, leaks: LeakChecks | None, lengths: list[Lengths
     return DataReport(rows, len(checks.places), findings=findings, lengths=lengths, scripts=scripts)
 
 
-def tell(report: DataReport, note: Callable[[str], None]) -> None:
+def note_findings(report: DataReport, note: Callable[[str], None]) -> None:
     """Note the findings.
 
     Raises:

@@ -5,69 +5,104 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
 
 from ultrarag.encoder import BATCH_TOKENS, Encoder
 from ultrarag.errors import DataError, UsageError
-from ultrarag.evaluation import Evaluation, Measured, Verdict, evaluate_run, read_beir, run_of, top_k
+from ultrarag.evaluation import (
+    DEFAULT_METRICS,
+    MAIN_METRIC,
+    Evaluation,
+    Measured,
+    Verdict,
+    deepest,
+    evaluate_run,
+    passages_of,
+    read_beir,
+    run_of,
+    top_k,
+)
+from ultrarag.finetune.batches import PairLengths
 from ultrarag.finetune.step import rank, world_size
 from ultrarag.io import progress_bar
-from ultrarag.types import Embeddings, Kind, Passage, Tokens
+from ultrarag.types import Embeddings, Kind, Tokens
 
-METRICS = ("nDCG@10", "Recall@10", "MRR@10")
-#: The metric that decides.
-METRIC = "nDCG@10"
-_DEPTH = 10
+if TYPE_CHECKING:
+    from ultrarag.finetune.flags import FinetuneArguments
+
+
+# ---- what is measured
 
 
 @dataclass
-class Evaluator:
-    """Held-out queries, the corpus that they search, and what is relevant to them."""
+class HeldOut:
+    """Held-out queries, the passages that may answer them, and which of these are relevant; subclasses search."""
 
+    #: passage id -> text
     corpus: Mapping[str, str]
+    #: query id -> text
     queries: Mapping[str, str]
+    #: query id -> passage id -> relevance
     qrels: Mapping[str, Mapping[str, int]]
-    query_max_length: int | None = None
-    passage_max_length: int | None = None
-    #: tokenize once and keep the token ids, for many evaluations of one model in memory
-    keep_tokens: bool = False
-    _tokens: dict[Kind, Tokens] = field(default_factory=dict, repr=False)
+
+    def search(self, encoder: Encoder, heads: tuple[str, ...], depth: int) -> dict[str, dict[str, float]]:
+        """The best passages of each judged query: query id -> passage id -> score, best first."""
+        raise NotImplementedError
 
     def __call__(self, encoder: Encoder, heads: tuple[str, ...]) -> dict[str, float]:
-        """Return nDCG@10, Recall@10 and MRR@10."""
+        """Return the default metrics."""
         return self.evaluate(encoder, heads).metrics
 
-    def evaluate(self, encoder: Encoder, heads: tuple[str, ...], metrics: Sequence[str] = METRICS) -> Evaluation:
-        """Search exactly with the dense head, or else the first of `heads`.
-
-        In a distributed run every rank encodes its share of the texts.
-        """
-        passages = list(self.corpus)
-        head = "dense" if "dense" in heads else heads[0]
-        query = self._encode(encoder, [self.queries[key] for key in self.judged], "query", head)
-        passage = self._encode(encoder, [self.corpus[key] for key in passages], "passage", head)
-        scores, rows = _search(encoder, query, passage, head)
-        return evaluate_run(self._qrels(), run_of(self.judged, passages, scores, rows), metrics)
+    def evaluate(
+        self, encoder: Encoder, heads: tuple[str, ...], metrics: Sequence[str] = DEFAULT_METRICS
+    ) -> Evaluation:
+        """Search, and compare what is found with the qrels; in a distributed run every rank encodes its share."""
+        return evaluate_run(self._judgements(), self.search(encoder, heads, deepest(metrics)), metrics)
 
     def measured(self, before: Evaluation, after: Evaluation) -> Measured:
         """Two evaluations compared, with the texts that a reader wants to see."""
-
-        def passages(ids: list[str]) -> dict[str, Passage]:
-            return {id: Passage(id, self.corpus[id]) for id in ids if id in self.corpus}
-
-        where = f"{len(self.judged)} queries on the {len(self.corpus)} passages of the evaluation data"
-        return Measured.of(Verdict.of(METRIC, before, after), self.queries, self._qrels(), where, passages)
+        verdict = Verdict.of(MAIN_METRIC, before, after)
+        return Measured.of(verdict, self.queries, self._judgements(), self.where, passages_of(self.corpus))
 
     @property
     def judged(self) -> list[str]:
         """The queries for which something is relevant."""
         return [key for key in self.queries if self.qrels.get(key)]
 
-    def _qrels(self) -> dict[str, dict[str, int]]:
+    @property
+    def where(self) -> str:
+        """What was searched, in words."""
+        return f"{len(self.judged)} queries on the {len(self.corpus)} passages of the evaluation data"
+
+    def _judgements(self) -> dict[str, dict[str, int]]:
         return {key: dict(self.qrels[key]) for key in self.judged}
+
+
+@dataclass
+class Evaluator(HeldOut):
+    """Searches the whole corpus exactly, with the dense head, or else the first of the heads."""
+
+    query_max_length: int | None = None
+    passage_max_length: int | None = None
+    #: tokenize once and keep the token ids, for many evaluations of one model in memory
+    keep_tokens: bool = False
+    _tokens: dict[Kind, Tokens] = field(default_factory=dict, repr=False)
+
+    def search(self, encoder: Encoder, heads: tuple[str, ...], depth: int) -> dict[str, dict[str, float]]:
+        """The best passages of each judged query, best first."""
+        head = "dense" if "dense" in heads else heads[0]
+        query = self._encode(encoder, [self.queries[key] for key in self.judged], "query", head)
+        passage = self._encode(encoder, list(self.corpus.values()), "passage", head)
+        if head == "dense":
+            scores, rows = top_k(query.dense, passage.dense, depth)
+        else:
+            scores = encoder.similarity(query, passage, weights={head: 1.0})
+            rows = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+            scores = np.take_along_axis(scores, rows, axis=1)
+        return run_of(self.judged, list(self.corpus), scores, rows)
 
     def _encode(self, encoder: Encoder, texts: Sequence[str], kind: Kind, head: str) -> Embeddings:
         mine = list(texts[rank() :: world_size()])
@@ -76,10 +111,8 @@ class Evaluator:
             part = encoder.encode(mine, kind, heads=(head,), max_length=self._limit(kind))
         if world_size() == 1:
             return part
-        parts: list[Any] = [None] * world_size()
-        dist.all_gather_object(parts, part)
         order = np.argsort(np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())]))
-        return Embeddings.cat(parts)[order]
+        return Embeddings.cat(_of_all_ranks(part))[order]
 
     def _encode_kept(self, encoder: Encoder, texts: list[str], kind: Kind, head: str) -> Embeddings | None:
         if not texts:
@@ -94,18 +127,54 @@ class Evaluator:
         return self.query_max_length if kind == "query" else self.passage_max_length
 
 
-def _search(encoder: Encoder, query: Embeddings, passage: Embeddings, head: str) -> tuple[np.ndarray, np.ndarray]:
-    if head == "dense":
-        return top_k(query.dense, passage.dense, _DEPTH)
-    scores = encoder.similarity(query, passage, weights={head: 1.0})
-    rows = np.argsort(-scores, axis=1, kind="stable")[:, :_DEPTH]
-    return np.take_along_axis(scores, rows, axis=1), rows
+@dataclass
+class RerankEvaluator(HeldOut):
+    """Orders each query's own candidates by the scores of a cross-encoder."""
+
+    #: query id -> ids of its distinct candidates, the relevant ones first
+    candidates: dict[str, list[str]] = field(default_factory=dict)
+    lengths: PairLengths | None = None
+
+    def search(self, encoder: Encoder, heads: tuple[str, ...], depth: int) -> dict[str, dict[str, float]]:
+        """All candidates of each query, best first."""
+        pairs = [(self.queries[key], self.corpus[id]) for key, ids in self.candidates.items() for id in ids]
+        scores = iter(self._score(encoder, pairs).tolist())
+        run = {key: {id: next(scores) for id in ids} for key, ids in self.candidates.items()}
+        # of equal scores the last id counts as first: a model that scores all alike must not look good
+        return {
+            key: dict(sorted(found.items(), key=lambda hit: (hit[1], hit[0]), reverse=True))
+            for key, found in run.items()
+        }
+
+    @property
+    def where(self) -> str:
+        """What was searched, in words."""
+        return f"{len(self.candidates)} queries, each with its own candidates"
+
+    def _score(self, encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        query, pair = (self.lengths.query, self.lengths.pair) if self.lengths else (None, None)
+        mine = encoder.score(pairs[rank() :: world_size()], query_max_length=query, max_length=pair)
+        if world_size() == 1:
+            return mine
+        scores = np.empty(len(pairs), dtype=np.float32)
+        for number, part in enumerate(_of_all_ranks(mine)):
+            scores[number :: world_size()] = part
+        return scores
+
+
+def _of_all_ranks(part: Any) -> list[Any]:
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+# ---- reading it
 
 
 def read_evaluator(
     eval_data: str | Sequence[Any],
-    query_max_length: int | None,
-    passage_max_length: int | None,
+    query_max_length: int | None = None,
+    passage_max_length: int | None = None,
     name: str = "eval_data",
 ) -> Evaluator:
     """Read rows like the training data's, or a folder in BEIR's layout.
@@ -118,17 +187,62 @@ def read_evaluator(
     """
     from ultrarag.rows import read_eval_rows
 
-    if isinstance(eval_data, str) and (Path(eval_data) / "corpus.jsonl").is_file():
-        folder = Path(eval_data)
+    if _is_beir(eval_data):
+        folder = Path(str(eval_data))
         collection = read_beir(folder, _split(folder))
         corpus = {key: passage.content for key, passage in collection.corpus.items()}
         queries, qrels = collection.queries, collection.qrels
     else:
-        sources = [eval_data] if isinstance(eval_data, str) else list(eval_data)
-        corpus, queries, qrels = read_eval_rows(sources)
+        corpus, queries, qrels = read_eval_rows(_sources(eval_data))
     if not any(qrels.get(key) for key in queries):
         raise DataError(f"{name} {eval_data if isinstance(eval_data, str) else ''} has no query with a judgement")
     return Evaluator(corpus, queries, qrels, query_max_length, passage_max_length)
+
+
+def read_rerank_evaluator(
+    eval_data: str | Sequence[Any], lengths: PairLengths | None = None, name: str = "eval_data"
+) -> RerankEvaluator:
+    """Read rows like the training data's: a query's candidates are its `pos` and `neg`.
+
+    Args:
+        name: the flag that gave it.
+
+    Raises:
+        DataError: no query has a negative, or a line cannot be read.
+        UsageError: a folder in BEIR's layout, which has no candidates.
+    """
+    from ultrarag.rows import read_rows
+
+    if _is_beir(eval_data):
+        raise UsageError(
+            f"--{name} {eval_data} is a corpus with queries; a cross-encoder orders candidates that a search has "
+            "found: give rows with 'pos' and 'neg', such as mined hard negatives"
+        )
+    positives: dict[str, dict[str, None]] = {}
+    negatives: dict[str, dict[str, None]] = {}
+    for example in read_rows(_sources(eval_data)):
+        positives.setdefault(example.query, {}).update(dict.fromkeys(example.pos))
+        negatives.setdefault(example.query, {}).update(dict.fromkeys(example.neg))
+    useful = [query for query, texts in positives.items() if negatives[query].keys() - texts.keys()]
+    if not useful:
+        raise DataError(f"{name} has no query with 'neg': a cross-encoder is measured by how it orders candidates")
+    corpus: dict[str, str] = {}
+    candidates: dict[str, list[str]] = {}
+    for number, query in enumerate(useful):
+        texts = [*positives[query], *(text for text in negatives[query] if text not in positives[query])]
+        candidates[f"q{number}"] = ids = [f"q{number}-p{place:06d}" for place in range(len(texts))]
+        corpus.update(zip(ids, texts, strict=True))
+    queries = dict(zip(candidates, useful, strict=True))
+    qrels = {key: dict.fromkeys(candidates[key][: len(positives[query])], 1) for key, query in queries.items()}
+    return RerankEvaluator(corpus, queries, qrels, candidates, lengths)
+
+
+def _is_beir(eval_data: str | Sequence[Any]) -> bool:
+    return isinstance(eval_data, str) and (Path(eval_data) / "corpus.jsonl").is_file()
+
+
+def _sources(eval_data: str | Sequence[Any]) -> list[Any]:
+    return [eval_data] if isinstance(eval_data, str) else list(eval_data)
 
 
 def _split(folder: Path) -> str:
@@ -142,110 +256,8 @@ def _split(folder: Path) -> str:
     raise DataError(f"{folder / 'qrels'} has no test.tsv or dev.tsv (it has {', '.join(splits) or 'nothing'})")
 
 
-@dataclass
-class RerankEvaluator:
-    """Held-out queries with their candidates, and which of these are relevant."""
+# ---- the evaluations of a run
 
-    #: query -> its distinct candidates, the relevant ones first
-    candidates: dict[str, list[str]]
-    #: query -> how many of the first candidates are relevant
-    relevant: dict[str, int]
-    query_max_length: int | None = None
-    max_length: int | None = None
-
-    def __call__(self, encoder: Encoder, heads: tuple[str, ...]) -> dict[str, float]:
-        """Return nDCG@10, Recall@10 and MRR@10."""
-        return self.evaluate(encoder, heads).metrics
-
-    def evaluate(self, encoder: Encoder, heads: tuple[str, ...]) -> Evaluation:
-        """Measure the candidates in the order of the scores.
-
-        In a distributed run every rank scores its share of the pairs.
-        """
-        pairs = [(query, text) for query, texts in self.candidates.items() for text in texts]
-        scores = iter(self._score(encoder, pairs).tolist())
-        # of equal scores the last id counts as first: a model that scores all alike must not look good
-        run = {f"q{number}": {id: next(scores) for id in texts} for number, texts in enumerate(self._ids())}
-        best_first = {
-            query: dict(sorted(found.items(), key=lambda hit: (hit[1], hit[0]), reverse=True))
-            for query, found in run.items()
-        }
-        return evaluate_run(self._qrels(), best_first, METRICS)
-
-    def measured(self, before: Evaluation, after: Evaluation) -> Measured:
-        """Two evaluations compared, with the texts that a reader wants to see."""
-        queries = {f"q{number}": query for number, query in enumerate(self.candidates)}
-        texts = {id: text for named in self._ids() for id, text in named.items()}
-
-        def passages(ids: list[str]) -> dict[str, Passage]:
-            return {id: Passage(id, texts[id]) for id in ids}
-
-        where = f"{len(queries)} queries, each with its own candidates"
-        return Measured.of(Verdict.of(METRIC, before, after), queries, self._qrels(), where, passages)
-
-    def _ids(self) -> list[dict[str, str]]:
-        """Per query, an id for each candidate: id -> text; the relevant ones first."""
-        return [
-            {f"q{number}-p{place:06d}": text for place, text in enumerate(texts)}
-            for number, texts in enumerate(self.candidates.values())
-        ]
-
-    def _qrels(self) -> dict[str, dict[str, int]]:
-        return {
-            f"q{number}": dict.fromkeys(list(ids)[: self.relevant[query]], 1)
-            for number, (query, ids) in enumerate(zip(self.candidates, self._ids(), strict=True))
-        }
-
-    def _score(self, encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        limits: dict[str, Any] = {"query_max_length": self.query_max_length, "max_length": self.max_length}
-        mine = encoder.score(pairs[rank() :: world_size()], **limits)
-        if world_size() == 1:
-            return mine
-        parts: list[Any] = [None] * world_size()
-        dist.all_gather_object(parts, mine)
-        scores = np.empty(len(pairs), dtype=np.float32)
-        for number, part in enumerate(parts):
-            scores[number :: world_size()] = part
-        return scores
-
-
-def read_rerank_evaluator(
-    eval_data: str | Sequence[Any],
-    query_max_length: int | None,
-    max_length: int | None,
-    name: str = "eval_data",
-) -> RerankEvaluator:
-    """Read rows like the training data's: a query's candidates are its `pos` and `neg`.
-
-    Args:
-        name: the flag that gave it.
-
-    Raises:
-        DataError: no query has a negative, or a line cannot be read.
-        UsageError: a folder in BEIR's layout, which has no candidates.
-    """
-    from ultrarag.rows import read_rows
-
-    if isinstance(eval_data, str) and (Path(eval_data) / "corpus.jsonl").is_file():
-        raise UsageError(
-            f"--{name} {eval_data} is a corpus with queries; a cross-encoder orders candidates that a search has "
-            "found: give rows with 'pos' and 'neg', such as mined hard negatives"
-        )
-    positives: dict[str, dict[str, None]] = {}
-    negatives: dict[str, dict[str, None]] = {}
-    for example in read_rows([eval_data] if isinstance(eval_data, str) else list(eval_data)):
-        positives.setdefault(example.query, {}).update(dict.fromkeys(example.pos))
-        negatives.setdefault(example.query, {}).update(dict.fromkeys(example.neg))
-    candidates = {
-        query: [*texts, *(text for text in negatives[query] if text not in texts)] for query, texts in positives.items()
-    }
-    useful = {query: texts for query, texts in candidates.items() if len(texts) > len(positives[query])}
-    if not useful:
-        raise DataError(f"{name} has no query with 'neg': a cross-encoder is measured by how it orders candidates")
-    return RerankEvaluator(useful, {query: len(positives[query]) for query in useful}, query_max_length, max_length)
-
-
-AnyEvaluator = Evaluator | RerankEvaluator
 #: Before the name of a stage: measured on the guard.
 GUARD = "guard_"
 
@@ -254,45 +266,62 @@ GUARD = "guard_"
 class Measures:
     """Evaluations by stage: before, after, unmerged, and the same on the guard."""
 
-    domain: AnyEvaluator | None = None
-    guard: AnyEvaluator | None = None
+    domain: HeldOut | None = None
+    guard: HeldOut | None = None
     found: dict[str, Evaluation] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, arguments: FinetuneArguments, pairs: bool) -> Measures:
+        """Read the held-out data of a run.
+
+        Args:
+            pairs: what is trained is a cross-encoder.
+
+        Raises:
+            DataError, UsageError: it cannot be evaluated on.
+        """
+
+        def read(name: str, source: Any) -> HeldOut | None:
+            if source is None:
+                return None
+            data = arguments.data
+            if pairs:
+                return read_rerank_evaluator(source, PairLengths.of(data), name)
+            found = read_evaluator(source, data.query_max_len, data.passage_max_len, name)
+            found.keep_tokens = arguments.incremental.merge_with is not None
+            return found
+
+        domain = read("eval_data", arguments.evaluation.eval_data)
+        return cls(domain, read("guard_data", arguments.incremental.guard_data))
 
     def take(self, stage: str, encoder: Encoder, heads: tuple[str, ...]) -> None:
         """Measure a model on all there is."""
-        for prefix, evaluator in (("", self.domain), (GUARD, self.guard)):
-            if evaluator:
-                self.found[prefix + stage] = evaluator.evaluate(encoder, heads)
+        for prefix, held_out in (("", self.domain), (GUARD, self.guard)):
+            if held_out:
+                self.found[prefix + stage] = held_out.evaluate(encoder, heads)
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """Stage -> metric -> value."""
         return {stage: dict(evaluation.metrics) for stage, evaluation in self.found.items()}
 
-    def measured(self) -> Measured | None:
-        """The domain before and after, with texts; None where nothing was evaluated."""
-        if self.domain is None:
-            return None
-        return self.domain.measured(self.found["before"], self.found["after"])
-
     def warn(self, max_forgetting: float, note: Callable[[str], None]) -> None:
-        """Say what got worse."""
-        change = self._change("")
-        if change < 0:
-            before, after = (self.found[stage].metrics[METRIC] for stage in ("before", "after"))
+        """Note what got worse."""
+        if self._change("") < 0:
+            before, after = (self.found[stage].metrics[MAIN_METRIC] for stage in ("before", "after"))
             note(
-                f"the model is worse than before on the evaluation data: {METRIC} {before:.4f} -> {after:.4f}; "
+                f"the model is worse than before on the evaluation data: {MAIN_METRIC} {before:.4f} -> {after:.4f}; "
                 "do not deploy it unseen"
             )
         forgotten = -self._change(GUARD)
         if forgotten > max_forgetting + 1e-9:
             note(
-                f"the model lost {forgotten:.4f} of {METRIC} on the guard data, more than --max_forgetting "
+                f"the model lost {forgotten:.4f} of {MAIN_METRIC} on the guard data, more than --max_forgetting "
                 f"{max_forgetting:g}; --merge_with parent, or --replay_data, keeps more of what it knew"
             )
 
     def _change(self, prefix: str) -> float:
         if f"{prefix}before" not in self.found:
             return 0.0
-        before, after = (self.found[prefix + stage].metrics[METRIC] for stage in ("before", "after"))
+        before, after = (self.found[prefix + stage].metrics[MAIN_METRIC] for stage in ("before", "after"))
         return after - before

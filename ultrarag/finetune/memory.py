@@ -20,7 +20,8 @@ from torch import Tensor
 from ultrarag.checkpoint import read_manifest
 from ultrarag.encoder import Encoder
 from ultrarag.errors import TrainingError, UsageError
-from ultrarag.finetune.pairs import PairLengths
+from ultrarag.finetune.batches import PairLengths
+from ultrarag.finetune.flags import AUTO
 from ultrarag.finetune.step import Trainable, least, world_size
 from ultrarag.hookspecs import Features
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ultrarag.finetune.flags import FinetuneArguments
     from ultrarag.types import Embeddings
 
-AUTO = "auto"
 #: The share of the free memory that a step may take.
 USED = 0.8
 #: On a CPU, what backward needs beside what autograd keeps: gradients of the layer at hand, and the allocator's waste.
@@ -62,12 +62,7 @@ class Room:
         return int(found)
 
 
-def wants_probe(arguments: FinetuneArguments) -> bool:
-    """Whether a size is left to the probe."""
-    return arguments.auto_batch_size or arguments.model.sub_batch_size == AUTO
-
-
-def settle_sizes(
+def choose_sizes(
     arguments: FinetuneArguments,
     encoder: Encoder,
     heads: tuple[str, ...],
@@ -76,6 +71,8 @@ def settle_sizes(
     note: Callable[[str], None],
 ) -> None:
     """Put numbers where `auto` stands: those of the run that is resumed, else what fits on every device."""
+    if not arguments.auto_batch_size and arguments.model.sub_batch_size != AUTO:
+        return
     if resume is not None:
         _take_over(arguments, resume, note)
         return

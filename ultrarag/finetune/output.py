@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -43,6 +44,8 @@ _ORDER = (
     *("train_group_size", "dataloader_drop_last", "same_dataset_within_batch", "small_threshold", "drop_threshold"),
     *("replay_ratio", "shuffle_ratio", "max_example_num_per_dataset", "no_in_batch_neg", "negatives_cross_device"),
 )
+#: Settings that may differ between a run that was stopped before merging and the one that goes on.
+_INCIDENTAL = ("overwrite_output_dir", "incremental")
 
 
 def checkpoints_in(output: Path) -> list[Path]:
@@ -81,8 +84,8 @@ def find_resume(arguments: FinetuneArguments, note: Callable[[str], None]) -> Pa
     return path
 
 
-def claim_output_dir(output: Path, overwrite: bool, note: Callable[[str], None]) -> None:
-    """Make sure that a new run may write into `output`.
+def check_output_dir(output: Path, overwrite: bool) -> None:
+    """Make sure that a new run may write into `output`; nothing is changed there.
 
     Raises:
         UsageError: it holds a model or checkpoints and `overwrite` is not set, or a model of another program.
@@ -99,7 +102,19 @@ def claim_output_dir(output: Path, overwrite: bool, note: Callable[[str], None])
             f"--output_dir {output} holds {what} of an earlier run: give --resume_from_checkpoint True to go on, "
             "--overwrite_output_dir to start anew, or another directory"
         )
-    if old:
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"--output_dir {output}: '{there}' cannot be written to; name another directory")
+
+
+def claim_output_dir(output: Path, overwrite: bool, note: Callable[[str], None]) -> None:
+    """Make `output` ready for a new run: checkpoints of an earlier one are removed.
+
+    Raises:
+        UsageError: see `check_output_dir`.
+    """
+    check_output_dir(output, overwrite)
+    if old := checkpoints_in(output):
         note(f"--overwrite_output_dir: removing {len(old)} checkpoints of an earlier run from {output}")
         for path in old:
             shutil.rmtree(path)
@@ -156,12 +171,36 @@ def _order(record: Training) -> dict[str, Any]:
     return flat
 
 
+def find_trained(output: Path, record: Training) -> Training | None:
+    """How the weights were trained that the same run left when it was stopped before the end; None without any."""
+    try:
+        manifest = read_manifest(output / UNMERGED)
+    except CheckpointError:
+        return None
+    earlier = manifest.training if manifest else None
+    if earlier is None or earlier.parent != record.parent:
+        return None
+    same = [item["sha256"] for item in earlier.data] == [item["sha256"] for item in record.data]
+    return earlier if same and _settings(earlier.arguments) == _settings(record.arguments) else None
+
+
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in arguments.items() if name not in _INCIDENTAL}
+    kept["training"] = {k: v for k, v in kept["training"].items() if k != "resume_from_checkpoint"}
+    return kept
+
+
 @dataclass
 class Start:
     """The model before training, to see afterwards whether it moved."""
 
     fingerprint: str
     probes: Embeddings
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> Start:
+        """Look at a model."""
+        return cls(encoder.fingerprint, probe_vectors(encoder))
 
 
 def write_finished(trainer: EmbeddingTrainer, encoder: Encoder, start: Start, record: Training, output: Path) -> str:
@@ -176,7 +215,7 @@ def write_finished(trainer: EmbeddingTrainer, encoder: Encoder, start: Start, re
         identity = fingerprint(encoder.model, encoder.adapter.name, encoder.settings)
         _check_moved(encoder, start, identity)
         publish(encoder, output, encoder.model.state_dict(), record, keep=kept_in_output(output), more=more)
-    trainer._wait()
+    trainer.wait()
     return identity
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
-    from ultrarag.finetune.batches import Batch, Collator, PairCollator, Plan
-    from ultrarag.finetune.flags import FinetuneArguments
+from ultrarag.encoder import Encoder
+from ultrarag.finetune.batches import AnyPlan, Batch, Collator, PairCollator, PairLengths
 
 
 @dataclass
@@ -83,33 +80,14 @@ class RenderedBatch:
         return "\n".join(lines)
 
 
-def dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
-    """Render a run's first batch; None on all ranks but the first. Nothing is written, not even the cache of rows.
-
-    Raises:
-        UltraragError: what the run itself would raise until then.
-    """
-    from ultrarag.finetune.flags import refuse_unsupported
-    from ultrarag.finetune.set_up import load_encoder, make_collator, make_plan, read_data
-    from ultrarag.finetune.step import rank
-
-    refuse_unsupported(arguments)
-    with tempfile.TemporaryDirectory(prefix="ultrarag-") as cache:
-        settings = replace(arguments, data=replace(arguments.data, cache_path=cache))
-        plan = make_plan(settings, read_data(settings))
-        encoder = load_encoder(settings, lambda note: None)
-        return rendered_batch(encoder, plan, make_collator(settings, encoder)) if rank() == 0 else None
-
-
-def rendered_batch(encoder: Encoder, plan: Plan, collator: Collator | PairCollator) -> RenderedBatch:
+def rendered_batch(encoder: Encoder, plan: AnyPlan, collator: Collator | PairCollator) -> RenderedBatch:
     """Render batch 0 of epoch 0, by the run's own plan and collator."""
     batch = plan.batch(0, 0, 0)
     made = collator([batch])
-    pairs = made["queries"] is None
-    passages = _texts(encoder, made["passages"], _whole(encoder, collator, batch, pairs), batch.passages)
+    passages = _texts(encoder, made["passages"], _uncut(encoder, collator, batch), batch.passages)
     queries: list[RenderedText | None] = [None] * len(batch.queries)
     if made["queries"] is not None:
-        queries = list(_texts(encoder, made["queries"], _whole_queries(encoder, batch), batch.queries))
+        queries = list(_texts(encoder, made["queries"], _uncut_queries(encoder, batch), batch.queries))
     width = None if made["queries"] is None else made["queries"]["input_ids"].shape[1]
     found = RenderedBatch(
         batch.dataset, batch.group_size, made["in_batch_negatives"], plan.steps_per_epoch, width,
@@ -124,26 +102,26 @@ def rendered_batch(encoder: Encoder, plan: Plan, collator: Collator | PairCollat
     return found
 
 
-def _texts(encoder: Encoder, features: Any, whole: Sequence[int], texts: Sequence[str]) -> list[RenderedText]:
-    """Return each row's tokens; `whole` are the lengths that nothing was cut from."""
+def _texts(encoder: Encoder, features: Any, uncut: Sequence[int], texts: Sequence[str]) -> list[RenderedText]:
+    """Return each row's tokens; `uncut` are the lengths that nothing was cut from."""
     found = []
-    for row, mask, full, text in zip(features["input_ids"], features["attention_mask"], whole, texts, strict=True):
+    for row, mask, full, text in zip(features["input_ids"], features["attention_mask"], uncut, texts, strict=True):
         ids = [int(number) for number in row[mask.bool()]]
         tokens = [str(token) for token in encoder.tokenizer.convert_ids_to_tokens(ids)]
         found.append(RenderedText(ids, tokens, len(ids) < full, text))
     return found
 
 
-def _whole_queries(encoder: Encoder, batch: Batch) -> list[int]:
+def _uncut_queries(encoder: Encoder, batch: Batch) -> list[int]:
     rendered = [encoder.settings.render(t, "query", p) for t, p in zip(batch.queries, batch.prompts, strict=True)]
     return _lengths(encoder, rendered)
 
 
-def _whole(encoder: Encoder, collator: Any, batch: Batch, pairs: bool) -> list[int]:
+def _uncut(encoder: Encoder, collator: Collator | PairCollator, batch: Batch) -> list[int]:
     """The lengths of the passages, or of the pairs, without a limit."""
-    if not pairs:
-        return _lengths(encoder, collator._passages(batch))
-    unlimited = type(collator)(encoder, 1 << 20, None, 1 << 21)
+    if isinstance(collator, Collator):
+        return _lengths(encoder, collator.passages(batch))
+    unlimited = PairCollator(encoder, PairLengths(1 << 20, None, 1 << 21))
     return [int(mask.sum()) for mask in unlimited([batch])["passages"]["attention_mask"]]
 
 

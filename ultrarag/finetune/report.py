@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.checkpoint import Training
-from ultrarag.evaluation import Measured
+from ultrarag.evaluation import MAIN_METRIC, Measured
+from ultrarag.finetune.output import checkpoints_in
 from ultrarag.io import write_json
 from ultrarag.report import Page, render
 
@@ -60,8 +61,6 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """The trainer's log of the run that made a checkpoint; empty where it kept none."""
     if found := _read(folder).get("history"):
         return list(found)
-    from ultrarag.finetune.output import checkpoints_in
-
     for checkpoint in reversed(checkpoints_in(folder)):
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -86,15 +85,15 @@ def write_text(path: Path, value: str) -> None:
 
 
 def _worse(metrics: Mapping[str, Mapping[str, float]]) -> bool:
-    return bool(metrics.get("before")) and metrics["after"]["nDCG@10"] < metrics["before"]["nDCG@10"]
+    return bool(metrics.get("before")) and metrics["after"][MAIN_METRIC] < metrics["before"][MAIN_METRIC]
 
 
 def _outcome(result: FinetuneResult) -> str:
     done = f"{result.steps} steps" + (f", mean loss {result.loss:.4f}" if result.loss is not None else "")
     if not result.metrics.get("before"):
         return f"Trained: {done}; nothing was evaluated (no --eval_data)"
-    before, after = (result.metrics[stage]["nDCG@10"] for stage in ("before", "after"))
-    return f"{'Worse' if after < before else 'Trained'}: {done}; nDCG@10 {before:.4f} → {after:.4f}"
+    before, after = (result.metrics[stage][MAIN_METRIC] for stage in ("before", "after"))
+    return f"{'Worse' if after < before else 'Trained'}: {done}; {MAIN_METRIC} {before:.4f} → {after:.4f}"
 
 
 def _guard(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:

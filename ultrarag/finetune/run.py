@@ -1,44 +1,61 @@
-"""The one body of fine-tuning, under the command lines and under `finetune()`."""
+"""FinetuneRun: from checked settings to a published checkpoint, under the command lines and `finetune()`."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ultrarag.checkpoint import Training, probe_vectors
+from ultrarag.checkpoint import Training
+from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
-from ultrarag.finetune.check import check_run
+from ultrarag.finetune.batches import (
+    AnyPlan,
+    DatasetInfo,
+    ReplayPlan,
+    TrainData,
+    make_collator,
+    make_loader,
+    make_plan,
+    read_data,
+)
+from ultrarag.finetune.check import check_rows
 from ultrarag.finetune.evaluate import Measures
 from ultrarag.finetune.flags import FinetuneArguments, refuse_unsupported
-from ultrarag.finetune.incremental import Interrupted, find_trained, merge_weights, tell_seen
-from ultrarag.finetune.memory import settle_sizes, wants_probe
+from ultrarag.finetune.incremental import Other, merge_weights, read_other, record_of, warn_of_seen_rows
+from ultrarag.finetune.memory import choose_sizes
 from ultrarag.finetune.output import (
     UNMERGED,
     Start,
     asked_to_resume,
+    check_output_dir,
     check_same_order,
     claim_output_dir,
     find_resume,
+    find_trained,
     merge_adapters,
     remove_left,
     write_finished,
 )
-from ultrarag.finetune.pairs import check_groups, refuse_for_pairs, refuse_without_pairs
+from ultrarag.finetune.preview import RenderedBatch, rendered_batch
 from ultrarag.finetune.report import HTML_FILE, FinetuneResult, read_history, write_report
-from ultrarag.finetune.set_up import (
-    evaluators,
+from ultrarag.finetune.step import (
+    EmbeddingTrainer,
+    FalseNegatives,
+    Interrupted,
+    Learner,
+    Lora,
+    add_lora,
+    choose_heads,
+    freeze,
     load_encoder,
-    make_masking,
-    make_plan,
-    make_record,
-    make_trainer,
-    other_model,
-    read_data,
+    rank,
+    world_size,
 )
-from ultrarag.finetune.step import EmbeddingTrainer, add_lora, choose_heads, freeze, rank
 from ultrarag.plugins import registry
 
 
@@ -50,123 +67,264 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
         Interrupted: after Ctrl-C.
     """
     if arguments.dry_run:
-        raise UsageError("dry_run is for the command line; in Python call ultrarag.finetune.preview.dry_run")
-    refuse_unsupported(arguments)
-    pairs = registry().adapter(arguments.adapter).declared.pair_input
-    (refuse_for_pairs if pairs else refuse_without_pairs)(arguments)
-    notes = _Notes(arguments.notes)
-    _use_one_gpu(arguments, notes)
-    output = Path(str(arguments.training.output_dir))
-    resume = find_resume(arguments, notes.add)
-    if rank() == 0 and resume is None:
-        claim_output_dir(output, arguments.overwrite_output_dir, notes.add)
-        if not asked_to_resume(arguments):
-            remove_left(output)
-    data = read_data(arguments)
-    loaded = load_encoder(arguments, notes.add) if wants_probe(arguments) else None
-    if loaded:
-        heads = choose_heads(loaded, arguments.loss.unified_finetuning)
-        settle_sizes(arguments, loaded, heads, len(data), resume, notes.add)
-    plan = make_plan(arguments, data)
-    if pairs:
-        check_groups(plan)
-    for note in [*data.notes, *plan.notes]:
-        notes.add(note)
-    encoder = loaded or load_encoder(arguments, notes.add)
-    tell_seen(data, encoder, arguments.incremental, notes.add)
-    heads = choose_heads(encoder, arguments.loss.unified_finetuning)
-    freeze(encoder, heads, arguments.model.fix_encoder, arguments.model.fix_position_embedding)
-    start = Start(encoder.fingerprint, probe_vectors(encoder))
-    other = other_model(arguments, encoder, start, notes.add)
-    masking = make_masking(arguments, encoder, heads)
-    lora = add_lora(encoder, arguments.lora) if arguments.lora.use_lora else None
-    measures = Measures(*evaluators(arguments, pairs))
-    if resume is None:
-        check_run(arguments, data, encoder, measures.domain, notes.add)
-    measures.take("before", encoder, heads)
-    record = make_record(arguments, data, plan, encoder, start.fingerprint)
-    if resume:
-        check_same_order(resume, record)
-    trainer = make_trainer(arguments, encoder, heads, plan, record, measures.domain, lora, masking)
-    trained = find_trained(output, record) if other and asked_to_resume(arguments) else None
-    done = _restore(trainer, trained, output, notes) if trained else _train(trainer, str(resume) if resume else None)
-    measures.take("after", encoder, heads)
-    record = replace(record, metrics=measures.metrics, steps=done.steps, loss=done.loss)
-    if other:
-        if trained is None:
-            write_finished(trainer, encoder, start, record, output / UNMERGED)
-        merge_adapters(trainer)
-        merge = merge_weights(encoder, heads, other, arguments.incremental, measures, notes.add)
-        record = replace(record, metrics=measures.metrics, merge=merge)
-    measures.warn(arguments.incremental.max_forgetting, notes.add)
-    identity = write_finished(trainer, encoder, start, record, output)
-    if rank() != 0:
-        return None
-    result = FinetuneResult(
-        str(output),
-        arguments.model.model_name_or_path,
-        identity,
-        done.steps,
-        done.loss,
-        done.seconds,
-        measures.metrics,
-        notes.lines,
-        record.merge,
-        str(output / HTML_FILE),
-    )
-    write_report(output, result, record, done.history or read_history(output), measures.measured())
-    return result
+        raise UsageError("dry_run is for the command line; in Python call ultrarag.finetune.dry_run")
+    return FinetuneRun(arguments).finetune()
+
+
+def dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
+    """Render a run's first batch; None on all ranks but the first. Nothing is written, not even the cache of rows.
+
+    Raises:
+        UltraragError: whatever the run itself would refuse before it trains.
+    """
+    with tempfile.TemporaryDirectory(prefix="ultrarag-") as cache:
+        return FinetuneRun(replace(arguments, data=replace(arguments.data, cache_path=cache))).preview()
+
+
+class FinetuneRun:
+    """One fine-tuning run, stage by stage: until all that can be refused is refused, nothing is written.
+
+    Each attribute is set by the stage that stands above it.
+    """
+
+    # claim
+    resume: Path | None
+    # read
+    data: TrainData
+    measures: Measures
+    # load
+    encoder: Encoder
+    heads: tuple[str, ...]
+    # plan_batches
+    plan: AnyPlan
+    # set_up
+    start: Start
+    other: Other | None
+    masking: FalseNegatives | None
+    lora: Lora | None
+    # check
+    record: Training
+    # train
+    trainer: EmbeddingTrainer
+    trained: Trained
+    # merge
+    merged: dict[str, Any] | None
+
+    def __init__(self, arguments: FinetuneArguments) -> None:
+        self.arguments = arguments
+        self.pairs = registry().adapter(arguments.adapter).declared.pair_input
+        self.output = Path(str(arguments.training.output_dir))
+        self.notes = Notes()
+
+    def finetune(self) -> FinetuneResult | None:
+        """Carry the run through; the result on the first rank, None on the others."""
+        self.prepare()
+        self.begin()
+        self.measure("before")
+        self.train()
+        self.measure("after")
+        self.merge()
+        return self.publish()
+
+    def preview(self) -> RenderedBatch | None:
+        """Stop before anything is written or trained, and show the first batch; None on all ranks but the first."""
+        self.prepare()
+        collator = make_collator(self.arguments.data, self.encoder)
+        return rendered_batch(self.encoder, self.plan, collator) if rank() == 0 else None
+
+    def prepare(self) -> None:
+        """All that a run refuses before it trains."""
+        self.claim()
+        self.read()
+        self.load()
+        self.plan_batches()
+        self.set_up()
+        self.check()
+
+    # ---- what is asked for, and may it be done
+
+    def claim(self) -> None:
+        """Refuse flags that do not go together, and an output directory that is not ours to write into."""
+        refuse_unsupported(self.arguments, self.pairs)
+        for line in self.arguments.notes:
+            self.notes.add(line)
+        _use_one_gpu(self.arguments, self.notes.add)
+        self.resume = find_resume(self.arguments, self.notes.add)
+        if rank() == 0 and self.resume is None:
+            check_output_dir(self.output, self.arguments.overwrite_output_dir)
+
+    def read(self) -> None:
+        """Read the rows to train on, and the held-out data."""
+        self.data = read_data(self.arguments)
+        self.measures = Measures.of(self.arguments, self.pairs)
+
+    def load(self) -> None:
+        """Load the model, as it is before training."""
+        self.encoder = load_encoder(self.arguments, self.notes.add)
+        self.heads = choose_heads(self.encoder, self.arguments.loss.unified_finetuning)
+        warn_of_seen_rows(self.data, self.encoder, self.arguments.incremental, self.notes.add)
+
+    def plan_batches(self) -> None:
+        """Choose the sizes that are left open, and which batch comes when."""
+        choose_sizes(self.arguments, self.encoder, self.heads, len(self.data), self.resume, self.notes.add)
+        self.plan = make_plan(self.arguments, self.data, self.pairs)
+        for note in [*self.data.notes, *self.plan.notes]:
+            self.notes.add(note)
+
+    def set_up(self) -> None:
+        """Choose what of the model is trained, and what it is compared with."""
+        model = self.arguments.model
+        freeze(self.encoder, self.heads, model.fix_encoder, model.fix_position_embedding)
+        self.start = Start.of(self.encoder)
+        self.other = read_other(self.arguments, self.encoder, self.notes.add)
+        self.masking = FalseNegatives.of(self.arguments, self.encoder, self.heads)
+        self.lora = add_lora(self.encoder, self.arguments.lora) if self.arguments.lora.use_lora else None
+
+    def check(self) -> None:
+        """Look for faults in the rows; a resumed run must see the batches that the first would have seen."""
+        self.record = self._record()
+        if self.resume:
+            check_same_order(self.resume, self.record)
+        elif rank() == 0 and not self.arguments.skip_data_check:
+            check_rows(self.arguments, self.data, self.encoder, self.measures.domain, self.notes.add)
+
+    def _record(self) -> Training:
+        """What the manifest says of this run, as far as it is known before training."""
+        rows = [_data_record(item, self.data) for item in self.data.datasets]
+        if isinstance(self.plan, ReplayPlan):
+            old = self.plan.old.data
+            rows += [{**_data_record(item, old), "replay": True} for item in old.datasets]
+        described = {**self.arguments.to_dict(), "world_size": world_size()}
+        ancestors = self.encoder.manifest.lineage() if self.encoder.manifest else []
+        name = self.arguments.model.model_name_or_path
+        return Training(self.start.fingerprint, name, rows, described, ancestors=ancestors)
+
+    # ---- the work
+
+    def begin(self) -> None:
+        """Clear the output directory of what an earlier run left there; record which rows are trained on."""
+        if rank() != 0:
+            return
+        if self.resume is None:
+            claim_output_dir(self.output, self.arguments.overwrite_output_dir, self.notes.add)
+            if not asked_to_resume(self.arguments):
+                remove_left(self.output)
+        parts = [self.data, self.plan.old.data] if isinstance(self.plan, ReplayPlan) else [self.data]
+        self.record = replace(self.record, seen=record_of(parts))
+
+    def measure(self, stage: str) -> None:
+        """Evaluate the model as it is now."""
+        self.measures.take(stage, self.encoder, self.heads)
+
+    def train(self) -> None:
+        """Train, or take the weights of the same run, which was stopped when it was about to merge them."""
+        masks = self.masking.features if self.masking else None
+        collator = make_collator(self.arguments.data, self.encoder, masks)
+        loader = make_loader(self.plan, collator, rank(), self.arguments.training)
+        learner = Learner(self.encoder, self.heads, self.lora, self.masking)
+        self.trainer = EmbeddingTrainer(learner, self.arguments, loader, self.record, self.measures.domain)
+        merging = self.other is not None and asked_to_resume(self.arguments)
+        earlier = find_trained(self.output, self.record) if merging else None
+        if earlier:
+            self.notes.add(f"the model was trained already: going on from {self.output / UNMERGED}")
+            self.trainer.load_weights(str(self.output / UNMERGED))
+            self.trained = Trained(earlier.steps, earlier.loss, restored=True)
+        else:
+            self.trained = _train(self.trainer, self.resume)
+
+    def merge(self) -> None:
+        """Average the trained weights with the other model's, where there is one; as trained they are kept beside."""
+        self.merged, incremental = None, self.arguments.incremental
+        if self.other:
+            if not self.trained.restored:
+                self._write(self.output / UNMERGED)
+            merge_adapters(self.trainer)
+            self.merged = merge_weights(
+                self.encoder, self.heads, self.other, incremental, self.measures, self.notes.add
+            )
+        self.measures.warn(incremental.max_forgetting, self.notes.add)
+
+    def publish(self) -> FinetuneResult | None:
+        """Write the checkpoint, unless training changed nothing, and the report beside it."""
+        identity, record = self._write(self.output)
+        if rank() != 0:
+            return None
+        result = FinetuneResult(
+            str(self.output),
+            self.arguments.model.model_name_or_path,
+            identity,
+            self.trained.steps,
+            self.trained.loss,
+            self.trained.seconds,
+            self.measures.metrics,
+            self.notes.lines,
+            self.merged,
+            str(self.output / HTML_FILE),
+        )
+        domain, found = self.measures.domain, self.measures.found
+        measured = domain.measured(found["before"], found["after"]) if domain else None
+        write_report(self.output, result, record, self.trained.history or read_history(self.output), measured)
+        return result
+
+    def _write(self, folder: Path) -> tuple[str, Training]:
+        """Write a checkpoint of the model as it is now; its identity (empty on other ranks), and what it records."""
+        record = replace(
+            self.record,
+            metrics=self.measures.metrics,
+            steps=self.trained.steps,
+            loss=self.trained.loss,
+            merge=self.merged,
+        )
+        return write_finished(self.trainer, self.encoder, self.start, record, folder), record
+
+
+def _data_record(item: DatasetInfo, data: TrainData) -> dict[str, Any]:
+    return {"name": item.name, "rows": item.stop - item.start, "sha256": data.digest}
 
 
 @dataclass
-class _Done:
-    """The training itself."""
+class Trained:
+    """What came of the training itself."""
 
     steps: int
     #: mean training loss
     loss: float | None
-    seconds: float
+    seconds: float = 0.0
     #: the trainer's log
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    #: the weights are those of the same run, which was stopped after training
+    restored: bool = False
 
 
-class _Notes:
+class Notes:
     """Remarks for the user, printed once, by the first rank, on stderr."""
 
-    def __init__(self, lines: list[str]) -> None:
+    def __init__(self) -> None:
         self.lines: list[str] = []
-        for line in lines:
-            self.add(line)
 
     def add(self, line: str) -> None:
+        """Print a remark, unless it was printed before."""
         if line not in self.lines:
             self.lines.append(line)
             if rank() == 0:
                 print(f"note: {line}", file=sys.stderr, flush=True)
 
 
-def _use_one_gpu(arguments: FinetuneArguments, notes: _Notes) -> None:
+def _use_one_gpu(arguments: FinetuneArguments, note: Callable[[str], None]) -> None:
     """Keep the Trainer from spreading one process over several GPUs by DataParallel, which splits the batch."""
     training = arguments.training
     if training.n_gpu > 1:
-        notes.add(
+        note(
             f"{training.n_gpu} GPUs are visible and one process uses one: start with torchrun --nproc_per_node "
             f"{training.n_gpu} to use all"
         )
         training._n_gpu = 1
 
 
-def _restore(trainer: EmbeddingTrainer, trained: Training, output: Path, notes: _Notes) -> _Done:
-    """Take the trained weights of the same run, which was stopped when it was about to merge them."""
-    notes.add(f"the model was trained already: going on from {output / UNMERGED}")
-    trainer._load_weights(str(output / UNMERGED))
-    return _Done(trained.steps, trained.loss, 0.0, [])
-
-
-def _train(trainer: EmbeddingTrainer, resume: str | None) -> _Done:
+def _train(trainer: EmbeddingTrainer, resume: Path | None) -> Trained:
     started = time.perf_counter()
     try:
-        output = trainer.train(resume_from_checkpoint=resume)
+        output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         trainer.interrupt.restore()
     if trainer.interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
@@ -175,7 +333,7 @@ def _train(trainer: EmbeddingTrainer, resume: str | None) -> _Done:
         )
     history: list[dict[str, Any]] = trainer.state.log_history
     seconds = time.perf_counter() - started
-    return _Done(trainer.state.global_step, _mean_loss(history, output.training_loss), seconds, history)
+    return Trained(trainer.state.global_step, _mean_loss(history, output.training_loss), seconds, history)
 
 
 def _mean_loss(history: list[dict[str, float]], otherwise: float) -> float:

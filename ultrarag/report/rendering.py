@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultrarag.evaluation import SHOWN, Measured, Significance, significance
+from ultrarag.evaluation import MAIN_METRIC, SHOWN, Measured, Significance, differences
 from ultrarag.report.page import document, line_chart, section, signed, table, text
 from ultrarag.types import Passage
 
@@ -19,7 +19,7 @@ HITS, CHARACTERS, LISTED = 5, 280, 100
 
 @dataclass(frozen=True)
 class Page:
-    """What the report tells."""
+    """What the report shows."""
 
     title: str
     #: one sentence: what came of it
@@ -65,12 +65,12 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> str:
     return line_chart(points, "step", "loss")
 
 
-def evaluation_curve(history: Sequence[Mapping[str, Any]], metric: str = "eval_nDCG@10") -> str:
+def evaluation_curve(history: Sequence[Mapping[str, Any]], metric: str = f"eval_{MAIN_METRIC}") -> str:
     """A metric of the evaluations between, by step, as SVG; empty where there were fewer than two."""
     found = {
         entry["step"]: value for entry in history for name, value in entry.items() if name.lower() == metric.lower()
     }
-    return line_chart([(float(step), float(value)) for step, value in found.items()], "step", "nDCG@10")
+    return line_chart([(float(step), float(value)) for step, value in found.items()], "step", MAIN_METRIC)
 
 
 def _metrics(page: Page) -> str:
@@ -94,7 +94,7 @@ def _guard(metrics: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _merge(merge: Mapping[str, Any]) -> str:
-    told = f"<p>{merge['weight']:g} of the trained weights, the rest of {text(merge['with'])}.</p>"
+    said = f"<p>{merge['weight']:g} of the trained weights, the rest of {text(merge['with'])}.</p>"
     rows = [
         (
             f"{trial['weight']:g}" + (" ✓" if trial["weight"] == merge["weight"] else ""),
@@ -103,23 +103,25 @@ def _merge(merge: Mapping[str, Any]) -> str:
         )
         for trial in merge["tried"]
     ]
-    tried = table(("weight of the trained model", "nDCG@10", "nDCG@10 on the guard"), rows, (1, 2)) if rows else ""
-    return section("Merging", told + tried)
+    tried = (
+        table(("weight of the trained model", MAIN_METRIC, f"{MAIN_METRIC} on the guard"), rows, (1, 2)) if rows else ""
+    )
+    return section("Merging", said + tried)
 
 
 def _measured_metrics(measured: Measured) -> str:
-    rows = []
-    for name, old in measured.before.metrics.items():
-        change = significance(measured.before.of(name), measured.after.of(name))
+    rows, before, after = [], measured.before, measured.after
+    for name, change in differences(before, after).items():
         interval = f"{change.low:+.4f} to {change.high:+.4f}"
-        values = (f"{old:.4f}", f"{measured.after.metrics[name]:.4f}", signed(change.difference), interval)
+        old, new = (f"{side.metrics[name]:.4f}" for side in (before, after))
+        values = (old, new, signed(change.difference), interval)
         rows.append((text(name), *values, f"{change.p_value:.4f}", _judgement(change)))
     header = ("metric", "before", "after", "change", "95 % interval of the change", "p", "")
     return table(header, rows, (1, 2, 3, 4, 5))
 
 
 def _judgement(change: Significance) -> str:
-    if change.p_value >= 0.05:
+    if not change.significant:
         return '<span class="soft">may be chance</span>'
     return '<span class="up">better</span>' if change.difference > 0 else '<span class="down">worse</span>'
 
@@ -127,8 +129,10 @@ def _judgement(change: Significance) -> str:
 def _changes(measured: Measured) -> str:
     gained, lost = measured.gained(), measured.lost()
     same = len(measured.qrels) - len(gained) - len(lost)
-    told = f"<p>By {text(measured.metric)}: {len(gained)} queries gained, {len(lost)} lost, {same} did not change.</p>"
-    parts = [section("Queries", told)]
+    counts = (
+        f"<p>By {text(measured.metric)}: {len(gained)} queries gained, {len(lost)} lost, {same} did not change.</p>"
+    )
+    parts = [section("Queries", counts)]
     for name, changes in (("Gained most", gained), ("Lost most", lost)):
         shown = "\n".join(
             _example(measured, query_id, change, number == 0)
@@ -183,12 +187,12 @@ def _missed(measured: Measured, query_id: str) -> str:
     """Where the right passages stand that are not among the hits shown."""
     shown = {id for side in (measured.before, measured.after) for id in list(side.run.get(query_id, {}))[:HITS]}
     missed = [id for id in _right(measured, query_id) if id not in shown]
-    told = [
+    places = [
         f"<code>{text(id)}</code> ({_rank(measured.before.run, query_id, id)} before, "
         f"{_rank(measured.after.run, query_id, id)} after)"
         for id in missed[:HITS]
     ]
-    return f'<p class="soft">Right, and not shown below: {", ".join(told)}</p>\n' if told else ""
+    return f'<p class="soft">Right, and not shown below: {", ".join(places)}</p>\n' if places else ""
 
 
 def _rank(run: Mapping[str, Mapping[str, float]], query_id: str, id: str) -> str:

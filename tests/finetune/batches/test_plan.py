@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.finetune.batches.planning import batch_plan, train_data
 from ultrarag.errors import DataError, UsageError
 from ultrarag.finetune.batches.draws import Draws
 from ultrarag.finetune.batches.plan import Batch, BatchPlan
@@ -35,13 +36,13 @@ def load(tmp_path, files: dict[str, list[dict[str, Any]]], **options: Any) -> Tr
     """TrainData of one file per name."""
     for name, content in files.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in content))
-    return TrainData.load([tmp_path / f"{name}.jsonl" for name in files], **options)
+    return train_data([tmp_path / f"{name}.jsonl" for name in files], **options)
 
 
 def steps(plan: BatchPlan, epoch: int = 0) -> list[list[Batch]]:
     """[step][rank] of an epoch."""
     return [
-        [plan.batch(epoch, index, rank) for rank in range(plan.sizes.world_size)]
+        [plan.batch(epoch, index, rank) for rank in range(plan.schedule.world_size)]
         for index in range(plan.steps_per_epoch)
     ]
 
@@ -59,7 +60,7 @@ def sources(step: list[Batch]) -> list[str]:
 def test_every_row_is_seen_once_per_epoch_over_the_ranks(tmp_path, same_dataset, world_size, batch_size):
     sizes = {"a": 10, "b": 37, "c_no_in_batch_neg": 7 * 3}
     data = load(tmp_path, {name: rows(count, name=name) for name, count in sizes.items()})
-    plan = BatchPlan(data, batch_size, world_size, train_group_size=3, same_dataset_within_batch=same_dataset)
+    plan = batch_plan(data, batch_size, world_size, train_group_size=3, same_dataset_within_batch=same_dataset)
     for epoch in range(2):
         seen = Counter(source for step in steps(plan, epoch) for source in sources(step))
         assert set(seen) == {data[i].source for i in range(len(data))}
@@ -73,7 +74,7 @@ def test_every_row_is_seen_once_per_epoch_over_the_ranks(tmp_path, same_dataset,
 @pytest.mark.parametrize("same_dataset", [False, True])
 def test_ranks_have_equal_steps_and_sizes_that_differ_by_one_at_most(tmp_path, same_dataset):
     data = load(tmp_path, {"a": rows(10, name="a"), "b": rows(37, name="b")})
-    plan = BatchPlan(data, 4, 3, train_group_size=2, same_dataset_within_batch=same_dataset)
+    plan = batch_plan(data, 4, 3, train_group_size=2, same_dataset_within_batch=same_dataset)
     for step in steps(plan):
         counts = [len(batch.queries) for batch in step]
         assert min(counts) >= 1
@@ -83,7 +84,7 @@ def test_ranks_have_equal_steps_and_sizes_that_differ_by_one_at_most(tmp_path, s
 
 def test_a_step_over_all_ranks_is_of_one_dataset(tmp_path):
     data = load(tmp_path, {"a": rows(10, name="a"), "b": rows(37, name="b"), "c": rows(3, name="c")})
-    plan = BatchPlan(data, 4, 2, train_group_size=2, same_dataset_within_batch=True)
+    plan = batch_plan(data, 4, 2, train_group_size=2, same_dataset_within_batch=True)
     found = [{batch.dataset for batch in step} for step in steps(plan)]
     assert all(len(names) == 1 for names in found)
     assert Counter(name for names in found for name in names) == {"a": 2, "b": 5, "c": 1}
@@ -94,15 +95,15 @@ def test_a_step_over_all_ranks_is_of_one_dataset(tmp_path):
 
 def test_a_file_smaller_than_a_step_is_not_lost():
     # the peer never sees 10 rows at batch 16, and none of 80 rows at batch 16 on 8 ranks
-    plan = BatchPlan(TrainData.from_rows(rows(10)), 16, train_group_size=2, same_dataset_within_batch=True)
+    plan = batch_plan(train_data(rows(10)), 16, train_group_size=2, same_dataset_within_batch=True)
     assert len(steps(plan)[0][0].queries) == 10
-    plan = BatchPlan(TrainData.from_rows(rows(80)), 16, 8, train_group_size=2, same_dataset_within_batch=True)
+    plan = batch_plan(train_data(rows(80)), 16, 8, train_group_size=2, same_dataset_within_batch=True)
     assert [len(batch.queries) for batch in steps(plan)[0]] == [10] * 8
 
 
 def test_a_tail_with_fewer_rows_than_ranks_is_filled_and_counted():
-    data = TrainData.from_rows(rows(9))
-    plan = BatchPlan(data, 2, 4, train_group_size=2)
+    data = train_data(rows(9))
+    plan = batch_plan(data, 2, 4, train_group_size=2)
     assert plan.notes == ["'<rows>': 3 rows are seen twice in each epoch, so that no rank is without rows"]
     tails = [step for step in steps(plan) if len(sources(step)) == 4]
     assert len(tails) == 1
@@ -110,7 +111,7 @@ def test_a_tail_with_fewer_rows_than_ranks_is_filled_and_counted():
 
 
 def test_fewer_rows_than_ranks_at_all():
-    plan = BatchPlan(TrainData.from_rows(rows(3)), 2, 8, train_group_size=2)
+    plan = batch_plan(train_data(rows(3)), 2, 8, train_group_size=2)
     (step,) = steps(plan)
     assert [len(batch.queries) for batch in step] == [1] * 8
     assert set(sources(step)) == {"<rows>:1", "<rows>:2", "<rows>:3"}
@@ -118,19 +119,19 @@ def test_fewer_rows_than_ranks_at_all():
 
 def test_drop_last_drops_and_counts(tmp_path):
     data = load(tmp_path, {"a": rows(10, name="a"), "b": rows(37, name="b")})
-    plan = BatchPlan(data, 8, 2, train_group_size=2, same_dataset_within_batch=True, drop_last=True)
+    plan = batch_plan(data, 8, 2, train_group_size=2, same_dataset_within_batch=True, drop_last=True)
     assert [len(sources(step)) for step in steps(plan)] == [16, 16]
     assert plan.notes == [
         "'a': 10 of 10 rows are dropped in each epoch (drop_last); no row of it is ever trained on",
         "'b': 5 of 37 rows are dropped in each epoch (drop_last)",
     ]
-    assert BatchPlan(data, 8, 2, train_group_size=2, drop_last=True).steps_per_epoch == 2
+    assert batch_plan(data, 8, 2, train_group_size=2, drop_last=True).steps_per_epoch == 2
 
 
 def test_drop_last_that_leaves_nothing_is_refused(tmp_path):
     data = load(tmp_path, {"a": rows(10, name="a"), "b": rows(15, name="b")})
     with pytest.raises(DataError, match=r"leaves no batch: 'b' has 15 rows, and a step takes 8 x 2 ranks; lower"):
-        BatchPlan(data, 8, 2, train_group_size=2, same_dataset_within_batch=True, drop_last=True)
+        batch_plan(data, 8, 2, train_group_size=2, same_dataset_within_batch=True, drop_last=True)
 
 
 # ---- the order
@@ -139,9 +140,9 @@ def test_drop_last_that_leaves_nothing_is_refused(tmp_path):
 def test_any_batch_can_be_asked_for_as_a_resumed_run_does(tmp_path):
     data = load(tmp_path, {"a": rows(20, name="a"), "b": rows(37, name="b")})
     options = {"world_size": 2, "seed": 7, "train_group_size": 3, "shuffle_ratio": 0.5}
-    whole = BatchPlan(data, 4, **options)
+    whole = batch_plan(data, 4, **options)
     run = [whole.batch(epoch, index, 1) for epoch in range(3) for index in range(whole.steps_per_epoch)]
-    resumed = BatchPlan(load(tmp_path, {"a": rows(20, name="a"), "b": rows(37, name="b")}), 4, **options)
+    resumed = batch_plan(load(tmp_path, {"a": rows(20, name="a"), "b": rows(37, name="b")}), 4, **options)
     start = whole.steps_per_epoch + 3
     positions = [divmod(at, resumed.steps_per_epoch) for at in range(start, len(run))]
     assert [resumed.batch(epoch, index, 1) for epoch, index in positions] == run[start:]
@@ -149,10 +150,10 @@ def test_any_batch_can_be_asked_for_as_a_resumed_run_does(tmp_path):
 
 
 def test_epochs_and_seeds_differ_in_rows_and_texts():
-    data = TrainData.from_rows(rows(40, negatives=9))
+    data = train_data(rows(40, negatives=9))
 
     def passages(seed: int, epoch: int) -> dict[str, list[str]]:
-        (batch,) = steps(BatchPlan(data, 40, seed=seed, train_group_size=3), epoch)[0]
+        (batch,) = steps(batch_plan(data, 40, seed=seed, train_group_size=3), epoch)[0]
         return {query: batch.passages[3 * i : 3 * i + 3] for i, query in enumerate(batch.queries)}
 
     first, other_epoch, other_seed = passages(1, 0), passages(1, 1), passages(2, 0)
@@ -164,17 +165,17 @@ def test_epochs_and_seeds_differ_in_rows_and_texts():
 
 def test_datasets_come_in_another_order_in_each_epoch(tmp_path):
     data = load(tmp_path, {"a": rows(20, name="a"), "b": rows(20, name="b")})
-    plan = BatchPlan(data, 4, train_group_size=2, same_dataset_within_batch=True)
+    plan = batch_plan(data, 4, train_group_size=2, same_dataset_within_batch=True)
     orders = [[step[0].dataset for step in steps(plan, epoch)] for epoch in range(4)]
     assert len({tuple(order) for order in orders}) > 1
     assert all(sorted(order) == ["a"] * 5 + ["b"] * 5 for order in orders)
 
 
 def test_texts_of_a_row_do_not_depend_on_batch_or_ranks():
-    data = TrainData.from_rows(rows(24, negatives=9))
+    data = train_data(rows(24, negatives=9))
 
     def texts(batch_size: int, world_size: int) -> dict[str, tuple[str, ...]]:
-        plan = BatchPlan(data, batch_size, world_size, train_group_size=4)
+        plan = batch_plan(data, batch_size, world_size, train_group_size=4)
         batches = [batch for step in steps(plan) for batch in step]
         return {q: tuple(b.passages[4 * i : 4 * i + 4]) for b in batches for i, q in enumerate(b.queries)}
 
@@ -184,10 +185,10 @@ def test_texts_of_a_row_do_not_depend_on_batch_or_ranks():
 WORKER = """
 import hashlib, sys
 from dataclasses import astuple
-from ultrarag.finetune.batches.plan import BatchPlan
-from ultrarag.finetune.batches.train_data import TrainData
-data = TrainData.load(sys.argv[1:], max_example_num_per_dataset=30)
-plan = BatchPlan(data, 4, 2, train_group_size=3, shuffle_ratio=0.5, same_dataset_within_batch=True)
+from tests.finetune.batches.planning import batch_plan, train_data
+settings = {"train_group_size": 3, "shuffle_ratio": 0.5, "same_dataset_within_batch": True}
+data = train_data(sys.argv[1:], max_example_num_per_dataset=30, **settings)
+plan = batch_plan(data, 4, 2)
 seen = [astuple(plan.batch(e, i, r)) for e in (0, 1) for i in range(plan.steps_per_epoch) for r in (0, 1)]
 print(hashlib.sha256(repr(seen).encode()).hexdigest())
 """
@@ -229,15 +230,15 @@ def test_draws_are_fair():
 
 
 def test_a_plan_can_be_sent_to_worker_processes(tmp_path):
-    plan = BatchPlan(load(tmp_path, {"a": rows(20)}), 4, train_group_size=2)
+    plan = batch_plan(load(tmp_path, {"a": rows(20)}), 4, train_group_size=2)
     assert pickle.loads(pickle.dumps(plan)).batch(0, 2, 0) == plan.batch(0, 2, 0)
-    plan = BatchPlan(TrainData.from_rows(rows(20)), 4, train_group_size=2)
+    plan = batch_plan(train_data(rows(20)), 4, train_group_size=2)
     assert pickle.loads(pickle.dumps(plan)).batch(0, 2, 0) == plan.batch(0, 2, 0)
 
 
 @pytest.mark.parametrize("place", [(0, 5, 0), (0, -1, 0), (0, 0, 1), (-1, 0, 0)])
 def test_a_batch_that_is_not_there(place):
-    plan = BatchPlan(TrainData.from_rows(rows(20)), 4, train_group_size=2)
+    plan = batch_plan(train_data(rows(20)), 4, train_group_size=2)
     with pytest.raises(IndexError, match="5 steps per epoch and 1 ranks"):
         plan.batch(*place)
 
@@ -256,8 +257,8 @@ def test_candidates_stand_behind_their_positive_with_the_teachers_scores():
         }
         for i in range(6)
     ]
-    data = TrainData.from_rows(content, teacher=True)
-    plan = BatchPlan(data, 6, train_group_size=3, knowledge_distillation=True)
+    data = train_data(content, knowledge_distillation=True)
+    plan = batch_plan(data, 6, train_group_size=3, knowledge_distillation=True)
     (batch,) = steps(plan)[0]
     assert batch.group_size == 3
     assert np.shape(batch.teacher) == (6, 3)
@@ -269,13 +270,13 @@ def test_candidates_stand_behind_their_positive_with_the_teachers_scores():
         assert set(group[1:]) < set(row["neg"])
         assert len(set(group)) == 3
         assert batch.teacher[i] == [scores[text] for text in group]
-    assert BatchPlan(data, 6, train_group_size=3).batch(0, 0, 0).teacher is None
+    assert batch_plan(data, 6, knowledge_distillation=False).batch(0, 0, 0).teacher is None
 
 
 def test_prompts_are_raw_and_never_the_word_none():
     content = [{"query": "a", "pos": ["x"], "prompt": "Find: "}, {"query": "b", "pos": ["y"], "prompt": None}]
     for same_dataset in (False, True):
-        plan = BatchPlan(TrainData.from_rows(content), 2, same_dataset_within_batch=same_dataset)
+        plan = batch_plan(train_data(content), 2, same_dataset_within_batch=same_dataset)
         batch = plan.batch(0, 0, 0)
         assert dict(zip(batch.queries, batch.prompts, strict=True)) == {"a": "Find: ", "b": None}
         assert not any("None" in text for text in batch.queries + batch.passages)
@@ -283,9 +284,9 @@ def test_prompts_are_raw_and_never_the_word_none():
 
 def test_long_positives_are_shuffled_with_the_ratio():
     long = " ".join(f"word{i}" for i in range(40))
-    data = TrainData.from_rows([{"query": f"q{i}", "pos": [f"{i} {long}"], "neg": [long]} for i in range(300)])
-    assert all(f" {long}" in text for text in steps(BatchPlan(data, 300, train_group_size=2))[0][0].passages[::2])
-    batch = BatchPlan(data, 300, train_group_size=2, shuffle_ratio=0.5).batch(0, 0, 0)
+    data = train_data([{"query": f"q{i}", "pos": [f"{i} {long}"], "neg": [long]} for i in range(300)])
+    assert all(f" {long}" in text for text in steps(batch_plan(data, 300, train_group_size=2))[0][0].passages[::2])
+    batch = batch_plan(data, 300, train_group_size=2, shuffle_ratio=0.5).batch(0, 0, 0)
     moved = sum(f" {long}" not in text for text in batch.passages[::2])
     assert 80 < moved < 170  # a sixth of the orders is the old one, with spaces between the thirds
     assert set(batch.passages[1::2]) == {long}
@@ -293,7 +294,7 @@ def test_long_positives_are_shuffled_with_the_ratio():
 
 
 def test_fewer_negatives_than_asked_are_repeated():
-    plan = BatchPlan(TrainData.from_rows(rows(4, negatives=2)), 4, train_group_size=8)
+    plan = batch_plan(train_data(rows(4, negatives=2)), 4, train_group_size=8)
     assert plan.notes == ["'<rows>': 4 rows have fewer than 7 negatives, which are repeated"]
     batch = plan.batch(0, 0, 0)
     for i, query in enumerate(batch.queries):
@@ -302,7 +303,7 @@ def test_fewer_negatives_than_asked_are_repeated():
 
 @pytest.mark.parametrize("neg", [{}, {"neg": []}, {"neg": None}])
 def test_without_any_negatives_the_group_is_one(neg):
-    plan = BatchPlan(TrainData.from_rows([{"query": f"q{i}", "pos": [f"p{i}"], **neg} for i in range(5)]), 4)
+    plan = batch_plan(train_data([{"query": f"q{i}", "pos": [f"p{i}"], **neg} for i in range(5)]), 4)
     assert any("no row has negatives" in note for note in plan.notes)
     for step in steps(plan):
         assert step[0].group_size == 1
@@ -316,7 +317,7 @@ def test_a_row_without_negatives_borrows_but_never_its_own_positive():
         {"query": "a", "pos": ["right too"]},
         {"query": "c", "pos": ["c"]},
     ]
-    plan = BatchPlan(TrainData.from_rows(content), 4, train_group_size=3)
+    plan = batch_plan(train_data(content), 4, train_group_size=3)
     assert "'<rows>': 3 rows without negatives get passages of other rows of their dataset" in plan.notes
     borrowed = set()
     for epoch in range(30):
@@ -330,7 +331,7 @@ def test_a_row_without_negatives_borrows_but_never_its_own_positive():
 
 def test_rows_borrow_from_their_own_dataset_only(tmp_path):
     data = load(tmp_path, {"a": [{"query": "a", "pos": ["p"]}, *rows(3, 1, "a")], "b": rows(50, 1, "b")})
-    plan = BatchPlan(data, 60, train_group_size=3)
+    plan = batch_plan(data, 60, train_group_size=3)
     for epoch in range(5):
         batch = plan.batch(epoch, 0, 0)
         at = batch.queries.index("a")
@@ -340,7 +341,7 @@ def test_rows_borrow_from_their_own_dataset_only(tmp_path):
 def test_nothing_to_borrow_is_an_error_that_names_the_row():
     content = [{"query": "a", "pos": ["x", "y"]}, {"query": "b", "pos": ["y"], "neg": ["x"]}]
     with pytest.raises(DataError, match="<rows>:1 has no 'neg'"):
-        BatchPlan(TrainData.from_rows(content), 2, train_group_size=2).batch(0, 0, 0)
+        batch_plan(train_data(content), 2, train_group_size=2).batch(0, 0, 0)
 
 
 def test_borrowed_passages_have_no_teachers_score():
@@ -349,13 +350,11 @@ def test_borrowed_passages_have_no_teachers_score():
         {"query": "a", "pos": ["x"], **scored},
         {"query": "b", "pos": ["y"], "neg": ["z"], "neg_scores": [0], **scored},
     ]
-    data = TrainData.from_rows(content, teacher=True)
+    data = train_data(content, knowledge_distillation=True)
     with pytest.raises(DataError, match=r"1 rows of '<rows>' have no 'neg'.*<rows>:1"):
-        BatchPlan(data, 2, train_group_size=2, knowledge_distillation=True)
-    alone = TrainData.from_rows([content[0], {**content[0], "query": "c"}], teacher=True)
-    assert BatchPlan(alone, 2, knowledge_distillation=True).batch(0, 0, 0).teacher == [[1.0], [1.0]]
-    with pytest.raises(UsageError, match="teacher=True"):
-        BatchPlan(TrainData.from_rows(rows(2)), 2, knowledge_distillation=True)
+        batch_plan(data, 2, train_group_size=2, knowledge_distillation=True)
+    alone = train_data([content[0], {**content[0], "query": "c"}], knowledge_distillation=True)
+    assert batch_plan(alone, 2, knowledge_distillation=True).batch(0, 0, 0).teacher == [[1.0], [1.0]]
 
 
 # ---- datasets of several kinds
@@ -364,7 +363,7 @@ def test_borrowed_passages_have_no_teachers_score():
 @pytest.mark.parametrize("same_dataset", [False, True])
 def test_in_batch_negatives_or_not_never_meet_in_a_batch(tmp_path, same_dataset):
     files = {"a": rows(9, name="a"), "b_no_in_batch_neg": rows(7, name="b"), "c": rows(6, name="c")}
-    plan = BatchPlan(load(tmp_path, files), 4, train_group_size=2, same_dataset_within_batch=same_dataset)
+    plan = batch_plan(load(tmp_path, files), 4, train_group_size=2, same_dataset_within_batch=same_dataset)
     for step in steps(plan):
         for query in step[0].queries:
             assert step[0].in_batch_negatives == (query[0] != "b")
@@ -372,7 +371,7 @@ def test_in_batch_negatives_or_not_never_meet_in_a_batch(tmp_path, same_dataset)
 
 
 def test_plain_batches_mix_datasets_and_say_so(tmp_path):
-    plan = BatchPlan(load(tmp_path, {"a": rows(20, name="a"), "b": rows(20, name="b")}), 10, train_group_size=2)
+    plan = batch_plan(load(tmp_path, {"a": rows(20, name="a"), "b": rows(20, name="b")}), 10, train_group_size=2)
     assert "mixed" in {step[0].dataset for step in steps(plan)}
 
 
@@ -386,7 +385,7 @@ def test_types_decide_group_and_batch_size(tmp_path):
         "own": rows(16, 3, "w", batch_size=16, train_group_size=3),
     }
     data = load(tmp_path, files)
-    plan = BatchPlan(data, 8, train_group_size=4, same_dataset_within_batch=True)
+    plan = batch_plan(data, 8, train_group_size=4, same_dataset_within_batch=True)
     found = {step[0].dataset: step[0] for step in steps(plan)}
     kinds = {n: (len(b.queries), b.group_size, b.passages_as_queries) for n, b in found.items()}
     assert kinds == {
@@ -397,7 +396,7 @@ def test_types_decide_group_and_batch_size(tmp_path):
         "clustering": (4, 4, True),
         "own": (16, 3, False),
     }
-    plain = BatchPlan(data, 8, train_group_size=4)
+    plain = batch_plan(data, 8, train_group_size=4)
     assert {len(step[0].queries) for step in steps(plain)} == {8}
     assert any("'batch_size' in the rows of own" in note for note in plain.notes)
 
@@ -406,35 +405,35 @@ def test_types_decide_group_and_batch_size(tmp_path):
 
 
 def test_one_query_with_one_passage_has_nothing_to_compare(tmp_path):
-    data = TrainData.from_rows(rows(5, negatives=0))
+    data = train_data(rows(5, negatives=0))
     for world_size in (1, 2):
         with pytest.raises(UsageError, match="the loss would be 0; raise --per_device_train_batch_size"):
-            BatchPlan(data, 1, world_size)
+            batch_plan(data, 1, world_size)
     with pytest.raises(UsageError, match="the loss would be 0"):
-        BatchPlan(TrainData.from_rows(rows(5)), 1, train_group_size=1)
-    BatchPlan(data, 1, 2, negatives_cross_device=True)
-    BatchPlan(TrainData.from_rows(rows(5)), 1, train_group_size=2)
+        batch_plan(train_data(rows(5)), 1, train_group_size=1)
+    batch_plan(data, 1, 2, negatives_cross_device=True)
+    batch_plan(train_data(rows(5)), 1, train_group_size=2)
     with pytest.raises(UsageError, match="the loss would be 0"):
-        BatchPlan(data, 1, 1, negatives_cross_device=True)
+        batch_plan(data, 1, 1, negatives_cross_device=True)
 
 
 def test_no_negatives_from_anywhere_is_refused():
-    data = TrainData.from_rows(rows(5, negatives=0), no_in_batch_neg=["*"])
+    data = train_data(rows(5, negatives=0), no_in_batch_neg=["*"])
     with pytest.raises(DataError, match="neither in its row nor from its batch"):
-        BatchPlan(data, 4)
+        batch_plan(data, 4)
 
 
 def test_a_single_row_without_negatives_is_refused(tmp_path):
     with pytest.raises(DataError, match="a single row and no negatives"):
-        BatchPlan(TrainData.from_rows(rows(1, negatives=0)), 4)
-    assert BatchPlan(TrainData.from_rows(rows(1)), 4, train_group_size=2).steps_per_epoch == 1
+        batch_plan(train_data(rows(1, negatives=0)), 4)
+    assert batch_plan(train_data(rows(1)), 4, train_group_size=2).steps_per_epoch == 1
 
 
 @pytest.mark.parametrize(
     ("count", "batch_size", "world_size"), [(5, 4, 1), (9, 2, 2), (13, 4, 3), (3, 2, 2), (3, 2, 4)]
 )
 def test_no_step_of_any_rank_is_left_with_one_candidate(count, batch_size, world_size):
-    plan = BatchPlan(TrainData.from_rows(rows(count, negatives=0)), batch_size, world_size)
+    plan = batch_plan(train_data(rows(count, negatives=0)), batch_size, world_size)
     for step in steps(plan):
         for batch in step:
             assert len(set(batch.passages)) >= 2
@@ -447,9 +446,9 @@ def test_no_step_of_any_rank_is_left_with_one_candidate(count, batch_size, world
 def test_sizes_must_be_positive(name):
     sizes = {"per_device_batch_size": 4, "world_size": 1, "train_group_size": 2, name: 0}
     with pytest.raises(UsageError, match=f"{name} is 0"):
-        BatchPlan(TrainData.from_rows(rows(4)), **sizes)
+        batch_plan(train_data(rows(4)), **sizes)
     with pytest.raises(UsageError, match="seed is -1"):
-        BatchPlan(TrainData.from_rows(rows(4)), 4, seed=-1)
+        batch_plan(train_data(rows(4)), 4, seed=-1)
 
 
 # ---- grouped by length
@@ -473,9 +472,9 @@ def spread(plan: BatchPlan, epoch: int = 0) -> float:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_grouping_by_length_saves_padding_and_keeps_every_row_and_chance(world_size):
-    data = TrainData.from_rows(uneven(900))
-    plain = BatchPlan(data, 4, world_size, train_group_size=2)
-    grouped = BatchPlan(data, 4, world_size, train_group_size=2, group_by_length=True)
+    data = train_data(uneven(900))
+    plain = batch_plan(data, 4, world_size, train_group_size=2)
+    grouped = batch_plan(data, 4, world_size, train_group_size=2, group_by_length=True)
     assert spread(grouped) < 0.3 * spread(plain)
     seen = [[tuple(sources(step)) for step in steps(grouped, epoch)] for epoch in (0, 1)]
     assert all(len({source for step in epoch for source in step}) == len(data) for epoch in seen)
@@ -485,6 +484,6 @@ def test_grouping_by_length_saves_padding_and_keeps_every_row_and_chance(world_s
 
 
 def test_grouped_batches_are_a_function_of_their_numbers():
-    data = TrainData.from_rows(uneven(100))
-    first, again = (BatchPlan(data, 4, 2, train_group_size=2, group_by_length=True) for _ in range(2))
+    data = train_data(uneven(100))
+    first, again = (batch_plan(data, 4, 2, train_group_size=2, group_by_length=True) for _ in range(2))
     assert again.batch(3, 5, 1) == first.batch(3, 5, 1)

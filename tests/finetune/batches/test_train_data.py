@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.finetune.batches.planning import train_data
 from tests.rows.row_files import GOOD, numbered, write
 from ultrarag.errors import DataError, UsageError
-from ultrarag.finetune.batches.train_data import TrainData
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_directories_are_read_in_order_of_names_and_all_suffixes(tmp_path, monke
     (tmp_path / "d" / "README.md").write_text("x")
     listed = sorted(os.listdir(tmp_path / "d"), reverse=True)
     monkeypatch.setattr(os, "listdir", lambda path: list(listed))
-    data = TrainData.load(f"{tmp_path}/d/")
+    data = train_data(f"{tmp_path}/d/")
     assert [data[i].query for i in range(4)] == ["A.jsonl", "a.txt", "b.JSONL", "c.json"]
     assert [dataset.name for dataset in data.datasets] == ["A", "a", "b", "c"]
     assert any("2 entries" in note and "'README.md', 'qrels/'" in note for note in data.notes)
@@ -43,23 +43,23 @@ def test_data_that_cannot_be_read_is_not_passed_over(tmp_path):
     write(tmp_path / "d" / "a.jsonl", GOOD)
     write(tmp_path / "d" / "b.jsonl.gz", "x")
     with pytest.raises(DataError, match=r"b\.jsonl\.gz' looks like data"):
-        TrainData.load(tmp_path / "d")
+        train_data(tmp_path / "d")
 
 
 def test_paths_that_lead_nowhere(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.md").write_text("x")
     with pytest.raises(DataError, match=r"no file ending in \.jsonl.*'notes\.md'"):
-        TrainData.load(tmp_path / "empty")
-    with pytest.raises(DataError, match="does not exist"):
-        TrainData.load(tmp_path / "nowhere.jsonl")
+        train_data(tmp_path / "empty")
+    with pytest.raises(UsageError, match="does not exist"):
+        train_data(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match="neither a file nor a directory"):
-        TrainData.load("/dev/null")
+        train_data("/dev/null")
 
 
 def test_a_file_given_twice_is_said(tmp_path):
     path = write(tmp_path / "d" / "a.jsonl", GOOD)
-    data = TrainData.load([path, tmp_path / "d"])
+    data = train_data([path, tmp_path / "d"])
     assert len(data) == 2
     assert any("is given 2 times" in note for note in data.notes)
 
@@ -81,7 +81,7 @@ def test_a_file_given_twice_is_said(tmp_path):
 def test_a_name_switches_in_batch_negatives_off(tmp_path, name, end):
     path = write(tmp_path / "x.y" / name, GOOD)
     given = str(Path(path).parent) + end if "/" in name else path
-    (dataset,) = TrainData.load(given).datasets
+    (dataset,) = train_data(given).datasets
     assert not dataset.in_batch_negatives
 
 
@@ -91,7 +91,7 @@ def test_an_argument_switches_in_batch_negatives_off(tmp_path):
     three = write(tmp_path / "three.json", GOOD)
 
     def on(*names: str) -> list[bool]:
-        data = TrainData.load([tmp_path / "d", three], no_in_batch_neg=names)
+        data = train_data([tmp_path / "d", three], no_in_batch_neg=names)
         return [dataset.in_batch_negatives for dataset in data.datasets]
 
     assert on() == [True, True, True]
@@ -111,7 +111,7 @@ def test_small_files_are_merged_or_left_out_loudly(tmp_path):
         write(tmp_path / "e" / f"{name}.jsonl", *numbered(1, name))
     alone = write(tmp_path / "alone.jsonl", *numbered(1))
     settings = {"small_threshold": 5, "drop_threshold": 3}
-    data = TrainData.load([tmp_path / "d", tmp_path / "e", alone], same_dataset_within_batch=True, **settings)
+    data = train_data([tmp_path / "d", tmp_path / "e", alone], same_dataset_within_batch=True, **settings)
     assert [(item.name, item.stop - item.start) for item in data.datasets] == [("b", 10), ("d", 5)]
     assert [data[i].query for i in range(10, 15)] == ["aq0", "aq1", "aq2", "cq0", "cq1"]
     assert list(data.negatives) == [1] * 15
@@ -119,20 +119,20 @@ def test_small_files_are_merged_or_left_out_loudly(tmp_path):
     assert "2 small files" in notes
     assert "2 rows are not trained on, fewer than drop_threshold 3: 'x' (1), 'y' (1)" in notes
     assert "1 rows are not trained on, fewer than small_threshold 5: 'alone' (1)" in notes
-    assert len(TrainData.load([tmp_path / "d", tmp_path / "e", alone], **settings)) == 18  # as the peer: one mode only
+    assert len(train_data([tmp_path / "d", tmp_path / "e", alone], **settings)) == 18  # as the peer: one mode only
 
 
 def test_small_files_of_different_kinds_are_not_merged(tmp_path):
     write(tmp_path / "d" / "a.jsonl", *numbered(2, type="only_1neg"))
     write(tmp_path / "d" / "b.jsonl", *numbered(2))
-    data = TrainData.load(tmp_path / "d", same_dataset_within_batch=True, small_threshold=5)
+    data = train_data(tmp_path / "d", same_dataset_within_batch=True, small_threshold=5)
     assert [(item.name, item.type) for item in data.datasets] == [("a", "only_1neg"), ("b", "normal")]
 
 
 def test_nothing_left_after_thresholds_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD)
     with pytest.raises(DataError, match=r"no rows are left.*small_threshold"):
-        TrainData.load(path, same_dataset_within_batch=True, small_threshold=5)
+        train_data(path, same_dataset_within_batch=True, small_threshold=5)
 
 
 def test_a_choice_of_rows_is_a_function_of_the_seed(tmp_path):
@@ -140,7 +140,7 @@ def test_a_choice_of_rows_is_a_function_of_the_seed(tmp_path):
     write(tmp_path / "d" / "b.jsonl", *numbered(5, "b"))
 
     def queries(seed: int) -> list[str]:
-        data = TrainData.load(tmp_path / "d", max_example_num_per_dataset=10, seed=seed)
+        data = train_data(tmp_path / "d", max_example_num_per_dataset=10, seed=seed)
         assert any("10 of 50 rows" in note for note in data.notes)
         return [data[i].query for i in range(len(data))]
 
@@ -154,25 +154,25 @@ def test_a_choice_of_rows_is_a_function_of_the_seed(tmp_path):
 
 def test_the_cache_is_used_and_is_keyed_by_content(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", *numbered(3))
-    first = TrainData.load(path)
+    first = train_data(path)
     made = {file.name: file.stat().st_mtime_ns for file in cache.iterdir()}
     assert sorted(name.split(".")[-1] for name in made) == ["arrow", "json"]
-    again = TrainData.load(path)
+    again = train_data(path)
     assert {file.name: file.stat().st_mtime_ns for file in cache.iterdir()} == made
     assert [again[i] for i in range(3)] == [first[i] for i in range(3)]
     os.utime(path, (1, 1))
     write(tmp_path / "a.jsonl", *numbered(3, "other"))
-    changed = TrainData.load(path)
+    changed = train_data(path)
     assert changed[0].query == "otherq0"
     assert changed.digest != first.digest
 
 
 def test_the_digest_is_of_content_not_of_names(tmp_path):
     one, two = write(tmp_path / "a.jsonl", *numbered(3)), write(tmp_path / "b.jsonl", *numbered(3))
-    assert TrainData.load(one).digest == TrainData.load(two).digest
-    assert TrainData.load(two)[0].source == f"{two}:1"
-    assert TrainData.from_rows(numbered(3)).digest == TrainData.from_rows(numbered(3)).digest
-    assert TrainData.from_rows(numbered(3)).digest != TrainData.from_rows(numbered(4)).digest
+    assert train_data(one).digest == train_data(two).digest
+    assert train_data(two)[0].source == f"{two}:1"
+    assert train_data(numbered(3)).digest == train_data(numbered(3)).digest
+    assert train_data(numbered(3)).digest != train_data(numbered(4)).digest
 
 
 def _shorten(file: Path) -> None:
@@ -189,7 +189,7 @@ def _flip(file: Path) -> None:
 @pytest.mark.parametrize("suffix", ["arrow", "json"])
 def test_a_damaged_cache_is_rebuilt(tmp_path, cache, damage, suffix):
     path = write(tmp_path / "a.jsonl", *numbered(3), {**GOOD, "q1": 1})
-    expected = TrainData.load(path)
+    expected = train_data(path)
     rows, notes = [expected[i] for i in range(4)], expected.notes
     (victim,) = cache.glob(f"*.{suffix}")
     whole = victim.read_bytes()
@@ -200,7 +200,7 @@ def test_a_damaged_cache_is_rebuilt(tmp_path, cache, damage, suffix):
     victim.unlink()
     if copy.exists():
         copy.rename(victim)
-    data = TrainData.load(path)
+    data = train_data(path)
     assert [data[i] for i in range(4)] == rows
     if damage is not _flip or suffix == "arrow":
         assert data.notes == notes
@@ -210,7 +210,7 @@ def test_a_damaged_cache_is_rebuilt(tmp_path, cache, damage, suffix):
 KILLED = """
 import os, signal, sys
 from ultrarag.rows import cache
-from ultrarag.finetune.batches.train_data import TrainData
+from tests.finetune.batches.planning import train_data
 point = sys.argv[2]
 def die(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
 if point == "rows":
@@ -223,7 +223,7 @@ if point == "rows":
     cache._ROWS = 2
 elif point == "sync": cache._sync = die
 elif point == "manifest": cache._write_manifest = die
-TrainData.load(sys.argv[1])
+train_data(sys.argv[1])
 """
 
 
@@ -234,19 +234,19 @@ def test_a_killed_write_leaves_a_cache_that_works(tmp_path, cache, point):
     assert killed.returncode == -signal.SIGKILL
     assert any(cache.iterdir())
     assert not list(cache.glob("*.json"))
-    data = TrainData.load(path)
+    data = train_data(path)
     assert [data[i].query for i in range(9)] == [f"q{i}" for i in range(9)]
     for left in cache.glob(".*.stage"):
         os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
-    TrainData.load(write(tmp_path / "b.jsonl", GOOD))
+    train_data(write(tmp_path / "b.jsonl", GOOD))
     assert not list(cache.glob(".*.stage"))
 
 
 def test_two_runs_may_build_the_same_cache_at_once(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", *numbered(3000))
     code = (
-        "import sys; from ultrarag.finetune.batches.train_data import TrainData; "
-        "data = TrainData.load(sys.argv[1]); print(len(data), data[2999].query)"
+        "import sys; from tests.finetune.batches.planning import train_data; "
+        "data = train_data(sys.argv[1]); print(len(data), data[2999].query)"
     )
     running = [
         subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) for _ in range(3)
@@ -258,11 +258,11 @@ def test_two_runs_may_build_the_same_cache_at_once(tmp_path, cache):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD)
     with pytest.raises(DataError, match=r"a\.jsonl': .*; name another directory with --cache_path"):
-        TrainData.load(path, cache_path=path)
+        train_data(path, cache_path=path)
 
 
 def test_cache_path_is_where_the_cache_goes(tmp_path, cache):
-    TrainData.load(write(tmp_path / "a.jsonl", GOOD), cache_path=tmp_path / "here")
+    train_data(write(tmp_path / "a.jsonl", GOOD), cache_path=tmp_path / "here")
     assert list((tmp_path / "here").glob("*.arrow"))
     assert not cache.exists()
 
@@ -270,7 +270,7 @@ def test_cache_path_is_where_the_cache_goes(tmp_path, cache):
 def test_no_torch_is_needed(tmp_path):
     path = write(tmp_path / "a.jsonl", *numbered(4))
     code = (
-        "import sys; from ultrarag.finetune.batches import BatchPlan, TrainData; "
-        "BatchPlan(TrainData.load(sys.argv[1]), 2).batch(0, 0, 0); assert 'torch' not in sys.modules"
+        "import sys; from tests.finetune.batches.planning import batch_plan, train_data; "
+        "batch_plan(train_data(sys.argv[1]), 2).batch(0, 0, 0); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, path], timeout=60, check=True)

@@ -14,7 +14,8 @@ import pytest
 from transformers import TrainingArguments
 
 from ultrarag.errors import UsageError
-from ultrarag.finetune.flags.arguments import FinetuneArguments, from_keywords, named_adapter, parse_command_line
+from ultrarag.finetune.flags.arguments import FinetuneArguments, from_keywords, parse_command_line
+from ultrarag.finetune.flags.command_line import named_adapter
 from ultrarag.finetune.flags.transformers import training_flags
 from ultrarag.loss_arguments import LossArguments
 
@@ -162,7 +163,7 @@ def test_older_spellings_of_training_arguments(parse: Any, words: str, name: str
 def test_older_spellings_of_ours(parse: Any) -> None:
     arguments = parse("--normlized False --use_inbatch_neg False --neg_nums 15 --same_task_within_batch True")
     assert arguments.loss.normalize_embeddings is False
-    assert not arguments.data.in_batch_negatives("anything")
+    assert arguments.data.no_in_batch_neg == ("*",)
     assert arguments.data.train_group_size == 16
     assert arguments.data.same_dataset_within_batch
     assert arguments.notes == [
@@ -280,10 +281,8 @@ def test_lists_take_spaces_and_commas(parse: Any) -> None:
 
 
 def test_datasets_without_in_batch_negatives(parse: Any) -> None:
-    data = parse("--no_in_batch_neg stsb").data
-    assert not data.in_batch_negatives("stsb")
-    assert data.in_batch_negatives("msmarco")
-    assert not parse("--no_in_batch_neg").data.in_batch_negatives("msmarco")
+    assert parse("--no_in_batch_neg stsb").data.no_in_batch_neg == ("stsb",)
+    assert parse("--no_in_batch_neg").data.no_in_batch_neg == ("*",)
 
 
 def test_formats_read_a_typed_line_break(parse: Any) -> None:
@@ -367,7 +366,7 @@ def test_evaluation_without_checkpoints_says_what_is_lost(parse: Any, rows: Path
     assert "best one cannot be kept" in arguments.notes[0]
 
 
-def test_settings_without_effect_are_told(parse: Any) -> None:
+def test_settings_without_effect_are_noted(parse: Any) -> None:
     notes = parse("--use_self_distill --mrl_dims 64 --remove_unused_columns True").notes
     assert [note.split()[0] for note in notes] == ["use_self_distill", "mrl_dims", "remove_unused_columns"]
 

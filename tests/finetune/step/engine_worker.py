@@ -16,7 +16,7 @@ from ultrarag.finetune.step import trainer as trainer_module
 from ultrarag.finetune.step.distributed import rank
 
 
-def tell_layout(trainer: trainer_module.EmbeddingTrainer) -> None:
+def print_layout(trainer: trainer_module.EmbeddingTrainer) -> None:
     """Say which engine trains, and how much of the weights this rank holds."""
     held = {"full_tensor": 0, "ds_id": 0}
     for parameter in trainer.trained.model.parameters():
@@ -27,20 +27,20 @@ def tell_layout(trainer: trainer_module.EmbeddingTrainer) -> None:
     print(f"layout: ZeRO stage {stage}, shards {shards}", file=sys.stderr, flush=True)
 
 
-class Told(trainer_module.EmbeddingTrainer):
-    """Says what it did, when training is over."""
+class Watched(trainer_module.EmbeddingTrainer):
+    """Says how its weights lie, when training is over."""
 
     def _inner_training_loop(self, *args, **kwargs):
         found = super()._inner_training_loop(*args, **kwargs)
         if rank() == 0:
-            tell_layout(self)
+            print_layout(self)
         return found
 
 
 if __name__ == "__main__":
-    from ultrarag.finetune import set_up
+    from ultrarag.finetune import run
 
-    set_up.EmbeddingTrainer = Told
+    run.EmbeddingTrainer = Watched
     for flags in json.loads(Path(sys.argv[1]).read_text()):
         for engine in ("DEEPSPEED", "FSDP"):
             os.environ.pop(f"ACCELERATE_USE_{engine}", None)

@@ -1,4 +1,4 @@
-"""One rank of the masked cross-device runs: started by test_false_negatives.py under torchrun, writes JSON."""
+"""One rank of the masked cross-device runs: started by test_masking.py under torchrun, writes JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ultrarag.encoder import Encoder
-from ultrarag.finetune.batches.collator import Collator
+from ultrarag.finetune.batches.loader import Collator
 from ultrarag.finetune.batches.plan import Batch
-from ultrarag.finetune.flags.learning import FalseNegativeArguments
+from ultrarag.finetune.flags.groups import DataArguments, FalseNegativeArguments
 from ultrarag.finetune.step.distributed import gather, rank
 from ultrarag.finetune.step.gradcache import cached_step
 from ultrarag.finetune.step.masking import FalseNegatives, Guide
@@ -38,6 +38,7 @@ BATCH = Batch(
     prompts=[None] * 4,
     positives=[("a hot oven",), ("under water", "seals sleep"), ("steam",), ("once",)],
 )
+SHORT = DataArguments([{}], query_max_len=16, passage_max_len=16)
 MASKS = ("text", "margin", "guide")
 
 
@@ -64,12 +65,12 @@ def make(path: str, mask: str, batch: Batch = BATCH) -> tuple[Trainable, list[An
     encoder = Encoder(adapter, model, model.settings, device="cpu")
     settings = {"false_negative_margin": 0.001} if mask != "text" else {}
     if mask == "guide":
-        guide = Guide.load(path, "bgem3", (16, 16), torch.device("cpu"), 3)
+        guide = Guide.load(path, "bgem3", SHORT, torch.device("cpu"), 3)
         guide.encoder.model.double()
         masking = FalseNegatives(FalseNegativeArguments(mask, guide_model=path, **settings), guide)
     else:
         masking = FalseNegatives(FalseNegativeArguments(mask, **settings))
-    sides = Collator(encoder.tokenizer, encoder.settings, 16, 16)([batch])
+    sides = Collator(encoder.tokenizer, encoder.settings, SHORT)([batch])
     return Trainable(encoder, encoder.heads).train(), [sides["queries"], sides["passages"]], masking
 
 

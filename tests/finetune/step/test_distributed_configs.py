@@ -120,8 +120,8 @@ def test_engine_gives_the_vectors_of_one_process_and_resumes(engine, layout, wor
     cached = ["sub_batch_size", 2, "save_steps", 2, "eval_data", work / "train.jsonl", "eval_steps", 2]
     again = [*cached, "resume_from_checkpoint", work / name / "checkpoint-2"]
     runs = [flags(work, tiny_m3, name, *cached) + engine, flags(work, tiny_m3, f"{name}-resumed", *again) + engine]
-    told = together(work, runs)
-    assert told.count(f"layout: {layout}") == 2
+    printed = together(work, runs)
+    assert printed.count(f"layout: {layout}") == 2
     assert difference(one, work / name) < TOLERANCE
     assert metrics(work / name) == pytest.approx(metrics(one))
     assert_same_weights(work / name, work / f"{name}-resumed")

@@ -16,7 +16,7 @@ from ultrarag import Encoder
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
-from ultrarag.finetune.flags.own import LoraArguments
+from ultrarag.finetune.flags.groups import LoraArguments
 from ultrarag.finetune.step.lora import add_lora
 from ultrarag.testing import tiny
 

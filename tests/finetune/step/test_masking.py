@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.finetune.batches.planning import batch_plan, train_data
 from tests.finetune.step.masking_worker import BATCH, MASKS, arguments_of, embeddings, loss_of, make
 from tests.finetune.test_run import QUICK, ROWS
 from ultrarag.errors import UsageError
 from ultrarag.finetune import finetune
-from ultrarag.finetune.batches.plan import BatchPlan
-from ultrarag.finetune.batches.train_data import TrainData
 from ultrarag.finetune.step.gradcache import cached_step
 from ultrarag.finetune.step.masking import score_mask, spare, text_keys, text_mask
 from ultrarag.loss_arguments import LossArguments
@@ -151,6 +150,6 @@ def test_a_loss_that_would_ignore_the_mask_is_refused(tiny_m3, tmp_path, monkeyp
 
 def test_batches_carry_all_positives_of_their_rows():
     rows = [{"query": f"q{i}", "pos": [f"p{i}", f"other {i}"]} for i in range(4)]
-    batch = BatchPlan(TrainData.from_rows(rows), 4, train_group_size=1).batch(0, 0, 0)
+    batch = batch_plan(train_data(rows), 4, train_group_size=1).batch(0, 0, 0)
     for query, known in zip(batch.queries, batch.positives, strict=True):
         assert known == (f"p{query[1:]}", f"other {query[1:]}")

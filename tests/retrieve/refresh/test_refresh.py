@@ -12,7 +12,7 @@ import pytest
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, GATE, IDS, QRELS, QUERIES, ROWS, TEXTS
 from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.errors import DataError, GateError, IndexStateError, UltraragError, UsageError
-from ultrarag.evaluation.metrics import write_beir
+from ultrarag.evaluation import write_beir
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.refresh import stages
 from ultrarag.retrieve.refresh.report import RefreshReport

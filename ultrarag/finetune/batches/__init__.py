@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.finetune.batches.collator import Collator, PairCollator, TrainingBatch
-    from ultrarag.finetune.batches.loader import PlannedLoader, make_loader
-    from ultrarag.finetune.batches.plan import SEED_OF_OLD, Batch, BatchPlan, Plan, ReplayPlan
-    from ultrarag.finetune.batches.train_data import DatasetInfo, TrainData
+    from ultrarag.finetune.batches.loader import (
+        Collator,
+        PairCollator,
+        PairLengths,
+        PlannedLoader,
+        TrainingBatch,
+        make_collator,
+        make_loader,
+    )
+    from ultrarag.finetune.batches.plan import AnyPlan, Batch, BatchPlan, ReplayPlan, make_plan
+    from ultrarag.finetune.batches.train_data import DatasetInfo, TrainData, read_data
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,23 +1,161 @@
-"""The data loader: whole planned batches, a pure function of (seed, epoch, index, rank), so that resume is exact."""
+"""The data loader: whole planned batches as padded features; instructions are put in here, the same as in serving.
+
+Which rows a batch holds is a function of (seed, epoch, index, rank), so that a resumed run goes on exactly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
-from transformers import TrainingArguments
 
-from ultrarag.encoder import in_background
-from ultrarag.finetune.batches.collator import Collator, PairCollator
-from ultrarag.finetune.batches.plan import Batch, Plan
+from ultrarag.encoder import in_background, pad, read_pairs, tokenize
+from ultrarag.finetune.batches.plan import AnyPlan, Batch
+from ultrarag.hookspecs import Features
+from ultrarag.types import EncoderSettings
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from ultrarag.encoder import Encoder
+    from ultrarag.finetune.flags import DataArguments
+
+
+class TrainingBatch(TypedDict):
+    """One step's input of one rank."""
+
+    #: None where `passages` holds (query, passage) pairs
+    queries: Features | None
+    passages: Features
+    #: (queries, group) raw scores
+    teacher: torch.Tensor | None
+    group_size: int
+    in_batch_negatives: bool
+    dataset: str
+    #: "file:line" of each query
+    sources: list[str]
+    #: what finding false negatives needs; None where none are looked for
+    masking: dict[str, Any] | None
+
+
+@dataclass
+class Collator:
+    """Renders, tokenizes and pads as `Encoder` does."""
+
+    tokenizer: Any
+    settings: EncoderSettings
+    #: lengths in tokens: `query_max_len`, `passage_max_len`, `pad_to_multiple_of`
+    data: DataArguments
+    #: gives what finding false negatives needs of a batch's texts
+    masking: Callable[[Batch], dict[str, Any]] | None = None
+
+    def __call__(self, batches: list[Batch]) -> TrainingBatch:
+        (batch,) = batches
+        queries = [self.settings.render(t, "query", p) for t, p in zip(batch.queries, batch.prompts, strict=True)]
+        return TrainingBatch(
+            queries=self._features(queries, self.data.query_max_len),
+            passages=self._features(self.passages(batch), self.data.passage_max_len),
+            teacher=None if batch.teacher is None else torch.tensor(batch.teacher, dtype=torch.float32),
+            group_size=batch.group_size,
+            in_batch_negatives=batch.in_batch_negatives,
+            dataset=batch.dataset,
+            sources=list(batch.sources),
+            masking=self.masking(batch) if self.masking else None,
+        )
+
+    def passages(self, batch: Batch) -> list[str]:
+        """The rendered passages; those of a symmetric task are read as its queries are, instruction and all."""
+        if not batch.passages_as_queries:
+            return [self.settings.render(text, "passage") for text in batch.passages]
+        prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
+        return [self.settings.render(t, "query", p) for t, p in zip(batch.passages, prompts, strict=True)]
+
+    def _features(self, texts: list[str], max_length: int) -> Features:
+        ids = tokenize(self.tokenizer, texts, max_length).ids
+        return pad(ids, self.tokenizer.pad_token_id, self.tokenizer.padding_side, self.data.pad_to_multiple_of)
+
+
+@dataclass(frozen=True)
+class PairLengths:
+    """How many tokens of a query, of a passage and of the whole pair are read."""
+
+    query: int
+    #: None: what the pair leaves
+    passage: int | None
+    pair: int
+
+    @classmethod
+    def of(cls, data: DataArguments) -> PairLengths:
+        """Return what the flags say, as FlagEmbedding means them: `max_len`, or the sum of both sides' lengths.
+
+        In the sum, a short passage leaves some of its room to the query and the other way round.
+        """
+        if data.max_len is not None:
+            return cls(data.max_len * 3 // 4, None, data.max_len)
+        query, passage = data.query_max_len, data.passage_max_len
+        return cls(query + passage // 4, passage + query // 2, query + passage)
+
+
+@dataclass
+class PairCollator:
+    """Joins each query with its candidates, as the cross-encoder reads pairs, and pads.
+
+    A row's `prompt` is the instruction of its query, or for a language model the question put to it after the pair.
+    """
+
+    encoder: Encoder
+    lengths: PairLengths
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, batches: list[Batch]) -> TrainingBatch:
+        (batch,) = batches
+        return TrainingBatch(
+            queries=None,
+            passages=self._features(batch),
+            teacher=None if batch.teacher is None else torch.tensor(batch.teacher, dtype=torch.float32),
+            group_size=batch.group_size,
+            in_batch_negatives=False,
+            dataset=batch.dataset,
+            sources=list(batch.sources),
+            masking=None,
+        )
+
+    def _features(self, batch: Batch) -> Features:
+        settings = self.encoder.settings
+        asks = settings.prompt is not None
+        instructions = [None] * len(batch.queries) if asks else batch.prompts
+        queries = [settings.render(t, "query", p) for t, p in zip(batch.queries, instructions, strict=True)]
+        lengths = self.lengths
+        limits: dict[str, Any] = {"passage_max_length": lengths.passage} if lengths.passage else {}
+        if asks:
+            limits["prompts"] = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
+        tokens = read_pairs(
+            self.encoder,
+            [query for query in queries for _ in range(batch.group_size)],
+            [settings.render(text, "passage") for text in batch.passages],
+            lengths.query,
+            lengths.pair,
+            **limits,
+        )
+        return self.encoder.features(tokens, multiple_of=self.pad_to_multiple_of)
+
+
+def make_collator(
+    data: DataArguments, encoder: Encoder, masking: Callable[[Batch], dict[str, Any]] | None = None
+) -> Collator | PairCollator:
+    """What makes features of a batch, for an embedding model or a cross-encoder."""
+    if encoder.adapter.declared.pair_input:
+        return PairCollator(encoder, PairLengths.of(data), data.pad_to_multiple_of)
+    return Collator(encoder.tokenizer, encoder.settings, data, masking)
 
 
 class PlannedBatches(Dataset[Batch]):
     """Item (epoch, index) is this rank's batch."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: AnyPlan, rank: int) -> None:
         self.plan = plan
         self.rank = rank
 
@@ -66,7 +204,7 @@ class PlannedLoader(DataLoader[Any]):
         cast(EpochOrder, self.batch_sampler).set_epoch(epoch)
 
 
-def make_loader(plan: Plan, collator: Collator | PairCollator, rank: int, args: TrainingArguments) -> PlannedLoader:
+def make_loader(plan: AnyPlan, collator: Collator | PairCollator, rank: int, args: TrainingArguments) -> PlannedLoader:
     """Return the loader of one rank's batches, with the run's dataloader settings."""
     workers = args.dataloader_num_workers
     loader = PlannedLoader(

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ultrarag.errors import DataError, UsageError
+from ultrarag.errors import DataError
 from ultrarag.finetune.batches.draws import Draws
-from ultrarag.finetune.batches.pools import Pool, Sizes, check_teacher, draw_candidates, make_pools, remarks
-from ultrarag.finetune.batches.train_data import TrainData
+from ultrarag.finetune.batches.pools import Pool, Schedule, check_groups, draw_candidates, make_pools, remarks
+from ultrarag.finetune.batches.train_data import TrainData, read_data
+
+if TYPE_CHECKING:
+    from ultrarag.finetune.flags import FinetuneArguments
 
 # the first number of a key says what is drawn, so that no two streams are the same
 _ROWS, _STEPS, _TEXTS = range(3)
 
 #: Steps among whose rows those of similar length are grouped: few enough that the groups differ in every epoch.
-STRETCH = 50
+GROUPED_STEPS = 50
 #: `Batch.dataset` where a batch holds rows of several.
 MIXED = "mixed"
 
@@ -62,56 +66,21 @@ class BatchPlan:
     In every epoch each row is seen once, except those that `notes` counts: rows dropped by `drop_last`, and rows
     seen twice because each rank needs some at each step.
 
-    Args:
-        data: the rows.
-        per_device_batch_size: queries per rank and step, where the rows of a dataset do not say another number.
-        world_size: the number of ranks.
-        seed: of all random choices.
-        train_group_size: passages per query, where the rows of a dataset do not say another number.
-        same_dataset_within_batch: a step's rows, over all ranks, are of one dataset.
-        drop_last: leave out the last rows of an epoch that do not fill a step.
-        shuffle_ratio: the share of long positives whose thirds are put into another order.
-        negatives_cross_device: passages of other ranks are negatives too.
-        knowledge_distillation: batches carry the teacher's scores.
-        group_by_length: rows of similar length share a step: of every 50 steps' rows, drawn at random, each step
-            gets neighbours in length, and the steps come in random order. Less padding, where padding costs.
-
     Raises:
         DataError, UsageError: no batch is left, or one in which a query has no second candidate.
     """
 
-    def __init__(
-        self,
-        data: TrainData,
-        per_device_batch_size: int,
-        world_size: int = 1,
-        seed: int = 42,
-        train_group_size: int = 8,
-        same_dataset_within_batch: bool = False,
-        drop_last: bool = False,
-        shuffle_ratio: float = 0.0,
-        negatives_cross_device: bool = False,
-        knowledge_distillation: bool = False,
-        group_by_length: bool = False,
-    ) -> None:
-        if seed < 0:
-            raise UsageError(f"seed is {seed}; it must be 0 or more")
+    def __init__(self, data: TrainData, schedule: Schedule) -> None:
         self.data = data
-        self.sizes = Sizes(per_device_batch_size, world_size, train_group_size, negatives_cross_device)
-        self.seed = seed
-        self.drop_last = drop_last
-        self.shuffle_ratio = shuffle_ratio
-        self.teacher = knowledge_distillation
-        self._lengths = data.lengths() if group_by_length else None
-        self.pools = make_pools(data, self.sizes, same_dataset_within_batch)
-        if self.teacher:
-            check_teacher(data, self.pools)
+        self.schedule = schedule
+        self._lengths = data.lengths() if schedule.group_by_length else None
+        self.pools = make_pools(data, schedule)
         self._ends = list(accumulate(self._steps(pool) for pool in self.pools))
         #: steps of each rank in each epoch
         self.steps_per_epoch = self._ends[-1]
         if not self.steps_per_epoch:
             raise DataError(self._nothing_left())
-        self.notes = [*remarks(data, self.pools, self.sizes, same_dataset_within_batch), *self._tails()]
+        self.notes = [*remarks(data, self.pools), *self._tails()]
         self._epochs: dict[int, _Epoch] = {}
 
     def batch(self, epoch: int, index: int, rank: int) -> Batch:
@@ -122,17 +91,17 @@ class BatchPlan:
         """
         self._check(epoch, index, rank)
         pool, rows = self._step(self._epoch(epoch), index)
-        mine = np.array_split(rows, self.sizes.world_size)[rank]
+        mine = np.array_split(rows, self.schedule.world_size)[rank]
         return self._texts(pool, [int(row) for row in mine], epoch)
 
     # ---- steps
 
     def _global_batch(self, pool: Pool) -> int:
-        return pool.batch_size * self.sizes.world_size
+        return pool.batch_size * self.schedule.world_size
 
     def _steps(self, pool: Pool) -> int:
         rows, batch = len(pool.rows), self._global_batch(pool)
-        return rows // batch if self.drop_last else -(-rows // batch)
+        return rows // batch if self.schedule.drop_last else -(-rows // batch)
 
     def _step(self, epoch: _Epoch, index: int) -> tuple[Pool, np.ndarray]:
         """Return a step's pool and its rows over all ranks, at least `fewest` for each."""
@@ -141,56 +110,53 @@ class BatchPlan:
         pool, order = self.pools[which], epoch.rows[which]
         at = (step - (self._ends[which - 1] if which else 0)) * self._global_batch(pool)
         rows = order[at : at + self._global_batch(pool)]
-        missing = pool.fewest * self.sizes.world_size - len(rows)
+        missing = pool.fewest * self.schedule.world_size - len(rows)
         # the epoch's first rows are other rows than its last, unless the pool is smaller than one step
         return pool, np.concatenate([rows, np.resize(order, missing)]) if missing > 0 else rows
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
-            rows = [self._order(pool, Draws(_ROWS, self.seed, number, which)) for which, pool in enumerate(self.pools)]
-            steps = Draws(_STEPS, self.seed, number).order(self.steps_per_epoch)
+            rows = [
+                self._order(pool, Draws(_ROWS, self.schedule.seed, number, which))
+                for which, pool in enumerate(self.pools)
+            ]
+            steps = Draws(_STEPS, self.schedule.seed, number).order(self.steps_per_epoch)
             kept = {key: self._epochs[key] for key in self._epochs if key == number - 1}
             self._epochs = {**kept, number: _Epoch(number, rows, steps)}
         return self._epochs[number]
 
     def _order(self, pool: Pool, draws: Draws) -> np.ndarray:
-        """The pool's rows in random order, those of every stretch grouped by length where that is asked for."""
+        """The pool's rows in random order, grouped by length where that is asked for, some steps' rows at a time."""
         rows = pool.rows[draws.order(len(pool.rows))]
         if self._lengths is None:
             return rows
-        stretch = STRETCH * self._global_batch(pool)
-        parts = [rows[start : start + stretch] for start in range(0, len(rows), stretch)]
+        chunk_rows = GROUPED_STEPS * self._global_batch(pool)
+        parts = [rows[start : start + chunk_rows] for start in range(0, len(rows), chunk_rows)]
         grouped = np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in parts])
         step = np.arange(len(rows)) // self._global_batch(pool)
         # within a step at random again: the ranks' shares are equally long, and a row has other neighbours each epoch
         return grouped[np.lexsort((draws.order(len(rows)), step))]
 
     def _check(self, epoch: int, index: int, rank: int) -> None:
-        if epoch < 0 or not 0 <= index < self.steps_per_epoch or not 0 <= rank < self.sizes.world_size:
+        if epoch < 0 or not 0 <= index < self.steps_per_epoch or not 0 <= rank < self.schedule.world_size:
             raise IndexError(
                 f"epoch {epoch}, step {index}, rank {rank}: there are {self.steps_per_epoch} steps per epoch and "
-                f"{self.sizes.world_size} ranks, counted from 0"
+                f"{self.schedule.world_size} ranks, counted from 0"
             )
 
     # ---- texts
 
     def _texts(self, pool: Pool, rows: list[int], epoch: int) -> Batch:
         drawn = [
-            draw_candidates(
-                self.data,
-                row,
-                pool.group_size,
-                Draws(_TEXTS, self.seed, epoch, row),
-                self.shuffle_ratio,
-                self.teacher,
-            )
+            draw_candidates(self.data, row, pool.group_size, Draws(_TEXTS, self.schedule.seed, epoch, row))
             for row in rows
         ]
         names = {self.data.dataset_of(row).name for row in rows}
+        scores = [item.scores for item in drawn if item.scores is not None]
         return Batch(
             queries=[item.example.query for item in drawn],
             passages=[text for item in drawn for text in item.passages],
-            teacher=[item.scores or [] for item in drawn] if self.teacher else None,
+            teacher=scores or None,
             group_size=pool.group_size,
             in_batch_negatives=pool.in_batch_negatives,
             dataset=names.pop() if len(names) == 1 else MIXED,
@@ -206,8 +172,8 @@ class BatchPlan:
         for pool in self.pools:
             rows, batch = len(pool.rows), self._global_batch(pool)
             tail = rows % batch
-            twice = pool.fewest * self.sizes.world_size - tail
-            if tail and self.drop_last:
+            twice = pool.fewest * self.schedule.world_size - tail
+            if tail and self.schedule.drop_last:
                 never = "; no row of it is ever trained on" if rows < batch else ""
                 yield f"'{pool.name}': {tail} of {rows} rows are dropped in each epoch (drop_last){never}"
             elif tail and twice > 0:
@@ -217,7 +183,8 @@ class BatchPlan:
         most = max(self.pools, key=lambda pool: len(pool.rows) / self._global_batch(pool))
         return (
             f"drop_last leaves no batch: '{most.name}' has {len(most.rows)} rows, and a step takes {most.batch_size} x "
-            f"{self.sizes.world_size} ranks; lower --per_device_train_batch_size, or leave --dataloader_drop_last out"
+            f"{self.schedule.world_size} ranks; lower --per_device_train_batch_size, or leave --dataloader_drop_last "
+            "out"
         )
 
 
@@ -237,10 +204,7 @@ class ReplayPlan:
     """
 
     def __init__(self, new: BatchPlan, old: BatchPlan, ratio: float) -> None:
-        if new.sizes.world_size != old.sizes.world_size:
-            raise UsageError(f"new rows for {new.sizes.world_size} ranks and old rows for {old.sizes.world_size}")
         self.new, self.old = new, old
-        self.seed = new.seed
         #: old batches per epoch
         self.replayed = max(1, round(new.steps_per_epoch * ratio / (1 - ratio)))
         #: steps of each rank in each epoch
@@ -263,11 +227,6 @@ class ReplayPlan:
         """The new rows."""
         return self.new.data
 
-    @property
-    def sizes(self) -> object:
-        """What the run asks for."""
-        return self.new.sizes
-
     def batch(self, epoch: int, index: int, rank: int) -> Batch:
         """Return step `index` (0 .. steps_per_epoch-1) of `epoch` (0, 1, ...) on `rank`.
 
@@ -285,9 +244,29 @@ class ReplayPlan:
 
     def _steps(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
-            self._order = (epoch, Draws(_MIXTURE, self.seed, epoch).order(self.steps_per_epoch).tolist())
+            self._order = (epoch, Draws(_MIXTURE, self.new.schedule.seed, epoch).order(self.steps_per_epoch).tolist())
         return self._order[1]
 
 
 #: What says which batch comes when.
-Plan = BatchPlan | ReplayPlan
+AnyPlan = BatchPlan | ReplayPlan
+
+
+def make_plan(arguments: FinetuneArguments, data: TrainData, pairs: bool) -> AnyPlan:
+    """Which batch of the run comes when; rows to replay are read here.
+
+    Args:
+        pairs: the batches are for a cross-encoder.
+
+    Raises:
+        DataError, UsageError: no batch is left, or one that teaches nothing.
+    """
+    schedule = Schedule.of(arguments)
+    new = BatchPlan(data, schedule)
+    plan: AnyPlan = new
+    if arguments.incremental.replay_data:
+        old = BatchPlan(read_data(arguments, replay=True), replace(schedule, seed=schedule.seed + SEED_OF_OLD))
+        plan = ReplayPlan(new, old, arguments.incremental.replay_ratio or 0.0)
+    if pairs:
+        check_groups(plan.pools)
+    return plan

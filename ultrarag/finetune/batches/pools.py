@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from ultrarag.errors import DataError, UsageError
 from ultrarag.finetune.batches.draws import Draws
 from ultrarag.finetune.batches.train_data import DatasetInfo, TrainData
 from ultrarag.types import Example
+
+if TYPE_CHECKING:
+    from ultrarag.finetune.flags import FinetuneArguments
 
 #: Types whose passages are of the queries' kind, so that they get the queries' instruction (FlagEmbedding's rule).
 _PASSAGES_AS_QUERIES = ("symmetric_sts", "symmetric_clustering")
@@ -42,56 +46,85 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the run asks for."""
+class Schedule:
+    """How rows are spread over steps and ranks: the settings that are not the data's own.
 
+    Raises:
+        UsageError: a number is too small.
+    """
+
+    #: queries per rank and step, where the rows of a dataset do not say another number
     per_device_batch_size: int
-    world_size: int
-    train_group_size: int
-    negatives_cross_device: bool
+    world_size: int = 1
+    #: of all random choices
+    seed: int = 42
+    #: leave out the last rows of an epoch that do not fill a step
+    drop_last: bool = False
+    #: rows of similar length share a step: of every 50 steps' rows, drawn at random, each step gets neighbours in
+    #: length, and the steps come in random order; less padding, where padding costs
+    group_by_length: bool = False
+    #: passages of other ranks are negatives too
+    negatives_cross_device: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("per_device_batch_size", "world_size", "train_group_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
+        for name, least in (("per_device_batch_size", 1), ("world_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+
+    @classmethod
+    def of(cls, arguments: FinetuneArguments) -> Schedule:
+        """What the run's flags say."""
+        training = arguments.training
+        return cls(
+            training.per_device_train_batch_size,
+            training.world_size,
+            training.seed if training.data_seed is None else training.data_seed,
+            training.dataloader_drop_last,
+            training.train_sampling_strategy == "group_by_length",
+            arguments.loss.negatives_cross_device,
+        )
 
 
-def make_pools(data: TrainData, sizes: Sizes, same_dataset: bool) -> list[Pool]:
+def make_pools(data: TrainData, schedule: Schedule) -> list[Pool]:
     """Return one pool per dataset, or one per kind of batch where datasets may be mixed.
 
     Raises:
-        DataError, UsageError: batches in which a query has no second candidate.
+        DataError, UsageError: batches in which a query has no second candidate, or needs one without a teacher's score.
     """
-    pools = [_pool(data, dataset, sizes, same_dataset) for dataset in data.datasets]
-    return [_checked(pool, sizes) for pool in (pools if same_dataset else _mixed(pools))]
+    pools = [_pool(data, dataset, schedule.per_device_batch_size) for dataset in data.datasets]
+    if not data.settings.same_dataset_within_batch:
+        pools = _mixed(pools)
+    pools = [_checked(pool, schedule) for pool in pools]
+    if data.settings.knowledge_distillation:
+        _check_teacher(data, pools)
+    return pools
 
 
-def _pool(data: TrainData, dataset: DatasetInfo, sizes: Sizes, same_dataset: bool) -> Pool:
+def _pool(data: TrainData, dataset: DatasetInfo, batch_size: int) -> Pool:
+    same_dataset, asked = data.settings.same_dataset_within_batch, data.settings.train_group_size
     most = int(data.negatives[dataset.start : dataset.stop].max())
     return Pool(
         rows=np.arange(dataset.start, dataset.stop),
         names=(dataset.name,),
-        batch_size=_batch_size(dataset, sizes) if same_dataset else sizes.per_device_batch_size,
-        group_size=_group_size(dataset, sizes, most),
+        batch_size=_batch_size(dataset, batch_size) if same_dataset else batch_size,
+        group_size=_group_size(dataset, asked, most),
         in_batch_negatives=dataset.in_batch_negatives,
         passages_as_queries=dataset.type in _PASSAGES_AS_QUERIES,
     )
 
 
-def _batch_size(dataset: DatasetInfo, sizes: Sizes) -> int:
+def _batch_size(dataset: DatasetInfo, asked: int) -> int:
     if dataset.batch_size:
         return dataset.batch_size
-    asked = sizes.per_device_batch_size
     # half as many, as FlagEmbedding does, but never so few that a query has no other to be compared with
     return max(asked // 2, min(asked, 2)) if dataset.type.startswith("symmetric") else asked
 
 
-def _group_size(dataset: DatasetInfo, sizes: Sizes, most_negatives: int) -> int:
+def _group_size(dataset: DatasetInfo, asked: int, most_negatives: int) -> int:
     """Passages per query: 1 where no row has a negative, else what the type, the rows or the run say."""
     if most_negatives == 0:
         return 1
-    asked = dataset.train_group_size or sizes.train_group_size
+    asked = dataset.train_group_size or asked
     if dataset.type == "only_1neg":
         return 2
     # a classification row lists all other classes: to repeat them teaches nothing
@@ -114,7 +147,7 @@ def _mixed(pools: Sequence[Pool]) -> list[Pool]:
     ]
 
 
-def _checked(pool: Pool, sizes: Sizes) -> Pool:
+def _checked(pool: Pool, schedule: Schedule) -> Pool:
     """Return the pool with `fewest` set, after checking that its batches can teach anything."""
     if pool.group_size > 1:
         return pool
@@ -125,29 +158,30 @@ def _checked(pool: Pool, sizes: Sizes) -> Pool:
         )
     if len(pool.rows) == 1:
         raise DataError(f"'{pool.name}' has a single row and no negatives: there is nothing to learn; give it 'neg'")
-    compared = sizes.world_size if sizes.negatives_cross_device else 1
+    compared = schedule.world_size if schedule.negatives_cross_device else 1
     fewest = 1 if compared > 1 else 2
     if pool.batch_size < fewest:
         raise UsageError(
             f"'{pool.name}': a batch of one query with one passage has nothing to compare, and the loss would be 0; "
             "raise --per_device_train_batch_size, or --train_group_size with 'neg' in the rows"
-            + ("" if sizes.world_size == 1 else ", or add --negatives_cross_device")
+            + ("" if schedule.world_size == 1 else ", or add --negatives_cross_device")
         )
     return replace(pool, fewest=fewest)
 
 
-def remarks(data: TrainData, pools: Sequence[Pool], sizes: Sizes, same_dataset: bool) -> Iterator[str]:
+def remarks(data: TrainData, pools: Sequence[Pool]) -> Iterator[str]:
     """Yield what a user should know: batch sizes without effect, groups of one, too few negatives."""
-    unused = [dataset.name for dataset in data.datasets if dataset.batch_size and not same_dataset]
-    if unused:
+    asked = data.settings.train_group_size
+    unused = [dataset.name for dataset in data.datasets if dataset.batch_size]
+    if unused and not data.settings.same_dataset_within_batch:
         yield f"'batch_size' in the rows of {', '.join(unused)} has an effect only with same_dataset_within_batch"
     for pool in pools:
         counts = data.negatives[pool.rows]
         if pool.group_size == 1:
-            if sizes.train_group_size > 1:
+            if asked > 1:
                 yield (
                     f"'{pool.name}': no row has negatives, so its queries are compared with the other passages of "
-                    f"their batch only (group size 1, not {sizes.train_group_size})"
+                    f"their batch only (group size 1, not {asked})"
                 )
             continue
         without, few = int((counts == 0).sum()), int(((counts > 0) & (counts < pool.group_size - 1)).sum())
@@ -157,14 +191,26 @@ def remarks(data: TrainData, pools: Sequence[Pool], sizes: Sizes, same_dataset: 
             yield f"'{pool.name}': {few} rows have fewer than {pool.group_size - 1} negatives, which are repeated"
 
 
-def check_teacher(data: TrainData, pools: Sequence[Pool]) -> None:
+def check_groups(pools: Sequence[Pool]) -> None:
+    """Refuse data in which a query has no negative: a cross-encoder's loss of a group of one is 0.
+
+    Raises:
+        DataError: names a dataset.
+    """
+    single = [pool.name for pool in pools if pool.group_size == 1]
+    if single:
+        raise DataError(
+            f"'{single[0]}': a cross-encoder compares a query's positive with its own negatives, and there are none; "
+            "give rows 'neg', and --train_group_size 2 or more"
+        )
+
+
+def _check_teacher(data: TrainData, pools: Sequence[Pool]) -> None:
     """Refuse rows that would need negatives without a teacher's score.
 
     Raises:
         DataError: names them.
     """
-    if not data.teacher:
-        raise UsageError("knowledge distillation needs training data read with teacher=True, which checks the scores")
     for pool in pools:
         bare = pool.rows[data.negatives[pool.rows] == 0]
         if pool.group_size > 1 and len(bare):
@@ -192,9 +238,7 @@ class Candidates:
     scores: list[float] | None
 
 
-def draw_candidates(
-    data: TrainData, number: int, group_size: int, draws: Draws, shuffle_ratio: float = 0.0, teacher: bool = False
-) -> Candidates:
+def draw_candidates(data: TrainData, number: int, group_size: int, draws: Draws) -> Candidates:
     """Draw a positive and group_size - 1 negatives of row `number`.
 
     Where there are fewer, they are drawn from as many copies of them as are needed; a row without any borrows
@@ -203,9 +247,10 @@ def draw_candidates(
     Raises:
         DataError: there is nothing to borrow.
     """
-    example = data[number]
+    example, teacher = data[number], data.settings.knowledge_distillation
     positive = draws.below(len(example.pos))
-    first = _shuffled(example.pos[positive], draws) if draws.happens(shuffle_ratio) else example.pos[positive]
+    shuffled = draws.happens(data.settings.shuffle_ratio)
+    first = _shuffled(example.pos[positive], draws) if shuffled else example.pos[positive]
     if not example.neg:
         borrowed = _borrowed(data, number, example, group_size - 1, draws)
         return Candidates(example, [first, *borrowed], _scores(example, positive, []) if teacher else None)

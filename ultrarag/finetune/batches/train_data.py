@@ -7,17 +7,17 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.finetune.batches.draws import Draws, number_of
-from ultrarag.finetune.flags import EVERY_DATASET
+from ultrarag.finetune.flags import EVERY_DATASET, DataArguments
 from ultrarag.io import progress_bar
 from ultrarag.rows import (
     IN_MEMORY,
@@ -36,88 +36,74 @@ from ultrarag.rows import (
 )
 from ultrarag.types import Example
 
-__all__ = ["DatasetInfo", "TrainData"]
+if TYPE_CHECKING:
+    from ultrarag.finetune.flags import FinetuneArguments
+
+
+def read_data(arguments: FinetuneArguments, replay: bool = False) -> TrainData:
+    """The rows to train on, or those of earlier runs, read as the run's flags say; the first rank reads first.
+
+    Raises:
+        DataError: rows or files cannot be used (names each), or none are left.
+        UsageError: `no_in_batch_neg` names a dataset that is not there.
+    """
+    settings = arguments.data
+    if replay:
+        # names speak of train_data; a replayed file whose own name says it takes no negatives from its batch either
+        named = tuple(name for name in settings.no_in_batch_neg if name == EVERY_DATASET)
+        settings = replace(settings, train_data=arguments.incremental.replay_data, no_in_batch_neg=named)
+    with arguments.training.main_process_first(desc="reading the training data"):
+        return TrainData.read(settings, arguments.training.seed)
 
 
 class TrainData:
     """Rows 0 .. len-1, dataset after dataset; `data[i]` reads row i from the cache.
 
     Attributes:
+        settings: the flags that they were read by.
         datasets: what each range of rows is.
         digest: SHA-256 of the sources' content, whatever they are called.
         files: path -> SHA-256 of each file; rows in memory count as one.
         notes: what was left out, merged or not understood, one remark each.
-        teacher: every row has a teacher's scores.
         negatives: (rows,) how many negatives each row has.
     """
 
-    def __init__(self, checked: CheckedRows, files: Sequence[DataFile], choice: Choice, teacher: bool) -> None:
+    def __init__(self, checked: CheckedRows, files: Sequence[DataFile], settings: DataArguments, seed: int) -> None:
         self._rows = checked.rows
-        arranged = arrange(files, checked.datasets, choice)
+        self.settings = settings
+        arranged = arrange(files, checked.datasets, settings, seed)
         #: (rows,) where each row lies in the cache
         self._places = arranged.places
         self.datasets = arranged.datasets
         self.digest = checked.digest
         self.files = checked.files or {IN_MEMORY: checked.digest}
         self.notes = [*checked.notes, *arranged.notes]
-        self.teacher = teacher
         self.negatives = checked.rows.negatives()[self._places]
         self._keys: np.ndarray | None = None
         self._stops = [dataset.stop for dataset in self.datasets]
 
     @classmethod
-    def load(
-        cls,
-        sources: str | os.PathLike[str] | Sequence[Any],
-        *,
-        cache_path: str | os.PathLike[str] | None = None,
-        on_bad_rows: str = "fail",
-        teacher: bool = False,
-        max_example_num_per_dataset: int | None = None,
-        no_in_batch_neg: Sequence[str] = (),
-        same_dataset_within_batch: bool = False,
-        small_threshold: int = 0,
-        drop_threshold: int = 0,
-        seed: int = 42,
-    ) -> TrainData:
+    def read(cls, settings: DataArguments, seed: int = 42) -> TrainData:
         """Read files and directories of rows (through a cache on disk), or rows in memory.
 
         Args:
-            sources: a path, paths, or rows (dicts).
-            cache_path: directory of the cache; None: the user's cache directory.
-            on_bad_rows: "fail", or "drop" to leave out rows that cannot be used and count them in `notes`.
-            teacher: every row must have a teacher's scores.
-            max_example_num_per_dataset: use a random choice of this many rows of each file.
-            no_in_batch_neg: names of files (without suffix) or directories whose queries take no negatives from
-                their batch, "*" for all; those whose names end in "no_in_batch_neg" take none in any case.
-            same_dataset_within_batch: apply the two thresholds, as FlagEmbedding does.
-            small_threshold: a directory's files with fewer rows are merged; a file named itself is left out.
-            drop_threshold: merged files with fewer rows together are left out.
-            seed: of the random choice.
+            settings: says which, and what is left out of them. A directory's files below `small_threshold` are
+                merged, as FlagEmbedding does; a file named itself is left out, and so are merged files that have
+                fewer rows than `drop_threshold` together.
+            seed: of the choice of `max_example_num_per_dataset` rows.
 
         Raises:
             DataError: rows or files cannot be used (names each), or none are left.
             UsageError: `no_in_batch_neg` names a dataset that is not there.
         """
-        thresholds = (small_threshold, drop_threshold) if same_dataset_within_batch else (0, 0)
-        choice = Choice(max_example_num_per_dataset, tuple(no_in_batch_neg), *thresholds, seed)
-        paths = [sources] if isinstance(sources, str | os.PathLike) else sources
-        reader = RowReader(on_bad_rows, teacher)
-        if rows_given(paths):
-            return cls(_in_memory(paths, reader), [DataFile(IN_MEMORY)], choice, teacher)
-        files, notes = find_files(paths)
-        data = cls(cached_rows(files, reader, cache_path), files, choice, teacher)
+        sources: Any = settings.train_data
+        reader = RowReader(settings.on_bad_rows, settings.knowledge_distillation)
+        if rows_given(sources):
+            return cls(_in_memory(sources, reader), [DataFile(IN_MEMORY)], settings, seed)
+        files, notes = find_files(sources)
+        data = cls(cached_rows(files, reader, settings.cache_path), files, settings, seed)
         data.notes = notes + data.notes
         return data
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Any]], **options: Any) -> TrainData:
-        """Check rows in memory; the options are those of `load`.
-
-        Raises:
-            DataError: rows cannot be used, or there are none.
-        """
-        return cls.load(list(rows), **options)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -177,17 +163,6 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which rows of the files are used, and how files become datasets."""
-
-    max_rows: int | None = None
-    no_in_batch_neg: tuple[str, ...] = ()
-    small_threshold: int = 0
-    drop_threshold: int = 0
-    seed: int = 42
-
-
-@dataclass(frozen=True)
 class Arranged:
     """The datasets, and where their rows lie among all rows of the files."""
 
@@ -211,44 +186,42 @@ class _Part:
     type: str
 
 
-def arrange(files: Sequence[DataFile], found: Sequence[Dataset], choice: Choice) -> Arranged:
+def arrange(files: Sequence[DataFile], found: Sequence[Dataset], settings: DataArguments, seed: int) -> Arranged:
     """Make datasets of files.
 
     Raises:
         DataError: no row is left.
-        UsageError: `choice.no_in_batch_neg` holds an unknown name.
+        UsageError: `settings.no_in_batch_neg` holds an unknown name.
     """
-    _check_names(files, choice.no_in_batch_neg)
+    _check_names(files, settings.no_in_batch_neg)
     notes: list[str] = []
     starts = itertools.accumulate((dataset.rows for dataset in found), initial=0)
     parts = [
-        _part(file, dataset, start, choice, notes)
+        _Part(
+            file.name,
+            file.folder,
+            start + _chosen(file, dataset.rows, settings.max_example_num_per_dataset, seed, notes),
+            _in_batch_negatives(file, settings.no_in_batch_neg),
+            dataset.batch_size,
+            dataset.train_group_size,
+            dataset.type,
+        )
         for file, dataset, start in zip(files, found, starts, strict=False)
         if dataset.rows
     ]
-    parts = _merge_small(parts, choice, notes)
+    if settings.same_dataset_within_batch:
+        parts = _merge_small(parts, settings, notes)
     if not parts:
         raise DataError("no rows are left to train on: " + "; ".join(notes))
     return Arranged(_infos(parts), np.concatenate([part.places for part in parts]), notes)
 
 
-def _part(file: DataFile, dataset: Dataset, start: int, choice: Choice, notes: list[str]) -> _Part:
-    places = np.arange(start, start + dataset.rows)
-    if choice.max_rows is not None and choice.max_rows < dataset.rows:
-        chosen = Draws(choice.seed, number_of(os.path.basename(file.path))).order(dataset.rows)[: choice.max_rows]
-        places = start + np.sort(chosen)
-        notes.append(
-            f"{choice.max_rows} of {dataset.rows} rows of '{file.path}' are used (max_example_num_per_dataset)"
-        )
-    return _Part(
-        file.name,
-        file.folder,
-        places,
-        _in_batch_negatives(file, choice.no_in_batch_neg),
-        dataset.batch_size,
-        dataset.train_group_size,
-        dataset.type,
-    )
+def _chosen(file: DataFile, rows: int, most: int, seed: int, notes: list[str]) -> np.ndarray:
+    """The numbers of the rows of a file that are used: all of them, or a random choice of `most`."""
+    if rows <= most:
+        return np.arange(rows)
+    notes.append(f"{most} of {rows} rows of '{file.path}' are used (max_example_num_per_dataset)")
+    return np.sort(Draws(seed, number_of(os.path.basename(file.path))).order(rows)[:most])
 
 
 def _infos(parts: Iterable[_Part]) -> list[DatasetInfo]:
@@ -299,16 +272,16 @@ def _check_names(files: Sequence[DataFile], named: Sequence[str]) -> None:
 # ---- thresholds
 
 
-def _merge_small(parts: Sequence[_Part], choice: Choice, notes: list[str]) -> list[_Part]:
+def _merge_small(parts: Sequence[_Part], settings: DataArguments, notes: list[str]) -> list[_Part]:
     """Merge the small files of each directory, and leave out what is too small, as FlagEmbedding does."""
-    small = [part for part in parts if len(part.places) < choice.small_threshold]
-    kept = [part for part in parts if len(part.places) >= choice.small_threshold]
+    small = [part for part in parts if len(part.places) < settings.small_threshold]
+    kept = [part for part in parts if len(part.places) >= settings.small_threshold]
     for folder in dict.fromkeys(part.folder for part in small):
         group = [part for part in small if part.folder == folder]
         if folder is None:
-            notes += [_left_out([part], f"small_threshold {choice.small_threshold}") for part in group]
-        elif sum(len(part.places) for part in group) < choice.drop_threshold:
-            notes.append(_left_out(group, f"drop_threshold {choice.drop_threshold}"))
+            notes += [_left_out([part], f"small_threshold {settings.small_threshold}") for part in group]
+        elif sum(len(part.places) for part in group) < settings.drop_threshold:
+            notes.append(_left_out(group, f"drop_threshold {settings.drop_threshold}"))
         else:
             kept += _merged(folder, group, notes)
     return kept

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ultrarag.errors import UsageError
-from ultrarag.finetune.flags.own import EVERY_DATASET
+from ultrarag.finetune.flags.command_line import Given
+from ultrarag.finetune.flags.groups import EVERY_DATASET
 from ultrarag.finetune.flags.values import Flag
 
 GROUP = "Older spellings"
@@ -63,6 +64,47 @@ def old_flags(known: Mapping[str, Flag]) -> dict[str, OldFlag]:
     """Return every older spelling, given our flags by name."""
     renamed = {old: _rename(old, known[new]) for old, new in RENAMED.items()}
     return {**renamed, **{old.flag.name: old for old in REWRITTEN}}
+
+
+def translated(given: Mapping[str, Given], flags: Mapping[str, Flag], notes: list[str]) -> dict[str, Any]:
+    """Return the given settings under our names, read; `notes` get a line for each older spelling.
+
+    Raises:
+        UsageError: a value cannot be used, or two spellings set the same thing.
+    """
+    old = old_flags(flags)
+    values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for name, item in given.items():
+        # a name that transformers still has is translated all the same where it warns about it
+        targets = _from_old(old[name], item, notes) if name in old else {name: item.value}
+        for target, value in targets.items():
+            if target in spelled:
+                raise UsageError(f"{spelled[target]} and {item.spelling} set the same thing, {target}: give one")
+            spelled[target] = item.spelling
+            values[target] = flags[target].read(value, item.spelling)
+    return values
+
+
+def _from_old(old: OldFlag, item: Given, notes: list[str]) -> dict[str, Any]:
+    settings = old.translate(old.flag.read(item.value, item.spelling))
+    if old.flag.name not in QUIET:
+        notes.append(_note(old.flag, item.spelling, settings))
+    return settings
+
+
+def _note(flag: Flag, spelling: str, settings: Mapping[str, Any]) -> str:
+    if not settings:
+        return f"{spelling} changes nothing here: {flag.help}"
+    dashes = "--" if spelling.startswith("--") else ""
+    became = [f"{dashes}{name} {'***' if flag.secret else _plain(value)}" for name, value in settings.items()]
+    return f"{spelling} is read as {', '.join(became)}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"({len(value)} rows)" if value and isinstance(value[0], Mapping) else " ".join(map(str, value))
+    return str(value)
 
 
 def _rename(old: str, target: Flag) -> OldFlag:

@@ -1,6 +1,6 @@
-"""FinetuneArguments: everything a fine-tuning run was told, from the command line or from keywords.
+"""FinetuneArguments: every setting of a fine-tuning run, from the command line or from keywords, checked.
 
-Both doors know the same names: our settings (`flags`, `loss_arguments`), transformers' TrainingArguments, and the
+Both doors know the same names: our settings (`groups`, `loss_arguments`), transformers' TrainingArguments, and the
 older spellings of the peers (`aliases`).
 """
 
@@ -13,37 +13,34 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import UsageError
-from ultrarag.finetune.flags.aliases import QUIET, OldFlag, old_flags
+from ultrarag.finetune.flags.aliases import old_flags, translated
 from ultrarag.finetune.flags.command_line import (
     Given,
-    named_adapter,
     program_name,
     read_command_line,
     refuse_unknown,
     with_defaults,
 )
-from ultrarag.finetune.flags.learning import FalseNegativeArguments, IncrementalArguments, check_merge
-from ultrarag.finetune.flags.own import DataArguments, EvaluationArguments, LoraArguments, ModelArguments
-from ultrarag.finetune.flags.transformers import build_training_arguments, described, training_flags
+from ultrarag.finetune.flags.groups import (
+    AUTO,
+    DataArguments,
+    EvaluationArguments,
+    FalseNegativeArguments,
+    IncrementalArguments,
+    LoraArguments,
+    ModelArguments,
+)
+from ultrarag.finetune.flags.transformers import (
+    build_training_arguments,
+    described,
+    refuse_unsupported_training,
+    training_flags,
+)
 from ultrarag.finetune.flags.values import Flag, flags_of
 from ultrarag.loss_arguments import LossArguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-__all__ = [
-    "DataArguments",
-    "EvaluationArguments",
-    "FalseNegativeArguments",
-    "FinetuneArguments",
-    "IncrementalArguments",
-    "LoraArguments",
-    "LossArguments",
-    "ModelArguments",
-    "from_keywords",
-    "named_adapter",
-    "parse_command_line",
-]
 
 _OWN = {
     "Model": ModelArguments,
@@ -196,50 +193,13 @@ def _assemble(
 ) -> FinetuneArguments:
     refuse_unknown(defaults, flags, f"the default of adapter '{adapter}' for")
     notes: list[str] = []
-    chosen = _translated(given, flags, notes)
+    chosen = translated(given, flags, notes)
     values = {
         name: flags[name].read(value, f"the default of adapter '{adapter}' for {name}")
         for name, value in defaults.items()
     }
     values.update(chosen)
     return _bundle(values, _the_adapter(adapter, values.pop("adapter", None)), notes)
-
-
-def _translated(given: Mapping[str, Given], flags: Mapping[str, Flag], notes: list[str]) -> dict[str, Any]:
-    """Return the given settings under our names, read; older spellings are told in `notes`."""
-    old = old_flags(flags)
-    values: dict[str, Any] = {}
-    spelled: dict[str, str] = {}
-    for name, item in given.items():
-        # a name that transformers still has is translated all the same where it warns about it
-        targets = _from_old(old[name], item, notes) if name in old else {name: item.value}
-        for target, value in targets.items():
-            if target in spelled:
-                raise UsageError(f"{spelled[target]} and {item.spelling} set the same thing, {target}: give one")
-            spelled[target] = item.spelling
-            values[target] = flags[target].read(value, item.spelling)
-    return values
-
-
-def _from_old(old: OldFlag, item: Given, notes: list[str]) -> dict[str, Any]:
-    settings = old.translate(old.flag.read(item.value, item.spelling))
-    if old.flag.name not in QUIET:
-        notes.append(_note(old.flag, item.spelling, settings))
-    return settings
-
-
-def _note(flag: Flag, spelling: str, settings: Mapping[str, Any]) -> str:
-    if not settings:
-        return f"{spelling} changes nothing here: {flag.help}"
-    dashes = "--" if spelling.startswith("--") else ""
-    became = [f"{dashes}{name} {'***' if flag.secret else _plain(value)}" for name, value in settings.items()]
-    return f"{spelling} is read as {', '.join(became)}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"({len(value)} rows)" if value and isinstance(value[0], Mapping) else " ".join(map(str, value))
-    return str(value)
 
 
 def _the_adapter(fixed: str | None, named: str | None) -> str:
@@ -261,15 +221,34 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     run = {name: values.pop(name, False) for name in ("overwrite_output_dir", "skip_data_check", "dry_run")}
     masks = FalseNegativeArguments(**own[FalseNegativeArguments])
     incremental = IncrementalArguments(**own[IncrementalArguments])
-    check_merge(incremental, evaluation.eval_data, values)
+    _check_merge(incremental, evaluation.eval_data, values)
     ours = {name for chosen in own.values() for name in chosen}
     rest = {name: value for name, value in values.items() if name not in ours}
-    if rest.get("per_device_train_batch_size") == "auto":
+    if rest.get("per_device_train_batch_size") == AUTO:
         run["auto_batch_size"] = bool(rest.pop("per_device_train_batch_size"))
     training = build_training_arguments(rest, evaluation.eval_data is not None, notes)
     return FinetuneArguments(
         adapter, model, data, loss, lora, evaluation, training, masks, incremental, **run, notes=notes
     )
+
+
+def _check_merge(incremental: IncrementalArguments, eval_data: object, values: Mapping[str, Any]) -> None:
+    """Refuse a search for a weight without anything to search by, and merging of weights that no process has whole.
+
+    Args:
+        values: the other settings, by the names of flags.
+    """
+    if incremental.merge_with is None:
+        return
+    for name in ("fsdp", "deepspeed"):
+        if values.get(name):
+            raise UsageError(
+                f"--merge_with does not work with --{name}, which splits the weights; leave one of them out"
+            )
+    held_out = {"eval_data": eval_data, "guard_data": incremental.guard_data}
+    missing = [name for name, given in held_out.items() if given is None]
+    if incremental.fixed_weight is None and missing:
+        raise UsageError(f"--merge_weight auto needs --{missing[0]} to choose by; or give a weight, such as 0.5")
 
 
 def _pick(values: Mapping[str, Any], arguments: type) -> dict[str, Any]:
@@ -294,3 +273,55 @@ def _without_secrets(arguments: Any, *data: str) -> dict[str, Any]:
             counted[name] = ({"rows": len(held)},)
     plain = asdict(replace(arguments, **counted) if counted else arguments)
     return {name: value for name, value in plain.items() if not name.endswith("token")}
+
+
+# ---- what a run refuses before anything is loaded
+
+
+def refuse_unsupported(arguments: FinetuneArguments, pairs: bool) -> None:
+    """Refuse flags that could not do here what they say.
+
+    Args:
+        pairs: the adapter is a cross-encoder.
+
+    Raises:
+        UsageError: names the first of them.
+    """
+    if arguments.lora.use_lora:
+        _refuse_with_lora(arguments)
+    refuse_unsupported_training(arguments.training)
+    (_refuse_for_pairs if pairs else _refuse_without_pairs)(arguments)
+
+
+def _refuse_with_lora(arguments: FinetuneArguments) -> None:
+    """Sharded weights cannot be merged with their adapters on the way to a checkpoint."""
+    if arguments.model.fix_encoder:
+        raise UsageError("--use_lora adapts the backbone that --fix_encoder freezes; leave one of them out")
+    if arguments.training.fsdp or arguments.training.deepspeed:
+        raise UsageError("--use_lora does not work with --fsdp or --deepspeed; leave them out (plain DDP works)")
+
+
+def _refuse_for_pairs(arguments: FinetuneArguments) -> None:
+    """Refuse flags that a cross-encoder cannot follow."""
+    loss, alone = arguments.loss, "a query is compared with its own candidates only"
+    refused = {
+        "negatives_cross_device": (loss.negatives_cross_device, alone),
+        "use_mrl": (loss.use_mrl, "it gives no vector whose dimensions could be cut"),
+        "unified_finetuning": (loss.unified_finetuning, "it has one head"),
+        "sentence_pooling_method": (arguments.model.sentence_pooling_method, "it gives a score and no vector"),
+        "false_negative_mask": (arguments.false_negatives.false_negative_mask != "none", alone),
+        "kd_loss_type": (loss.kd_loss_type != "kl_div", "its group of candidates is learned with kl_div"),
+    }
+    for name, (given, why) in refused.items():
+        if given:
+            raise UsageError(f"--{name} does not suit a cross-encoder: {why}; leave it out")
+
+
+def _refuse_without_pairs(arguments: FinetuneArguments) -> None:
+    """Refuse flags that only a cross-encoder can follow."""
+    for name in ("max_len", "sep_token"):
+        if getattr(arguments.data, name) is not None:
+            raise UsageError(
+                f"--{name} is for rerankers, and '{arguments.adapter}' encodes query and passage by themselves: "
+                "give --query_max_len and --passage_max_len"
+            )

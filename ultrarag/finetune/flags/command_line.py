@@ -168,7 +168,7 @@ def _shown(value: Any) -> str:
 
 
 class _Help(argparse.HelpFormatter):
-    """Help at the terminal's width, at most 100 columns; `--no_FLAG` is told once, and not at every flag."""
+    """Help at the terminal's width, at most 100 columns; `--no_FLAG` is described once, and not at every flag."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size((90, 24)).columns, 100)

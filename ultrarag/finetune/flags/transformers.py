@@ -54,7 +54,7 @@ def training_flags() -> dict[str, Flag]:
 
 
 def build_training_arguments(settings: Mapping[str, Any], has_eval_data: bool, notes: list[str]) -> TrainingArguments:
-    """Return TrainingArguments for the settings that were given; what is changed is told in `notes`.
+    """Return TrainingArguments for the settings that were given; `notes` get a line for each that is changed.
 
     Raises:
         UsageError: when transformers refuses them, or they do not fit together or this installation.
@@ -167,6 +167,38 @@ def _refuse_without_eval_data(values: Mapping[str, Any]) -> None:
 def _check_deepspeed(values: Mapping[str, Any]) -> None:
     if values.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UsageError("deepspeed is not installed; install it with: pip install ultrarag[deepspeed]")
+
+
+def refuse_unsupported_training(training: TrainingArguments) -> None:
+    """Refuse flags of transformers that could not do here what they say.
+
+    Raises:
+        UsageError: names the first of them.
+    """
+    refused = {
+        "auto_find_batch_size": "use --sub_batch_size, which changes memory but not the loss",
+        "label_smoothing_factor": "the contrastive loss has no smoothed labels",
+        "include_num_input_tokens_seen": "token counts are not kept",
+        "neftune_noise_alpha": "noise on embeddings would change the loss that is compared with the peers'",
+    }
+    for name, why in refused.items():
+        if getattr(training, name, None) not in (None, False, 0, 0.0, "no"):
+            raise UsageError(f"--{name} is not supported by this trainer: {why}")
+    if training.train_sampling_strategy not in ("random", "group_by_length"):
+        raise UsageError(
+            f"--train_sampling_strategy {training.train_sampling_strategy} is not supported: rows come in random "
+            "order, or group_by_length"
+        )
+    if training.fsdp:
+        _check_fsdp(training)
+
+
+def _check_fsdp(training: TrainingArguments) -> None:
+    config = training.fsdp_config
+    if isinstance(config, dict) and int(config.get("version", 2)) != 2:
+        raise UsageError('--fsdp: version 1 in fsdp_config is not supported; give {"version": 2}, or leave it out')
+    if training.world_size == 1:
+        raise UsageError("--fsdp shards the weights over processes and there is one: start with torchrun")
 
 
 def described(training: TrainingArguments) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _float(flag: Flag, value: Any) -> float:
     number = float(value)
     if number != number:
         raise ValueError(value)
-    # transformers tells a number of steps from a share of all steps by the type's look in its messages
+    # transformers distinguishes a number of steps from a share of all steps, and shows either as typed
     return int(number) if flag.name.endswith("_steps") and number.is_integer() else number
 
 

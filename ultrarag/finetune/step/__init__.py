@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.finetune.step.callbacks import Interrupted
     from ultrarag.finetune.step.distributed import least, rank, world_size
     from ultrarag.finetune.step.gradcache import cached_step
     from ultrarag.finetune.step.lora import Lora, add_lora
-    from ultrarag.finetune.step.masking import FalseNegatives, Guide, check_honoured, guide_adapter
-    from ultrarag.finetune.step.sharding import load_models_whole
-    from ultrarag.finetune.step.trainable import Trainable, choose_heads, freeze
-    from ultrarag.finetune.step.trainer import EmbeddingTrainer
+    from ultrarag.finetune.step.masking import FalseNegatives
+    from ultrarag.finetune.step.trainable import Trainable, choose_heads, freeze, load_encoder
+    from ultrarag.finetune.step.trainer import EmbeddingTrainer, Learner
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

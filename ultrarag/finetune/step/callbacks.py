@@ -64,6 +64,10 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: the run stopped with all saved that it takes to go on."""
+
+
 class StopOnInterrupt(TrainerCallback):
     """The first Ctrl-C finishes the step, saves a checkpoint and stops; the second ends the process at once.
 

@@ -52,12 +52,12 @@ def cached_step(
     encode: Encode,
     loss: Callable[[list[Embeddings]], Tensor],
     backward: Callable[[Tensor], None],
-    chunk_size: int,
+    chunk_texts: int,
     no_sync: Callable[[], AbstractContextManager[Any]],
     push: Push | None = None,
     rounds: Callable[[int], int] | None = None,
 ) -> Tensor:
-    """Accumulate the gradients of `loss(encode(sides))`, encoding `chunk_size` texts at a time.
+    """Accumulate the gradients of `loss(encode(sides))`, encoding `chunk_texts` texts at a time.
 
     Three passes: encode without graph; the loss and its gradient with respect to the embeddings; encode again,
     with graph, and push that gradient through. The result is that of the plain step.
@@ -74,9 +74,9 @@ def cached_step(
     Returns:
         The loss, detached.
     """
-    own = sum(-(-side["input_ids"].shape[0] // chunk_size) for side in sides)
+    own = sum(-(-side["input_ids"].shape[0] // chunk_texts) for side in sides)
     idle = rounds(own) - own if rounds else 0  # asked before the first forward, in which ranks may meet as well
-    chunks, embeddings = _encode_without_graph(sides, encode, chunk_size)
+    chunks, embeddings = _encode_without_graph(sides, encode, chunk_texts)
     _encode_idly(encode, chunks[-1], idle)
     leaves = [_leaf(side) for side in embeddings]
     value = loss(leaves)
@@ -101,12 +101,12 @@ def cached_step(
 
 
 def _encode_without_graph(
-    sides: Sequence[Features], encode: Encode, chunk_size: int
+    sides: Sequence[Features], encode: Encode, chunk_texts: int
 ) -> tuple[list[_Chunk], list[Embeddings]]:
     chunks, embeddings = [], []
     for number, side in enumerate(sides):
         parts = []
-        for features in split(side, chunk_size):
+        for features in split(side, chunk_texts):
             chunks.append(_Chunk(number, features, _RandomState(features["input_ids"].device)))
             with torch.no_grad():
                 parts.append(encode([features])[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ultrarag.checkpoint import probe_vectors, read_manifest
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import Batch, Collator
-from ultrarag.finetune.flags import FalseNegativeArguments
+from ultrarag.finetune.flags import DataArguments, FalseNegativeArguments
 from ultrarag.finetune.step.distributed import gather, gather_rows
 from ultrarag.finetune.step.gradcache import split
 from ultrarag.hookspecs import Features
@@ -27,6 +27,9 @@ from ultrarag.plugins import Adapter
 from ultrarag.rows import text_key
 from ultrarag.scores import head_scores
 from ultrarag.types import Embeddings
+
+if TYPE_CHECKING:
+    from ultrarag.finetune.flags import FinetuneArguments
 
 
 def text_keys(batch: Batch) -> dict[str, Tensor]:
@@ -93,6 +96,23 @@ class FalseNegatives:
     masked: int = 0
     queries: int = 0
 
+    @classmethod
+    def of(cls, arguments: FinetuneArguments, encoder: Encoder, heads: tuple[str, ...]) -> FalseNegatives | None:
+        """What the run's flags ask for; None where no false negatives are looked for.
+
+        Raises:
+            UsageError: the adapter's loss does not look at the mask, or the guide gives no vectors.
+        """
+        asked = arguments.false_negatives
+        if asked.false_negative_mask == "none":
+            return None
+        _check_honoured(encoder.adapter, encoder, heads)
+        if asked.guide_model is None:
+            return cls(asked)
+        adapter = asked.guide_adapter or _guide_adapter(asked.guide_model, encoder.adapter.name)
+        chunk_texts = arguments.model.chunk_texts
+        return cls(asked, Guide.load(asked.guide_model, adapter, arguments.data, encoder.device, chunk_texts))
+
     def features(self, batch: Batch) -> dict[str, Any]:
         """What the mask needs of a batch's texts."""
         return self.guide.features(batch) if self.guide else text_keys(batch)
@@ -134,7 +154,7 @@ class FalseNegatives:
         return found
 
 
-def check_honoured(adapter: Adapter, encoder: Encoder, heads: tuple[str, ...]) -> None:
+def _check_honoured(adapter: Adapter, encoder: Encoder, heads: tuple[str, ...]) -> None:
     """Refuse an adapter whose loss does not look at the mask.
 
     Raises:
@@ -161,17 +181,22 @@ class Guide:
     encoder: Encoder
     collator: Collator
     #: texts encoded at a time
-    chunk: int
+    chunk_texts: int
 
     @classmethod
     def load(
-        cls, path: str, adapter: str | None, lengths: tuple[int, int], device: torch.device, chunk: int | None
+        cls,
+        path: str,
+        adapter: str | None,
+        data: DataArguments,
+        device: torch.device,
+        chunk_texts: int | None = None,
     ) -> Guide:
         """Load the model at `path`.
 
         Args:
             adapter: None: the one in its manifest.
-            lengths: tokens of a query and of a passage, at most.
+            data: the run's lengths of a query and of a passage; the guide reads as much of that as it can.
 
         Raises:
             UsageError: it gives no vectors.
@@ -183,8 +208,9 @@ class Guide:
                 "an embedding model (veto mined negatives with a cross-encoder instead)"
             )
         encoder.model.requires_grad_(False)
-        query, passage = (min(length, encoder.limit or length) for length in lengths)
-        return cls(encoder, Collator(encoder.tokenizer, encoder.settings, query, passage), chunk or 64)
+        query, passage = (min(length, encoder.limit or length) for length in (data.query_max_len, data.passage_max_len))
+        read = replace(data, query_max_len=query, passage_max_len=passage, pad_to_multiple_of=None)
+        return cls(encoder, Collator(encoder.tokenizer, encoder.settings, read), chunk_texts or 64)
 
     def features(self, batch: Batch) -> dict[str, Any]:
         """Tokenize the batch as the guide reads it: with its own instructions and not those of the rows."""
@@ -205,12 +231,12 @@ class Guide:
         self.encoder.model.eval()
         parts = [
             self.encoder.adapter.encode(self.encoder.model, {**part, "heads": (self._head,)})
-            for part in split(features, self.chunk)
+            for part in split(features, self.chunk_texts)
         ]
         return Embeddings.cat(parts)
 
 
-def guide_adapter(path: str, otherwise: str) -> str | None:
+def _guide_adapter(path: str, otherwise: str) -> str | None:
     """The adapter of a guide that names none: None where its manifest says it, else that of the trained model."""
     folder = Path(path).expanduser()
     return None if folder.is_dir() and read_manifest(folder) else otherwise

@@ -1,17 +1,25 @@
-"""Trainable: the module that the Trainer wraps, so that DDP, FSDP and DeepSpeed see one forward per step."""
+"""Trainable: the module that the Trainer wraps, so that DDP, FSDP and DeepSpeed see one forward per step.
+
+Before that the model is loaded as the run's flags say, and what is not to be trained is frozen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
-from ultrarag.finetune.step.sharding import layer_classes
-from ultrarag.hookspecs import Features
+from ultrarag.finetune.batches import PairLengths
+from ultrarag.finetune.step.distributed import layer_classes, load_models_whole
+from ultrarag.hookspecs import Features, LoadOptions
+from ultrarag.plugins import registry
 from ultrarag.types import Embeddings
+
+if TYPE_CHECKING:
+    from ultrarag.finetune.flags import DataArguments, FinetuneArguments, ModelArguments
 
 
 class Trainable(nn.Module):
@@ -48,6 +56,70 @@ class Trainable(nn.Module):
                 "'activation_checkpointing_enable'; leave the flag out"
             )
         enable(**options)
+
+
+def load_encoder(arguments: FinetuneArguments, note: Callable[[str], None]) -> Encoder:
+    """The model to train, with the run's instructions and lengths.
+
+    Raises:
+        UsageError, CheckpointError: it cannot be loaded, or has fewer positions than a text may have tokens.
+    """
+    from transformers import set_seed
+
+    load_models_whole()
+    set_seed(arguments.training.seed)  # fresh heads are drawn from the run's seed, the same on every rank
+    data = arguments.data
+    with arguments.training.main_process_first(desc="loading the model"):
+        encoder = Encoder.load(
+            arguments.model.model_name_or_path,
+            arguments.adapter,
+            device=arguments.training.device,
+            options=_load_options(arguments),
+            query_instruction=data.query_instruction_for_retrieval,
+            query_format=data.query_instruction_format if data.query_instruction_for_retrieval else None,
+            passage_instruction=data.passage_instruction_for_retrieval,
+            passage_format=data.passage_instruction_format if data.passage_instruction_for_retrieval else None,
+        )
+    if encoder.adapter.declared.pair_input:
+        _set_up_pairs(encoder, data, note)
+    else:  # refused here if the model has fewer positions
+        encoder.max_length("query", data.query_max_len)
+        encoder.max_length("passage", data.passage_max_len)
+    return encoder
+
+
+def _load_options(arguments: FinetuneArguments) -> LoadOptions:
+    model: ModelArguments = arguments.model
+    pairs = registry().adapter(arguments.adapter).declared.pair_input
+    return LoadOptions(
+        heads=model.heads,
+        pooling=model.sentence_pooling_method,
+        normalize=None if pairs else arguments.loss.normalize_embeddings,
+        colbert_dim=model.colbert_dim if model.colbert_dim > 0 else None,
+        training=pairs or arguments.loss.unified_finetuning,
+        trust_remote_code=model.trust_remote_code,
+        config_name=model.config_name,
+        tokenizer_name=model.tokenizer_name,
+        use_fast_tokenizer=model.use_fast_tokenizer,
+        cache_dir=model.cache_dir,
+        token=model.token,
+    )
+
+
+def _set_up_pairs(encoder: Encoder, data: DataArguments, note: Callable[[str], None]) -> None:
+    """Check the lengths of pairs, and set what separates their texts."""
+    lengths = PairLengths.of(data)
+    encoder.max_length("passage", lengths.pair)
+    if data.max_len is not None:
+        note(
+            f"max_len {data.max_len}: pairs of at most so many tokens, queries of {lengths.query}; query_max_len and "
+            "passage_max_len have no effect"
+        )
+    if data.sep_token is not None:
+        if encoder.settings.separator is None:
+            note("sep_token has no effect: the tokenizer of this model has a separator of its own")
+        else:
+            encoder.settings.separator = data.sep_token
 
 
 def choose_heads(encoder: Encoder, unified: bool) -> tuple[str, ...]:

@@ -5,38 +5,61 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from ultrarag.checkpoint import Training, write_checkpoint
 from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, TrainingError
 from ultrarag.finetune.batches import PlannedLoader, TrainingBatch
-from ultrarag.finetune.evaluate import Evaluator, RerankEvaluator
 from ultrarag.finetune.step.callbacks import StderrProgress, StopOnInterrupt, Throughput
-from ultrarag.finetune.step.distributed import gather, mean_weight, most, world_size
+from ultrarag.finetune.step.distributed import (
+    Weights,
+    fsdp_on_cpu,
+    gather,
+    load_models_whole,
+    load_sharded,
+    mean_weight,
+    most,
+    uses_engine,
+    world_size,
+)
 from ultrarag.finetune.step.gradcache import cached_step
 from ultrarag.finetune.step.lora import Lora
 from ultrarag.finetune.step.masking import FalseNegatives
-from ultrarag.finetune.step.saving import read_weights, remove_old, write_state
-from ultrarag.finetune.step.sharding import Weights, fsdp_on_cpu, load_models_whole, load_sharded, uses_engine
 from ultrarag.finetune.step.trainable import Trainable
-from ultrarag.hookspecs import Features
-from ultrarag.io import sync_directory, sync_tree
-from ultrarag.loss_arguments import LossArguments
+from ultrarag.hookspecs import Features, LoadOptions
+from ultrarag.io import quiet_progress, sync_directory, sync_tree
 from ultrarag.transfer import remember_host
 from ultrarag.types import Embeddings
 from ultrarag.untrusted import only_tensors
+
+if TYPE_CHECKING:
+    from ultrarag.finetune.flags import FinetuneArguments
+
+#: Measures an encoder with some of its heads: metric -> value.
+Measure = Callable[[Encoder, tuple[str, ...]], dict[str, float]]
+
+
+@dataclass
+class Learner:
+    """What is trained: an encoder by some of its heads, whole or by low-rank adapters."""
+
+    encoder: Encoder
+    heads: tuple[str, ...]
+    lora: Lora | None = None
+    #: finds what is left out of the negatives
+    masking: FalseNegatives | None = None
 
 
 class EmbeddingTrainer(Trainer):
@@ -44,39 +67,39 @@ class EmbeddingTrainer(Trainer):
 
     def __init__(
         self,
-        encoder: Encoder,
-        heads: tuple[str, ...],
-        args: TrainingArguments,
+        learner: Learner,
+        arguments: FinetuneArguments,
         loader: PlannedLoader,
-        loss_arguments: LossArguments,
-        sub_batch_size: int | None,
         record: Training,
-        evaluator: Evaluator | RerankEvaluator | None = None,
-        callbacks: Sequence[Any] = (),
-        lora: Lora | None = None,
-        masking: FalseNegatives | None = None,
-        peak_tflops: float | None = None,
+        measure: Measure | None = None,
     ) -> None:
-        self.trained = Weights(encoder, uses_engine(args))
+        """Prepare the training of a learner.
+
+        Args:
+            loader: this rank's batches.
+            record: what the manifests of checkpoints say of the run.
+            measure: measures the encoder on held-out data, between steps.
+        """
+        args, patience = arguments.training, arguments.evaluation.early_stopping_patience
+        self.trained = Weights(learner.encoder, uses_engine(args))
         super().__init__(
-            model=Trainable(encoder, heads, self.trained.model),
+            model=Trainable(learner.encoder, learner.heads, self.trained.model),
             args=args,
             train_dataset=loader.dataset,
-            eval_dataset=loader.dataset if evaluator else None,  # the Trainer insists on one; `evaluate` is ours
+            eval_dataset=loader.dataset if measure else None,  # the Trainer insists on one; `evaluate` is ours
             data_collator=loader.collate_fn,
-            callbacks=list(callbacks),
+            callbacks=[EarlyStoppingCallback(patience)] if patience else [],
         )
         load_models_whole()
-        self.encoder = encoder
-        self.heads = heads
+        self.encoder, self.heads = learner.encoder, learner.heads
+        self.lora, self.masking = learner.lora, learner.masking
         self.loader = loader
-        self.loss_arguments = loss_arguments
-        self.sub_batch_size = sub_batch_size
+        self.loss_arguments = arguments.loss
+        self.chunk_texts = arguments.model.chunk_texts
         self.record = record
-        self.evaluator = evaluator
-        self.lora = lora
-        self.masking = masking
-        self.throughput = Throughput(self.trained.model, args.device, args.bf16 or args.fp16, peak_tflops)
+        self.measure = measure
+        half, peak_tflops = args.bf16 or args.fp16, arguments.model.peak_tflops
+        self.throughput = Throughput(self.trained.model, args.device, half, peak_tflops)
         self.interrupt = StopOnInterrupt()
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
@@ -92,7 +115,7 @@ class EmbeddingTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the encoder has the weights."""
         output = super().train(*args, **kwargs)
-        self.trained.settle()
+        self.trained.finish()
         return output
 
     # ---- data
@@ -112,7 +135,7 @@ class EmbeddingTrainer(Trainer):
     # ---- the step
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Encode, gather, loss, backward; in pieces of `sub_batch_size` texts where that is set."""
+        """Encode, gather, loss, backward; in chunks of `sub_batch_size` texts where that is set."""
         model.train()
         given = _sides(inputs)
         self.throughput.count(given)
@@ -121,13 +144,13 @@ class EmbeddingTrainer(Trainer):
         for side, before in zip(sides, given, strict=True):
             remember_host(side["attention_mask"], before["attention_mask"])
         share = 1 / self.current_gradient_accumulation_steps
-        if self.sub_batch_size:
+        if self.chunk_texts:
             return cached_step(
                 sides,
                 functools.partial(self._encode, model),
                 lambda embeddings: self._loss(batch, embeddings) * share,
                 Tensor.backward if self.is_deepspeed_enabled else self.accelerator.backward,
-                self.sub_batch_size,
+                self.chunk_texts,
                 functools.partial(self.accelerator.no_sync, model=model),
                 self._push if self.is_deepspeed_enabled else None,
                 most if self.trained.engine else None,
@@ -184,9 +207,9 @@ class EmbeddingTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure retrieval on the held-out data."""
-        assert self.evaluator is not None
+        assert self.measure is not None
         with self.trained.whole():
-            found = self.evaluator(self.encoder, self.heads)
+            found = self.measure(self.encoder, self.heads)
         metrics = {f"{metric_key_prefix}_{name.lower()}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -221,7 +244,7 @@ class EmbeddingTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
-        self._wait()
+        self.wait()
         self.store_flos()
         self.save_model(str(stage), _internal_call=True)
         if not self.args.save_only_model:
@@ -231,15 +254,15 @@ class EmbeddingTrainer(Trainer):
         if self.state.best_global_step:
             best = final.with_name(f"checkpoint-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best)
-        self._wait()
+        self.wait()
         if self.args.should_save:
-            write_state(self, stage)
+            _write_state(self, stage)
             sync_tree(stage)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(stage, final)
             sync_directory(final.parent)
-            remove_old(final, self.state.best_model_checkpoint, self.args.save_total_limit)
-        self._wait()
+            _remove_old(final, self.state.best_model_checkpoint, self.args.save_total_limit)
+        self.wait()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As transformers does it; under FSDP without the weights, which `save_model` has written."""
@@ -252,7 +275,8 @@ class EmbeddingTrainer(Trainer):
         if self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Let every rank come here."""
         if world_size() > 1:
             dist.barrier()
 
@@ -269,16 +293,16 @@ class EmbeddingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put a checkpoint's weights into the model, every one of them, or raise."""
         if model is None:
-            self._load_weights(resume_from_checkpoint)
+            self.load_weights(resume_from_checkpoint)
         else:
-            load_sharded(model, read_weights(self.encoder, resume_from_checkpoint))
+            load_sharded(model, _read_weights(self.encoder, resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_weights(str(self.state.best_model_checkpoint))
+        self.load_weights(str(self.state.best_model_checkpoint))
 
-    def _load_weights(self, folder: str) -> None:
+    def load_weights(self, folder: str) -> None:
         """Put a checkpoint's weights into the encoder."""
-        weights = read_weights(self.encoder, folder)
+        weights = _read_weights(self.encoder, folder)
         if self.lora:
             self.lora.restore(Path(folder), weights)
             return
@@ -286,7 +310,7 @@ class EmbeddingTrainer(Trainer):
             self.encoder.model.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model that is trained: {error}") from error
-        self.trained.settled()
+        self.trained.keep()
 
 
 def _sides(batch: TrainingBatch) -> list[Features]:
@@ -301,3 +325,32 @@ def _not_finite(loss: Tensor, step: int, batch: TrainingBatch) -> str:
         "this step. Usual causes: fp16 overflow (use --bf16), a learning rate that is too high, a temperature that is "
         "too low, or damaged teacher scores in these rows"
     )
+
+
+def _write_state(trainer: Trainer, folder: Path) -> None:
+    """The Trainer's counters, with those of its callbacks (early stopping)."""
+    saved: dict[str, Any] = trainer.state.stateful_callbacks  # type: ignore[assignment]
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            saved[type(callback).__name__] = callback.state()
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+
+
+def _remove_old(newest: Path, best: str | None, limit: int | None) -> None:
+    """Keep `limit` checkpoints beside the newest: that one, and the best one always."""
+    if not limit or limit <= 0:
+        return
+    found = sorted(newest.parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    kept = {newest, Path(best or newest)}
+    removable = [path for path in found if path not in kept]
+    for path in removable[: max(0, len(found) - max(limit, len(kept)))]:
+        shutil.rmtree(path)
+
+
+def _read_weights(encoder: Encoder, folder: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint of the same model."""
+    settings = encoder.settings
+    options = LoadOptions(heads=encoder.heads, pooling=settings.pooling, normalize=settings.normalize)
+    with quiet_progress():
+        found: dict[str, Tensor] = encoder.adapter.load(folder, options).state_dict()
+    return found

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.evaluation import DEFAULT_METRICS, Measured, Qrels, Verdict
-from ultrarag.types import Passage
+from ultrarag.evaluation import DEFAULT_METRICS, Measured, Qrels, Verdict, passages_of
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.passages import Store
@@ -80,10 +79,5 @@ def compare_encoders(
 
 def measured(verdict: Verdict, asked: Questions, store: Store) -> Measured:
     """What the gate measured, with the texts of what a reader wants to see."""
-
-    def passages(ids: list[str]) -> Mapping[str, Passage]:
-        if asked.corpus is None:
-            return store.get(ids)
-        return {id: Passage(id, asked.corpus[id]) for id in ids if id in asked.corpus}
-
+    passages = store.get if asked.corpus is None else passages_of(asked.corpus)
     return Measured.of(verdict, asked.queries, asked.qrels, str(asked), passages)

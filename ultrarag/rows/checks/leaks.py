@@ -26,10 +26,7 @@ class LeakChecks:
 
     @classmethod
     def of(cls, evaluator: Any, level: str = "error") -> LeakChecks:
-        """Take the texts of an `Evaluator` or a `RerankEvaluator`."""
-        if hasattr(evaluator, "candidates"):
-            found = [text for q, texts in evaluator.candidates.items() for text in texts[: evaluator.relevant[q]]]
-            return cls(evaluator.candidates, found, level)
+        """Take the texts of held-out data with `queries`, `qrels` and `corpus`."""
         judged = {key: evaluator.qrels.get(key) or {} for key in evaluator.queries}
         queries = [evaluator.queries[key] for key, relevant in judged.items() if relevant]
         return cls(queries, _relevant(judged.values(), evaluator.corpus), level)

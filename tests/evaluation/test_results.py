@@ -44,7 +44,7 @@ def test_only_judged_queries_are_searched_as_deep_as_the_metrics_look() -> None:
     assert index.options["k"] == 3
 
 
-def test_an_unknown_metric_is_told_before_anything_is_searched() -> None:
+def test_an_unknown_metric_is_refused_before_anything_is_searched() -> None:
     index = Fixed("a")
     with pytest.raises(UsageError, match="did you mean 'nDCG@10'"):
         evaluate(index, {"q": "x"}, {"q": {"a": 1}}, ["nDGC@10"])
