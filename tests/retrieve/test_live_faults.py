@@ -19,7 +19,7 @@ from ultrarag.errors import GateError, IndexStateError
 from ultrarag.retrieve import read_status
 from ultrarag.retrieve.build import child as builder
 from ultrarag.retrieve.build.child import Build, read_progress
-from ultrarag.retrieve.engines import seal as files
+from ultrarag.io import durable as files
 from ultrarag.retrieve.engines.registry import open_backend
 from ultrarag.retrieve.generation.catalog import Generation
 from ultrarag.retrieve.generation.replay import Vectors
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_during_a_build_leaves_the_live_generation_alone(
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomically", full)
+        patch.setattr(files, "write_bytes", full)
         patch.setattr(builder, "_behave", lambda threads: None)
         assert builder.main([str(live.path), str(generation.id)]) == 1
     told = json.loads(capsys.readouterr().out)
@@ -187,7 +187,7 @@ def test_a_disk_that_is_full_during_a_swap_leaves_the_old_pair_live(
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomically", full)
+        patch.setattr(files, "write_bytes", full)
         with pytest.raises(IndexStateError, match="No space left"):
             live.swap(new)
         assert len(live.search(text_of(3), heads=["dense"])) == 9

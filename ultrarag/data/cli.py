@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ultrarag.errors import UltraragError, UsageError, did_you_mean
+from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.io import run_command
 
 #: name -> (module with `main(argv) -> exit status`, what it does)
 COMMANDS = {
@@ -25,31 +25,17 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(words))
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
-    try:
-        status = _run(words[0], words[1:])
-        sys.stdout.flush()
-        return status
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except UltraragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
-        return 130
-
-
-def _run(name: str, words: Sequence[str]) -> int:
+    name = words[0]
     if name not in COMMANDS:
         raise UsageError(f"'{name}' is no command{did_you_mean(name, COMMANDS)}; ultrarag data --help lists all")
-    return int(import_module(COMMANDS[name][0]).main(words))
+    return int(import_module(COMMANDS[name][0]).main(words[1:]))
 
 
 def _help() -> str:

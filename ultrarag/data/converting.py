@@ -15,7 +15,7 @@ from ultrarag.data.converting_columns import LAYOUTS, ColumnLines, delimiter_of,
 from ultrarag.data.converting_rag_retrieval import RagRetrievalLines, read_rag_retrieval_rows
 from ultrarag.data.flags import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
-from ultrarag.io import identity, resumable
+from ultrarag.io import identity, print_result, resumable
 from ultrarag.rows import Counts, Paths, Row, as_json, checked_row, file_paths, reading
 
 FORMATS = ("rows", "beir", "columns", "rag-retrieval")
@@ -191,9 +191,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, default="triplet", help="columns: a line is (default: triplet)")
     parser.add_argument("--negatives", type=int, default=1, metavar="N", help="columns: of an n-tuple (default: 1)")
     found = vars(parser.read(argv))
-    plain, source, output = found.pop("json"), found.pop("source"), found.pop("output")
+    as_json, source, output = found.pop("json"), found.pop("source"), found.pop("output")
     report = convert(source[0] if len(source) == 1 else source, output, **found)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if plain else report)
+    print_result(report, as_json)
     return 0
 
 

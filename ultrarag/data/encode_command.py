@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from ultrarag.encode import FORMATS, Compression, EncodedCorpus, ModelChoice, encode_corpus
+from ultrarag.io import print_result
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         devices=arguments.devices or (None,),
         overwrite=arguments.overwrite,
     )
-    print(json.dumps(_facts(found)) if arguments.json else _text(found))
+    print_result(_facts(found), arguments.json, lambda _: _text(found))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from ultrarag.data.flags import (
     weights,
 )
 from ultrarag.errors import UsageError
+from ultrarag.io import print_result
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
             gpu=arguments.use_gpu_for_searching,
             batch_tokens=arguments.batch_tokens,
         )
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
+    print_result(report, arguments.json)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from bisect import bisect_right
@@ -16,7 +15,7 @@ import numpy as np
 
 from ultrarag.data.flags import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
-from ultrarag.io import identity, resumable, table
+from ultrarag.io import identity, print_result, resumable, table
 from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading, text_key
 from ultrarag.rows.checks import guessed_tokens
 
@@ -226,9 +225,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", help="count the tokens of this model's tokenizer; default: a guess by characters")
     found = vars(parser.read(argv))
-    plain, files, output = found.pop("json"), found.pop("files"), found.pop("output")
+    as_json, files, output = found.pop("json"), found.pop("files"), found.pop("output")
     report = split(files, output, **found)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if plain else report)
+    print_result(report, as_json)
     return 0
 
 
