@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -78,6 +79,13 @@ def standard_input() -> TextIO:
     return sys.stdin
 
 
+class _VisibleFormatter(logging.Formatter):
+    """Warnings may quote texts too, such as what a server answered."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 class _Output:
     """Standard output whose failures are OutputErrors: an OSError would not say what it is about."""
 
@@ -111,6 +119,8 @@ def _guarded_output() -> Iterator[None]:
     _open_closed_descriptors()
     if closed:
         raise OutputError(_CLOSED)
+    if logging.lastResort is not None:  # what prints warnings where nobody has set logging up
+        logging.lastResort.setFormatter(_VisibleFormatter())
     with redirect_stdout(_Output(sys.stdout)):
         try:
             yield

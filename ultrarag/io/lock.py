@@ -41,11 +41,7 @@ class Owner:
 
     def patience(self) -> float:
         """Seconds to wait until it lets go."""
-        if not self._is_local():
-            return PATIENCE
-        if self.pid == os.getpid():
-            return 0.0
-        return PATIENCE if process_exists(self.pid) else GRACE
+        return GRACE if self._is_local() and not process_exists(self.pid) else PATIENCE
 
     def _is_local(self) -> bool:
         return self.host == socket.gethostname()
@@ -54,8 +50,8 @@ class Owner:
 class OwnerLock:
     """The right to use a directory, held by one object in one process until `release` or the end of the process.
 
-    A lock that is held is waited for: not at all when this process holds it, half a second when another does, and five
-    seconds when the process that acquired it was killed and a child that inherited it has yet to end.
+    A lock that is held is waited for: half a second, and five when the process that acquired it was killed and a child
+    that inherited it has yet to end.
     """
 
     def __init__(self, directory: Path, hint: str = "") -> None:
