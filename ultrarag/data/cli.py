@@ -9,16 +9,24 @@ from importlib import import_module
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.io import run_command
 
-#: name -> (module with `main(argv) -> exit status`, what it does)
+#: name -> (module, its function (argv) -> exit status, what it does)
 COMMANDS = {
-    "check": ("ultrarag.data.checking", "find what would spoil a fine-tune, before it"),
-    "clean": ("ultrarag.data.cleaning", "leave out rows and negatives by their teacher's scores"),
-    "split": ("ultrarag.data.splitting", "split rows by length, or into train and test without shared passages"),
-    "convert": ("ultrarag.data.converting", "convert BEIR, CSV, pairs, triplets and RAG-Retrieval rows, both ways"),
-    "encode": ("ultrarag.data.encode_command", "encode a corpus to disk, on several devices"),
-    "mine": ("ultrarag.data.mine_command", "find hard negatives for rows"),
-    "score": ("ultrarag.data.scoring", "give rows a teacher's scores"),
-    "synthesize": ("ultrarag.data.synthesize_command", "write queries for passages"),
+    "check": ("ultrarag.data.checking", "main", "find what would spoil a fine-tune, before it"),
+    "clean": ("ultrarag.data.cleaning", "main", "leave out rows and negatives by their teacher's scores"),
+    "split": (
+        "ultrarag.data.splitting",
+        "main",
+        "split rows by length, or into train and test without shared passages",
+    ),
+    "convert": (
+        "ultrarag.data.converting",
+        "main",
+        "convert BEIR, CSV, pairs, triplets, RAG-Retrieval rows, both ways",
+    ),
+    "encode": ("ultrarag.data.commands", "run_encode", "encode a corpus to disk, on several devices"),
+    "mine": ("ultrarag.data.commands", "run_mine", "find hard negatives for rows"),
+    "score": ("ultrarag.data.scoring", "main", "give rows a teacher's scores"),
+    "synthesize": ("ultrarag.data.synthesize_command", "main", "write queries for passages"),
 }
 
 
@@ -35,11 +43,12 @@ def _run(words: list[str]) -> int:
     name = words[0]
     if name not in COMMANDS:
         raise UsageError(f"'{name}' is no command{did_you_mean(name, COMMANDS)}; ultrarag data --help lists all")
-    return int(import_module(COMMANDS[name][0]).main(words[1:]))
+    module, function, _ = COMMANDS[name]
+    return int(getattr(import_module(module), function)(words[1:]))
 
 
 def _help() -> str:
-    lines = [f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<11} {text}" for name, (_, _, text) in COMMANDS.items()]
     head = "usage: ultrarag data COMMAND ...\n\nMake, check and change training data.\n\ncommands:"
     return "\n".join([head, *lines, "\nultrarag data COMMAND --help says more."])
 

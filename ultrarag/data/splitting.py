@@ -91,7 +91,7 @@ def split(
 
 @dataclass
 class _Chooser:
-    """Which file a row goes into; it may take texts out of the row."""
+    """Which file a row goes into; it may remove texts from the row."""
 
     names: list[str]
     #: (number, row) -> file
@@ -195,7 +195,7 @@ def _held_out(paths: Sequence[str], files: np.ndarray) -> dict[int, int]:
 
 
 def _choose(files: np.ndarray, held: Mapping[int, int], report: SplitReport, number: int, row: Row) -> int:
-    """Return a row's file; take the positives of files that are held out from it out of its negatives."""
+    """Return a row's file; remove from its negatives the positives of files that are held out from it."""
     file = int(files[number])
     kept = [i for i, text in enumerate(row.neg or []) if held.get(text_key(text), file) in (file, 0)]
     if row.neg and len(kept) < len(row.neg):
