@@ -32,7 +32,7 @@ def checkpoint_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
     if manifest is None:
         raise CheckpointError(f"'{path}' has no {MANIFEST}: it is no checkpoint of ultrarag's, so it has no log")
     if manifest.training is None:
-        raise CheckpointError(f"'{path}' holds a model that was saved and not trained: there is no run to tell of")
+        raise CheckpointError(f"'{path}' holds a model that was saved and not trained: there is no run to show")
     return manifest.lineage()[::-1]
 
 

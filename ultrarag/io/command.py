@@ -67,7 +67,7 @@ def print_result(found: Any, as_json: bool, text: Callable[[Any], object] = str)
 
 
 def print_error(message: object) -> None:
-    """Print a line on stderr; there is nobody to tell where that cannot be written."""
+    """Print a line on stderr; where that cannot be written nobody can be reached."""
     with suppress(OSError):
         print(visible(str(message)), file=sys.stderr, flush=True)
 

@@ -95,7 +95,7 @@ class OwnerLock:
 
 
 def read_owner(directory: Path) -> Owner | None:
-    """Return who owns a directory now, or None; nothing is locked for longer than the question takes."""
+    """Return who owns a directory now, or None; nothing is locked for longer than the look at it."""
     try:
         file = open(directory / LOCK_FILE, encoding="utf-8")  # noqa: SIM115
     except FileNotFoundError:

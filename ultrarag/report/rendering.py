@@ -1,6 +1,6 @@
 """The report of a fine-tuning run as one HTML file: what it gained and lost, shown and not only counted.
 
-It needs no index: it takes plain data, and leaves out what it is not given.
+It needs no index: it reads plain data, and leaves out what it is not given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HITS, CHARACTERS, LISTED = 5, 280, 100
 
 @dataclass(frozen=True)
 class Page:
-    """What the report tells."""
+    """What the report shows."""
 
     title: str
     #: one sentence: what came of it
@@ -94,7 +94,7 @@ def _guard(metrics: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _merge(merge: Mapping[str, Any]) -> str:
-    told = f"<p>{merge['weight']:g} of the trained weights, the rest of {text(merge['with'])}.</p>"
+    weights = f"<p>{merge['weight']:g} of the trained weights, the rest of {text(merge['with'])}.</p>"
     rows = [
         (
             f"{trial['weight']:g}" + (" ✓" if trial["weight"] == merge["weight"] else ""),
@@ -104,7 +104,7 @@ def _merge(merge: Mapping[str, Any]) -> str:
         for trial in merge["tried"]
     ]
     tried = table(("weight of the trained model", "nDCG@10", "nDCG@10 on the guard"), rows, (1, 2)) if rows else ""
-    return section("Merging", told + tried)
+    return section("Merging", weights + tried)
 
 
 def _measured_metrics(measured: Measured) -> str:
@@ -127,8 +127,10 @@ def _judgement(change: Significance) -> str:
 def _changes(measured: Measured) -> str:
     gained, lost = measured.gained(), measured.lost()
     same = len(measured.qrels) - len(gained) - len(lost)
-    told = f"<p>By {text(measured.metric)}: {len(gained)} queries gained, {len(lost)} lost, {same} did not change.</p>"
-    parts = [section("Queries", told)]
+    counts = (
+        f"<p>By {text(measured.metric)}: {len(gained)} queries gained, {len(lost)} lost, {same} did not change.</p>"
+    )
+    parts = [section("Queries", counts)]
     for name, changes in (("Gained most", gained), ("Lost most", lost)):
         shown = "\n".join(
             _example(measured, query_id, change, number == 0)
@@ -183,12 +185,12 @@ def _missed(measured: Measured, query_id: str) -> str:
     """Where the right passages stand that are not among the hits shown."""
     shown = {id for side in (measured.before, measured.after) for id in list(side.run.get(query_id, {}))[:HITS]}
     missed = [id for id in _right(measured, query_id) if id not in shown]
-    told = [
+    places = [
         f"<code>{text(id)}</code> ({_rank(measured.before.run, query_id, id)} before, "
         f"{_rank(measured.after.run, query_id, id)} after)"
         for id in missed[:HITS]
     ]
-    return f'<p class="soft">Right, and not shown below: {", ".join(told)}</p>\n' if told else ""
+    return f'<p class="soft">Right, and not shown below: {", ".join(places)}</p>\n' if places else ""
 
 
 def _rank(run: Mapping[str, Mapping[str, float]], query_id: str, id: str) -> str:

@@ -227,7 +227,7 @@ def finetune_flags(words: Sequence[str]) -> dict[str, Any]:
         elif name:
             found[name].append(word)
         else:
-            raise UsageError(f"'{word}' follows no flag that takes it")
+            raise UsageError(f"'{word}' follows no flag that it could be a value of")
     return dict(_keyword(name, values) for name, values in found.items())
 
 
