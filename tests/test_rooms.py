@@ -49,7 +49,7 @@ ORDER = [
     {"data"},
     {"retrieve/command"},
     {"retrieve/build/__main__", "retrieve", "retrieve/mining"},
-    {"testing", "demo", "cli", "__init__"},
+    {"testing", "demo", "cli", "__init__", "__main__"},
 ]
 #: What an adapter may use: it could be anybody's package.
 FOR_ADAPTERS = {

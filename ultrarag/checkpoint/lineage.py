@@ -32,11 +32,11 @@ def checkpoint_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
     if manifest is None:
         raise CheckpointError(f"'{path}' has no {MANIFEST}: it is no checkpoint of ultrarag's, so it has no log")
     if manifest.training is None:
-        raise CheckpointError(f"'{path}' holds a model that was saved and not trained: there is no run to tell of")
+        raise CheckpointError(f"'{path}' holds a model that was saved and not trained: there is no run to show")
     return manifest.lineage()[::-1]
 
 
-def told(chain: list[dict[str, Any]]) -> str:
+def lineage_text(chain: list[dict[str, Any]]) -> str:
     """Return a log as text: one paragraph per model, then the model that it all began with."""
     first = chain[-1]
     began = f"{first['parent'][:12]}  {first['parent_name']} (what it began with)"

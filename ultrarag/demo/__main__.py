@@ -6,17 +6,19 @@ import argparse
 import logging
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.demo.corpus import DemoData, build_demo, comparison, example
-from ultrarag.demo.visitor import Visitor
-from ultrarag.errors import UltraragError, UsageError
+from ultrarag.errors import UsageError
 from ultrarag.evaluation import Collection, read_beir, significance
+from ultrarag.io import print_error, run_command, visible
 
 if TYPE_CHECKING:
     from ultrarag.retrieve import Evaluation, LiveIndex, RefreshReport
@@ -42,6 +44,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "hybrid": {"weights": {"dense": 1, "bm25": 0.5}},
 }
 Evaluations = dict[str, "Evaluation"]
+#: Seconds between an answer and the next query of a visitor.
+PAUSE = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,14 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--uri",
         help="keep the index in a server: qdrant://HOST:6333/NAME, milvus://HOST:19530/NAME (default: in the folder)",
     )
-    args = parser.parse_args(argv)
-    try:
-        with _without_notes_of_cut_texts():
-            run_demo(args.output, small_model(), uri=args.uri)
-    except UltraragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    with _without_notes_of_cut_texts():
+        run_demo(args.output, small_model(), uri=args.uri)
 
 
 @contextmanager
@@ -153,17 +155,64 @@ def show(task: Collection, before: Evaluations, after: Evaluations, visitor: Vis
     print(comparison(before, after))
     change = significance(before["dense"].of("nDCG@10"), after["dense"].of("nDCG@10"))
     print(f"\ndense nDCG@10 {change}\n")
-    print(example(task, before["dense"].run, after["dense"].run))
+    print(visible(example(task, before["dense"].run, after["dense"].run)))
+
+
+class Visitor:
+    """A user who keeps searching in a thread from the beginning of a `with` block to its end; counts what fails."""
+
+    def __init__(self, live: LiveIndex, queries: Sequence[str], options: dict[str, Any]) -> None:
+        self._live, self._queries, self._options = live, queries, options
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._search, name="visitor", daemon=True)
+        #: seconds of each search that was answered
+        self.seconds: list[float] = []
+        #: one message for each that failed or found nothing
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Visitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def __str__(self) -> str:
+        total = len(self.seconds) + len(self.failures)
+        found = f"{total} searches, {len(self.failures)} failed"
+        if self.failures:
+            return f"{found}; the first: {self.failures[0]}"
+        if not self.seconds:
+            return found
+        middle, slowest = (1000 * sorted(self.seconds)[place] for place in (len(self.seconds) // 2, -1))
+        return f"{found}; half were answered within {middle:.0f} ms, the slowest in {slowest:.0f} ms"
+
+    def _search(self) -> None:
+        for query in cycle(self._queries):
+            if self._stop.is_set():
+                return
+            started = time.perf_counter()
+            try:
+                hits = self._live.search(query, k=10, **self._options)
+            except Exception as error:
+                self.failures.append(f"{type(error).__name__}: {error}")
+            else:
+                if hits:
+                    self.seconds.append(time.perf_counter() - started)
+                else:
+                    self.failures.append(f"no hits for {query!r}")
+            self._stop.wait(PAUSE)
 
 
 def _steps(total: int) -> Callable[[str], None]:
-    """Return a function that tells on stderr which step begins, and how many seconds have passed."""
+    """Return a function that prints on stderr which step begins, and how many seconds have passed."""
     start, done = time.monotonic(), iter(range(1, total + 1))
 
     def say(what: str) -> None:
         number = next(done, None)
         step = f"{number}/{total} " if number else ""
-        print(f"[{time.monotonic() - start:4.0f} s] {step}{what}", file=sys.stderr, flush=True)
+        print_error(f"[{time.monotonic() - start:4.0f} s] {step}{what}")
 
     return say
 

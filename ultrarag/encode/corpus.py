@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import numpy as np
 
 from ultrarag.encode.compress import Compression
 from ultrarag.errors import DataError, FingerprintError, UsageError
-from ultrarag.io import Column, Vectors, only, progress_bar, write_json
+from ultrarag.io import Column, Vectors, only, progress_bar, start_child, write_json
 from ultrarag.retrieve.passages import PassageFile, passage_file
 from ultrarag.types import Embeddings
 
@@ -287,9 +286,7 @@ def _run_workers(
 
 def _start(model: ModelChoice, folder: Path, corpus: str, number: int, device: str | None) -> subprocess.Popen[bytes]:
     asked = {"model": asdict(model), "folder": str(folder), "corpus": corpus, "shard": number, "device": device}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    words = [sys.executable, "-m", "ultrarag.encode.worker", json.dumps(asked)]
-    return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
+    return start_child("ultrarag.encode.worker", json.dumps(asked))
 
 
 def _check(children: Sequence[subprocess.Popen[bytes]], devices: Sequence[str | None]) -> None:

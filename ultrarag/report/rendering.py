@@ -1,6 +1,6 @@
 """The report of a fine-tuning run as one HTML file: what it gained and lost, shown and not only counted.
 
-It needs no index: it takes plain data, and leaves out what it is not given.
+It needs no index: it reads plain data, and leaves out what it is not given.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Subject:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The model as it is in the folder; checks that change a model take a `fresh` one."""
+        """The model as it is in the folder; checks that change a model use a `fresh` one."""
         return self.fresh()
 
     def fresh(self, path: Path | None = None, options: LoadOptions | None = None) -> Encoder:
@@ -107,7 +107,7 @@ class Subject:
     def trainable(self, encoder: Encoder, unified: bool) -> Trainable:
         """The module that the trainer would wrap, frozen as it would be.
 
-        The model itself is told that it trains (a layerwise reranker then scores at every layer); its layers are in
+        The model itself is in training mode (a layerwise reranker then scores at every layer); its layers are in
         evaluation mode, since dropout would hide what the checks compare.
         """
         heads = choose_heads(encoder, unified)

@@ -27,7 +27,7 @@ TEXTS = (
     "怎样防止自行车链条生锈？",
     "骑车淋雨以后先擦干链条，再滴一点润滑油。",
 )
-#: Tokens that the tiny models take, special ones included.
+#: Tokens that the tiny models accept, special ones included.
 MAX_LENGTH = 128
 _SPECIAL = {
     "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
@@ -232,7 +232,7 @@ def tiny_config(kind: Any, tokenizer: PreTrainedTokenizerFast, **more: Any) -> A
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,  # with the usual 0.02, two layers hardly tell texts apart
+        initializer_range=0.2,  # with the usual 0.02, two layers hardly distinguish texts
         **more,
     )
 

@@ -164,7 +164,7 @@ def check_gradcache(subject: Subject) -> str:
 
 
 def check_other_devices(subject: Subject) -> str:
-    """The loss takes negatives beyond its own candidates (--negatives_cross_device)."""
+    """The loss accepts negatives beyond its own candidates (--negatives_cross_device)."""
     if subject.pairs:
         raise NotApplicable("a cross-encoder has no in-batch negatives")
     encoder = subject.encoder

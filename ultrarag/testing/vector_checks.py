@@ -19,7 +19,7 @@ LONG = 2048
 
 
 def check_load(subject: Subject) -> str:
-    """The model is what the rest of ultrarag relies on: float32, with a tokenizer that pads."""
+    """The model is what ultrarag relies on: float32, with a tokenizer that pads."""
     encoder = subject.encoder
     odd = [name for name, p in encoder.model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]
     if odd:
@@ -158,7 +158,7 @@ def check_padding(subject: Subject) -> str:
 
 
 def check_odd_texts(subject: Subject) -> str:
-    """Empty texts have finite vectors, and over-long ones are cut to what the model takes."""
+    """Empty texts have finite vectors, and over-long ones are cut to the model's length."""
     encoder = subject.encoder
     limit = encoder.max_length("passage")
     words = " ".join([*TEXTS] * (1 + (limit or LONG) // 40))

@@ -8,7 +8,6 @@ and goes on after the last committed chunk when it is started again. It ends wit
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from types import FrameType
 from typing import Protocol
 
 from ultrarag.errors import UltraragError, kind_of
-from ultrarag.io import progress_bar
+from ultrarag.io import end_with_parent, progress_bar
 from ultrarag.retrieve.build.encoded import Encoded, Known
 from ultrarag.retrieve.generation import (
     Catalog,
@@ -177,11 +176,9 @@ def _strategy(asked: argparse.Namespace) -> Strategy:
 
 
 def _behave(threads: int) -> None:
-    """Low priority, few threads, a clean end on SIGTERM, and an end with the parent (on Linux)."""
+    """Low priority, few threads, a clean end on SIGTERM, and an end with the parent."""
     signal.signal(signal.SIGTERM, _stop)
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    end_with_parent()
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     import torch

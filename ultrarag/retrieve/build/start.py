@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING
 from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.io import start_child, stop_child
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import Generation, Progress, Source, Unencoded, prepare, stored_heads
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
 
-#: Seconds that a build may take to end when it is told to.
+#: Seconds to wait for a build to end by itself.
 PATIENCE = 20.0
 
 
@@ -127,13 +127,11 @@ def run_builder(
     """
     threads = threads or max(1, (os.cpu_count() or 2) // 2)
     wish = {None: "auto", True: "always", False: "never"}[progress]
-    command = [sys.executable, "-m", "ultrarag.retrieve.build.child", str(root), str(generation.id)]
-    command += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
-    command += ["--ray", ray.to_json()] if ray else []
-    # a session of its own: Ctrl-C reaches this process only, which then ends the builder in good order
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=_environment(threads), start_new_session=True
-    ) as child:
+    words = [str(root), str(generation.id)]
+    words += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
+    words += ["--ray", ray.to_json()] if ray else []
+    limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with start_child("ultrarag.retrieve.build.child", *words, env=limits, stdout=subprocess.PIPE, text=True) as child:
         started(child)
         try:
             output, _ = child.communicate()
@@ -145,27 +143,17 @@ def run_builder(
 
 
 def end(child: subprocess.Popen[str]) -> None:
-    """End a builder: politely, then by force."""
-    child.terminate()
-    try:
-        child.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _environment(threads: int) -> dict[str, str]:
-    paths = os.pathsep.join(path for path in sys.path if path)  # a program run from its source folder
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
+    """End a builder; what it committed is kept."""
+    stop_child(child, PATIENCE)
 
 
 def _error(output: str, status: int, generation: Generation) -> Exception:
     """The error that the builder printed as JSON, or one that says how it ended."""
     again = "what it committed is kept: build the same checkpoint again to go on"
     try:
-        told = json.loads(output.strip().splitlines()[-1])
-        kind = getattr(errors, told["kind"])
-        return kind(f"building generation {generation.id}: {told['message']}")
+        found = json.loads(output.strip().splitlines()[-1])
+        kind = getattr(errors, found["kind"])
+        return kind(f"building generation {generation.id}: {found['message']}")
     except (ValueError, IndexError, KeyError, AttributeError, TypeError):
         how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
         return IndexStateError(f"the build of generation {generation.id} {how}; {again}")
