@@ -14,9 +14,9 @@ from ultrarag.data.mine_command import main
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io.vectors import Vectors
 from ultrarag.mining import miner as miner_module
-from ultrarag.mining import prepared as prepare
+from ultrarag.mining import pool as pool_module
 from ultrarag.mining import search
-from ultrarag.mining.files import mine_files as mine_in_files
+from ultrarag.mining.miner import mine_files as mine_in_files
 from ultrarag.mining.settings import MiningSettings
 from ultrarag.retrieve import mine
 from ultrarag.retrieve.bm25.index import BM25
@@ -57,8 +57,8 @@ def hardest(encoder, pool=POOL, rows=ROWS, **settings):
 
 @pytest.mark.parametrize("weights", [{"dense": 1}, {"sparse": 1}, M3], ids=lambda weights: "+".join(weights))
 def test_all_candidates_come_in_the_order_of_brute_force(m3_encoder, monkeypatch, weights):
-    monkeypatch.setattr("ultrarag.io.vectors.BLOCK", 7)  # so that blocks must be merged
-    monkeypatch.setattr(search, "_QUERIES", 3)
+    monkeypatch.setattr("ultrarag.io.vectors.CHUNK_TEXTS", 7)  # so that chunks must be merged
+    monkeypatch.setattr(search, "_CHUNK_QUERIES", 3)
     found = hardest(m3_encoder, weights=weights, write_scores=True)
     scores = brute_force(m3_encoder, weights)
     if weights == {"sparse": 1}:  # texts without a common token are no candidates
@@ -205,7 +205,7 @@ def test_a_veto_needs_a_reranker(m3_encoder):
 
 def test_random_draws_depend_on_the_seed_alone(m3_encoder, monkeypatch):
     first = hardest(m3_encoder, sampling="random", negatives=5, range=(0, 30), seed=1).rows
-    monkeypatch.setattr(miner_module, "WINDOW", 3)
+    monkeypatch.setattr(miner_module, "CHUNK_ROWS", 3)
     assert hardest(m3_encoder, sampling="random", negatives=5, range=(0, 30), seed=1).rows == first
     other = hardest(m3_encoder, sampling="random", negatives=5, range=(0, 30), seed=2).rows
     assert other != first
@@ -267,8 +267,8 @@ SETTINGS = MiningSettings(range=(0, 30), negatives=4, weights={"dense": 1.0, "bm
 
 def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monkeypatch):
     rows, pool, output = files
-    monkeypatch.setattr(prepare, "WINDOW", 16)
-    options = {"candidate_pool": pool, "window": 3}
+    monkeypatch.setattr(pool_module, "CHUNK_TEXTS", 16)
+    options = {"candidate_pool": pool, "chunk_rows": 3}
     mine_in_files(rows, output, m3_encoder, SETTINGS, **options)
     whole = {name: path_of(output, name).read_text() for name in ("", ".counts.jsonl")}
     report = json.loads(path_of(output, ".report.json").read_text())

@@ -21,6 +21,6 @@ if TYPE_CHECKING:
     from ultrarag.io.lock import OwnerLock, read_owner
     from ultrarag.io.output import Output, identity, resumable
     from ultrarag.io.terminal import progress_bar, quiet_progress, table, width
-    from ultrarag.io.vectors import BLOCK, Column, Vectors, only, padded_sparse, padded_tokens
+    from ultrarag.io.vectors import CHUNK_TEXTS, Column, Vectors, only, padded_sparse, padded_tokens
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

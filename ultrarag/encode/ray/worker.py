@@ -10,19 +10,21 @@ import json
 import os
 import socket
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultrarag.encode import chunks_of, encode_blocks, passages_of
 from ultrarag.encoder import Cuts
 from ultrarag.errors import CheckpointError, IndexStateError, UltraragError, kind_of
 from ultrarag.retrieve.engines import open_backend
 from ultrarag.retrieve.passages import Store
 
-#: Passages encoded, and written, at a time.
-PIECE = 512
+#: Passages encoded while those before them are on their way to the server.
+CHUNK_TEXTS = 512
 #: How often a block is begun before it is given up: its workers died each time.
 ATTEMPTS = 4
 
@@ -56,7 +58,7 @@ class Attempts:
         return self._counts[block]
 
 
-def read_block(batch: Any, root: str, first: int, size: int, up_to_seq: int) -> Any:
+def read_block(batch: Any, root: str, first: int, chunk_texts: int, up_to_seq: int) -> Any:
     """Read the passages of one block, on the machine that has the index; a pyarrow table of one row.
 
     Args:
@@ -64,11 +66,11 @@ def read_block(batch: Any, root: str, first: int, size: int, up_to_seq: int) -> 
         up_to_seq: what was written after this entry of the log is left to the builder, which replays the log.
     """
     block = int(batch["block"][0].as_py())
-    start = first + block * size
+    start = first + block * chunk_texts
     try:
         store = Store.open(Path(root), read_only=True)
         try:
-            found = [passage for row, passage in store.scan(start, size, up_to_seq) if row <= start + size]
+            found = passages_of(store, start, start + chunk_texts, up_to_seq)
         finally:
             store.close()
     except (UltraragError, OSError) as error:
@@ -131,24 +133,28 @@ class Worker:
             )
 
     def _take(self, ids: Sequence[str], texts: Sequence[str], payloads: Sequence[Any], cuts: Cuts) -> None:
-        """Encode a piece while the one before it is on its way to the server."""
-        order = self._order
-        sent: Future[None] | None = None
-        for start in range(0, len(ids), PIECE):
-            piece = slice(start, start + PIECE)
-            vectors = self._encoder.encode(
-                list(texts[piece]),
-                "passage",
-                heads=order.heads,
-                batch_tokens=order.batch_tokens,
-                progress=False,
-                cuts=cuts,
-            )
-            if sent is not None:
-                sent.result()
-            sent = self._writer.submit(self._backend.upsert, ids[piece], vectors, payloads[piece])
-        if sent is not None:
-            sent.result()
+        """Encode a chunk while the one before it is on its way to the server."""
+        sent: deque[Future[None]] = deque()
+
+        def send(number: int, chunk: Sequence[str], vectors: Any) -> None:
+            here = slice(number * CHUNK_TEXTS, number * CHUNK_TEXTS + len(chunk))
+            if sent:
+                sent.popleft().result()
+            sent.append(self._writer.submit(self._backend.upsert, ids[here], vectors, payloads[here]))
+
+        encode_blocks(
+            self._encoder,
+            enumerate(chunks_of(texts, CHUNK_TEXTS)),
+            send,
+            chunk_texts=CHUNK_TEXTS,
+            total=len(texts),
+            heads=self._order.heads,
+            batch_tokens=self._order.batch_tokens,
+            progress=False,
+            cuts=cuts,
+        )
+        while sent:
+            sent.popleft().result()
 
 
 def _told(error: Exception) -> str:
