@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from ultrarag import Encoder
 from ultrarag.data.cli import main
 from ultrarag.encode import processes
-from ultrarag.encode.corpus import Compression, EncodedCorpus, Shard
+from ultrarag.encode.corpus import Compression, EncodedCorpus, Shard, committed_rows
 from ultrarag.encode.processes import ModelChoice, encode_corpus
 from ultrarag.errors import DataError, FingerprintError, UsageError
 from ultrarag.testing.tiny import tiny_bert
@@ -51,14 +51,6 @@ def test_every_head_comes_back(corpus, tiny_m3, tmp_path, monkeypatch):
     assert rows == len(TEXTS) == len(found)
 
 
-def test_several_processes_give_the_same(corpus, model, tmp_path):
-    one = encode_corpus(model, corpus, tmp_path / "one", devices=("cpu",))
-    two = encode_corpus(model, corpus, tmp_path / "two", devices=("cpu", "cpu"))
-    assert [len(ids) for ids, _ in two.blocks(100)] == [25, 25]
-    assert np.abs(one.dense() - two.dense()).max() < 1e-6
-    assert list(two.ids()) == [f"p{n}" for n in range(50)]
-
-
 def test_a_run_that_was_stopped_goes_on(corpus, model, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "CHUNK_TEXTS", 10)
     commit, commits = Shard.commit, []
@@ -80,19 +72,45 @@ def test_a_run_that_was_stopped_goes_on(corpus, model, tmp_path, monkeypatch):
     assert np.abs(found.dense() - whole.dense()).max() < 1e-6
 
 
-def test_kill_9_in_the_middle(corpus, model, tmp_path):
-    corpus.write_text("".join(json.dumps({"_id": f"p{n}", "text": "word " * 100}) + "\n" for n in range(8_300)))
-    words = ["data", "encode", "--model_name_or_path", model.path, "--adapter", "bge", "--input_file", str(corpus)]
-    words += ["--output", str(tmp_path / "out"), "--devices", "cpu"]
-    child = subprocess.Popen([sys.executable, "-m", "ultrarag.cli", *words])
-    state = tmp_path / "out" / "shard-00000" / "dense" / "vectors.json"
-    while not state.is_file() and child.poll() is None:
-        time.sleep(0.02)
-    child.kill()
-    child.wait()
-    assert 0 < json.loads(state.read_text())["rows"] < 8_300
-    found = encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
-    assert found.dense().shape == (8_300, 32)
+def test_several_processes_give_the_same_after_kill_9_in_the_middle(corpus, model, tmp_path):
+    corpus.write_text("".join(json.dumps({"_id": f"p{n}", "text": f"{n} " * 100}) + "\n" for n in range(1_000)))
+    out, options = tmp_path / "out", {"devices": ("cpu", "cpu"), "progress": False}
+    code = "import sys; from ultrarag.encode import processes; processes.CHUNK_TEXTS = 16\n"
+    code += "model = processes.ModelChoice(sys.argv[1], 'bge')\n"
+    code += "processes.encode_corpus(model, *sys.argv[2:], devices=('cpu', 'cpu'))"
+    parent = psutil.Popen([sys.executable, "-c", code, model.path, str(corpus), str(out)])
+    while not committed_rows(out, ["dense"]) and parent.poll() is None:
+        time.sleep(0.01)
+    children = parent.children()
+    parent.kill()
+    parent.wait()
+    gone, left = psutil.wait_procs(children, timeout=30)
+    assert (len(gone), left) == (2, [])  # they end with it
+    kept = committed_rows(out, ["dense"])
+    assert 0 < kept < 1_000
+    two = encode_corpus(model, corpus, out, **options)
+    assert [len(ids) for ids, _ in two.blocks(2_000)] == [500, 500]
+    assert list(two.ids()) == [f"p{n}" for n in range(1_000)]
+    one = encode_corpus(model, corpus, tmp_path / "one", devices=("cpu",), progress=False)
+    assert np.abs(one.dense() - two.dense()).max() < 1e-6
+
+
+def test_a_source_that_changed_in_place_is_refused(corpus, model, tmp_path):
+    encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
+    note = tmp_path / "out" / "encoding.json"
+    begun = json.loads(note.read_text())
+    corpus.write_text(corpus.read_text().replace("number 7 ", "number 8 "))  # as many bytes and passages
+    with pytest.raises(DataError, match=r"another corpus.*--overwrite"):
+        encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
+    del begun["corpus"]["sha256"]  # of a version that noted no digest: it goes on
+    note.write_text(json.dumps({**begun, "finished": False}))
+    assert len(encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))) == 50
+
+
+def test_ids_that_a_kill_cut_short_are_written_again(corpus, model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ids.txt").write_text('"p0"\n"p')
+    assert list(encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",)).ids())[-1] == "p49"
 
 
 @pytest.mark.parametrize(("format", "cosine"), [("float16", 0.99999), ("int8", 0.999), ("binary", 0.3)])

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -304,6 +305,32 @@ def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monk
     assert sorted(path.name for path in output.parent.glob("mined*")) == [
         "mined.jsonl", "mined.jsonl.counts.jsonl", "mined.jsonl.report.json",
     ]  # fmt: skip
+
+
+def test_kill_9_while_the_pool_is_encoded(files, tiny_m3, m3_encoder, monkeypatch):
+    rows, pool, output = files
+    many = texts(1_500, words=30)
+    write_lines(pool, [{"text": text} for text in many])
+    small = "import sys; from ultrarag.mining import pool; pool.CHUNK_TEXTS = 8\n"
+    small += "from ultrarag.data.mine_command import main; main(sys.argv[1:])"
+    flags = f"--input_file {rows} --output_file {output} --candidate_pool {pool} --range_for_sampling 0-30"
+    flags += f" --model_name_or_path {tiny_m3} --adapter bgem3"
+    child = subprocess.Popen([sys.executable, "-c", small, *flags.split()])
+    state = path_of(output, ".mining") / "vectors.json"
+    while not state.is_file() and child.poll() is None:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    kept = json.loads(state.read_text())["rows"]
+    assert 0 < kept < len(many)
+    encoded = []
+    encode = m3_encoder.iter_encode
+    monkeypatch.setattr(
+        m3_encoder, "iter_encode", lambda t, k, **o: encode((encoded.append(k) or x for x in t), k, **o)
+    )
+    report = mine_in_files(rows, output, m3_encoder, MiningSettings(range=(0, 30)), candidate_pool=pool)
+    assert report.pool == len(many)
+    assert encoded.count("passage") == len(many) + len(ROWS) - kept
 
 
 def path_of(output, name):

@@ -84,21 +84,24 @@ def encode_blocks(
     batch_tokens: int | None = None,
     progress: bool | None = None,
     cuts: Cuts | None = None,
-) -> None:
-    """Encode numbered blocks of at most `chunk_texts` passages, and write each one.
+) -> int:
+    """Encode numbered blocks of at most `chunk_texts` passages, write each one, and return the number of texts.
 
-    The next block is tokenized while one is encoded, unless one before it is short.
+    The next block is tokenized while one is encoded, unless that is a short one.
 
     Args:
         total: texts altogether, for the bar; `done` of them by earlier runs.
         cuts: counts the texts that were cut, for a caller that says so itself; default: they are logged.
     """
     counted, source, begun = cuts or Cuts(), iter(blocks), deque[tuple[int, Sequence[str]]]()
+    drawn = 0
 
     def texts_from(first: tuple[int, Sequence[str]]) -> Iterator[str]:
         """The texts of full blocks and of the first that is not full, which ends the encoder's chunks."""
+        nonlocal drawn
         for block in chain([first], source):
             begun.append(block)
+            drawn += len(block[1])
             yield from block[1]
             if len(block[1]) < chunk_texts:
                 return
@@ -114,29 +117,22 @@ def encode_blocks(
                 write(*begun.popleft(), None)
     if cuts is None:
         counted.tell()
+    return drawn
 
 
 class Growing(Protocol):
-    """Vectors of texts 0, 1, 2, ... on disk, of which the first `rows` are safe."""
+    """Vectors of texts 0, 1, 2, ... on disk, of which the first `rows` are committed; such as `Vectors`."""
 
     rows: int
 
-    def append(self, embeddings: Embeddings) -> None:
-        """Add the next ones."""
-
-    def commit(self) -> None:
-        """Make them safe."""
+    def append(self, embeddings: Embeddings) -> None: ...
+    def commit(self) -> None: ...
 
 
 def encode_rest(
     encoder: Encoder, target: Growing, texts: Iterable[str], total: int, chunk_texts: int, **options: Any
 ) -> None:
-    """Encode the texts that follow those whose vectors `target` has, in order, and commit each block.
-
-    Args:
-        total: texts with those that it has.
-        options: of `encode_blocks`.
-    """
+    """Encode the texts after those that `target` has, which make `total` with them, and commit each block."""
 
     def write(block: int, texts: Sequence[str], vectors: Embeddings | None) -> None:
         if vectors is not None:

@@ -9,7 +9,7 @@ vector of d dimensions: float32 4 d, float16 2 d, int8 d + 4, binary d / 8.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -148,16 +148,10 @@ class Shard:
         return found
 
 
-def committed_rows(folder: Path, shards: int) -> int:
-    """Rows that shards hold so far, while other processes write them."""
-    found = 0
-    for number in range(shards):
-        for part in ("dense", "others"):
-            state = folder / f"shard-{number:05d}" / part / "vectors.json"
-            if state.is_file():
-                found += int(json.loads(state.read_text(encoding="utf-8"))["rows"])
-                break
-    return found
+def committed_rows(folder: Path, heads: Sequence[str]) -> int:
+    """Rows that all shards hold so far, while other processes write them."""
+    states = folder.glob(f"shard-*/{'dense' if 'dense' in heads else 'others'}/vectors.json")
+    return sum(int(json.loads(state.read_text(encoding="utf-8"))["rows"]) for state in states)
 
 
 class EncodedCorpus:

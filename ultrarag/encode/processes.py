@@ -85,10 +85,10 @@ def encode_corpus(
         info = _info(encoder, passages, chosen, compression, len(devices))
         _prepare(folder, info, passages, overwrite)
         if len(devices) == 1:
-            encode_shard(encoder, folder, 0, passages, model.batch_tokens, progress)
+            encode_shard(encoder, folder, 0, passages, CHUNK_TEXTS, model.batch_tokens, progress)
         else:
             del encoder
-            _run_processes(model, folder, passages, devices, progress)
+            _run_processes(model, folder, info, passages.path, devices, progress)
     write_json(folder / INFO, {**info, "finished": True})
     return EncodedCorpus(folder)
 
@@ -129,6 +129,7 @@ def encode_shard(
     folder: Path,
     number: int,
     passages: PassageFile,
+    chunk_texts: int,
     batch_tokens: int | None = None,
     progress: bool | None = None,
 ) -> None:
@@ -138,19 +139,24 @@ def encode_shard(
     options: dict[str, Any] = {"heads": info["heads"], "batch_tokens": batch_tokens, "progress": progress}
     with Shard(folder, info, number) as shard:
         texts = (passage.content for passage in islice(passages, start + shard.rows, stop))
-        encode_rest(encoder, shard, texts, stop - start, CHUNK_TEXTS, **options)
+        encode_rest(encoder, shard, texts, stop - start, chunk_texts, **options)
 
 
 def _run_processes(
-    model: ModelChoice, folder: Path, passages: PassageFile, devices: Sequence[str | None], progress: bool | None
+    model: ModelChoice,
+    folder: Path,
+    info: dict[str, Any],
+    corpus: str,
+    devices: Sequence[str | None],
+    progress: bool | None,
 ) -> None:
     """One process per device; when one fails the others are ended, and what is committed stays."""
-    children = [_start(model, folder, passages.path, number, device) for number, device in enumerate(devices)]
+    children = [_start(model, folder, corpus, number, device) for number, device in enumerate(devices)]
     try:
-        with progress_bar(passages.count, "encode", "text", progress) as bar:
+        with progress_bar(info["corpus"]["passages"], "encode", "text", progress) as bar:
             while any(child.poll() is None for child in children):
                 _check(children, devices)
-                bar.update(committed_rows(folder, len(devices)) - bar.n)
+                bar.update(committed_rows(folder, info["heads"]) - bar.n)
                 time.sleep(0.2)
         _check(children, devices)
     finally:
@@ -162,7 +168,8 @@ def _run_processes(
 
 
 def _start(model: ModelChoice, folder: Path, corpus: str, number: int, device: str | None) -> subprocess.Popen[bytes]:
-    asked = {"model": asdict(model), "folder": str(folder), "corpus": corpus, "shard": number, "device": device}
+    asked: dict[str, Any] = {"model": asdict(model), "device": device, "folder": str(folder), "shard": number}
+    asked |= {"corpus": corpus, "chunk_texts": CHUNK_TEXTS}
     paths = os.pathsep.join(path for path in sys.path if path)
     words = [sys.executable, "-m", "ultrarag.encode.processes", json.dumps(asked)]
     return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
@@ -183,11 +190,9 @@ def main() -> int:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end with the parent
     asked = json.loads(sys.argv[1])
     try:
-        encoder = ModelChoice(**asked["model"]).load(asked["device"])
+        model, where = ModelChoice(**asked["model"]), (Path(asked["folder"]), asked["shard"])
         with passage_file(asked["corpus"]) as passages:
-            encode_shard(
-                encoder, Path(asked["folder"]), asked["shard"], passages, asked["model"]["batch_tokens"], False
-            )
+            encode_shard(model.load(asked["device"]), *where, passages, asked["chunk_texts"], model.batch_tokens, False)
     except UltraragError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -59,10 +59,6 @@ class Rank:
 
         return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
-    def share(self, blocks: Sequence[int]) -> list[int]:
-        """The blocks of this rank: those of rank r of w are r, r + w, r + 2w, ..."""
-        return [block for block in blocks if block % self.world == self.number]
-
     def wait(self) -> None:
         """Wait until every rank is here; an error when one has ended without coming."""
         if self.world == 1:
@@ -90,29 +86,26 @@ class Encoded(Blocks):
         """Whether a block has its file."""
         return self._path(block).exists()
 
-    def encode(self, encoder: Encoder, store: Store, blocks: Sequence[int], rank: Rank) -> int:
-        """Encode blocks, and return the number of passages."""
+    def encode(self, encoder: Encoder, store: Store, rank: Rank, after_row: int) -> int:
+        """Encode a rank's blocks that have no file and rows after one, and return the number of passages.
+
+        The blocks of rank r of w are r, r + w, r + 2w, ...
+        """
+        first = self.block_of(after_row + 1)
+        blocks = [block for block in self.missing() if block >= first and block % rank.world == rank.number]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / _NOTE, self._made_by)
-        passages = 0
-
-        def write(block: int, texts: Sequence[str], vectors: Embeddings | None) -> None:
-            nonlocal passages
-            self._write(block, texts, vectors)
-            passages += len(texts)
-
         found = ((block, [passage.content for passage in passages_of(store, *self.rows_of(block))]) for block in blocks)
-        encode_blocks(
+        return encode_blocks(
             encoder,
             found,
-            write,
+            self._write,
             chunk_texts=self.chunk_texts,
             total=len(blocks) * self.chunk_texts,
             label=f"encode, rank {rank.number} of {rank.world}",
             heads=self._heads,
             progress=None if rank.number == 0 else False,
         )
-        return passages
 
     def known(self, rows: Sequence[int]) -> Known:
         """What is held of the blocks of these rows (in ascending order)."""
@@ -166,11 +159,7 @@ class Known:
 
 
 def passages_of(store: Store, after: int, last: int, up_to_seq: int | None = None) -> list[Passage]:
-    """The passages of the rows after one, up to another, as they are now.
-
-    Args:
-        up_to_seq: leave out what was written after this entry of the log.
-    """
+    """The passages of the rows after one, up to another, as they are now; `up_to_seq` as in `scan`."""
     return [passage for row, passage in store.scan(after, last - after, up_to_seq) if row <= last]
 
 

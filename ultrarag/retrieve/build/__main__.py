@@ -40,9 +40,7 @@ def encode_share(
         if _is_built(store, encoder.fingerprint, chosen):
             return 0
         ahead = Encoded(root, encoder.fingerprint, chosen, precision, store.last_row())
-        first = ahead.block_of(_rows_built(root, store, encoder.fingerprint) + 1)
-        blocks = [block for block in rank.share(ahead.missing()) if block >= first]
-        return ahead.encode(encoder, store, blocks, rank)
+        return ahead.encode(encoder, store, rank, _rows_built(root, store, encoder.fingerprint))
     finally:
         store.close()
 

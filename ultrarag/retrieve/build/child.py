@@ -18,12 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.encode import Encoded, Known
 from ultrarag.encoder import Cuts
 from ultrarag.errors import CheckpointError, IndexStateError, UltraragError, kind_of
-from ultrarag.io import progress_bar, sync_tree, write_json
-from ultrarag.retrieve.engines import SCHEMA_FILE, Backend, Schema, create, open_backend, remove
-from ultrarag.retrieve.generation import Catalog, Follower, Generation, Layout, Vectors
+from ultrarag.io import sync_tree, write_json
+from ultrarag.io import progress_bar
+from ultrarag.retrieve.engines import Backend, Schema, create, open_backend, remove
+from ultrarag.retrieve.engines import SCHEMA_FILE
+from ultrarag.encode import Encoded, Known
+from ultrarag.retrieve.generation import Follower, Vectors
+from ultrarag.retrieve.generation import Catalog, Generation, Layout
 from ultrarag.retrieve.passages import Store
 from ultrarag.types import Embeddings
 
@@ -187,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(asked: argparse.Namespace, generation: Generation) -> Build:
     if asked.ray is None:
         return Build(asked.index, generation, asked.device, asked.chunk)
-    from ultrarag.encode.ray import RayBuild, RayJob
+    from ultrarag.encode.ray import RayBuild
+    from ultrarag.encode.ray import RayJob
 
     return RayBuild(asked.index, generation, asked.device, RayJob.from_json(asked.ray))
 
