@@ -45,7 +45,7 @@ ORDER = [
     {"mining"},
     {"data"},
     {"retrieve/command", "retrieve", "retrieve/mining"},
-    {"testing", "demo", "cli", "__init__"},
+    {"testing", "demo", "cli", "__init__", "__main__"},
 ]
 #: What an adapter may use: it could be anybody's package.
 FOR_ADAPTERS = {"adapters", "errors", "types", "loss_arguments", "losses", "scores", "packing", "hookspecs"}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ultrarag import __version__
-from ultrarag.errors import UltraragError, UsageError
+from ultrarag.io import print_result, run_command, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,18 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ultrarag.data import main as data
 
         return data(words[1:])
-    arguments = _parser().parse_args(words)
-    try:
-        return int(arguments.run(arguments))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+    return run_command(lambda: _run(words))
+
+
+def _run(words: list[str]) -> int:
+    parser = _parser()
+    if not words:
+        parser.print_help(sys.stderr)
         return 2
-    except UltraragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    arguments = parser.parse_args(words)
+    return int(arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("finetune", help="fine-tune a model (ultrarag finetune --help)", add_help=False)
     commands.add_parser("index", help="make, search and renew a live index (ultrarag index --help)", add_help=False)
     commands.add_parser("data", help="make, check and change training data (ultrarag data --help)", add_help=False)
-    checkpoint = commands.add_parser("checkpoint", help="tell where a checkpoint comes from")
+    checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from")
     _checkpoint_actions(checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION"))
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
     plugins.add_argument("--json", action="store_true", help="print JSON")
@@ -72,10 +69,9 @@ def _checkpoint_actions(actions: Any) -> None:
 
 def _checkpoint_log(arguments: argparse.Namespace) -> int:
     """Print the chain of models that led to a checkpoint."""
-    from ultrarag.checkpoint import checkpoint_log, told
+    from ultrarag.checkpoint import checkpoint_log, lineage_text
 
-    chain = checkpoint_log(arguments.path)
-    print(json.dumps(chain, ensure_ascii=False) if arguments.json else told(chain))
+    print_result(checkpoint_log(arguments.path), arguments.json, lineage_text)
     return 0
 
 
@@ -84,13 +80,9 @@ def _plugins(arguments: argparse.Namespace) -> int:
     from ultrarag.plugins import registry
 
     rows = registry().plugins()
-    if arguments.json:
-        print(json.dumps([row.__dict__ for row in rows], ensure_ascii=False))
-    else:
-        from ultrarag.io import table
-
-        lines = [(r.name, r.kind, r.package, r.version, ", ".join(r.hooks), r.problem or "ok") for r in rows]
-        print(table(("name", "kind", "package", "version", "hooks", "state"), lines))
+    lines = [(r.name, r.kind, r.package, r.version, ", ".join(r.hooks), r.problem or "ok") for r in rows]
+    header = ("name", "kind", "package", "version", "hooks", "state")
+    print_result([row.__dict__ for row in rows], arguments.json, lambda _: table(header, lines))
     return 1 if any(row.problem and "switched off" not in row.problem for row in rows) else 0
 
 
@@ -99,7 +91,7 @@ def _check_plugin(arguments: argparse.Namespace) -> int:
     from ultrarag.testing import check_adapter
 
     report = check_adapter(arguments.name, arguments.path)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
+    print_result(report, arguments.json)
     return 0 if report.ok else 1
 
 

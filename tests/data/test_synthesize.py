@@ -16,11 +16,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ultrarag.data.cli import main as data
-from ultrarag.data.synthesize_client import Endpoint, EndpointError, key_from, retry_after
+from ultrarag.data.synthesize_client import (
+    BadAnswer,
+    Endpoint,
+    EndpointError,
+    Prompt,
+    key_from,
+    language_of,
+    read_queries,
+    retry_after,
+)
 from ultrarag.data.synthesize_command import main
 from ultrarag.data.synthesize_journal import Journal
-from ultrarag.data.synthesize_prompts import BadAnswer, Prompt, by_first_sentence, by_title, language_of, read_queries
-from ultrarag.data.synthesizing import SynthesisSettings, synthesize
+from ultrarag.data.synthesizing import SynthesisSettings, by_first_sentence, by_title, synthesize
 from ultrarag.errors import DataError, UsageError
 from ultrarag.types import Passage
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from ultrarag.data.mine_command import main
+from ultrarag.data.commands import run_mine as main
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io.vectors import Vectors
 from ultrarag.mining import miner as miner_module

@@ -16,10 +16,10 @@ import pytest
 
 from tests.retrieve.test_live import assert_complete, corpus, text_of
 from ultrarag.errors import GateError, IndexStateError
+from ultrarag.io import durable
 from ultrarag.retrieve import read_status
 from ultrarag.retrieve.build import child as builder
 from ultrarag.retrieve.build.child import Build, read_progress
-from ultrarag.retrieve.engines import seal as files
 from ultrarag.retrieve.engines.registry import open_backend
 from ultrarag.retrieve.generation.catalog import Generation
 from ultrarag.retrieve.generation.replay import Vectors
@@ -159,11 +159,11 @@ def test_a_disk_that_is_full_during_a_build_leaves_the_live_generation_alone(
     generation = entry(live, other)
     live._core.flush()
 
-    def full(path: Path, *content: bytes) -> None:
+    def full(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomically", full)
+        patch.setattr(durable, "replacing", full)
         patch.setattr(builder, "_behave", lambda threads: None)
         assert builder.main([str(live.path), str(generation.id)]) == 1
     told = json.loads(capsys.readouterr().out)
@@ -183,11 +183,11 @@ def test_a_disk_that_is_full_during_a_swap_leaves_the_old_pair_live(
     new = live.build(other)
     live.add(corpus(9))
 
-    def full(path: Path, *content: bytes) -> None:
+    def full(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomically", full)
+        patch.setattr(durable, "replacing", full)
         with pytest.raises(IndexStateError, match="No space left"):
             live.swap(new)
         assert len(live.search(text_of(3), heads=["dense"])) == 9

@@ -12,7 +12,7 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.checkpoint.identity import fingerprint, tokenizer_content
-    from ultrarag.checkpoint.lineage import checkpoint_log, told
+    from ultrarag.checkpoint.lineage import checkpoint_log, lineage_text
     from ultrarag.checkpoint.manifest import MANIFEST, Manifest, Training, changed_files, local_folder, read_manifest
     from ultrarag.checkpoint.publishing import largest_difference, probe_vectors, publish, write_checkpoint
 else:

@@ -36,7 +36,7 @@ def checkpoint_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
     return manifest.lineage()[::-1]
 
 
-def told(chain: list[dict[str, Any]]) -> str:
+def lineage_text(chain: list[dict[str, Any]]) -> str:
     """Return a log as text: one paragraph per model, then the model that it all began with."""
     first = chain[-1]
     began = f"{first['parent'][:12]}  {first['parent_name']} (what it began with)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.data.flags import Parser
 from ultrarag.errors import UsageError
 from ultrarag.finetune import SAMPLE, DataReport, assembled
+from ultrarag.io import print_result
 from ultrarag.rows import BadRow, Dataset, Paths, file_paths, parse_row, reading
 from ultrarag.rows.checks import SHOWN, Finding, LeakChecks, RowChecks, Sample, counter, estimate, measure, steps_of
 
@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
     found = vars(parser.read(argv))
     as_json = found.pop("json")
     report = check(found.pop("files"), **found)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report)
+    print_result(report, as_json)
     return 0 if report.ok else 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from ultrarag.data.flags import Parser
 from ultrarag.errors import DataError, UsageError
-from ultrarag.io import identity, resumable, table
+from ultrarag.io import identity, print_result, resumable, table
 from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading
 
 
@@ -162,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--keep_neg_num", type=int, metavar="N", help="leave out rows with fewer negatives left")
     found = vars(parser.read(argv))
-    plain, files, output = found.pop("json"), found.pop("files"), found.pop("output")
+    as_json, files, output = found.pop("json"), found.pop("files"), found.pop("output")
     report = clean(files, output, **found)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if plain else report)
+    print_result(report, as_json)
     return 0

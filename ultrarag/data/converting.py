@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ultrarag.data.converting_beir import BeirLines, is_beir, read_beir_rows
-from ultrarag.data.converting_columns import LAYOUTS, ColumnLines, delimiter_of, read_column_rows
-from ultrarag.data.converting_rag_retrieval import RagRetrievalLines, read_rag_retrieval_rows
+from ultrarag.data.converting_columns import LAYOUTS, ColumnLines, Judged, delimiter_of, grouped, read_column_rows
 from ultrarag.data.flags import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
-from ultrarag.io import identity, resumable
-from ultrarag.rows import Counts, Paths, Row, as_json, checked_row, file_paths, reading
+from ultrarag.io import identity, print_result, resumable
+from ultrarag.rows import Counts, Paths, Row, as_json, checked_object, checked_row, file_paths, reading
 
 FORMATS = ("rows", "beir", "columns", "rag-retrieval")
 
@@ -46,7 +46,7 @@ class ConvertReport:
 
 @dataclass(frozen=True)
 class Options:
-    """What a conversion may be told."""
+    """What can be chosen in a conversion."""
 
     #: BEIR: the qrels that are read or written
     split: str = "train"
@@ -74,7 +74,7 @@ def convert(
     Args:
         source: files; for BEIR a folder with corpus.jsonl, queries.jsonl and qrels/.
         output: the file to write; for BEIR a folder.
-        source_format: rows, beir, columns or rag-retrieval; None: told by the source where that is possible.
+        source_format: rows, beir, columns or rag-retrieval; None: recognised by the source's name.
         target_format: likewise.
         options: fields of `Options`.
 
@@ -128,7 +128,7 @@ def _guess(source: Paths) -> str:
         return "beir"
     if delimiter_of(path):
         return "columns"
-    raise UsageError(f"what '{path}' holds cannot be told from its name: give --from, one of {', '.join(FORMATS)}")
+    raise UsageError(f"what '{path}' holds cannot be recognised by its name: give --from, one of {', '.join(FORMATS)}")
 
 
 def _rows(source: Paths, name: str, options: Options, counts: Counts) -> Iterator[tuple[str, Any]]:
@@ -140,13 +140,79 @@ def _rows(source: Paths, name: str, options: Options, counts: Counts) -> Iterato
     if name == "columns":
         return read_column_rows(paths, options.columns, options.threshold, counts)
     if name == "rag-retrieval":
-        return read_rag_retrieval_rows(paths, options.threshold, counts)
+        return _rag_retrieval_rows(paths, options.threshold, counts)
     return _own_rows(paths)
 
 
 def _own_rows(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
     with reading(paths, "convert") as items:
         yield from items
+
+
+#: RAG-Retrieval's files hold embedding rows (query, pos, neg, and `scores` of pos), reranker rows (pos_scores and
+#: neg_scores; graded: all texts in pos), pointwise lines (query, content, label), or groups (query, hits of content
+#: and label).
+_RAG_KEYS = ("query", "pos", "neg", "pos_scores", "neg_scores")
+
+
+def _rag_retrieval_rows(paths: Sequence[str], threshold: float, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row); in graded data, texts with at least `threshold` are positives, the others negatives.
+
+    Raises:
+        DataError: a line is none of the four kinds.
+    """
+    with reading(paths, "convert") as items:
+        lines = ((place, checked_object(place, raw)) for place, raw in items)
+        first = next(lines, None)
+        if first is None:
+            return
+        everything = chain([first], lines)
+        if "content" in first[1]:
+            points = (_hits(place, [value], value, threshold) for place, value in everything)
+            yield from grouped(points, counts)
+            return
+        for place, value in everything:
+            if "hits" in value:
+                yield from _hits(place, value["hits"], value, threshold).rows(counts)
+            else:
+                yield from _like_ours(place, value, threshold, counts)
+
+
+def _hits(place: str, hits: Any, value: Mapping[str, Any], threshold: float) -> Judged:
+    try:
+        texts, labels = [hit["content"] for hit in hits], [float(hit["label"]) for hit in hits]
+        query = value["query"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place}: expected 'query', 'content' and a number as 'label' ({error})") from error
+    return Judged.graded(place, query, texts, labels, threshold)
+
+
+def _like_ours(
+    place: str, value: dict[str, Any], threshold: float, counts: Counts
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A row like ours; one whose scores grade the texts of `pos` alone is divided by the threshold."""
+    scores = value.get("pos_scores", value.get("scores"))
+    if not scores or value.get("neg"):
+        row = {key: value[key] for key in _RAG_KEYS if value.get(key) is not None}
+        yield place, {**row, **({"pos_scores": scores} if scores and value.get("neg_scores") else {})}
+        return
+    try:
+        judged = Judged.graded(place, value["query"], value["pos"], scores, threshold)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place}: expected 'query', and as many scores as texts in 'pos' ({error})") from error
+    yield from judged.rows(counts)
+
+
+class _RagRetrievalLines:
+    """What a row gives to a file that RAG-Retrieval trains embedding models and rerankers on."""
+
+    def __init__(self, path: str) -> None:
+        self.files = [path]
+
+    def __call__(self, row: Row) -> Iterator[tuple[int, str]]:
+        """Yield (0, line)."""
+        found = {key: getattr(row, key) for key in _RAG_KEYS}
+        yield 0, json.dumps({key: value for key, value in found.items() if value}, ensure_ascii=False)
 
 
 class _RowLines:
@@ -164,7 +230,7 @@ def _writer(name: str, output: Path, options: Options, counts: Counts) -> Any:
         return BeirLines(options.split)
     if name == "columns":
         return ColumnLines(str(output), options.layout, options.negatives, counts)
-    return RagRetrievalLines(str(output)) if name == "rag-retrieval" else _RowLines(str(output))
+    return _RagRetrievalLines(str(output)) if name == "rag-retrieval" else _RowLines(str(output))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -191,9 +257,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, default="triplet", help="columns: a line is (default: triplet)")
     parser.add_argument("--negatives", type=int, default=1, metavar="N", help="columns: of an n-tuple (default: 1)")
     found = vars(parser.read(argv))
-    plain, source, output = found.pop("json"), found.pop("source"), found.pop("output")
+    as_json, source, output = found.pop("json"), found.pop("source"), found.pop("output")
     report = convert(source[0] if len(source) == 1 else source, output, **found)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if plain else report)
+    print_result(report, as_json)
     return 0
 
 

@@ -39,7 +39,7 @@ class Columns:
         """Read the names of a file's columns; `given` names the query, the positive and the negatives, in order.
 
         Raises:
-            DataError: a column is missing, or cannot be told.
+            DataError: a column is missing, or cannot be recognised.
         """
         low = {name.lower(): name for name in names}
         score = next((low[name] for name in _SCORES if name in low), None)

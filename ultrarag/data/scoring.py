@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ultrarag.data.flags import (
 )
 from ultrarag.encoder import Cuts
 from ultrarag.errors import DataError, UsageError, did_you_mean
-from ultrarag.io import identity, resumable
+from ultrarag.io import identity, print_result, resumable
 from ultrarag.rows import Paths, as_json, checked_row, file_paths, reading
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _read(argv)
 
     report = score(arguments.input_file, arguments.output_file, _scorer(arguments), overwrite=arguments.overwrite)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
+    print_result(report, arguments.json)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from bisect import bisect_right
@@ -16,7 +15,7 @@ import numpy as np
 
 from ultrarag.data.flags import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
-from ultrarag.io import identity, resumable, table
+from ultrarag.io import identity, print_result, resumable, table
 from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading, text_key
 from ultrarag.rows.checks import guessed_tokens
 
@@ -92,7 +91,7 @@ def split(
 
 @dataclass
 class _Chooser:
-    """Which file a row goes into; it may take texts out of the row."""
+    """Which file a row goes into; it may remove texts from the row."""
 
     names: list[str]
     #: (number, row) -> file
@@ -196,7 +195,7 @@ def _held_out(paths: Sequence[str], files: np.ndarray) -> dict[int, int]:
 
 
 def _choose(files: np.ndarray, held: Mapping[int, int], report: SplitReport, number: int, row: Row) -> int:
-    """Return a row's file; take the positives of files that are held out from it out of its negatives."""
+    """Return a row's file; remove from its negatives the positives of files that are held out from it."""
     file = int(files[number])
     kept = [i for i, text in enumerate(row.neg or []) if held.get(text_key(text), file) in (file, 0)]
     if row.neg and len(kept) < len(row.neg):
@@ -226,9 +225,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", help="count the tokens of this model's tokenizer; default: a guess by characters")
     found = vars(parser.read(argv))
-    plain, files, output = found.pop("json"), found.pop("files"), found.pop("output")
+    as_json, files, output = found.pop("json"), found.pop("files"), found.pop("output")
     report = split(files, output, **found)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if plain else report)
+    print_result(report, as_json)
     return 0
 
 

@@ -1,20 +1,29 @@
-"""Endpoint: a chat model behind OpenAI's API, asked by many tasks at once, patiently and without telling its key."""
+"""A language model that is asked for queries: the endpoint (OpenAI's API), what it is asked, and how it answers.
+
+Many tasks ask at once; a busy endpoint is asked again later, and its key appears in no message.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import logging
 import os
 import random
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from ultrarag.errors import UltraragError, UsageError
+from ultrarag.types import Passage
 
 logger = logging.getLogger("ultrarag")
 
@@ -22,8 +31,17 @@ logger = logging.getLogger("ultrarag")
 _LATER = (408, 409, 425, 429)
 #: Seconds before the second try; they double with each.
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
-#: A wait from which the user is told.
-_TOLD = 20.0
+#: A wait from which a warning says so.
+_LONG_WAIT = 20.0
+#: Where the passage and the number of queries stand in a prompt.
+PASSAGE, COUNT = "{passage}", "{count}"
+
+LETTER = re.compile(r"[^\W\d_]")
+_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+#: Share of Chinese characters among the letters from which a passage counts as Chinese.
+_CHINESE = 0.3
+#: Brackets of an answer from which JSON is tried to be read.
+_STARTS = 50
 
 
 class EndpointError(UltraragError):
@@ -71,7 +89,7 @@ class Endpoint:
         key: sent as a bearer token; None: nothing is sent. It is in no message, log or file.
         body: more fields of each request (temperature, seed, ...).
         timeout: seconds for one request.
-        retries: further tries of a request that the endpoint could not take.
+        retries: further tries of a request that the endpoint could not answer.
     """
 
     base_url: str
@@ -103,7 +121,7 @@ class Endpoint:
         await self._client.aclose()
 
     async def ask(self, prompt: str) -> Answer:
-        """Return the answer to a prompt, however often the endpoint has to be asked to take it.
+        """Return the answer to a prompt, however often the endpoint has to be asked.
 
         Raises:
             EndpointError: it refuses, or could not be reached in all tries.
@@ -142,7 +160,7 @@ class Endpoint:
             return None, f"no answer in the form of OpenAI's API, but {self._excerpt(response)}", own
 
     async def _wait(self, seconds: float, reason: str) -> None:
-        if seconds >= _TOLD:
+        if seconds >= _LONG_WAIT:
             logger.warning("%s: %s; waiting for %.0f s", self._url, reason, seconds)
         await asyncio.sleep(seconds)
 
@@ -194,3 +212,77 @@ def _httpx() -> Any:
     except ImportError as error:
         raise UsageError("an endpoint is asked with httpx2: pip install ultrarag[synthesize]") from error
     return httpx2
+
+
+class Prompt:
+    """A prompt of ours per language, or the user's own file."""
+
+    def __init__(self, language: str = "auto", file: str | Path | None = None) -> None:
+        self.language = language
+        names = ("en", "zh") if language == "auto" else (language,)
+        self.texts = {"": _own(Path(file))} if file else {name: _ours(name) for name in names}
+
+    def render(self, passage: Passage, count: int) -> str:
+        """Return what the model is asked about a passage."""
+        name = next(iter(self.texts)) if len(self.texts) == 1 else language_of(passage.content)
+        # one pass, so that braces inside the passage stay as they are
+        values = {PASSAGE: passage.content, COUNT: str(count)}
+        return re.sub(r"\{passage\}|\{count\}", lambda found: values[found[0]], self.texts[name])
+
+
+def _ours(name: str) -> str:
+    return (files("ultrarag.data") / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _own(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the prompt '{file}': {error}") from error
+    if PASSAGE not in text:
+        raise UsageError(
+            f"the prompt '{file}' does not hold {PASSAGE}, where the passage goes ({COUNT}: how many queries)"
+        )
+    return text
+
+
+def language_of(text: str) -> str:
+    """Return zh for a text in Chinese, else en."""
+    letters = len(LETTER.findall(text))
+    return "zh" if letters and len(_HAN.findall(text)) / letters >= _CHINESE else "en"
+
+
+class BadAnswer(Exception):
+    """An answer holds no queries; the message says why."""
+
+
+def read_queries(answer: str, count: int) -> list[str]:
+    """Return the queries of an answer: a JSON object with `queries`, or a list, alone or inside other text.
+
+    Raises:
+        BadAnswer: there are none.
+    """
+    values = list(_json_in(answer))
+    for value in values:
+        found = value.get("queries") if isinstance(value, dict) else value
+        texts = [" ".join(text.split()) for text in found if isinstance(text, str)] if isinstance(found, list) else []
+        if queries := list(dict.fromkeys(text for text in texts if text))[:count]:
+            return queries
+    raise BadAnswer(f"{'no list of queries' if values else 'no JSON'} in {_shown(answer)}")
+
+
+def _json_in(answer: str) -> Iterator[Any]:
+    """The JSON objects and lists in a text: models like to wrap them in words and fences."""
+    decoder, end = json.JSONDecoder(), 0
+    for start in islice(re.finditer(r"[\[{]", answer), _STARTS):
+        if start.start() >= end:
+            try:
+                value, end = decoder.raw_decode(answer, start.start())
+            except (ValueError, RecursionError):
+                continue
+            yield value
+
+
+def _shown(answer: str) -> str:
+    text = " ".join(answer.split())
+    return repr(text if len(text) <= 120 else f"{text[:120]}...")

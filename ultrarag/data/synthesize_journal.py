@@ -137,7 +137,7 @@ class RoundTrip:
     def __init__(
         self, folder: Path, source: Path, encoder: Encoder | None, weights: Mapping[str, float] | None, k: int
     ) -> None:
-        """Encode the passages into `folder`, or take up what is there."""
+        """Encode the passages into `folder`, or go on with what is there."""
         self.k = k
         chosen = checked_weights(weights, encoder)
         heads = (*chosen, *candidate_heads(tuple(chosen), encoder))

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.data.synthesize_client import Endpoint, EndpointError
+from ultrarag.data.synthesize_client import (
+    LETTER,
+    BadAnswer,
+    Endpoint,
+    EndpointError,
+    Prompt,
+    language_of,
+    read_queries,
+)
 from ultrarag.data.synthesize_journal import Journal, RoundTrip
-from ultrarag.data.synthesize_prompts import BadAnswer, Prompt, baseline, read_queries
-from ultrarag.errors import UsageError
+from ultrarag.errors import DataError, UsageError
 from ultrarag.io import Output, identity, progress_bar, resumable
 from ultrarag.mining import pool_file, read_pool
 from ultrarag.types import Passage
@@ -24,6 +32,10 @@ if TYPE_CHECKING:
 
 #: Passages whose queries are searched together.
 WINDOW = 256
+#: A sentence ends at a full stop before a space, or at a Chinese one.
+_SENTENCE = re.compile(r".*?(?:[.!?](?=\s)|[。！？])", re.DOTALL)
+#: Letters of the shortest first sentence: "Dr." is none.
+_SHORTEST = 12
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ def synthesize(
     """Write rows of a query and its passage for the passages of a JSONL file or BEIR folder.
 
     Every answer of an endpoint is on the disk, in OUTPUT.answers.jsonl, before it counts; a killed call that is made
-    again asks only for the rest (at most `concurrency` answers were on their way). The answers stay, so that another
+    again asks only for the others (at most `concurrency` answers were on their way). The answers stay, so that another
     round trip costs nothing.
 
     Args:
@@ -151,7 +163,7 @@ class Made:
 
 
 def _made_by(source: Path, maker: Endpoint | str, settings: SynthesisSettings) -> dict[str, Any]:
-    """What the answers depend on; how patient the client is does not matter."""
+    """What the answers depend on; how long the client waits does not matter."""
     made: dict[str, Any] = {"input": identity(source), "limit": settings.limit}
     if isinstance(maker, str):
         return {**made, "baseline": maker}
@@ -227,9 +239,9 @@ def _baseline_rows(source: Path, name: str, settings: SynthesisSettings) -> Iter
 
 def _write(out: Output, rows: Iterator[Made], trip: RoundTrip | None, progress: bool | None) -> SynthesisReport:
     report = SynthesisReport(**out.state)
-    rest = islice(rows, out.done, None)
+    todo = islice(rows, out.done, None)
     with progress_bar(None, "write", "passage", progress) as bar:
-        while window := list(islice(rest, WINDOW)):
+        while window := list(islice(todo, WINDOW)):
             asked = [(query, made.passage.content) for made in window for query, _ in made.pairs]
             kept = iter(trip.keeps(asked) if trip else [True] * len(asked))
             for made in window:
@@ -252,3 +264,33 @@ def _write_one(out: Output, made: Made, kept: list[bool], report: SynthesisRepor
     for (query, positive), keep in zip(made.pairs, kept, strict=True):
         if keep:
             out.write({"query": query, "pos": [positive], **known})
+
+
+def by_title(passage: Passage) -> tuple[str, str] | None:
+    """The title as the query of the text below it; None where one of them is missing."""
+    title, text = " ".join(passage.title.split()), passage.text.strip()
+    return (title, text) if title and text else None
+
+
+def by_first_sentence(passage: Passage) -> tuple[str, str] | None:
+    """The first sentence as the query of the rest; None for a text of one sentence."""
+    text = passage.text.strip()
+    for found in _SENTENCE.finditer(text):
+        first, rest = text[: found.end()].strip(), text[found.end() :].strip()
+        if rest and len(LETTER.findall(first)) >= (_SHORTEST if language_of(first) == "en" else _SHORTEST // 2):
+            return " ".join(first.split()), Passage("", rest, passage.title).content
+    return None
+
+
+#: name -> (passage -> its query and what is left of it as the positive), without a language model
+BASELINES: dict[str, Callable[[Passage], tuple[str, str] | None]] = {
+    "title": by_title,
+    "first_sentence": by_first_sentence,
+}
+
+
+def baseline(name: str) -> Callable[[Passage], tuple[str, str] | None]:
+    """The baseline with this name."""
+    if name not in BASELINES:
+        raise DataError(f"'{name}' is no baseline; there are {', '.join(BASELINES)}")
+    return BASELINES[name]

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag.demo.corpus import DemoData, build_demo, comparison, example
 from ultrarag.demo.visitor import Visitor
-from ultrarag.errors import UltraragError, UsageError
+from ultrarag.errors import UsageError
 from ultrarag.evaluation import Collection, read_beir, significance
+from ultrarag.io import print_error, run_command, visible
 
 if TYPE_CHECKING:
     from ultrarag.retrieve import Evaluation, LiveIndex, RefreshReport
@@ -57,14 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--uri",
         help="keep the index in a server: qdrant://HOST:6333/NAME, milvus://HOST:19530/NAME (default: in the folder)",
     )
-    args = parser.parse_args(argv)
-    try:
-        with _without_notes_of_cut_texts():
-            run_demo(args.output, small_model(), uri=args.uri)
-    except UltraragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    with _without_notes_of_cut_texts():
+        run_demo(args.output, small_model(), uri=args.uri)
 
 
 @contextmanager
@@ -153,7 +152,7 @@ def show(task: Collection, before: Evaluations, after: Evaluations, visitor: Vis
     print(comparison(before, after))
     change = significance(before["dense"].of("nDCG@10"), after["dense"].of("nDCG@10"))
     print(f"\ndense nDCG@10 {change}\n")
-    print(example(task, before["dense"].run, after["dense"].run))
+    print(visible(example(task, before["dense"].run, after["dense"].run)))
 
 
 def _steps(total: int) -> Callable[[str], None]:
@@ -163,7 +162,7 @@ def _steps(total: int) -> Callable[[str], None]:
     def say(what: str) -> None:
         number = next(done, None)
         step = f"{number}/{total} " if number else ""
-        print(f"[{time.monotonic() - start:4.0f} s] {step}{what}", file=sys.stderr, flush=True)
+        print_error(f"[{time.monotonic() - start:4.0f} s] {step}{what}")
 
     return say
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ultrarag.encoder import Cuts
 from ultrarag.errors import DataError, FingerprintError
-from ultrarag.io import progress_bar, sync_directory
+from ultrarag.io import progress_bar, write_bytes
 from ultrarag.types import Embeddings
 
 if TYPE_CHECKING:
@@ -247,17 +246,6 @@ class Ledger(Blocks):
         """Replace the file by one that holds what is confirmed, without a torn end, to go on with."""
         lines = [json.dumps({**self._made_by, "size": self.chunk_texts})]
         lines += [f"{block} {passages}" for block, passages in self.confirmed.items()]
-        replace_file(self._path, "".join(f"{line}\n" for line in lines).encode())
+        write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode())
         self._file = open(self._path, "a", encoding="ascii")  # noqa: SIM115
         self._synced = time.monotonic()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write beside, under a name that no other process of any machine has, and rename: all of it or nothing."""
-    stage = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with open(stage, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(stage, path)
-    sync_directory(path.parent)

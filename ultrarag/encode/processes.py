@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -21,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag.encode.blocks import CHUNK_TEXTS, encode_rest, same_work
 from ultrarag.encode.corpus import IDS, INFO, Compression, EncodedCorpus, Shard, committed_rows
-from ultrarag.errors import DataError, UltraragError, UsageError
-from ultrarag.io import progress_bar, sha256_of, write_json
+from ultrarag.errors import DataError, UsageError
+from ultrarag.io import end_with_parent, progress_bar, run_command, sha256_of, start_child, write_json
 from ultrarag.retrieve.passages import PassageFile, passage_file
 
 if TYPE_CHECKING:
@@ -170,9 +169,7 @@ def _run_processes(
 def _start(model: ModelChoice, folder: Path, corpus: str, number: int, device: str | None) -> subprocess.Popen[bytes]:
     asked: dict[str, Any] = {"model": asdict(model), "device": device, "folder": str(folder), "shard": number}
     asked |= {"corpus": corpus, "chunk_texts": CHUNK_TEXTS}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    words = [sys.executable, "-m", "ultrarag.encode.processes", json.dumps(asked)]
-    return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
+    return start_child("ultrarag.encode.processes", json.dumps(asked))
 
 
 def _check(children: Sequence[subprocess.Popen[bytes]], devices: Sequence[str | None]) -> None:
@@ -186,17 +183,15 @@ def _check(children: Sequence[subprocess.Popen[bytes]], devices: Sequence[str | 
 
 def main() -> int:
     """Encode one shard on one device; errors go to stderr."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end with the parent
-    asked = json.loads(sys.argv[1])
-    try:
-        model, where = ModelChoice(**asked["model"]), (Path(asked["folder"]), asked["shard"])
-        with passage_file(asked["corpus"]) as passages:
-            encode_shard(model.load(asked["device"]), *where, passages, asked["chunk_texts"], model.batch_tokens, False)
-    except UltraragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    end_with_parent()
+    return run_command(lambda: _encode(json.loads(sys.argv[1])))
+
+
+def _encode(asked: dict[str, Any]) -> None:
+    model = ModelChoice(**asked["model"])
+    encoder, folder = model.load(asked["device"]), Path(asked["folder"])
+    with passage_file(asked["corpus"]) as passages:
+        encode_shard(encoder, folder, asked["shard"], passages, asked["chunk_texts"], model.batch_tokens, False)
 
 
 if __name__ == "__main__":

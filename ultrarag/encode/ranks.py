@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.encode.blocks import Blocks, encode_blocks, replace_file
+from ultrarag.encode.blocks import Blocks, encode_blocks
 from ultrarag.errors import IndexStateError
-from ultrarag.io import padded_sparse, padded_tokens, write_json
+from ultrarag.io import padded_sparse, padded_tokens, write_bytes, write_json
 from ultrarag.retrieve.passages import Store, content_hash
 from ultrarag.types import Embeddings, Passage, Sparse
 
@@ -122,7 +122,7 @@ class Encoded(Blocks):
         held: dict[str, Any] = {"hashes": hashes, **({} if vectors is None else _flat(vectors))}
         content = io.BytesIO()
         np.savez(content, **held)
-        replace_file(self._path(block), content.getvalue())
+        write_bytes(self._path(block), content.getvalue())
 
     def _read(self, block: int) -> tuple[list[bytes], Embeddings]:
         path = self._path(block)

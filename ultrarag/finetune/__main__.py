@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
-from ultrarag.errors import UltraragError, UsageError
+from ultrarag.io import print_result, run_command
 
 if TYPE_CHECKING:
     from ultrarag.finetune.flags import FinetuneArguments
@@ -27,17 +26,7 @@ def main(argv: Sequence[str] | None = None, adapter: str | None = None) -> int:
     as_json = "--json" in words
     if as_json:
         words.remove("--json")
-    try:
-        return _run(words, adapter, as_json)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except UltraragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
-        return 130
+    return run_command(lambda: _run(words, adapter, as_json))
 
 
 def _run(words: list[str], adapter: str | None, as_json: bool) -> int:
@@ -49,7 +38,7 @@ def _run(words: list[str], adapter: str | None, as_json: bool) -> int:
     with redirect_stdout(sys.stderr):  # libraries that print (DeepSpeed does) must not spoil the result
         result = _dry_run(arguments) if arguments.dry_run else _train(arguments)
     if result is not None:
-        print(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result)
+        print_result(result, as_json)
     return 0
 
 

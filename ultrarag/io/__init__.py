@@ -1,4 +1,4 @@
-"""The room of input and output: durable files, locks, vectors in files, and the terminal.
+"""The room of input and output: durable files, locks, child processes, vectors in files, commands and the terminal.
 
 Bytes, arrays and lines come in and go out; nothing here knows what they mean.
 """
@@ -10,17 +10,22 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.io.checksums import CHECKSUM_FILE, read_seal, remove_seal, seal, verify_seal
+    from ultrarag.io.child import end_with_parent, start_child, stop_child
+    from ultrarag.io.command import print_error, print_result, run_command, standard_input
     from ultrarag.io.durable import (
         publish_directory,
+        replacing,
         sha256_of,
         staged_directory,
         sync_directory,
         sync_tree,
+        write_bytes,
         write_json,
     )
     from ultrarag.io.lock import OwnerLock, read_owner
     from ultrarag.io.output import Output, identity, resumable
-    from ultrarag.io.terminal import progress_bar, quiet_progress, table, width
+    from ultrarag.io.terminal import json_line, progress_bar, quiet_progress, table, visible, width
     from ultrarag.io.vectors import CHUNK_TEXTS, Column, Vectors, only, padded_sparse, padded_tokens
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from ultrarag.io.child import process_exists
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write into; it takes the place of `path`, atomically and durably, when the block ends well."""
+    remove_stale_stages(path)
+    stage = _stage_of(path)
+    try:
+        with open(stage, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(stage, path)
+    finally:
+        stage.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def write_bytes(path: Path, *content: bytes) -> None:
+    """Replace `path` atomically and durably by a file with this content."""
+    with replacing(path) as file:
+        file.writelines(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically and durably by a readable JSON file."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(staging, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, path)
-    sync_directory(path.parent)
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
 def sha256_of(path: Path) -> str:
@@ -36,6 +56,8 @@ def sha256_of(path: Path) -> str:
 
 def sync_directory(path: Path) -> None:
     """Make renames and new files in `path` survive a power cut."""
+    if os.name == "nt":  # a directory cannot be opened there
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -57,7 +79,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """Give a new hidden sibling of `target` to write into; it is removed unless it was moved away."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_stages(target)
-    stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    stage = _stage_of(target)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
     try:
@@ -66,22 +88,32 @@ def staged_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _stage_of(target: Path) -> Path:
+    """A hidden name beside `target` that no other process of any machine uses."""
+    return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
 def remove_stale_stages(target: Path) -> None:
-    """Remove what killed processes left beside `target`."""
-    for left in target.parent.glob(f".{target.name}.*.tmp"):
-        owner = left.name.removesuffix(".tmp").rsplit(".", 1)[-1]
-        if owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove what killed processes of this machine left beside `target`."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        if not _in_use(left.name.removeprefix(f".{target.name}.").removesuffix(".tmp")):
+            _remove(left)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
+def _in_use(mark: str) -> bool:
+    """Whether the process in a stage's name may still write to it: HOST.PID, or PID as earlier versions wrote it."""
+    host, _, owner = mark.rpartition(".")
+    if not owner.isdigit() or host not in ("", socket.gethostname()):
         return True
-    return True
+    return process_exists(int(owner))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def publish_directory(stage: Path, target: Path, keep: Callable[[str], bool] = lambda name: False) -> None:

@@ -1,4 +1,4 @@
-"""The owner's lock: one process at a time may write to an index, and any process may ask which."""
+"""The owner's lock: one process at a time may use a directory, and any process may ask which."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from ultrarag.errors import IndexStateError
+from ultrarag.io.child import process_exists
 
 try:
     import fcntl
@@ -19,44 +20,65 @@ except ImportError:  # Windows: the locks of SQLite and of the vector engine sta
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = "owner.lock"
-#: Seconds to wait, for it may be somebody who only asks who the owner is.
+#: Seconds to wait for whoever holds the lock, for it may be somebody who only asks who the owner is.
 PATIENCE = 0.5
+#: Seconds to wait for an owner that was killed: its lock goes when the child that inherited it has ended.
+GRACE = 5.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds an index."""
+    """The process that holds a directory."""
 
     pid: int
     host: str
-    #: when it took the index, ISO 8601
+    #: when it acquired the lock, ISO 8601
     since: str
 
     def __str__(self) -> str:
-        who = "this process" if self.pid == os.getpid() else f"process {self.pid}"
+        who = "this process" if self._is_local() and self.pid == os.getpid() else f"process {self.pid}"
         return f"{who} on {self.host}, since {self.since}"
+
+    def patience(self) -> float:
+        """Seconds to wait until it lets go."""
+        return GRACE if self._is_local() and not process_exists(self.pid) else PATIENCE
+
+    def _is_local(self) -> bool:
+        return self.host == socket.gethostname()
 
 
 class OwnerLock:
-    """The right to write to an index directory, held until `release` or the end of the process."""
+    """The right to use a directory, held by one object in one process until `release` or the end of the process.
 
-    def __init__(self, directory: Path) -> None:
-        """Take the lock.
+    A lock that is held is waited for: half a second, and five when the process that acquired it was killed and a child
+    that inherited it has yet to end.
+    """
+
+    def __init__(self, directory: Path, hint: str = "") -> None:
+        """Acquire the lock.
+
+        Args:
+            hint: what else can be done while another owner holds it, for the error.
 
         Raises:
             IndexStateError: when another owner holds it; names process, host and since when.
         """
         self._file: IO[str] | None = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
-        deadline = time.monotonic() + PATIENCE
-        while not (taken := _lock(self._file)) and time.monotonic() < deadline:
+        started = time.monotonic()
+        while not _lock(self._file):
+            holder = _holder(directory)
+            if time.monotonic() - started >= (holder.patience() if holder else PATIENCE):
+                self._file.close()
+                raise IndexStateError(
+                    f"'{directory}' is in use by {holder or 'another process'}; it has one owner at a time: close it "
+                    f"there first{f' ({hint})' if hint else ''}"
+                )
             time.sleep(0.02)
-        if not taken:
-            self._file.close()
-            raise IndexStateError(
-                f"'{directory}' is in use by {_holder(directory) or 'another process'}; an index has one owner: close "
-                f"it there first (status and passages can be read meanwhile: ultrarag.retrieve.read_status)"
-            )
         self._write(Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds")))
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What a child process inherits (`pass_fds`) to hold the lock as well."""
+        return () if fcntl is None or self._file is None else (self._file.fileno(),)
 
     def release(self) -> None:
         """Let another owner in; releasing twice is harmless."""
@@ -73,7 +95,7 @@ class OwnerLock:
 
 
 def read_owner(directory: Path) -> Owner | None:
-    """Return who owns an index now, or None; nothing is locked for longer than the question takes."""
+    """Return who owns a directory now, or None; nothing is locked for longer than the question takes."""
     try:
         file = open(directory / LOCK_FILE, encoding="utf-8")  # noqa: SIM115
     except FileNotFoundError:

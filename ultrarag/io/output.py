@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ultrarag.errors import DataError
-from ultrarag.io import sync_directory, write_json
+from ultrarag.io.durable import sync_directory, write_json
 
 #: Seconds of work that a kill may lose.
 COMMIT_SECONDS = 2.0

@@ -1,12 +1,19 @@
-"""Progress on stderr: bars that appear after two seconds, and silence where stderr is no terminal."""
+"""What people see on a terminal: progress bars, aligned tables, and texts whose control characters are harmless."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+#: What a terminal would act upon in place of showing it: control characters (C0, DEL, C1), separators of lines, and
+#: embeddings, overrides and isolates that reorder what stands beside them; and halves of characters, which no
+#: encoding can write.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def progress_bar(total: int | None, label: str, unit: str, wanted: bool | None = None) -> Any:
@@ -37,9 +44,23 @@ def quiet_progress() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+def visible(text: str, keep: str = "\n\t") -> str:
+    """Return a text that a terminal only shows: unsafe characters, but those to keep, as escapes such as \\x1b."""
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+
+
+def _escape(char: str) -> str:
+    return repr(char)[1:-1]
+
+
+def json_line(value: Any) -> str:
+    """Return a value as one line of JSON; unsafe characters in its texts are JSON's escapes, such as \\u009b."""
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return aligned lines: header, rule, rows; no line ends in blanks."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    """Return aligned lines: header, rule, rows; no line ends in blanks, and no cell breaks its line."""
+    cells = [[visible(str(cell), keep="") for cell in row] for row in [header, *rows]]
     widths = [max(width(row[i]) for row in cells) for i in range(len(header))]
     right = [i for i in range(len(header)) if rows and all(_number(row[i]) for row in rows)]
     lines = ["  ".join(_fit(cell, widths[i], i in right) for i, cell in enumerate(row)).rstrip() for row in cells]

@@ -22,7 +22,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from ultrarag.encode import CHUNK_TEXTS, encode_rest, same_work
 from ultrarag.errors import DataError
-from ultrarag.io import Vectors, progress_bar, sync_directory, write_json
+from ultrarag.io import Vectors, progress_bar, replacing, write_json
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.rows import BadJson, Row, raw_rows, text_key
 from ultrarag.types import Passage
@@ -200,14 +200,9 @@ def _write_table(folder: Path, ends: np.ndarray, keys: np.ndarray, given: int) -
     numbers[order] = np.arange(len(first))
     pool = int((first < given).sum())
     where = first[order]
-    staging = folder / f".{_TABLE}"
-    with open(staging, "wb") as file:
-        arrays: dict[str, Any] = {"starts": starts[where], "ends": ends[where], "keys": kept, "numbers": numbers}
+    arrays: dict[str, Any] = {"starts": starts[where], "ends": ends[where], "keys": kept, "numbers": numbers}
+    with replacing(folder / _TABLE) as file:
         np.savez(file, **arrays, pool=pool, repeated=given - pool)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, folder / _TABLE)
-    sync_directory(folder)
 
 
 @dataclass

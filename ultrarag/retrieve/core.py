@@ -53,7 +53,7 @@ class Core:
         self.writing = threading.RLock()
         self._lingering: list[Serving] = []
         with ExitStack() as undo:
-            lock = OwnerLock(root)
+            lock = OwnerLock(root, "status and passages can be read meanwhile: ultrarag.retrieve.read_status")
             undo.callback(lock.release)
             self.store = Store.open(root)
             undo.callback(self.store.close)

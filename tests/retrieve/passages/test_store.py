@@ -1,4 +1,4 @@
-"""The store: what a write did, what the log says of it, what is refused, damage, and the lock of its owner."""
+"""The store: what a write did, what the log says of it, what is refused, and damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from ultrarag.errors import DataError, IndexStateError
-from ultrarag.io.lock import OwnerLock, read_owner
 from ultrarag.retrieve.generation.catalog import Catalog
 from ultrarag.retrieve.passages.incoming import records
 from ultrarag.retrieve.passages.store import DATABASE_FILE, Store, Written
@@ -240,32 +239,6 @@ def test_a_full_disk_is_a_clear_error_and_keeps_what_was_acknowledged(tmp_path: 
     assert store.count() == int(count) == 20 * int(batch) > 0
     write(store, Passage("room again", "x"))
     store.close()
-
-
-def test_a_second_owner_is_told_who_the_first_is(tmp_path: Path) -> None:
-    lock = OwnerLock(tmp_path)
-    with pytest.raises(IndexStateError, match=r"in use by this process on .* since 20"):
-        OwnerLock(tmp_path)
-    code = "import sys; from pathlib import Path; from ultrarag.io.lock import *; OwnerLock(Path(sys.argv[1]))"
-    other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    owner = read_owner(tmp_path)
-    assert owner is not None
-    assert f"process {owner.pid} on {owner.host}" in other.stderr
-    lock.release()
-    lock.release()
-    assert read_owner(tmp_path) is None
-    OwnerLock(tmp_path).release()
-
-
-def test_the_lock_of_a_killed_owner_is_free(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from pathlib import Path; from ultrarag.io.lock import *; "
-        "lock = OwnerLock(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
-    assert json.loads((tmp_path / "owner.lock").read_text())["pid"]
-    assert read_owner(tmp_path) is None
-    OwnerLock(tmp_path).release()
 
 
 def test_the_file_is_written_durably(store: Store) -> None:

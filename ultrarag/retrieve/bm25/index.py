@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.io import OwnerLock, read_seal, remove_seal, seal, verify_seal
 from ultrarag.retrieve.bm25.lists import ranked, top
 from ultrarag.retrieve.bm25.store import Store
 from ultrarag.retrieve.bm25.words import tokenize
 from ultrarag.retrieve.engines import check_ids, check_k
-from ultrarag.retrieve.engines import seal as files
 from ultrarag.retrieve.search import Filter, facts, mask, parse
 
 #: Saturation of the term frequency and strength of the length normalisation: Lucene's defaults. On our five data
@@ -48,7 +48,7 @@ class BM25:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._mutex = threading.RLock()
-        self._lock = files.OwnerLock(directory)
+        self._lock = OwnerLock(directory)
         self._store: Store | None = None
         self._sums: dict[str, Any] = {}
         self._dirty = True
@@ -81,7 +81,7 @@ class BM25:
             raise IndexStateError(f"'{directory}' holds no BM25 index: '{Store.FILE}' is missing")
         index = cls(directory)
         try:
-            index._sums = files.verify(directory) if verify else files.sealed(directory)
+            index._sums = verify_seal(directory) if verify else read_seal(directory)
         except BaseException:
             index._lock.release()
             raise
@@ -160,7 +160,7 @@ class BM25:
             self._store.close()
             self._store = None
             try:
-                files.seal(self.directory, known=None if self._dirty else self._sums)
+                seal(self.directory, known=None if self._dirty else self._sums)
             finally:
                 self._lock.release()
 
@@ -168,7 +168,7 @@ class BM25:
         try:
             with _named(self.directory):
                 self._store = load(self.directory / Store.FILE)
-            files.unseal(self.directory)
+            remove_seal(self.directory)
         except BaseException:
             self._lock.release()
             raise

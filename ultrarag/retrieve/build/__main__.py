@@ -9,7 +9,6 @@ may be in use: searches and writes go on, and the process that owns it then join
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.encode import Encoded, Rank
-from ultrarag.errors import IndexStateError, UltraragError, UsageError
-from ultrarag.io import read_owner
+from ultrarag.errors import IndexStateError
+from ultrarag.io import print_error, print_result, read_owner, run_command
 from ultrarag.retrieve.build.child import read_progress
 from ultrarag.retrieve.command import built
 from ultrarag.retrieve.generation import Catalog, Layout, stored_heads
@@ -66,10 +65,9 @@ def join(root: Path, checkpoint: str, device: str, **wishes: Any) -> dict[str, A
     """Build the generation from what is encoded; an index that is in use is left to its owner."""
     owner = read_owner(root)
     if owner is not None:
-        print(
+        print_error(
             f"'{root}' is in use by {owner}: the vectors are encoded; build the same checkpoint there "
-            f"(live.build) to join them, which encodes nothing again",
-            file=sys.stderr,
+            f"(live.build) to join them, which encodes nothing again"
         )
         return {"state": "encoded", "owner": asdict(owner)}
     with LiveIndex.open(root, device=device) as live:
@@ -78,22 +76,19 @@ def join(root: Path, checkpoint: str, device: str, **wishes: Any) -> dict[str, A
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
-    asked = _parser().parse_args(arguments)
     rank = Rank.of_environment()
-    try:
-        found = _run(asked, rank)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (UltraragError, OSError) as error:
-        print(f"error: rank {rank.number}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the blocks that are encoded are kept; the same command goes on", file=sys.stderr)
-        return 130
+    who = f"rank {rank.number}" if rank.world > 1 else ""
+    return run_command(
+        lambda: _show(_parser().parse_args(arguments), rank),
+        "the blocks that are encoded are kept; the same command goes on",
+        who,
+    )
+
+
+def _show(asked: argparse.Namespace, rank: Rank) -> None:
+    found = _run(asked, rank)
     if found is not None:
-        print(json.dumps(found) if asked.json or found["state"] == "encoded" else built(found))
-    return 0
+        print_result(found, asked.json or found["state"] == "encoded", built)
 
 
 def _run(asked: argparse.Namespace, rank: Rank) -> dict[str, Any] | None:
@@ -102,7 +97,7 @@ def _run(asked: argparse.Namespace, rank: Rank) -> dict[str, Any] | None:
         raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
     device = asked.device or rank.device()
     count = encode_share(root, asked.checkpoint, rank, asked.adapter, asked.heads, device)
-    print(f"rank {rank.number} of {rank.world}: {count} passages encoded", file=sys.stderr, flush=True)
+    print_error(f"rank {rank.number} of {rank.world}: {count} passages encoded")
     rank.wait()
     if rank.number:
         return None

@@ -8,7 +8,6 @@ and goes on after the last committed chunk when it is started again. It ends wit
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import signal
@@ -18,15 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ultrarag.encode import Encoded, Known
 from ultrarag.encoder import Cuts
 from ultrarag.errors import CheckpointError, IndexStateError, UltraragError, kind_of
-from ultrarag.io import sync_tree, write_json
-from ultrarag.io import progress_bar
-from ultrarag.retrieve.engines import Backend, Schema, create, open_backend, remove
-from ultrarag.retrieve.engines import SCHEMA_FILE
-from ultrarag.encode import Encoded, Known
-from ultrarag.retrieve.generation import Follower, Vectors
-from ultrarag.retrieve.generation import Catalog, Generation, Layout
+from ultrarag.io import end_with_parent, progress_bar, sync_tree, write_json
+from ultrarag.retrieve.engines import SCHEMA_FILE, Backend, Schema, create, open_backend, remove
+from ultrarag.retrieve.generation import Catalog, Follower, Generation, Layout, Vectors
 from ultrarag.retrieve.passages import Store
 from ultrarag.types import Embeddings
 
@@ -190,18 +186,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(asked: argparse.Namespace, generation: Generation) -> Build:
     if asked.ray is None:
         return Build(asked.index, generation, asked.device, asked.chunk)
-    from ultrarag.encode.ray import RayBuild
-    from ultrarag.encode.ray import RayJob
+    from ultrarag.encode.ray import RayBuild, RayJob
 
     return RayBuild(asked.index, generation, asked.device, RayJob.from_json(asked.ray))
 
 
 def _behave(threads: int) -> None:
-    """Low priority, few threads, a clean end on SIGTERM, and an end with the parent (on Linux)."""
+    """Low priority, few threads, a clean end on SIGTERM, and an end with the parent."""
     signal.signal(signal.SIGTERM, _stop)
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    end_with_parent()
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     import torch

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -15,7 +13,7 @@ from typing import Any, TypeVar
 from ultrarag.encode.ray import RayPool
 from ultrarag.errors import DataError, IndexStateError, UsageError
 from ultrarag.evaluation import Collection, differences, evaluate_run, read_beir, read_run, write_run
-from ultrarag.io import progress_bar
+from ultrarag.io import print_error, print_result, progress_bar, standard_input
 from ultrarag.retrieve.command import printing
 from ultrarag.retrieve.generation import Generation, read_status
 from ultrarag.retrieve.live import LiveIndex
@@ -57,11 +55,11 @@ def add(arguments: argparse.Namespace) -> None:
         with _open(arguments) as live, bar:
             written = Written()
             for source in sources:
-                written += live.add(_told(source, bar))
+                written += live.add(_counted(source, bar))
             _show(arguments, {**asdict(written), "passages": len(live)}, printing.written)
 
 
-def _told(items: Iterable[_Item], bar: Any) -> Iterator[_Item]:
+def _counted(items: Iterable[_Item], bar: Any) -> Iterator[_Item]:
     for item in items:
         yield item
         bar.update(1)
@@ -80,7 +78,7 @@ def delete(arguments: argparse.Namespace) -> None:
 
 def _lines(name: str) -> list[str]:
     try:
-        text = sys.stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8")
+        text = standard_input().read() if name == STDIN else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read '{name}': {error}") from error
     return [line for line in text.splitlines() if line]
@@ -95,12 +93,11 @@ def search(arguments: argparse.Namespace) -> None:
         hits = dict(_searched(live, queries, {"k": arguments.k, **_options(arguments)}))
     if arguments.run:
         write_run(arguments.run, {id: {hit.id: hit.score for hit in found} for id, found in hits.items()})
-        print(f"{sum(map(len, hits.values()))} hits of {len(hits)} queries in {arguments.run}", file=sys.stderr)
-    if arguments.json:
+        print_error(f"{sum(map(len, hits.values()))} hits of {len(hits)} queries in {arguments.run}")
+    if arguments.json or not arguments.run:
         rows = [{"id": id, "query": queries[id], "hits": [asdict(hit) for hit in found]} for id, found in hits.items()]
-        print(json.dumps(rows if arguments.queries else rows[0], ensure_ascii=False))
-    elif not arguments.run:
-        print("\n\n".join(printing.hits(found, queries[id] if arguments.queries else "") for id, found in hits.items()))
+        shown = (printing.hits(found, queries[id] if arguments.queries else "") for id, found in hits.items())
+        print_result(rows if arguments.queries else rows[0], arguments.json, lambda _: "\n\n".join(shown))
 
 
 def _searched(live: LiveIndex, queries: dict[str, str], options: dict[str, Any]) -> Iterator[tuple[str, list[Hit]]]:
@@ -151,7 +148,7 @@ def swap(arguments: argparse.Namespace) -> None:
         judged = read_beir(arguments.gate, arguments.split)
         gate = (judged.queries, judged.qrels)
     elif arguments.force:
-        print("--force changes nothing without --gate: no comparison is made", file=sys.stderr)
+        print_error("--force changes nothing without --gate: no comparison is made")
     with _open(arguments) as live:
         generation = arguments.generation if arguments.generation is not None else _ready(live).id
         flip = live.swap(generation, gate, force=arguments.force, metric=arguments.metric, **_options(arguments))
@@ -236,4 +233,4 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(arguments: argparse.Namespace, found: dict[str, Any], text: Any) -> None:
-    print(json.dumps(found, ensure_ascii=False) if arguments.json else text(found))
+    print_result(found, arguments.json, text)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from ultrarag.errors import UltraragError, UsageError
+from ultrarag.errors import UsageError
+from ultrarag.io import run_command
 
 METRICS = "nDCG@10,Recall@10,MRR@10"
 
@@ -18,26 +18,15 @@ METRICS = "nDCG@10,Recall@10,MRR@10"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    try:
-        arguments = _parse(words)
-        status = int(_command(arguments.command)(arguments) or 0)
-        sys.stdout.flush()
-        return status
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+    return run_command(lambda: _run(words), "every write that was reported is kept")
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        _parser().print_help(sys.stderr)
         return 2
-    except UltraragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt as stop:
-        print(
-            f"interrupted: {stop}" if str(stop) else "interrupted; every write that was reported is kept",
-            file=sys.stderr,
-        )
-        return 130
+    arguments = _parse(words)
+    return int(_command(arguments.command)(arguments) or 0)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

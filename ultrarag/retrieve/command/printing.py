@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ultrarag.evaluation import Significance
-from ultrarag.io import table, width
+from ultrarag.io import table, visible, width
 from ultrarag.types import Hit
 
 
 def hits(found: Sequence[Hit], query: str = "") -> str:
     """Rank, score and the beginning of each passage, as wide as the terminal."""
-    title = [query] if query else []
+    title = [visible(query)] if query else []
     if not found:
         return "\n".join([*title, "no hits"])
     heads = [name for name in found[0].scores if len(found[0].scores) > 1]
@@ -23,7 +23,7 @@ def hits(found: Sequence[Hit], query: str = "") -> str:
     header = ("", "score", *heads, "id")
     used = width(table(header, rows).splitlines()[1]) + 2
     room = max(20, shutil.get_terminal_size((100, 24)).columns - used)
-    texts = [_cut(" ".join(hit.passage.content.split()), room) for hit in found]
+    texts = [_cut(visible(" ".join(hit.passage.content.split())), room) for hit in found]
     shown = [(*row, text) for row, text in zip(rows, texts, strict=True)]
     return "\n".join([*title, table((*header, "passage"), shown)])
 

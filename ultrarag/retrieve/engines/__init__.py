@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.engines.base import SCHEMA_FILE, read_schema, write_schema
     from ultrarag.retrieve.engines.batches import check_ids, check_k
     from ultrarag.retrieve.engines.registry import Backend, Schema, create, default_backend, open_backend, remove
-    from ultrarag.retrieve.engines.seal import OwnerLock
     from ultrarag.retrieve.engines.server import (
         COLLECTION_FILE,
         REQUEST_POINTS,

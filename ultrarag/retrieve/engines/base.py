@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ultrarag.errors import FingerprintError, IndexStateError, UsageError
-from ultrarag.retrieve.engines.seal import write_atomically
+from ultrarag.io import write_bytes
 from ultrarag.retrieve.search import Filter
 from ultrarag.types import Embeddings
 
@@ -152,7 +152,7 @@ def write_schema(directory: Path, backend: str, schema: Schema) -> None:
     if any(directory.iterdir()):
         raise IndexStateError(f"'{directory}' is not empty; open what it holds, or name another directory")
     content = {"format": FORMAT, "backend": backend, **asdict(schema)}
-    write_atomically(directory / SCHEMA_FILE, json.dumps(content, indent=2).encode())
+    write_bytes(directory / SCHEMA_FILE, json.dumps(content, indent=2).encode())
 
 
 def read_schema(directory: Path) -> tuple[str, Schema]:

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.io import CHECKSUM_FILE, OwnerLock, read_seal, seal, verify_seal, write_bytes
 from ultrarag.retrieve.bm25 import Postings, ranked, top
-from ultrarag.retrieve.engines import seal as files
 from ultrarag.retrieve.engines.base import SCHEMA_FILE, Progress, Schema, Scored, write_schema
 from ultrarag.retrieve.engines.batches import (
     assemble,
@@ -56,7 +56,7 @@ class NumpyBackend:
     def __init__(self, directory: Path, schema: Schema) -> None:
         self.directory, self.schema = directory, schema
         self._mutex = threading.RLock()
-        self._lock = files.OwnerLock(directory)
+        self._lock = OwnerLock(directory)
         self._closed, self._dirty, self._number = False, True, 0
         self._clear()
 
@@ -170,9 +170,9 @@ class NumpyBackend:
         written = [self.directory / f"passages-{number}.json", self.directory / f"vectors-{number}.npz"]
         passages = [[id, self._facts[row]] for id, row in self._row.items()]
         try:
-            files.write_atomically(written[0], json.dumps(passages).encode())
-            files.write_atomically(written[1], _npz(self._arrays()))
-            files.seal(self.directory, [self.directory / SCHEMA_FILE, *written])
+            write_bytes(written[0], json.dumps(passages).encode())
+            write_bytes(written[1], _npz(self._arrays()))
+            seal(self.directory, [self.directory / SCHEMA_FILE, *written])
         except OSError as error:
             raise IndexStateError(
                 f"'{self.directory}' cannot be written ({error}); what was flushed before is untouched"
@@ -283,12 +283,10 @@ class NumpyBackend:
         return arrays
 
     def _read(self, verify: bool) -> None:
-        names = files.verify(self.directory) if verify else files.sealed(self.directory)
+        names = verify_seal(self.directory) if verify else read_seal(self.directory)
         number = max((_number(name) for name in names), default=0)
         if not number:
-            raise IndexStateError(
-                f"'{self.directory / files.CHECKSUM_FILE}' is missing or names no vectors; rebuild them"
-            )
+            raise IndexStateError(f"'{self.directory / CHECKSUM_FILE}' is missing or names no vectors; rebuild them")
         passages = json.loads((self.directory / f"passages-{number}.json").read_bytes())
         with np.load(self.directory / f"vectors-{number}.npz", allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}

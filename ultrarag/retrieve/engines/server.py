@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ultrarag.errors import IndexStateError
-from ultrarag.retrieve.engines import seal as files
+from ultrarag.io import OwnerLock, write_bytes
 from ultrarag.retrieve.engines.address import Address, parse_uri
 from ultrarag.retrieve.engines.base import Schema, write_schema
 
@@ -168,7 +168,7 @@ class ServerBackend(Connection):
 
     def __init__(self, directory: Path, schema: Schema, address: Address, collection: str) -> None:
         self.directory, self.schema = directory, schema
-        self._lock = files.OwnerLock(directory)
+        self._lock = OwnerLock(directory)
         try:
             super().__init__(address, collection, str(directory))
         except BaseException:
@@ -253,7 +253,7 @@ class _Releasing:
 
 def name_collection(directory: Path, collection: str) -> None:
     """Write which collection a directory stands for."""
-    files.write_atomically(directory / COLLECTION_FILE, json.dumps({"collection": collection}).encode())
+    write_bytes(directory / COLLECTION_FILE, json.dumps({"collection": collection}).encode())
 
 
 def collection_of(directory: Path) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrarag.errors import FingerprintError, IndexStateError
+from ultrarag.io import OwnerLock
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.build import create_vectors, load_encoder
-from ultrarag.retrieve.engines import Backend, OwnerLock, ServerError, default_backend, open_backend, remove
+from ultrarag.retrieve.engines import Backend, ServerError, default_backend, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Catalog, Generation, Layout
 from ultrarag.retrieve.generation.replay import Follower, Vectors, Words
 from ultrarag.retrieve.generation.serving import Serving

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from ultrarag import errors
 from ultrarag.checkpoint import MANIFEST, Manifest, changed_files, read_manifest
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError, did_you_mean
-from ultrarag.io import publish_directory, staged_directory
+from ultrarag.io import publish_directory, staged_directory, start_child, stop_child
 from ultrarag.retrieve.build import read_progress
 from ultrarag.retrieve.generation.catalog import Generation, Layout
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 #: The heads that an index can store.
 STORED = ("dense", "sparse", "colbert")
-#: Seconds that a build may take to end when it is told to.
+#: Seconds to wait for a build to end by itself.
 PATIENCE = 20.0
 
 
@@ -164,13 +163,11 @@ def run_builder(
     """
     threads = threads or max(1, (os.cpu_count() or 2) // 2)
     wish = {None: "auto", True: "always", False: "never"}[progress]
-    command = [sys.executable, "-m", "ultrarag.retrieve.build.child", str(root), str(generation.id)]
-    command += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
-    command += ["--ray", ray.to_json()] if ray else []
-    # a session of its own: Ctrl-C reaches this process only, which then ends the builder in good order
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=_environment(threads), start_new_session=True
-    ) as child:
+    words = [str(root), str(generation.id)]
+    words += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
+    words += ["--ray", ray.to_json()] if ray else []
+    limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with start_child("ultrarag.retrieve.build.child", *words, env=limits, stdout=subprocess.PIPE, text=True) as child:
         started(child)
         try:
             output, _ = child.communicate()
@@ -182,18 +179,8 @@ def run_builder(
 
 
 def end(child: subprocess.Popen[str]) -> None:
-    """End a builder: politely, then by force."""
-    child.terminate()
-    try:
-        child.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _environment(threads: int) -> dict[str, str]:
-    paths = os.pathsep.join(path for path in sys.path if path)  # a program run from its source folder
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
+    """End a builder; what it committed is kept."""
+    stop_child(child, PATIENCE)
 
 
 def _error(output: str, status: int, generation: Generation) -> Exception:

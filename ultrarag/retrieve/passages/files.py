@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ultrarag.errors import DataError, did_you_mean
+from ultrarag.io import standard_input
 from ultrarag.retrieve.passages.incoming import FIELDS, to_record
 from ultrarag.rows import BadJson, raw_rows
 from ultrarag.types import Passage
@@ -53,7 +53,7 @@ def passage_file(source: str | Path, stdin: BinaryIO | None = None) -> Iterator[
         yield PassageFile(str(path), str(path), _check(str(path), str(path)))
         return
     with tempfile.NamedTemporaryFile(prefix="ultrarag-", suffix=".jsonl") as spool:  # a pipe cannot be read twice
-        shutil.copyfileobj(stdin or sys.stdin.buffer, spool)
+        shutil.copyfileobj(stdin or standard_input().buffer, spool)
         spool.flush()
         yield PassageFile(spool.name, STDIN_NAME, _check(spool.name, STDIN_NAME))
 

@@ -8,7 +8,6 @@ form, clear errors, checksums while it is closed, and an optimisation that leave
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ import numpy as np
 import qdrant_edge as qdrant
 
 from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.io import OwnerLock, read_seal, remove_seal, seal, start_child, verify_seal
 from ultrarag.retrieve.bm25 import ranked
-from ultrarag.retrieve.engines import seal as files
 from ultrarag.retrieve.engines.base import Progress, Schema, Scored, write_schema
 from ultrarag.retrieve.engines.batches import (
     assemble,
@@ -59,7 +58,7 @@ class QdrantEdge:
 
     def __init__(self, directory: Path, schema: Schema) -> None:
         self.directory, self.schema = directory, schema
-        self._lock = files.OwnerLock(directory)
+        self._lock = OwnerLock(directory)
         self._writing = threading.RLock()
         self._shard: qdrant.EdgeShard | None = None
         self._away = "was closed; open it again"  # why there is no shard
@@ -84,9 +83,9 @@ class QdrantEdge:
         """Load the shard; after a crash the engine replays its write-ahead log, and there are no checksums."""
         backend = cls(directory, schema)
         with backend._releasing(), backend._named_errors():
-            backend._sums = files.verify(directory) if verify else files.sealed(directory)
+            backend._sums = verify_seal(directory) if verify else read_seal(directory)
             backend._load()
-            files.unseal(directory)
+            remove_seal(directory)
             backend._dirty = not backend._sums
         return backend
 
@@ -202,7 +201,7 @@ class QdrantEdge:
             self._shard.flush()
             self._give_away("was closed; open it again")
             try:
-                files.seal(self.directory, known=None if self._dirty else self._sums)
+                seal(self.directory, known=None if self._dirty else self._sums)
             finally:
                 self._lock.release()
 
@@ -266,10 +265,10 @@ class QdrantEdge:
             shard.close()  # waits for the searches in flight
 
     def _run_optimizer(self, progress: Progress | None) -> None:
-        command = [sys.executable, "-m", "ultrarag.retrieve.engines.qdrant.optimize", str(self.directory / SHARD)]
         started = time.monotonic()
         # the child holds the owner's lock too, so that nobody gets in if this process dies before it
-        with subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=self._lock.descriptors(), text=True) as child:
+        module, fds = "ultrarag.retrieve.engines.qdrant.optimize", self._lock.descriptors()
+        with start_child(module, str(self.directory / SHARD), pass_fds=fds, stderr=subprocess.PIPE, text=True) as child:
             try:
                 errors = _wait(child, lambda: progress and progress(time.monotonic() - started))
             except BaseException:  # such as Ctrl-C: the engine survives a kill, as its tests show

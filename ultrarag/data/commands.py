@@ -1,9 +1,11 @@
-"""The command `ultrarag data mine`: hard negatives for files of rows; also `python -m ultrarag.retrieve.mine`."""
+"""Commands whose work other rooms do: `ultrarag data encode` and `ultrarag data mine`.
+
+The second is also `python -m ultrarag.retrieve.mine`, with the flags of FlagEmbedding's hn_mine.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,8 +24,10 @@ from ultrarag.data.flags import (
     weights,
 )
 from ultrarag.errors import UsageError
+from ultrarag.io import print_result
 
 if TYPE_CHECKING:
+    from ultrarag.encode import EncodedCorpus
     from ultrarag.encoder import Encoder
     from ultrarag.mining import MiningSettings
     from ultrarag.retrieve import LiveIndex
@@ -32,9 +36,68 @@ if TYPE_CHECKING:
 _MODEL_FLAGS = ("model_name_or_path", "query_instruction_for_retrieval", "query_max_length", "passage_max_length")
 
 
-def main(argv: Sequence[str]) -> int:
+def run_encode(argv: Sequence[str]) -> int:
+    """Encode, and print what was written."""
+    arguments = _encode_parser().parse_args(argv)
+    from ultrarag.encode import Compression, ModelChoice, encode_corpus
+
+    model = ModelChoice(
+        arguments.model_name_or_path,
+        arguments.adapter,
+        arguments.precision,
+        arguments.passage_max_length,
+        arguments.batch_tokens,
+    )
+    found = encode_corpus(
+        model,
+        arguments.input_file,
+        arguments.output,
+        heads=arguments.heads,
+        compression=Compression(arguments.format, arguments.truncate_dim),
+        devices=arguments.devices or (None,),
+        overwrite=arguments.overwrite,
+    )
+    print_result(_facts(found), arguments.json, lambda _: _summary(found))
+    return 0
+
+
+def _encode_parser() -> argparse.ArgumentParser:
+    from ultrarag.encode import FORMATS
+
+    parser = argparse.ArgumentParser(
+        prog="ultrarag data encode", description="Encode a corpus to disk; a killed run goes on where it stopped."
+    )
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, metavar="MODEL", help="checkpoint folder, or name on the Hub")
+    add("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
+    add("--input_file", "--corpus", required=True, metavar="PATH", help="JSONL of passages, or a BEIR folder")
+    add("--output", "-o", "--output_dir", required=True, metavar="DIR", help="the folder of the vectors")
+    add("--heads", nargs="+", metavar="HEAD", help="default: all that the model has")
+    add("--format", choices=FORMATS, default="float32", help="of the dense vectors' numbers (default: float32)")
+    add("--truncate_dim", type=int, metavar="N", help="keep the first N dimensions (Matryoshka models)")
+    add("--devices", "--device", nargs="+", metavar="NAME", help="one process for each, such as cuda:0 cuda:1")
+    add("--precision", choices=["fp32", "bf16", "fp16", "auto"], default="fp32", help="of the forward (default: fp32)")
+    add("--passage_max_length", type=int, metavar="N", help="longest passage in tokens")
+    add("--batch_tokens", type=int, metavar="N", help="padded tokens per forward")
+    add("--overwrite", action="store_true", help="replace what another model, corpus or format made")
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _facts(found: EncodedCorpus) -> dict[str, object]:
+    size = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file())
+    names = ("heads", "dim", "compression", "fingerprint")
+    return {"output": str(found.folder), "passages": len(found), "bytes": size, **{n: found.info[n] for n in names}}
+
+
+def _summary(found: EncodedCorpus) -> str:
+    facts = _facts(found)
+    return f"{facts['passages']} passages, {facts['bytes']} bytes, {', '.join(found.info['heads'])}: {facts['output']}"
+
+
+def run_mine(argv: Sequence[str]) -> int:
     """Mine, and print what was found."""
-    arguments = _read(argv)
+    arguments = _read_mine(argv)
     from ultrarag.mining import mine_files
 
     with ExitStack() as stack:
@@ -53,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
             gpu=arguments.use_gpu_for_searching,
             batch_tokens=arguments.batch_tokens,
         )
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
+    print_result(report, arguments.json)
     return 0
 
 
@@ -79,8 +142,8 @@ def settings_of(arguments: argparse.Namespace) -> MiningSettings:
     )
 
 
-def _read(argv: Sequence[str]) -> argparse.Namespace:
-    arguments = _parser().read(argv)
+def _read_mine(argv: Sequence[str]) -> argparse.Namespace:
+    arguments = _mine_parser().read(argv)
     if arguments.examples_for_task or arguments.examples_instruction_format:
         raise UsageError("--examples_for_task is not available: put the examples into the rows' 'prompt'")
     own = "it is chosen for the machine; --batch_tokens sets the padded tokens per forward"
@@ -106,7 +169,7 @@ def _search_model(arguments: argparse.Namespace, stack: ExitStack) -> tuple[Live
     return None, None
 
 
-def _parser() -> Parser:
+def _mine_parser() -> Parser:
     parser = Parser("mine", "Find hard negatives for rows of training data; they replace the rows' own in 'neg'.")
     _add_files(parser)
     add_embedder(parser, "model that finds candidates")

@@ -1,0 +1,67 @@
+"""Child processes: started with this process's import path, and ended when it ends, however it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+#: Environment variable with the process number of whoever started a child.
+PARENT = "ULTRARAG_PARENT"
+_PR_SET_PDEATHSIG = 1
+
+
+def start_child(
+    module: str, *words: str, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[Any]:
+    """Start `python -m module words` with this process's import path.
+
+    It gets a session of its own: Ctrl-C reaches this process only, which then ends the child in good order. The
+    module calls `end_with_parent` first of all.
+
+    Args:
+        env: variables beside those of this process.
+        options: of `subprocess.Popen`, such as stdout and pass_fds.
+    """
+    paths = os.pathsep.join(path for path in sys.path if path)  # a program run from its source folder
+    variables = {**os.environ, "PYTHONPATH": paths, **(env or {}), PARENT: str(os.getpid())}
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.Popen(command, env=variables, start_new_session=True, **options)
+
+
+def end_with_parent() -> None:
+    """Called by a child: be killed with the process that started this one, or end now if that is gone already.
+
+    Linux sends the signal. It comes only for a death after this call, so that the parent is looked for as well:
+    it may have ended while this process imported its modules.
+    """
+    parent = os.environ.pop(PARENT, None)  # a child of this process has another parent
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != int(parent):
+        raise SystemExit(f"process {parent}, which started this one, has ended")
+
+
+def stop_child(child: subprocess.Popen[Any], patience: float) -> None:
+    """End a child: with SIGTERM, and by force after `patience` seconds."""
+    child.terminate()
+    try:
+        child.wait(patience)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def process_exists(process: int) -> bool:
+    """Whether a process of this machine has not ended."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return process > 0

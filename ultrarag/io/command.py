@@ -1,0 +1,154 @@
+"""What every command does alike: exit status, errors on one line, results as text or as JSON."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, TextIO
+
+from ultrarag.errors import DataError, UltraragError, UsageError
+from ultrarag.io.terminal import json_line, visible
+
+#: Conditions of the machine, which are nobody's mistake in a program: one line in place of a traceback.
+_CONDITIONS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+}
+_CLOSED = "standard output is closed: send it to a file, a pipe or /dev/null"
+
+
+class OutputError(UltraragError):
+    """Standard output cannot be written."""
+
+
+def run_command(run: Callable[[], int | None], interrupted: str = "", who: str = "") -> int:
+    """Run a command and return its exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C).
+
+    Errors that are raised on purpose, and conditions of the machine such as a full disk, become one line on stderr;
+    anything else is a fault of ours and keeps its traceback.
+
+    Args:
+        run: returns the status, None for 0.
+        interrupted: what Ctrl-C leaves, where the exception does not say it.
+        who: the process among others that the line on stderr is from.
+    """
+    try:
+        with _guarded_output():
+            return int(run() or 0)
+    except UsageError as error:
+        return _failed(2, error, who)
+    except UltraragError as error:
+        return 1 if isinstance(error.__cause__, BrokenPipeError) else _failed(1, error, who)
+    except BrokenPipeError:  # the reader of stderr, such as head, has seen enough
+        return 1
+    except OSError as error:
+        if error.errno not in _CONDITIONS:
+            raise
+        return _failed(1, _condition(error), who)
+    except KeyboardInterrupt as stop:
+        return _failed(130, str(stop) or interrupted, who, "interrupted")
+
+
+def print_result(found: Any, as_json: bool, text: Callable[[Any], object] = str) -> None:
+    """Print a result: as one line of JSON (what its `to_dict` gives, if it has one), or as text."""
+    if as_json:
+        print(json_line(found.to_dict() if hasattr(found, "to_dict") else found))
+    else:
+        print(visible(str(text(found))))
+
+
+def print_error(message: object) -> None:
+    """Print a line on stderr; there is nobody to tell where that cannot be written."""
+    with suppress(OSError):
+        print(visible(str(message)), file=sys.stderr, flush=True)
+
+
+def standard_input() -> TextIO:
+    """What is piped into the command; DataError where standard input is closed."""
+    if sys.stdin is None:
+        raise DataError("standard input is closed: pipe the lines into the command, or name a file in place of -")
+    return sys.stdin
+
+
+class _VisibleFormatter(logging.Formatter):
+    """Warnings may quote texts too, such as what a server answered."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+class _Output:
+    """Standard output whose failures are OutputErrors: an OSError would not say what it is about."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _discard(self._stream)
+            raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
+
+
+@contextmanager
+def _guarded_output() -> Iterator[None]:
+    """Write what is printed before the command ends, so that a failure shows in its status."""
+    closed = sys.stdout is None  # so Python says that descriptor 1 was closed at the start
+    _open_closed_descriptors()
+    if closed:
+        raise OutputError(_CLOSED)
+    if logging.lastResort is not None:  # what prints warnings where nobody has set logging up
+        logging.lastResort.setFormatter(_VisibleFormatter())
+    with redirect_stdout(_Output(sys.stdout)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+
+
+def _open_closed_descriptors() -> None:
+    """Give closed standard descriptors to /dev/null, or the next file that is opened would get what is printed."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)  # as standard descriptors are
+    os.close(handle)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is left in a stream's buffer nowhere, or Python complains about it once more at the end."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _failed(status: int, message: object, who: str, kind: str = "error") -> int:
+    parts = [kind, who, str(message)]
+    print_error(": ".join(part for part in parts if part))
+    return status
+
+
+def _condition(error: OSError) -> str:
+    where = f"'{error.filename}': " if error.filename else ""
+    return f"{where}{error.strerror or error}"
