@@ -1,131 +1,54 @@
-"""Encoding a corpus to disk: the encoder's own vectors, whatever was killed, and on several processes."""
+"""Compressed vectors: what each format keeps, to the bit where it is exact."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ultrarag import Encoder
-from ultrarag.data.cli import main
-from ultrarag.encode import corpus as encoding
-from ultrarag.encode.compress import Compression
-from ultrarag.encode.corpus import EncodedCorpus, ModelChoice, encode_corpus
-from ultrarag.errors import DataError, FingerprintError, UsageError
-from ultrarag.testing.tiny import tiny_bert
-
-TEXTS = [f"passage number {n} " + "and more " * (n % 7) for n in range(50)]
+from ultrarag.encode.corpus import FORMATS, Compression, truncated
+from ultrarag.errors import UsageError
 
 
 @pytest.fixture
-def corpus(tmp_path) -> Path:
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"_id": f"p{n}", "text": text}) + "\n" for n, text in enumerate(TEXTS)))
-    return path
+def dense() -> np.ndarray:
+    found = np.random.default_rng(0).normal(size=(50, 20)).astype(np.float32)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-@pytest.fixture
-def model(tmp_path) -> ModelChoice:
-    tiny_bert(tmp_path / "model")
-    return ModelChoice(str(tmp_path / "model"), "bge")
+@pytest.mark.parametrize(
+    ("format", "cosine", "width"),
+    [("float32", 1, 80), ("float16", 0.999999, 40), ("int8", 0.9999, 20), ("binary", 0.6, 3)],
+)
+def test_decoded_vectors_are_near_the_given_ones(dense, format, cosine, width):
+    chosen = Compression(format)
+    codes, scale = chosen.encode(dense)
+    back = chosen.decode(codes, scale, 20)
+    found = (back * dense).sum(1) / np.linalg.norm(back, axis=1)
+    assert found.min() >= cosine - 1e-6
+    assert codes[0].nbytes == width
+    assert back.dtype == np.float32
 
 
-def test_every_head_comes_back(corpus, tiny_m3, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "WINDOW", 16)
-    found = encode_corpus(ModelChoice(tiny_m3, "bgem3"), corpus, tmp_path / "out", devices=("cpu",))
-    expected = Encoder.load(tiny_m3, "bgem3", device="cpu").encode(TEXTS, "passage", progress=False)
-    rows = 0
-    for ids, vectors in found.blocks(7):
-        part = expected[rows : rows + len(ids)]
-        assert ids == [f"p{n}" for n in range(rows, rows + len(ids))]
-        assert np.abs(vectors.dense - part.dense).max() < 1e-6
-        assert vectors.sparse.to_dicts()[0] == pytest.approx(part.sparse.to_dicts()[0], abs=1e-6)
-        length = int(vectors.mask[0].sum())
-        assert np.abs(vectors.colbert[0, :length] - part.colbert[0, :length]).max() < 1e-6
-        rows += len(ids)
-    assert rows == len(TEXTS) == len(found)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_has_the_same_code_alone_and_among_others(dense, format):
+    together, scales = Compression(format).encode(dense)
+    alone, scale = Compression(format).encode(dense[7:8])
+    assert np.array_equal(alone[0], together[7])
+    assert scale[0] == scales[7]
 
 
-def test_several_processes_give_the_same(corpus, model, tmp_path):
-    one = encode_corpus(model, corpus, tmp_path / "one", devices=("cpu",))
-    two = encode_corpus(model, corpus, tmp_path / "two", devices=("cpu", "cpu"))
-    assert [len(ids) for ids, _ in two.blocks(100)] == [25, 25]
-    assert np.abs(one.dense() - two.dense()).max() < 1e-6
-    assert list(two.ids()) == [f"p{n}" for n in range(50)]
+def test_a_zero_vector_stays_zero_in_int8():
+    codes, scale = Compression("int8").encode(np.zeros((1, 4), np.float32))
+    assert not Compression("int8").decode(codes, scale, 4).any()
 
 
-def test_a_run_that_was_stopped_goes_on(corpus, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "WINDOW", 10)
-    commit, commits = encoding.Shard.commit, []
-
-    def fail(self) -> None:
-        commit(self)
-        commits.append(self.rows)
-        if len(commits) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(encoding.Shard, "commit", fail)
-    with pytest.raises(KeyboardInterrupt):
-        encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
-    with pytest.raises(DataError, match="not finished"):
-        EncodedCorpus(tmp_path / "out")
-    found = encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
-    assert commits == [10, 20, 30, 40, 50]
-    whole = encode_corpus(model, corpus, tmp_path / "again", devices=("cpu",))
-    assert np.abs(found.dense() - whole.dense()).max() < 1e-6
+def test_truncated_vectors_have_unit_length_again_where_they_had_it(dense):
+    assert np.linalg.norm(truncated(dense, 8), axis=1) == pytest.approx(1, abs=1e-6)
+    assert np.array_equal(truncated(3 * dense, 8), (3 * dense)[:, :8])
+    with pytest.raises(UsageError, match="have 20 dimensions"):
+        truncated(dense, 21)
 
 
-def test_kill_9_in_the_middle(corpus, model, tmp_path):
-    corpus.write_text("".join(json.dumps({"_id": f"p{n}", "text": "word " * 100}) + "\n" for n in range(8_300)))
-    words = ["data", "encode", "--model_name_or_path", model.path, "--adapter", "bge", "--input_file", str(corpus)]
-    words += ["--output", str(tmp_path / "out"), "--devices", "cpu"]
-    child = subprocess.Popen([sys.executable, "-m", "ultrarag.cli", *words])
-    state = tmp_path / "out" / "shard-00000" / "dense" / "vectors.json"
-    while not state.is_file() and child.poll() is None:
-        time.sleep(0.02)
-    child.kill()
-    child.wait()
-    assert 0 < json.loads(state.read_text())["rows"] < 8_300
-    found = encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
-    assert found.dense().shape == (8_300, 32)
-
-
-@pytest.mark.parametrize(("format", "cosine"), [("float16", 0.99999), ("int8", 0.999), ("binary", 0.3)])
-def test_compressed(corpus, model, tmp_path, format, cosine):
-    full = encode_corpus(model, corpus, tmp_path / "full", devices=("cpu",)).dense()
-    small = encode_corpus(model, corpus, tmp_path / "small", devices=("cpu",), compression=Compression(format, 16))
-    kept = full[:, :16] / np.linalg.norm(full[:, :16], axis=1, keepdims=True)
-    found = small.dense()
-    assert found.shape == (50, 16)
-    assert ((found * kept).sum(1) / np.linalg.norm(found, axis=1)).min() > cosine
-
-
-def test_what_does_not_fit_is_refused(corpus, model, tmp_path):
-    encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
-    tiny_bert(tmp_path / "other", seed=1)
-    with pytest.raises(FingerprintError, match="another model"):
-        encode_corpus(ModelChoice(str(tmp_path / "other"), "bge"), corpus, tmp_path / "out", devices=("cpu",))
-    with pytest.raises(DataError, match="another compression"):
-        encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",), compression=Compression("int8"))
-    with pytest.raises(UsageError, match="no head 'sparse'"):
-        encode_corpus(model, corpus, tmp_path / "new", devices=("cpu",), heads=["sparse"])
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(DataError, match="not empty"):
-        encode_corpus(model, corpus, tmp_path / "full", devices=("cpu",), overwrite=True)
-    assert (tmp_path / "full" / "mine.txt").exists()
-
-
-def test_the_command(corpus, model, tmp_path, capsys):
-    words = ["encode", "--model_name_or_path", model.path, "--adapter", "bge", "--input_file", str(corpus)]
-    assert main([*words, "--output", str(tmp_path / "out"), "--format", "int8", "--devices", "cpu", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["passages"] == 50
-    assert facts["dim"] == 32
-    assert main([*words, "--output", str(tmp_path / "out"), "--devices", "cpu"]) == 1
-    assert "--overwrite" in capsys.readouterr().err
+def test_unknown_formats():
+    with pytest.raises(UsageError, match="did you mean 'int8'"):
+        Compression("int9")

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from ultrarag.data.commands import run_mine as main
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io.vectors import Vectors
 from ultrarag.mining import miner as miner_module
-from ultrarag.mining import prepared as prepare
+from ultrarag.mining import pool as pool_module
 from ultrarag.mining import search
-from ultrarag.mining.files import mine_files as mine_in_files
+from ultrarag.mining.miner import mine_files as mine_in_files
 from ultrarag.mining.settings import MiningSettings
 from ultrarag.retrieve import mine
 from ultrarag.retrieve.bm25.index import BM25
@@ -57,8 +58,8 @@ def hardest(encoder, pool=POOL, rows=ROWS, **settings):
 
 @pytest.mark.parametrize("weights", [{"dense": 1}, {"sparse": 1}, M3], ids=lambda weights: "+".join(weights))
 def test_all_candidates_come_in_the_order_of_brute_force(m3_encoder, monkeypatch, weights):
-    monkeypatch.setattr("ultrarag.io.vectors.BLOCK", 7)  # so that blocks must be merged
-    monkeypatch.setattr(search, "_QUERIES", 3)
+    monkeypatch.setattr("ultrarag.io.vectors.CHUNK_TEXTS", 7)  # so that chunks must be merged
+    monkeypatch.setattr(search, "_CHUNK_QUERIES", 3)
     found = hardest(m3_encoder, weights=weights, write_scores=True)
     scores = brute_force(m3_encoder, weights)
     if weights == {"sparse": 1}:  # texts without a common token are no candidates
@@ -205,7 +206,7 @@ def test_a_veto_needs_a_reranker(m3_encoder):
 
 def test_random_draws_depend_on_the_seed_alone(m3_encoder, monkeypatch):
     first = hardest(m3_encoder, sampling="random", negatives=5, range=(0, 30), seed=1).rows
-    monkeypatch.setattr(miner_module, "WINDOW", 3)
+    monkeypatch.setattr(miner_module, "CHUNK_ROWS", 3)
     assert hardest(m3_encoder, sampling="random", negatives=5, range=(0, 30), seed=1).rows == first
     other = hardest(m3_encoder, sampling="random", negatives=5, range=(0, 30), seed=2).rows
     assert other != first
@@ -267,8 +268,8 @@ SETTINGS = MiningSettings(range=(0, 30), negatives=4, weights={"dense": 1.0, "bm
 
 def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monkeypatch):
     rows, pool, output = files
-    monkeypatch.setattr(prepare, "WINDOW", 16)
-    options = {"candidate_pool": pool, "window": 3}
+    monkeypatch.setattr(pool_module, "CHUNK_TEXTS", 16)
+    options = {"candidate_pool": pool, "chunk_rows": 3}
     mine_in_files(rows, output, m3_encoder, SETTINGS, **options)
     whole = {name: path_of(output, name).read_text() for name in ("", ".counts.jsonl")}
     report = json.loads(path_of(output, ".report.json").read_text())
@@ -304,6 +305,32 @@ def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monk
     assert sorted(path.name for path in output.parent.glob("mined*")) == [
         "mined.jsonl", "mined.jsonl.counts.jsonl", "mined.jsonl.report.json",
     ]  # fmt: skip
+
+
+def test_kill_9_while_the_pool_is_encoded(files, tiny_m3, m3_encoder, monkeypatch):
+    rows, pool, output = files
+    many = texts(1_500, words=30)
+    write_lines(pool, [{"text": text} for text in many])
+    small = "import sys; from ultrarag.mining import pool; pool.CHUNK_TEXTS = 8\n"
+    small += "from ultrarag.data.mine_command import main; main(sys.argv[1:])"
+    flags = f"--input_file {rows} --output_file {output} --candidate_pool {pool} --range_for_sampling 0-30"
+    flags += f" --model_name_or_path {tiny_m3} --adapter bgem3"
+    child = subprocess.Popen([sys.executable, "-c", small, *flags.split()])
+    state = path_of(output, ".mining") / "vectors.json"
+    while not state.is_file() and child.poll() is None:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    kept = json.loads(state.read_text())["rows"]
+    assert 0 < kept < len(many)
+    encoded = []
+    encode = m3_encoder.iter_encode
+    monkeypatch.setattr(
+        m3_encoder, "iter_encode", lambda t, k, **o: encode((encoded.append(k) or x for x in t), k, **o)
+    )
+    report = mine_in_files(rows, output, m3_encoder, MiningSettings(range=(0, 30)), candidate_pool=pool)
+    assert report.pool == len(many)
+    assert encoded.count("passage") == len(many) + len(ROWS) - kept
 
 
 def path_of(output, name):

@@ -1,6 +1,7 @@
 """The room of encoding many texts to disk, resumably: by one process a device, by the ranks of torchrun, or on Ray.
 
-Numbered texts come in; blocks of vectors with done-marks go out.
+Numbered texts come in; blocks of vectors with done-marks go out. `blocks` is what all launchers share: the marks, the
+check that a rerun does the same work, the loop, the counted cuts and the progress.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.encode.compress import FORMATS, Compression
-    from ultrarag.encode.corpus import EncodedCorpus, ModelChoice, encode_corpus
+    from ultrarag.encode.apart import Encode, encode_apart
+    from ultrarag.encode.blocks import CHUNK_TEXTS, Ledger, chunks_of, encode_blocks, encode_rest, same_work
+    from ultrarag.encode.corpus import FORMATS, Compression, EncodedCorpus
+    from ultrarag.encode.processes import ModelChoice, encode_corpus
+    from ultrarag.encode.ranks import Encoded, Known, Rank, passages_of
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

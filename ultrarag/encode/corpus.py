@@ -1,168 +1,98 @@
-"""Encoding a corpus of any size to disk: one process per device, each resumable, and reading it back.
+"""An encoded corpus: a folder of vectors, maybe compressed, as `encode_corpus` writes it and anybody reads it.
 
-A folder holds `encoding.json` (whose vectors, of what), `ids.txt` (a JSON string per line) and a shard per process with
-its rows in order. A row's place is its passage's line.
+The folder holds `encoding.json` (whose vectors, of what), `ids.txt` (a JSON string per line) and a shard per process
+with its rows in order. A row's place is its passage's line. Dense vectors may have fewer dimensions, and 16 or 8 bits
+for each, or one; rows are compressed one by one, so that a row's code does not depend on what else is stored. Bytes per
+vector of d dimensions: float32 4 d, float16 2 d, int8 d + 4, binary d / 8.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ultrarag.encode.compress import Compression
-from ultrarag.errors import DataError, FingerprintError, UsageError
-from ultrarag.io import Column, Vectors, only, progress_bar, start_child, write_json
-from ultrarag.retrieve.passages import PassageFile, passage_file
+from ultrarag.encode.blocks import CHUNK_TEXTS
+from ultrarag.errors import DataError, UsageError, did_you_mean
+from ultrarag.io import Column, Vectors, only
 from ultrarag.types import Embeddings
 
-if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
-
 INFO, IDS, SCALES = "encoding.json", "ids.txt", "scale.bin"
-#: Passages encoded between two commits: what a kill may lose.
-WINDOW = 4096
+FORMATS = ("float32", "float16", "int8", "binary")
 
 
 @dataclass(frozen=True)
-class ModelChoice:
-    """The model that encodes, as every process loads it."""
+class Compression:
+    """How dense vectors are stored."""
 
-    path: str
-    adapter: str | None = None
-    precision: str = "fp32"
-    passage_max_length: int | None = None
-    batch_tokens: int | None = None
+    #: of each number: float32, float16, int8 or binary
+    format: str = "float32"
+    #: only the first dimensions; None: all. For models trained with Matryoshka losses (`--use_mrl`).
+    truncate_dim: int | None = None
 
-    def load(self, device: str | None) -> Encoder:
-        """Load it onto a device."""
-        from ultrarag.encoder import Encoder
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(
+                f"format '{self.format}' is unknown{did_you_mean(self.format, FORMATS)} ({', '.join(FORMATS)})"
+            )
+        if self.truncate_dim is not None and self.truncate_dim < 1:
+            raise UsageError(f"truncate_dim is {self.truncate_dim}; it must be at least 1")
 
-        return Encoder.load(
-            self.path,
-            self.adapter,
-            device=device,
-            precision=self.precision,
-            passage_max_length=self.passage_max_length,
-        )
+    def encode(self, dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Compress vectors.
+
+        Args:
+            dense: (n, dim) float32.
+
+        Returns:
+            The codes, (n, width) of the format's type, and each row's scale, (n,) float32.
+        """
+        dense = truncated(dense, self.truncate_dim)
+        ones = np.ones(len(dense), np.float32)
+        if self.format == "binary":
+            return np.packbits(dense > 0, axis=1), np.full(len(dense), dense.shape[1] ** -0.5, np.float32)
+        if self.format != "int8":
+            return dense.astype(self.format, copy=False), ones
+        scale = np.abs(dense).max(axis=1).astype(np.float32) / 127
+        safe = np.where(scale > 0, scale, 1)
+        return np.rint(dense / safe[:, None]).astype(np.int8), safe.astype(np.float32)
+
+    def decode(self, codes: np.ndarray, scale: np.ndarray, dim: int) -> np.ndarray:
+        """Return what `encode` stored, (n, dim) float32; of binary vectors the signs, at unit length."""
+        if self.format == "binary":
+            signs = np.unpackbits(codes, axis=1, count=dim).astype(np.float32) * 2 - 1
+            return signs * scale[:, None]
+        found = codes.astype(np.float32, copy=False)
+        return found * scale[:, None] if self.format == "int8" else found
 
 
-def encode_corpus(
-    model: ModelChoice,
-    corpus: str | Path,
-    output: str | Path,
-    *,
-    heads: Sequence[str] | None = None,
-    compression: Compression | None = None,
-    devices: Sequence[str | None] = (None,),
-    overwrite: bool = False,
-    progress: bool | None = None,
-) -> EncodedCorpus:
-    """Encode all passages of a file or BEIR folder into a folder; a rerun goes on where a killed one stopped.
+def truncated(dense: np.ndarray, dim: int | None) -> np.ndarray:
+    """The first dimensions of vectors; those of unit length have it again.
 
-    Args:
-        heads: default: all that the model has.
-        compression: of the dense vectors; default: float32.
-        devices: one process for each, such as ("cuda:0", "cuda:1"); the same name may come twice.
-        overwrite: replace a folder that another model, corpus or format made.
+    Source:
+        Matryoshka Representation Learning (Kusupati et al., 2022).
 
     Raises:
-        DataError: rows that are no passages (file:line), or a folder that holds something else.
-        FingerprintError: the folder's vectors are another model's.
+        UsageError: there are not so many.
     """
-    folder, compression = Path(output), compression or Compression()
-    encoder = model.load(devices[0])
-    chosen = tuple(heads) if heads else encoder.heads
-    unknown = [head for head in chosen if head not in encoder.heads]
-    if unknown:
-        raise UsageError(f"the model has no head '{unknown[0]}' (it has {', '.join(encoder.heads)})")
-    with passage_file(corpus) as passages:
-        info = _info(encoder, passages, chosen, compression, len(devices))
-        _prepare(folder, info, passages, overwrite)
-        if len(devices) == 1:
-            encode_shard(encoder, folder, 0, passages, model.batch_tokens, progress)
-        else:
-            del encoder
-            _run_workers(model, folder, passages.path, devices, progress)
-    write_json(folder / INFO, {**info, "finished": True})
-    return EncodedCorpus(folder)
-
-
-def _info(
-    encoder: Encoder, passages: PassageFile, heads: Sequence[str], compression: Compression, shards: int
-) -> dict[str, Any]:
-    ends = [passages.count * (number + 1) // shards for number in range(shards)]
-    starts = [0, *ends[:-1]]
-    return {
-        "fingerprint": encoder.fingerprint,
-        "corpus": {"bytes": os.path.getsize(passages.path), "passages": passages.count},
-        "heads": list(heads),
-        "dim": compression.truncate_dim or encoder.dim if "dense" in heads else None,
-        "compression": asdict(compression),
-        "shards": [list(span) for span in zip(starts, ends, strict=True)],
-        "finished": False,
-    }
-
-
-def _prepare(folder: Path, info: dict[str, Any], passages: PassageFile, overwrite: bool) -> None:
-    """Make the folder, or check that it holds the same work."""
-    import shutil
-
-    found = folder / INFO
-    if found.is_file() and not overwrite:
-        before = json.loads(found.read_text(encoding="utf-8"))
-        different = [name for name in info if name != "finished" and before.get(name) != info[name]]
-        if "fingerprint" in different:
-            raise FingerprintError(f"'{folder}' holds vectors of another model; name another folder, or --overwrite")
-        if different:
-            raise DataError(
-                f"'{folder}' was begun with another {different[0]} ({before.get(different[0])}, now "
-                f"{info[different[0]]}); name another folder, or give --overwrite"
-            )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite or not found.is_file():
-            raise DataError(f"'{folder}' is not empty and holds no encoding; name another folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / IDS, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(passage.id, ensure_ascii=False) + "\n" for passage in passages)
-        file.flush()
-        os.fsync(file.fileno())
-    write_json(found, info)
-
-
-def encode_shard(
-    encoder: Encoder,
-    folder: Path,
-    number: int,
-    passages: PassageFile,
-    batch_tokens: int | None = None,
-    progress: bool | None = None,
-) -> None:
-    """Encode one shard's rows, from where it stands; each window is committed."""
-    info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-    start, stop = info["shards"][number]
-    with Shard(folder, info, number) as shard, progress_bar(stop - start, "encode", "passage", progress) as bar:
-        bar.update(shard.rows)
-        texts = (passage.content for passage in islice(passages, start + shard.rows, stop))
-        options: dict[str, Any] = {"heads": info["heads"], "batch_tokens": batch_tokens, "on_batch": bar.update}
-        for window in encoder.iter_encode(texts, "passage", window=WINDOW, **options):
-            shard.append(window)
-            shard.commit()
+    if dim is None or dim == dense.shape[1]:
+        return dense
+    if dim > dense.shape[1]:
+        raise UsageError(f"truncate_dim is {dim}, but the vectors have {dense.shape[1]} dimensions")
+    kept = dense[:, :dim]
+    unit = np.abs(np.linalg.norm(dense, axis=1) - 1) < 1e-3
+    length = np.linalg.norm(kept, axis=1)
+    factor = np.where(unit & (length > 0), 1 / np.maximum(length, 1e-12), 1)
+    return (kept * factor[:, None]).astype(np.float32)
 
 
 class Shard:
-    """The vectors of neighbouring rows, in files."""
+    """The vectors of neighbouring rows, in files; what `encode_rest` appends to."""
 
     def __init__(self, folder: Path, info: dict[str, Any], number: int) -> None:
         self.folder = folder / f"shard-{number:05d}"
@@ -218,6 +148,12 @@ class Shard:
         return found
 
 
+def committed_rows(folder: Path, heads: Sequence[str]) -> int:
+    """Rows that all shards hold so far, while other processes write them."""
+    states = folder.glob(f"shard-*/{'dense' if 'dense' in heads else 'others'}/vectors.json")
+    return sum(int(json.loads(state.read_text(encoding="utf-8"))["rows"]) for state in states)
+
+
 class EncodedCorpus:
     """What `encode_corpus` wrote: passages' ids and vectors, read a block at a time.
 
@@ -249,7 +185,7 @@ class EncodedCorpus:
         with open(self.folder / IDS, encoding="utf-8") as file:
             yield from (json.loads(line) for line in file)
 
-    def blocks(self, size: int = WINDOW) -> Iterator[tuple[list[str], Embeddings]]:
+    def blocks(self, size: int = CHUNK_TEXTS) -> Iterator[tuple[list[str], Embeddings]]:
         """Yield ids and vectors of `size` passages at a time."""
         ids = self.ids()
         for number, (start, stop) in enumerate(self.info["shards"]):
@@ -261,50 +197,3 @@ class EncodedCorpus:
     def dense(self) -> np.ndarray:
         """All dense vectors, (passages, dim) float32, in memory."""
         return np.concatenate([vectors.dense for _, vectors in self.blocks()])
-
-
-def _run_workers(
-    model: ModelChoice, folder: Path, corpus: str, devices: Sequence[str | None], progress: bool | None
-) -> None:
-    """One process per device; when one fails the others are ended, and what is committed stays."""
-    children = [_start(model, folder, corpus, number, device) for number, device in enumerate(devices)]
-    info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-    try:
-        with progress_bar(info["corpus"]["passages"], "encode", "passage", progress) as bar:
-            while any(child.poll() is None for child in children):
-                _check(children, devices)
-                bar.update(_committed(folder, len(devices)) - bar.n)
-                time.sleep(0.2)
-        _check(children, devices)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM)
-        for child in children:
-            child.wait()
-
-
-def _start(model: ModelChoice, folder: Path, corpus: str, number: int, device: str | None) -> subprocess.Popen[bytes]:
-    asked = {"model": asdict(model), "folder": str(folder), "corpus": corpus, "shard": number, "device": device}
-    return start_child("ultrarag.encode.worker", json.dumps(asked))
-
-
-def _check(children: Sequence[subprocess.Popen[bytes]], devices: Sequence[str | None]) -> None:
-    for child, device in zip(children, devices, strict=True):
-        if child.poll():
-            raise DataError(
-                f"encoding on {device or 'the default device'} ended with status {child.returncode} (its message is "
-                "above); what is committed stays: the same command goes on"
-            )
-
-
-def _committed(folder: Path, shards: int) -> int:
-    """Rows that all shards hold so far."""
-    found = 0
-    for number in range(shards):
-        for part in ("dense", "others"):
-            state = folder / f"shard-{number:05d}" / part / "vectors.json"
-            if state.is_file():
-                found += int(json.loads(state.read_text(encoding="utf-8"))["rows"])
-                break
-    return found

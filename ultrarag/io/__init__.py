@@ -27,6 +27,6 @@ if TYPE_CHECKING:
     from ultrarag.io.output import Output, identity, resumable
     from ultrarag.io.secrets import secret_in, without_secret
     from ultrarag.io.terminal import json_line, progress_bar, quiet_progress, table, visible, width
-    from ultrarag.io.vectors import BLOCK, Column, Vectors, only, padded_sparse, padded_tokens
+    from ultrarag.io.vectors import CHUNK_TEXTS, Column, Vectors, only, padded_sparse, padded_tokens
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

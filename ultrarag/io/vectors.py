@@ -1,4 +1,4 @@
-"""Vectors: the vectors of numbered texts in plain files, appended window by window and safe once committed."""
+"""Vectors: the vectors of numbered texts in plain files, appended chunk by chunk and safe once committed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ultrarag.types import Embeddings, Sparse
 
 _STATE = "vectors.json"
 #: Texts read at a time when all are searched.
-BLOCK = 16_384
+CHUNK_TEXTS = 16_384
 
 
 class Column:
@@ -129,10 +129,10 @@ class Vectors:
             file.sync()
         write_json(self.folder / _STATE, {"rows": self.rows, "widths": self._widths})
 
-    def blocks(self, stop: int) -> Iterator[tuple[int, Embeddings]]:
-        """Yield (first number, its dense and sparse vectors) of the texts before `stop`, a block at a time."""
-        for start in range(0, stop, BLOCK):
-            end = min(start + BLOCK, stop)
+    def chunks(self, stop: int) -> Iterator[tuple[int, Embeddings]]:
+        """Yield (first number, its dense and sparse vectors) of the texts before `stop`, a chunk at a time."""
+        for start in range(0, stop, CHUNK_TEXTS):
+            end = min(start + CHUNK_TEXTS, stop)
             dense = None if self._dense is None else self._dense.read(start, end).astype(np.float32, copy=False)
             sparse = None if self._sparse is None else padded_sparse(*_contiguous(self._sparse, start, end))
             yield start, Embeddings(dense=dense, sparse=sparse)

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.mining.files import mine_files
-    from ultrarag.mining.miner import checked_weights, mine
-    from ultrarag.mining.pool import MiningSources, pool_file, read_pool
-    from ultrarag.mining.prepared import prepare
+    from ultrarag.mining.miner import checked_weights, mine, mine_files
+    from ultrarag.mining.pool import MiningSources, pool_file, prepare, read_pool
     from ultrarag.mining.search import BM25_HEAD, Asked, MiningSearch, candidate_heads
     from ultrarag.mining.settings import MiningSettings
 else:

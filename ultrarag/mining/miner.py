@@ -1,31 +1,33 @@
-"""Hard negatives for rows of training data: `mine` for rows in memory, `Miner` for those of files, window by window."""
+"""Hard negatives for rows of training data: `mine` for rows in memory, `mine_files` for files, resumably."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.errors import DataError, UsageError
-from ultrarag.io import progress_bar
+from ultrarag.errors import DataError, UsageError, did_you_mean
+from ultrarag.io import Output, identity, progress_bar, resumable, write_json
 from ultrarag.mining.choice import Job, RerankerVeto, choose, fill
-from ultrarag.mining.pool import MiningSources
-from ultrarag.mining.prepared import check_heads, prepare
+from ultrarag.mining.pool import MiningSources, pool_file, prepare, read_pool
 from ultrarag.mining.report import MiningReport
 from ultrarag.mining.search import BM25_HEAD, Asked, Found, MiningSearch, candidate_heads
 from ultrarag.mining.settings import MiningSettings
-from ultrarag.rows import BadRow, Row, parse_row
+from ultrarag.rows import BadRow, Paths, Row, checked_row, file_paths, parse_row, raw_rows, reading
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+    from ultrarag.retrieve import LiveIndex
 
 #: Rows searched together: the vectors are read from the disk once for all of them.
-WINDOW = 1024
+CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,69 @@ def mine(
         Miner(Path(folder), sources, encoder, chosen, reranker=reranker, progress=progress) as miner,
         progress_bar(len(checked), "mine", "row", progress) as bar,
     ):
-        for start in range(0, len(checked), WINDOW):
-            found += miner.mine(start, checked[start : start + WINDOW])
+        for start in range(0, len(checked), CHUNK_ROWS):
+            found += miner.mine(start, checked[start : start + CHUNK_ROWS])
             bar.update(len(found) - start)
     return Mining([one.row for one in found], [one.counts for one in found], miner.report)
+
+
+def mine_files(
+    input_file: Paths,
+    output_file: str | Path,
+    encoder: Encoder | None,
+    settings: MiningSettings,
+    *,
+    candidate_pool: str | Path | None = None,
+    live: LiveIndex | None = None,
+    reranker: Encoder | None = None,
+    reranker_options: Mapping[str, Any] | None = None,
+    work_dir: str | Path | None = None,
+    overwrite: bool = False,
+    gpu: bool = False,
+    batch_tokens: int | None = None,
+    progress: bool | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> MiningReport:
+    """Write rows with hard negatives to `output_file`, and beside it OUTPUT.counts.jsonl and OUTPUT.report.json.
+
+    A killed call goes on where it was, when it is made again with the same arguments.
+
+    Args:
+        candidate_pool: see `read_pool`; default: the passages of the rows.
+        live: an open index, in place of a pool and with its own encoder.
+        work_dir: keeps texts and vectors for other calls with the same input, pool and model.
+
+    Raises:
+        DataError: rows or candidates cannot be used, or the output exists or was begun with other arguments.
+        UsageError: settings cannot be used.
+    """
+    output = Path(output_file)
+    paths = file_paths(input_file)
+    folder = Path(work_dir) if work_dir else output.with_name(f"{output.name}.mining")
+    if overwrite and not work_dir:
+        shutil.rmtree(folder, ignore_errors=True)
+    pool = _pool_identity(candidate_pool, live, encoder, settings, paths)
+    targets = [output, output.with_name(f"{output.name}.counts.jsonl")]
+    with resumable(targets, {**pool, **_choices(settings, reranker, reranker_options)}, overwrite) as out:
+        sources = MiningSources(lambda: _rows(paths), _pool_of(candidate_pool), live)
+        with Miner(
+            folder,
+            sources,
+            encoder,
+            settings,
+            reranker=reranker,
+            reranker_options=reranker_options,
+            identity=pool,
+            gpu=gpu,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        ) as miner:
+            _mine(miner, paths, out, chunk_rows)
+            report = miner.report
+    write_json(output.with_name(f"{output.name}.report.json"), report.to_dict())
+    if not work_dir:
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
 
 
 def _checked(number: int, row: Any) -> Row:
@@ -104,6 +165,53 @@ def _settings(values: Mapping[str, Any]) -> MiningSettings:
 
     refuse_unknown(values, MiningSettings.__dataclass_fields__, "setting")  # type: ignore[arg-type]
     return MiningSettings(**values)
+
+
+def _mine(miner: Miner, paths: list[str], out: Output, chunk_rows: int) -> None:
+    """Go on after the rows that earlier runs have written."""
+    if out.state:
+        earlier = MiningReport.from_dict(out.state)
+        for name, seconds in miner.report.seconds.items():
+            earlier.seconds[name] += seconds
+        miner.report = earlier
+    with reading(paths, "mine", skip=out.done) as items:
+        while chunk := list(islice(items, chunk_rows)):
+            rows = [checked_row(place, raw) for place, raw in chunk]
+            for one in miner.mine(out.done, rows):
+                out.write(one.row)
+                out.write(one.counts, 1)
+            out.state = miner.report.to_dict()
+            out.advance(len(rows))
+
+
+def _rows(paths: list[str]) -> Iterator[Row]:
+    for path in paths:
+        for place, raw in raw_rows(path):
+            yield checked_row(place, raw)
+
+
+def _pool_of(path: str | Path | None) -> Any:
+    return None if path is None else lambda: (passage.content for passage in read_pool(path))
+
+
+def _pool_identity(
+    pool: str | Path | None, live: LiveIndex | None, encoder: Encoder | None, settings: MiningSettings, paths: list[str]
+) -> dict[str, Any]:
+    """What texts and vectors depend on."""
+    return {
+        "input": [identity(path) for path in paths],
+        "pool": None if pool is None else identity(pool_file(pool)),
+        "live_index": None if live is None else [str(live.path.resolve()), live.status()["writes"]],
+        "model": None if encoder is None else [encoder.fingerprint, encoder.precision],
+        "heads": sorted(head for head, weight in (settings.weights or {}).items() if weight),
+        "vectors": settings.vectors,
+    }
+
+
+def _choices(settings: MiningSettings, reranker: Encoder | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What else the negatives depend on."""
+    judge = None if reranker is None else [reranker.fingerprint, reranker.precision, dict(options or {})]
+    return {"settings": asdict(settings), "reranker": judge}
 
 
 class Miner:
@@ -225,11 +333,20 @@ def checked_weights(asked: Mapping[str, float] | None, encoder: Encoder | None) 
         if encoder is None:
             raise UsageError("candidates are found by an embedding model, or by BM25 alone (weights bm25=1)")
         return {"dense" if "dense" in encoder.heads else encoder.heads[0]: 1.0}
-    check_heads(asked, encoder)
+    _check_heads(asked, encoder)
     weights = {head: float(weight) for head, weight in asked.items() if weight}
     if not weights or any(not weight > 0 for weight in weights.values()):
         raise UsageError(f"weights: {dict(asked)}; at least one head must count, and none below 0")
     return weights
+
+
+def _check_heads(weights: Mapping[str, float], encoder: Encoder | None) -> None:
+    """Raise UsageError for a head that the model lacks."""
+    known = ("bm25",) if encoder is None else (*encoder.heads, "bm25")
+    for head, weight in weights.items():
+        if head not in known and weight:
+            has = ", ".join(known)
+            raise UsageError(f"weights: there is no head '{head}'{did_you_mean(head, known)}; to choose from are {has}")
 
 
 def _veto(settings: MiningSettings, reranker: Encoder | None, options: Mapping[str, Any]) -> RerankerVeto | None:

@@ -1,24 +1,40 @@
-"""MiningSources: where candidates come from: a file, a BEIR folder, the rows' own passages, or a live index."""
+"""The pool of a mining run: where its texts come from, and all of it in one folder, as texts, vectors and words.
+
+A killed preparation of the folder goes on where it was.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
+from ultrarag.encode import CHUNK_TEXTS, encode_rest, same_work
 from ultrarag.errors import DataError
-from ultrarag.io import sync_directory
+from ultrarag.io import Vectors, progress_bar, replacing, write_json
+from ultrarag.retrieve.bm25 import BM25
 from ultrarag.rows import BadJson, Row, raw_rows, text_key
 from ultrarag.types import Passage
 
 if TYPE_CHECKING:
+    from ultrarag.encoder import Encoder
     from ultrarag.retrieve import LiveIndex
+
+#: Texts of a block with ColBERT's many vectors per text.
+COLBERT_CHUNK_TEXTS = 256
+#: Passages whose vectors are taken from a live index at a time.
+CHUNK_PASSAGES = 512
 
 
 class _PoolRow(BaseModel):
@@ -184,11 +200,150 @@ def _write_table(folder: Path, ends: np.ndarray, keys: np.ndarray, given: int) -
     numbers[order] = np.arange(len(first))
     pool = int((first < given).sum())
     where = first[order]
-    staging = folder / f".{_TABLE}"
-    with open(staging, "wb") as file:
-        arrays: dict[str, Any] = {"starts": starts[where], "ends": ends[where], "keys": kept, "numbers": numbers}
+    arrays: dict[str, Any] = {"starts": starts[where], "ends": ends[where], "keys": kept, "numbers": numbers}
+    with replacing(folder / _TABLE) as file:
         np.savez(file, **arrays, pool=pool, repeated=given - pool)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, folder / _TABLE)
-    sync_directory(folder)
+
+
+@dataclass
+class Prepared:
+    """The texts of a mining run with all that is needed to score them."""
+
+    texts: Texts
+    vectors: Vectors | None
+    words: BM25 | None
+    #: (pairs, 2) keys of queries and their positives, sorted
+    judged: np.ndarray
+    seconds: dict[str, float]
+
+    def positives_of(self, query: str) -> np.ndarray:
+        """Numbers of the texts that any row names as a positive of this query."""
+        wanted = np.uint64(text_key(query))
+        first, last = (np.searchsorted(self.judged[:, 0], wanted, side) for side in ("left", "right"))
+        return self.texts.find_keys(self.judged[first:last, 1])
+
+    def close(self) -> None:
+        """Close all files."""
+        self.texts.close()
+        for part in (self.vectors, self.words):
+            if part is not None:
+                part.close()
+
+
+def prepare(
+    folder: Path,
+    sources: MiningSources,
+    encoder: Encoder | None,
+    heads: Sequence[str],
+    words: bool,
+    identity: Mapping[str, Any],
+    *,
+    precision: str = "float32",
+    batch_tokens: int | None = None,
+    progress: bool | None = None,
+) -> Prepared:
+    """Store, encode and index the texts of a run, or take up what an earlier call left in `folder`.
+
+    Args:
+        heads: whose vectors are needed; none without an encoder.
+        words: whether BM25 is needed.
+        identity: whatever decides the content, as JSON; a folder made for something else is refused.
+
+    Raises:
+        DataError: the folder belongs to another run, or rows or candidates cannot be used.
+    """
+    _claim(folder, dict(identity))
+    seconds: dict[str, float] = defaultdict(float)
+    with ExitStack() as opened:  # closes what is open when a later step fails
+        with _timed(seconds, "read"):
+            texts = _texts(folder, sources, progress)
+        opened.callback(texts.close)
+        vectors = None
+        if heads and encoder is not None:
+            vectors = Vectors(folder, heads, precision)
+            opened.callback(vectors.close)
+            with _timed(seconds, "encode"):
+                _copy(texts, vectors, sources, progress)
+                _encode(texts, vectors, encoder, batch_tokens, progress)
+        with _timed(seconds, "index"):
+            index = _words(folder, texts, progress) if words else None
+        opened.pop_all()
+    return Prepared(texts, vectors, index, _judged(folder), seconds)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - started
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if same_work(folder / "mining.json", identity, "remove it, or name another folder"):
+        return
+    if any(folder.iterdir()):
+        raise DataError(f"'{folder}' holds something else; name an empty folder for the vectors, or a new one")
+    write_json(folder / "mining.json", identity)
+
+
+def _texts(folder: Path, sources: MiningSources, progress: bool | None) -> Texts:
+    if (found := Texts.open(folder)) is not None:
+        return found
+    with progress_bar(None, "read", "text", progress) as bar:
+
+        def told(texts: Iterator[str], last: bool = False) -> Iterator[str]:
+            for text in texts:
+                bar.update(1)
+                yield text
+            if last:  # before the texts are complete: what is complete has its judgements
+                np.save(folder / "judged.npy", sources.judgements())
+
+        return Texts.write(folder, told(sources.pool_texts()), told(sources.other_texts(), True))
+
+
+def _judged(folder: Path) -> np.ndarray:
+    pairs: np.ndarray = np.load(folder / "judged.npy")
+    return pairs[np.argsort(pairs[:, 0], kind="stable")]
+
+
+def _copy(texts: Texts, vectors: Vectors, sources: MiningSources, progress: bool | None) -> None:
+    """Take over the vectors that a live index holds; its first passage with a text is the one that counts."""
+    if (live := sources.live) is None or vectors.rows >= texts.pool:
+        return
+    stored = (passage for passage in live.passages() if passage.content.strip())
+    with progress_bar(texts.pool, "copy", "text", progress) as bar:
+        while chunk := list(islice(stored, CHUNK_PASSAGES)):
+            ids: list[str] = []
+            for passage, number in zip(chunk, texts.find([p.content for p in chunk]).tolist(), strict=True):
+                if number == vectors.rows + len(ids):
+                    ids.append(passage.id)
+            if ids:
+                vectors.append(live.vectors(ids))
+                vectors.commit()
+            bar.update(len(chunk))
+
+
+def _encode(texts: Texts, vectors: Vectors, encoder: Encoder, batch_tokens: int | None, progress: bool | None) -> None:
+    rest = (texts.read(number) for number in range(vectors.rows, len(texts)))
+    chunk_texts = COLBERT_CHUNK_TEXTS if "colbert" in vectors.heads else CHUNK_TEXTS
+    options: dict[str, Any] = {"heads": vectors.heads, "batch_tokens": batch_tokens, "progress": progress}
+    encode_rest(encoder, vectors, rest, len(texts), chunk_texts, **options)
+
+
+def _words(folder: Path, texts: Texts, progress: bool | None) -> BM25:
+    """Index the words of all texts; what a killed process began is begun again."""
+    done, place = folder / "words.done", folder / "words"
+    if done.exists():
+        return BM25.open(place)
+    shutil.rmtree(place, ignore_errors=True)
+    with closing(BM25.create(place)) as index, progress_bar(len(texts), "index words", "text", progress) as bar:
+        for start in range(0, len(texts), CHUNK_TEXTS):
+            numbers = range(start, min(start + CHUNK_TEXTS, len(texts)))
+            index.upsert([str(n) for n in numbers], [texts.read(n) for n in numbers], [{} for _ in numbers])
+            index.flush()
+            bar.update(len(numbers))
+    done.touch()
+    return BM25.open(place)

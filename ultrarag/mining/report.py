@@ -30,7 +30,7 @@ class Margins:
     after: list[int] = field(default_factory=lambda: [0] * _BARS)
 
     def add(self, before: Sequence[float], after: Sequence[float]) -> None:
-        """Count margins; the first ones (those of a window of rows) set the scale."""
+        """Count margins; the first ones (those of a chunk of rows) set the scale."""
         if not self.width and before:
             low, high = np.quantile(before, [0.01, 0.99]).tolist()
             self.width = _nice((high - low) / (_BARS - 2) or 1.0)
@@ -85,7 +85,7 @@ class MiningReport:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """Count the rows of a window."""
+        """Count the rows of a chunk."""
         before: list[float] = []
         after: list[float] = []
         for job in jobs:

@@ -13,7 +13,7 @@ import numpy as np
 from ultrarag.encoder import Cuts
 from ultrarag.errors import UsageError
 from ultrarag.evaluation import best_columns, top_k
-from ultrarag.io import BLOCK, Vectors, only
+from ultrarag.io import CHUNK_TEXTS, Vectors, only
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.types import Embeddings
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 BM25_HEAD = "bm25"
 #: Heads that can search all texts; where ColBERT stands alone, the first of them finds its candidates.
 SEARCHABLE = ("dense", "sparse", BM25_HEAD)
-#: Queries whose lexical weights are compared with a block of texts at a time.
-_QUERIES = 256
+#: Queries whose lexical weights are compared with a chunk of texts at a time.
+_CHUNK_QUERIES = 256
 #: Texts whose vectors are fetched for one query at a time: of ColBERT, 128 texts of 512 tokens take 256 MiB.
-_GATHERED = 128
+_CHUNK_TEXTS = 128
 
 Top = tuple[np.ndarray, np.ndarray]
 
@@ -135,19 +135,19 @@ class MiningSearch:
     def _searched(self, queries: Embeddings, sources: Sequence[str], depth: int) -> dict[str, Top]:
         assert self.vectors is not None
         best: dict[str, Top] = {}
-        for start, block in self.vectors.blocks(self.pool):
+        for start, chunk in self.vectors.chunks(self.pool):
             for head in sources:
                 if head != BM25_HEAD:
-                    scores, rows = self._best(head, queries, block, depth)
+                    scores, rows = self._best(head, queries, chunk, depth)
                     best[head] = _merged(best.get(head), (scores, rows + start), depth)
         return best
 
-    def _best(self, head: str, queries: Embeddings, block: Embeddings, depth: int) -> Top:
+    def _best(self, head: str, queries: Embeddings, chunk: Embeddings, depth: int) -> Top:
         if head == "sparse":
-            return _best_sparse(queries, block, depth)
+            return _best_sparse(queries, chunk, depth)
         if self.gpu:
-            return _best_on_gpu(queries.dense, block.dense, depth)
-        return top_k(queries.dense, block.dense, depth, BLOCK)
+            return _best_on_gpu(queries.dense, chunk.dense, depth)
+        return top_k(queries.dense, chunk.dense, depth, CHUNK_TEXTS)
 
     def _by_words(self, query: str, depth: int) -> Top:
         """Texts outside the pool are indexed too, for their scores: they are left out here."""
@@ -192,8 +192,8 @@ class MiningSearch:
             return self.words.score(text, [str(number) for number in numbers])
         assert self.vectors is not None
         assert query is not None
-        starts = range(0, len(numbers), _GATHERED)
-        parts = (self.vectors.gather(numbers[start : start + _GATHERED], head) for start in starts)
+        starts = range(0, len(numbers), _CHUNK_TEXTS)
+        parts = (self.vectors.gather(numbers[start : start + _CHUNK_TEXTS], head) for start in starts)
         return np.concatenate([_head_score(head, query, part) for part in parts])
 
 
@@ -220,10 +220,10 @@ def _merged(old: Top | None, new: Top, depth: int) -> Top:
     return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)
 
 
-def _best_sparse(queries: Embeddings, block: Embeddings, depth: int) -> Top:
+def _best_sparse(queries: Embeddings, chunk: Embeddings, depth: int) -> Top:
     parts = []
-    for start in range(0, len(queries), _QUERIES):
-        scores = _matrix("sparse", only(queries[start : start + _QUERIES], ("sparse",)), block)
+    for start in range(0, len(queries), _CHUNK_QUERIES):
+        scores = _matrix("sparse", only(queries[start : start + _CHUNK_QUERIES], ("sparse",)), chunk)
         columns = np.array(best_columns(scores, depth))
         values = np.take_along_axis(scores, columns, 1)
         order = np.argsort(-values, axis=1, kind="stable")

@@ -20,11 +20,11 @@ import pytest
 
 from tests.retrieve import servers
 from tests.retrieve.test_live import assert_complete, corpus
+from ultrarag.encode.blocks import Ledger
 from ultrarag.encode.ray import driver as driver_module
 from ultrarag.encode.ray import pool as pool_module
 from ultrarag.encode.ray import worker as worker_module
 from ultrarag.encode.ray.driver import LEDGER_FILE, Driver, EncodeOnRay
-from ultrarag.encode.ray.ledger import Ledger
 from ultrarag.encode.ray.pool import RayJob
 from ultrarag.encode.ray.worker import Attempts, Order, Worker, read_block
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError
@@ -37,59 +37,6 @@ from ultrarag.types import Passage
 
 #: Passages of a block, in these tests.
 BLOCK = 16
-
-# The ledger
-
-
-@pytest.fixture
-def opened():
-    """Opens ledgers, whose files are closed in the end."""
-    ledgers: list[Ledger] = []
-
-    def opening(*arguments) -> Ledger:
-        ledgers.append(Ledger(*arguments))
-        return ledgers[-1]
-
-    yield opening
-    for ledger in ledgers:
-        ledger._file.close()
-
-
-def test_a_ledger_knows_what_was_confirmed(tmp_path: Path, opened) -> None:
-    path = tmp_path / "ledger"
-    ledger = opened(path, "c", 10, 10 + 35, 10)
-    assert ledger.missing() == [0, 1, 2, 3]
-    assert [ledger.block_of(row) for row in (11, 20, 21, 45)] == [0, 0, 1, 3]
-    assert ledger.rows_of(1) == (20, 30)
-    ledger.confirm(2, 9)
-    ledger.confirm(0, 10)
-    ledger.close()
-    with open(path, "a") as file:
-        file.write("3 1")  # torn by a crash
-    again = opened(path, "c", 10, 65, 999)  # two blocks more of the size that it has
-    assert (again.missing(), again.passages) == ([1, 3, 4, 5], 19)
-    again.forget([0])
-    again.confirm(1, 1)
-    again.close()
-    assert opened(path, "c", 10, 65, 999).confirmed == {2: 9, 1: 1}
-
-
-@pytest.mark.parametrize(("collection", "first", "content"), [("d", 10, None), ("c", 0, None), ("c", 10, "no JSON")])
-def test_a_ledger_of_something_else_is_begun_anew(tmp_path: Path, opened, collection, first, content) -> None:
-    path = tmp_path / "ledger"
-    ledger = opened(path, "c", 10, 20, 10)
-    ledger.confirm(0, 10)
-    ledger.close()
-    if content:
-        path.write_text(content)
-    assert opened(path, collection, first, 20, 10).confirmed == {}
-
-
-def test_blocks_of_a_large_index_are_larger(tmp_path: Path, opened) -> None:
-    ledger = opened(tmp_path / "ledger", "c", 0, 10**9, 2048)
-    assert len(ledger.missing()) == 20_000
-    assert ledger.rows_of(19_999)[1] >= 10**9
-
 
 # What is refused before anything is begun
 
@@ -156,8 +103,8 @@ def order(checkpoint, other, rest, tmp_path: Path) -> Order:
 
 
 @pytest.fixture(autouse=True)
-def pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Small pieces; and what a worker that is played here opens is closed, which Ray does by ending its process."""
+def chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Small chunks; and what a worker that is played here opens is closed, which Ray does by ending its process."""
     opened = []
     open_backend = worker_module.open_backend
 
@@ -165,7 +112,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         opened.append(open_backend(*arguments))
         return opened[-1]
 
-    monkeypatch.setattr(worker_module, "PIECE", 6)
+    monkeypatch.setattr(worker_module, "CHUNK_TEXTS", 6)
     monkeypatch.setattr(worker_module, "open_backend", opening)
     monkeypatch.setattr(worker_module.tempfile, "tempdir", str(tmp_path))
     yield
@@ -245,7 +192,7 @@ def played(monkeypatch: pytest.MonkeyPatch, installed, counted) -> list[int]:
         root, base, ledger = str(self.draft.layout.root), self.draft.generation.base_seq, self.ledger
         for block in ledger.missing():
             taken.append(block)
-            rows = read_block(block_table(block), root, ledger.first, ledger.size, base)
+            rows = read_block(block_table(block), root, ledger.first, ledger.chunk_texts, base)
             yield worker(rows).to_pylist()[0]
 
     def run(root, generation, *, ray, device=None, threads=None, progress=None, started=None) -> None:

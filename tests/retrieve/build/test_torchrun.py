@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from tests.retrieve.test_live import assert_complete, corpus
+from ultrarag.encode import ranks
+from ultrarag.encode.ranks import FOLDER, Encoded, Known, Rank, passages_of
 from ultrarag.errors import IndexStateError
 from ultrarag.retrieve.build import __main__ as module
-from ultrarag.retrieve.build import encoded as blocks
-from ultrarag.retrieve.build.__main__ import Rank, encode_share, main
+from ultrarag.retrieve.build.__main__ import encode_share, main
 from ultrarag.retrieve.build.child import Build
-from ultrarag.retrieve.build.encoded import FOLDER, Encoded, Known, block_of, passages_of
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.types import Embeddings
 
@@ -31,7 +31,7 @@ PASSAGES = 3 * BLOCK + 7
 @pytest.fixture
 def filled(live, monkeypatch) -> Path:
     """A closed index of four small blocks."""
-    monkeypatch.setattr(blocks, "BLOCK", BLOCK)
+    monkeypatch.setattr(ranks, "CHUNK_TEXTS", BLOCK)
     live.add(corpus(PASSAGES))
     live.close()
     return live.path
@@ -105,9 +105,12 @@ def test_a_block_holds_its_rows_and_no_others(filled) -> None:
     from ultrarag.retrieve.passages.store import Store
 
     store = Store.open(filled, read_only=True)
-    assert block_of(BLOCK) == 0
-    assert block_of(BLOCK + 1) == 1
-    assert [passage.id for passage in passages_of(store, 3)] == [f"p{row}" for row in range(3 * BLOCK, PASSAGES)]
+    blocks = Encoded(filled, "f", ["dense"], "fp32", store.last_row())
+    assert blocks.block_of(BLOCK) == 0
+    assert blocks.block_of(BLOCK + 1) == 1
+    assert [passage.id for passage in passages_of(store, *blocks.rows_of(3))] == [
+        f"p{row}" for row in range(3 * BLOCK, PASSAGES)
+    ]
     store.close()
 
 
@@ -137,7 +140,7 @@ def test_a_missing_index_is_an_error(tmp_path, capsys) -> None:
 
 
 def test_a_worker_killed_in_the_middle_loses_and_doubles_nothing(live, checkpoint) -> None:
-    live.add(corpus(passages := 3 * blocks.BLOCK + 7))
+    live.add(corpus(passages := 3 * ranks.CHUNK_TEXTS + 7))
     live.close()
     words = ["-m", "ultrarag.retrieve.build", str(live.path), str(checkpoint), "--device", "cpu", "--json"]
     alone = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
@@ -146,7 +149,7 @@ def test_a_worker_killed_in_the_middle_loses_and_doubles_nothing(live, checkpoin
             time.sleep(0.01)
         worker.send_signal(signal.SIGKILL)
     assert worker.returncode == -signal.SIGKILL
-    kept = sum(7 if path.stem == "000000003" else blocks.BLOCK for path in files_of(live.path))
+    kept = sum(7 if path.stem == "000000003" else ranks.CHUNK_TEXTS for path in files_of(live.path))
     assert kept
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     both = subprocess.run([*launch, *words], capture_output=True, text=True)

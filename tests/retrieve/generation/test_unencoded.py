@@ -11,9 +11,9 @@ import torch
 from ultrarag import Encoder, Passage
 from ultrarag.checkpoint import publishing
 from ultrarag.cli import main
+from ultrarag.encode.apart import PROBES, encode_apart
 from ultrarag.errors import GateError
 from ultrarag.retrieve import LiveIndex
-from ultrarag.retrieve.generation.unencoded import PROBES, encode_apart
 from ultrarag.types import Embeddings
 
 POISON = "violet"

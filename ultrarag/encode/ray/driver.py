@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any
 
 from ultrarag import errors
-from ultrarag.encode.ray.ledger import Ledger
+from ultrarag.encode import Ledger
 from ultrarag.encode.ray.pool import RayJob
 from ultrarag.encode.ray.worker import Order
 from ultrarag.errors import IndexStateError, UltraragError
@@ -139,7 +139,7 @@ class Driver:
         if draft.backend.count() == draft.progress.encoded + ledger.passages - len(unencoded):
             return set()
         held, row, lost = set(draft.backend.ids()), ledger.first, set()
-        while chunk := draft.store.scan(row, ledger.size, draft.generation.base_seq):
+        while chunk := draft.store.scan(row, ledger.chunk_texts, draft.generation.base_seq):
             lost |= {ledger.block_of(at) for at, passage in chunk if passage.id not in held | unencoded.keys()}
             row = chunk[-1][0]
         return lost

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ultrarag.encode.ray.ledger import Ledger
+from ultrarag.encode import Ledger
 from ultrarag.encode.ray.pool import LOCAL, RayPool
 from ultrarag.encode.ray.worker import Attempts, Order, Worker, read_block
 from ultrarag.errors import IndexStateError
@@ -142,7 +142,7 @@ def confirmations(
     missing = ledger.missing()
     blocks = _blocks(ray, missing).map_batches(
         read_block,
-        fn_kwargs={"root": root, "first": ledger.first, "size": ledger.size, "up_to_seq": up_to_seq},
+        fn_kwargs={"root": root, "first": ledger.first, "chunk_texts": ledger.chunk_texts, "up_to_seq": up_to_seq},
         compute=ray.data.TaskPoolStrategy(size=min(READERS, len(missing))),
         num_cpus=0,  # else they would wait for the CPUs that the workers hold, and these for them
         label_selector=here,

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultrarag.encode import encode_apart, passages_of
 from ultrarag.encoder import Cuts
 from ultrarag.errors import CheckpointError, IndexStateError, UltraragError, kind_of
 from ultrarag.retrieve.engines import open_backend
-from ultrarag.retrieve.generation import encode_apart
 from ultrarag.retrieve.passages import Store
 from ultrarag.types import Embeddings, Passage
 
-#: Passages encoded, and written, at a time.
-PIECE = 512
+#: Passages encoded while those before them are on their way to the server.
+CHUNK_TEXTS = 512
 #: How often a block is begun before it is given up: its workers died each time.
 ATTEMPTS = 4
 
@@ -58,7 +58,7 @@ class Attempts:
         return self._counts[block]
 
 
-def read_block(batch: Any, root: str, first: int, size: int, up_to_seq: int) -> Any:
+def read_block(batch: Any, root: str, first: int, chunk_texts: int, up_to_seq: int) -> Any:
     """Read the passages of one block, on the machine that has the index; a pyarrow table of one row.
 
     Args:
@@ -66,11 +66,11 @@ def read_block(batch: Any, root: str, first: int, size: int, up_to_seq: int) -> 
         up_to_seq: what was written after this entry of the log is left to the builder, which replays the log.
     """
     block = int(batch["block"][0].as_py())
-    start = first + block * size
+    start = first + block * chunk_texts
     try:
         store = Store.open(Path(root), read_only=True)
         try:
-            found = [passage for row, passage in store.scan(start, size, up_to_seq) if row <= start + size]
+            found = passages_of(store, start, start + chunk_texts, up_to_seq)
         finally:
             store.close()
     except (UltraragError, OSError) as error:
@@ -135,7 +135,7 @@ class Worker:
             )
 
     def _take(self, passages: Sequence[Passage], cuts: Cuts) -> dict[str, str]:
-        """Encode a piece while the one before it is on its way to the server; return what could not be encoded."""
+        """Encode a chunk while the one before it is on its way to the server; return what could not be encoded."""
         order = self._order
         failed: dict[str, str] = {}
         sent: Future[None] | None = None
@@ -145,8 +145,8 @@ class Worker:
                 list(texts), "passage", heads=order.heads, batch_tokens=order.batch_tokens, progress=False, cuts=cuts
             )
 
-        for start in range(0, len(passages), PIECE):
-            found = encode_apart(passages[start : start + PIECE], encode)
+        for start in range(0, len(passages), CHUNK_TEXTS):
+            found = encode_apart(passages[start : start + CHUNK_TEXTS], encode)
             failed |= found.failed
             if sent is not None:
                 sent.result()

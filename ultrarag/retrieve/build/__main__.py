@@ -1,77 +1,33 @@
 """`torchrun ... -m ultrarag.retrieve.build INDEX CHECKPOINT`: build a generation with many processes or machines.
 
-Each process encodes its share of the passages into files below the index (see `ultrarag.retrieve.build.encoded`), and
-the first one then joins them into a generation by an ordinary build, which encodes nothing but what was written
-meanwhile. Started again after any crash, with as many processes or others, it goes on with the blocks that have no
-file. The index may be in use: searches and writes go on, and the process that owns it then joins, with `build` of the
-same checkpoint.
+Each process encodes its share of the passages into files below the index (see `ultrarag.encode.ranks`), and the
+first one then joins them into a generation by an ordinary build, which encodes nothing but what was written meanwhile.
+Started again after any crash, with as many processes or others, it goes on with the blocks that have no file. The index
+may be in use: searches and writes go on, and the process that owns it then joins, with `build` of the same checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ultrarag.encoder import Cuts
+from ultrarag.encode import Encoded, Rank
 from ultrarag.errors import IndexStateError
-from ultrarag.io import print_error, print_result, progress_bar, read_owner, run_command
-from ultrarag.retrieve.build.encoded import Encoded, block_of, passages_of
+from ultrarag.io import print_error, print_result, read_owner, run_command
 from ultrarag.retrieve.command import built
 from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, stored_heads
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages import Store
 
-if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
-
-#: How long the ranks that are done wait for the others.
-PATIENCE = timedelta(days=7)
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process among those that torchrun, or SLURM with the same variables, has started."""
-
-    number: int
-    world: int
-    local: int
-
-    @staticmethod
-    def of_environment() -> Rank:
-        """What RANK, WORLD_SIZE and LOCAL_RANK say; a process by itself is the only one."""
-        number, world, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return Rank(int(number or 0), int(world or 1), int(local or 0))
-
-    def device(self) -> str:
-        """The GPU of this process, or the CPU."""
-        import torch
-
-        return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-
-    def wait(self) -> None:
-        """Wait until every rank is here; an error when one has ended without coming."""
-        if self.world == 1:
-            return
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo", timeout=PATIENCE)
-        dist.barrier()
-        dist.destroy_process_group()
-
 
 def encode_share(
     root: Path, checkpoint: str, rank: Rank, adapter: str | None, heads: Sequence[str] | None, device: str
 ) -> int:
-    """Encode this rank's blocks that have no file yet, and return the number of passages.
-
-    The blocks of rank r of w are r, r + w, r + 2w, ...
-    """
+    """Encode this rank's blocks that have no file yet, and return the number of passages."""
     from ultrarag.encoder import Encoder
 
     store = Store.open(root, read_only=True)
@@ -79,37 +35,15 @@ def encode_share(
         precision = Catalog(store).live().precision
         encoder = Encoder.load(checkpoint, adapter, device=device, precision=precision)
         chosen = stored_heads(encoder.heads, heads)
-        if _is_built(root, store, encoder.fingerprint, chosen):
+        if _is_built(store, encoder.fingerprint, chosen):
             return 0
-        ahead = Encoded(root, encoder.fingerprint, chosen, precision)
-        ahead.prepare()
-        done = _blocks_built(root, store, encoder.fingerprint)
-        mine = [block for block in ahead.missing(store.last_row()) if block % rank.world == rank.number]
-        return _encode(store, ahead, encoder, chosen, [block for block in mine if block >= done], rank)
+        ahead = Encoded(root, encoder.fingerprint, chosen, precision, store.last_row())
+        return ahead.encode(encoder, store, rank, _rows_built(root, store, encoder.fingerprint))
     finally:
         store.close()
 
 
-def _encode(
-    store: Store, ahead: Encoded, encoder: Encoder, heads: tuple[str, ...], blocks: list[int], rank: Rank
-) -> int:
-    cuts, total = Cuts(), 0
-    label = f"encode, rank {rank.number} of {rank.world}"
-    with progress_bar(len(blocks), label, "block", None if rank.number == 0 else False) as bar:
-        for block in blocks:
-            passages = passages_of(store, block)
-            ahead.write(
-                block,
-                passages,
-                lambda texts: encoder.encode(list(texts), "passage", heads=heads, progress=False, cuts=cuts),
-            )
-            total += len(passages)
-            bar.update(1)
-    cuts.tell()
-    return total
-
-
-def _is_built(root: Path, store: Store, fingerprint: str, heads: tuple[str, ...]) -> bool:
+def _is_built(store: Store, fingerprint: str, heads: tuple[str, ...]) -> bool:
     """Whether a generation with these vectors only waits to go live."""
     return any(
         found.state == "ready" and (found.fingerprint, found.heads) == (fingerprint, heads)
@@ -117,13 +51,13 @@ def _is_built(root: Path, store: Store, fingerprint: str, heads: tuple[str, ...]
     )
 
 
-def _blocks_built(root: Path, store: Store, fingerprint: str) -> int:
-    """The number of blocks that an unfinished build of this encoder has taken already."""
+def _rows_built(root: Path, store: Store, fingerprint: str) -> int:
+    """The rows that an unfinished build of this encoder has taken already."""
     rows = [0]
     for found in Catalog(store).in_state("building"):
         if found.fingerprint == fingerprint:
             rows.append((Progress.read(IndexLayout(root).directory(found.id)) or Progress()).row)
-    return block_of(max(rows) + 1)
+    return max(rows)
 
 
 def join(root: Path, checkpoint: str, device: str, **wishes: Any) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from ultrarag.encode import Encoded, Known
 from ultrarag.errors import UltraragError, kind_of
 from ultrarag.io import end_with_parent, progress_bar
-from ultrarag.retrieve.build.encoded import Encoded, Known
 from ultrarag.retrieve.generation import (
     Catalog,
     Draft,

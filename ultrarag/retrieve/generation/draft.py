@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ultrarag.encode import Encode
 from ultrarag.encoder import Cuts
 from ultrarag.io import sync_tree
 from ultrarag.retrieve.engines import SCHEMA_FILE, Backend, Schema, create, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Generation, IndexLayout, Progress
 from ultrarag.retrieve.generation.replay import GenerationVectors
-from ultrarag.retrieve.generation.unencoded import Encode, Noted
+from ultrarag.retrieve.generation.unencoded import Noted
 from ultrarag.retrieve.passages import Store
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from ultrarag.encode import encode_apart
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import Backend
-from ultrarag.retrieve.generation.unencoded import Notes, encode_apart
+from ultrarag.retrieve.generation.unencoded import Notes
 from ultrarag.retrieve.passages import Changes, Store
 from ultrarag.types import Embeddings, Passage
 
