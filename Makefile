@@ -37,7 +37,8 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	@echo "Installing $(TORCH) (1 of 2)"
 	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
 	@echo "Installing ultrarag-retrieval and what its tests need (2 of 2; about 100 packages, a minute or more)"
-	@$(BIN)/python -m pip uninstall --disable-pip-version-check -qq -y ultrarag  # our distribution's name until November 2026
+	@rm -rf ultrarag.egg-info  # with the next line: what a checkout of before the distribution was renamed has installed
+	@$(BIN)/python -m pip uninstall --disable-pip-version-check -qq -y ultrarag
 	$(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip check
 	@touch $@

@@ -9,7 +9,6 @@ import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
 from tests.test_constraints import pins
@@ -42,7 +41,7 @@ def test_the_distribution_is_not_the_strangers() -> None:
 
 def test_nobody_is_told_to_install_the_strangers() -> None:
     """`ultrarag` on the package index is somebody else's."""
-    old = re.compile(r"pip install\b[^\n]*?\s['\"]?ultrarag(?![\w./-])|\bultrarag\[|dependencies = \[.ultrarag.\]")
+    old = re.compile(r"pip install\b[^\n]*?[ ]['\"]?ultrarag(?![\w./-])|\bultrarag\[|dependencies = \[.ultrarag.\]")
     found = [f"{path}: {hit[0]}" for path in texts() for hit in [old.search(said(path))] if hit]
     assert not found, "\n".join(found)
 
@@ -77,8 +76,7 @@ def test_the_documented_paths_lead_to_the_packaged_files() -> None:
             assert (ROOT / "resources" / engine / Path(file).name).resolve() == Path(file)
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_importing_deepspeed_prints_nothing(asked: bool) -> None:
-    code = f"from ultrarag.finetune.flags.engines import prepare_deepspeed; prepare_deepspeed({asked}); import deepspeed"
+def test_importing_deepspeed_prints_nothing() -> None:
+    code = "from ultrarag.finetune.flags.engines import prepare_deepspeed; prepare_deepspeed(trains=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
