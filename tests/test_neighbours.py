@@ -52,7 +52,11 @@ def test_import_says_so_whoever_was_installed_last(site: Path, first: str) -> No
     if first != "import ultrarag":
         (site / "ultrarag" / "__init__.py").write_text("")
     done = subprocess.run(
-        [sys.executable, "-c", first], env={**os.environ, "PYTHONPATH": str(site)}, cwd=site, capture_output=True, text=True
+        [sys.executable, "-c", first],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=site,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     assert "ImportError: the distributions 'ultrarag-retrieval' (this library) and 'ultrarag'" in done.stderr

@@ -1,4 +1,4 @@
-"""OpenBMB's UltraRAG v3 is a distribution with our import name: pip puts both into one folder, over each other's files."""
+"""OpenBMB's UltraRAG v3 has our import name: pip puts both distributions into one folder, over each other's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def refuse_shared_files(site: str) -> None:
     shared = sorted(theirs & _written(site, OURS)) if theirs else []
     if shared:
         raise ImportError(
-            f"the distributions 'ultrarag-retrieval' (this library) and 'ultrarag' (OpenBMB's UltraRAG v3, most likely) "
+            f"the distributions 'ultrarag-retrieval' (this library) and 'ultrarag' (most likely OpenBMB's UltraRAG v3) "
             f"are both installed in {site} and have written over each other's files ({', '.join(shared[:3])}): give "
             f"each an environment of its own, or pip uninstall -y ultrarag ultrarag-retrieval and install one again"
         )

@@ -1,7 +1,7 @@
 """DeepSpeed and FSDP2 between two CPU processes: the vectors, the metrics and the resume of one process.
 
-FSDP2 runs always; DeepSpeed's stages, plain steps and gradient accumulation with ULTRARAG_LONG_TESTS=1, which takes some
-minutes. A short run under DeepSpeed is in tests/finetune/test_run.py: UltraRAG's documented command.
+FSDP2 runs always; DeepSpeed's stages, plain steps and gradient accumulation with ULTRARAG_LONG_TESTS=1, which takes
+some minutes. A short run under DeepSpeed is in tests/finetune/test_run.py: UltraRAG's documented command.
 """
 
 from __future__ import annotations

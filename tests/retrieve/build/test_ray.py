@@ -368,7 +368,7 @@ def test_an_empty_index_needs_no_ray(live, checkpoint, rest, played) -> None:
 
 real = pytest.mark.skipif(
     servers.missing("ray") is not None or servers.missing("milvus_lite") is not None,
-    reason="ray, which `make` does not install (pip install -c constraints.txt '.[ray]'), or milvus_lite is not installed",
+    reason="ray (pip install -c constraints.txt '.[ray]'; `make` does not), or milvus_lite is not installed",
 )
 MANY = 40 * BLOCK
 

@@ -1,4 +1,4 @@
-"""DeepSpeed and FSDP: the configurations that come with the package, and DeepSpeed made ready on a machine without a GPU."""
+"""DeepSpeed and FSDP: the configurations that come with the package, and DeepSpeed made ready where there is no GPU."""
 
 from __future__ import annotations
 
