@@ -16,7 +16,6 @@ from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import publish_directory, staged_directory
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.engines import check_ids
 from ultrarag.retrieve.generation import (
     Flip,
     Gate,
@@ -34,6 +33,7 @@ from ultrarag.retrieve.generation import (
     stored_heads,
 )
 from ultrarag.retrieve.passages import Written, records
+from ultrarag.retrieve.ranking import check_ids
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.types import Embeddings, Hit, Passage
 

@@ -215,12 +215,37 @@ def test_empty_index_and_large_k(empty: Backend) -> None:
     assert empty.count() == 3
 
 
-def test_ties_come_in_the_order_of_ids(empty: Backend) -> None:
-    same = embed(1).dense.repeat(5, 0)
-    batch = embed(5)
-    batch.dense = same
-    empty.upsert(["e", "a", "d", "b", "c"], batch, [{}] * 5)
-    assert [id for id, _ in empty.search_dense(same[0], 5)] == ["a", "b", "c", "d", "e"]
+def tied(count: int) -> tuple[list[str], Embeddings]:
+    """Passages with the same vectors, in no order of their ids, and one that is better by each head."""
+    batch = embed(1)[np.zeros(count, int)]
+    batch.dense, batch.sparse.weights = batch.dense.copy(), batch.sparse.weights.copy()
+    batch.dense[count // 2] *= 2
+    batch.sparse.weights[count // 2] *= 2
+    return [f"p{(7 * row) % count:03}" for row in range(count)], batch
+
+
+@pytest.mark.parametrize("count", [23, 300])
+def test_ties_come_in_the_order_of_ids_for_every_k(empty: Backend, count: int) -> None:
+    """Also after everything was written again in another order; 300 are more than one beam of a graph, or a request."""
+    ids, batch = tied(count)
+    best, query = ids[count // 2], embed(1)
+    wanted = [best, *sorted(set(ids) - {best})]
+    for order in (np.arange(count), np.arange(count)[::-1]):
+        empty.delete(ids)
+        empty.upsert([ids[row] for row in order], batch[order], [{"n": 1}] * count)
+        for k in (*range(1, 25), count - 1, count, count + 1) if count < 100 else (1, 30, 150):
+            searches = [
+                empty.search_dense(query.dense[0], k),
+                empty.search_dense(query.dense[0], k, {"n": 1}, exact=True),
+                empty.search_sparse(query.sparse.ids[0], query.sparse.weights[0], k),
+            ]
+            assert [[id for id, _ in hits] for hits in searches] == [wanted[:k]] * 3, k
+        dense, sparse = (dict(hits) for hits in (searches[0], searches[2]))
+        asked = list(dense)
+        assert empty.score_dense(query.dense[0], asked).astype(np.float32).tolist() == list(dense.values())
+        scores = empty.score_sparse(query.sparse.ids[0], query.sparse.weights[0], asked)
+        assert scores.astype(np.float32).tolist() == [sparse[id] for id in asked]
+        assert len(set(empty.maxsim(query.colbert[0], asked).tolist())) == 1
 
 
 def test_a_bad_batch_is_refused_and_nothing_of_it_is_stored(empty: Backend) -> None:
@@ -444,6 +469,14 @@ def edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     backend.upsert(names(1000), Embeddings(dense=embed(1000).dense), [{}] * 1000)
     yield backend
     backend.close()
+
+
+def test_a_tie_is_followed_beyond_the_beam_of_a_graph(edge: Backend) -> None:
+    ids, same = [f"t{row:03}" for row in range(300)], embed(1, seed=5).dense
+    edge.upsert(ids[::-1], Embeddings(dense=same.repeat(300, 0) * 9), [{}] * 300)
+    edge.optimize()
+    found = [edge.search_dense(same[0], k) for k in (1, 2, 90, 200)]
+    assert [[id for id, _ in hits] for hits in found] == [ids[:k] for k in (1, 2, 90, 200)]
 
 
 def test_a_failing_optimizer_leaves_the_index_searchable(edge: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

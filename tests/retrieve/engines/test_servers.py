@@ -36,6 +36,7 @@ ENGINES = {
 #: Tests of files and owners, which are those of the embedded engines, and large ones, which are below in small.
 NOT_HERE = (
     "damaged_file",
+    "beam_of_a_graph",
     "failing_optimizer",
     "during_the_optimisation",
     "killed_while_optimizing",

@@ -7,7 +7,7 @@ where they are small integers, doubles otherwise.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -104,16 +104,3 @@ class Postings:
 
     def __len__(self) -> int:
         return len(self._lists)
-
-
-def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Return the places of the k highest scores, (n,), and of all that tie with the k-th, in no order."""
-    if len(scores) <= k:
-        return np.arange(len(scores))
-    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-    return np.flatnonzero(scores >= threshold)
-
-
-def ranked(ids: Iterable[str], scores: Iterable[float], k: int) -> list[tuple[str, float]]:
-    """Return the k best (id, score), ties in the order of their ids."""
-    return sorted(zip(ids, map(float, scores), strict=True), key=lambda hit: (-hit[1], hit[0]))[:k]

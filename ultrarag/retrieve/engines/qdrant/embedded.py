@@ -20,13 +20,10 @@ import numpy as np
 import qdrant_edge as qdrant
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.retrieve.bm25 import ranked
 from ultrarag.retrieve.engines import seal as files
-from ultrarag.retrieve.engines.base import Progress, Schema, Scored, write_schema
+from ultrarag.retrieve.engines.base import Progress, Schema, write_schema
 from ultrarag.retrieve.engines.batches import (
     assemble,
-    check_ids,
-    check_k,
     dense_query,
     prepare,
     sparse_query,
@@ -40,6 +37,7 @@ from ultrarag.retrieve.engines.qdrant.embedded_points import (
     to_filter,
 )
 from ultrarag.retrieve.engines.qdrant.points import FACTS, key, new_number_fields, stored_id, to_payload
+from ultrarag.retrieve.ranking import Scored, beam, check_ids, check_k, ranked, through_ties
 from ultrarag.retrieve.search import Filter, parse
 from ultrarag.types import Embeddings
 
@@ -81,12 +79,16 @@ class QdrantEdge:
 
     @classmethod
     def open(cls, directory: Path, schema: Schema, verify: bool = True) -> QdrantEdge:
-        """Load the shard; after a crash the engine replays its write-ahead log, and there are no checksums."""
+        """Load the shard; after a crash the engine replays its write-ahead log, and there are no checksums.
+
+        They are removed before the engine sees its files, for it consumes some while it loads: of a process killed then,
+        they would say that files are missing.
+        """
         backend = cls(directory, schema)
         with backend._releasing(), backend._named_errors():
             backend._sums = files.verify(directory) if verify else files.sealed(directory)
-            backend._load()
             files.unseal(directory)
+            backend._load()
             backend._dirty = not backend._sums
         return backend
 
@@ -111,22 +113,27 @@ class QdrantEdge:
     def search_dense(self, vector: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """Search the graph, or compare with all where `exact` or where there is no graph yet.
 
-        A graph need not reach every passage (1,188 of 3,000 for a huge k, measured): when it gives fewer than k,
-        all are compared, so that k hits come back whenever k passages pass the filter.
+        A graph need not reach every passage (1,188 of 3,000 for a huge k, measured): when it gives fewer than were
+        asked for, all are compared, so that k hits come back whenever k passages pass the filter.
         """
         k, query = check_k(k), dense_query(self.schema, vector)
-        if not exact:
-            hits = self._search(query, "dense", k, filter, qdrant.SearchParams(hnsw_ef=max(HNSW_EF, k)))
-            if len(hits) == k:
-                return hits
-        return self._search(query, "dense", k, filter, _EXACT)
+
+        def in_graph(hits: int) -> list[Scored]:
+            return self._search(query, "dense", hits, filter, qdrant.SearchParams(hnsw_ef=beam(hits, HNSW_EF)))
+
+        def among_all(hits: int) -> list[Scored]:
+            return self._search(query, "dense", hits, filter, _EXACT)
+
+        return through_ties(among_all, k) if exact else through_ties(in_graph, k, among_all)
 
     def search_sparse(
         self, token_ids: Sequence[int], weights: Sequence[float], k: int, filter: Filter = None
     ) -> list[Scored]:
         """Search the inverted index."""
         k, query = check_k(k), sparse_query(self.schema, token_ids, weights)
-        return self._search(sparse_vector(query), "sparse", k, filter, None) if len(query[0]) else []
+        if not len(query[0]):
+            return []
+        return through_ties(lambda hits: self._search(sparse_vector(query), "sparse", hits, filter, None), k)
 
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages."""
