@@ -348,6 +348,17 @@ def test_what_was_flushed_survives_a_crash(name: str, tmp_path: Path) -> None:
     backend.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+@pytest.mark.parametrize(("engine", "stride"), [("numpy", 20), ("bm25", 12), ("qdrant-edge", 4)])
+def test_an_owner_killed_while_it_opens_leaves_an_index_that_opens(engine: str, stride: int, tmp_path: Path) -> None:
+    if engine == "qdrant-edge":
+        pytest.importorskip("qdrant_edge")
+    command = [sys.executable, str(Path(__file__).with_name("kill_while_opening.py")), str(tmp_path), engine]
+    done = subprocess.run([*command, str(stride)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 3 * stride, "the script no longer sees the steps of opening"
+
+
 def test_a_second_owner_is_refused_and_told_who_holds_it(filled: Backend) -> None:
     with pytest.raises(IndexStateError, match="in use by this process"):
         open_backend(filled.directory)

@@ -39,6 +39,7 @@ NOT_HERE = (
     "beam_of_a_graph",
     "failing_optimizer",
     "during_the_optimisation",
+    "killed_while_it_opens",
     "killed_while_optimizing",
     "second_owner",
     "survives_a_crash",
