@@ -17,10 +17,10 @@ import pytest
 
 from ultrarag.errors import DataError, IndexStateError, UsageError
 from ultrarag.retrieve.bm25 import index as bm25
-from ultrarag.retrieve.bm25 import lists as bm25_lists
 from ultrarag.retrieve.bm25 import store as bm25_store
+from ultrarag.retrieve.bm25 import terms as bm25_terms
 from ultrarag.retrieve.bm25.index import BM25
-from ultrarag.retrieve.bm25.words import tokenize
+from ultrarag.retrieve.bm25.terms import tokenize
 from ultrarag.retrieve.search.filters import matches, parse
 
 
@@ -69,7 +69,7 @@ def random_text(rng: random.Random) -> str:
 @pytest.mark.parametrize("buffer", [7, 8192])
 def test_scores_stay_exact_under_random_writes(index: BM25, monkeypatch: pytest.MonkeyPatch, buffer: int) -> None:
     monkeypatch.setattr(bm25_store, "BUFFER_ROWS", buffer)
-    monkeypatch.setattr(bm25_lists, "SEGMENT_ROWS", 16)
+    monkeypatch.setattr(bm25_terms, "SEGMENT_ROWS", 16)
     monkeypatch.setattr(bm25, "LONG_LIST", 3)
     rng, passages, metadata = random.Random(3), {}, {}
     for step in range(60):

@@ -421,7 +421,7 @@ def test_optimized_search_finds_nearly_what_exact_search_finds(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "qdrant-edge":
-        monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded_points.HNSW_FROM_KB", 20)
+        monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded.HNSW_FROM_KB", 20)
     backend = create(tmp_path / "index", Schema(dense=DIM), name)
     vectors, queries = embed(3000).dense, embed(20, seed=1).dense
     for start in range(0, 3000, 1000):
@@ -475,7 +475,7 @@ def test_searches_and_writes_in_many_threads(filled: Backend) -> None:
 @pytest.fixture
 def edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("qdrant_edge")
-    monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded_points.HNSW_FROM_KB", 20)
+    monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded.HNSW_FROM_KB", 20)
     backend = create(tmp_path / "index", Schema(dense=DIM), "qdrant-edge")
     backend.upsert(names(1000), Embeddings(dense=embed(1000).dense), [{}] * 1000)
     yield backend
@@ -503,12 +503,12 @@ def test_a_failing_optimizer_leaves_the_index_searchable(edge: Backend, monkeypa
 def test_a_search_during_the_optimisation_is_told_so(edge: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
 
-    def run(progress: object) -> None:
+    def run(*arguments: object) -> None:
         with pytest.raises(IndexStateError) as caught:
             edge.search_dense(np.ones(DIM), 1)
         told.append(str(caught.value))
 
-    monkeypatch.setattr(edge, "_run_optimizer", run)
+    monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded.optimize_in_child", run)
     edge.optimize()
     assert "is being optimised" in told[0]
 
@@ -519,7 +519,7 @@ def test_an_owner_killed_while_optimizing_leaves_nothing_behind(tmp_path: Path) 
         import sys, threading
         sys.path.insert(0, sys.argv[2])
         from tests.retrieve.engines.test_engines import *
-        import ultrarag.retrieve.engines.qdrant.embedded_points as points
+        import ultrarag.retrieve.engines.qdrant.embedded as points
         points.HNSW_FROM_KB = 20
         backend = create(sys.argv[1], Schema(dense=64), "qdrant-edge")
         vectors = np.random.default_rng(0).normal(size=(8000, 64)).astype(np.float32)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.retrieve.bm25.store import Bm25File
-from ultrarag.retrieve.bm25.words import tokenize
+from ultrarag.retrieve.bm25.terms import tokenize
 from ultrarag.retrieve.engines import seal as files
 from ultrarag.retrieve.ranking import Scored, check_ids, check_k, ranked, top
 from ultrarag.retrieve.search import Filter, facts, mask, parse

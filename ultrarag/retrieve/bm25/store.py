@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ultrarag.errors import IndexStateError
-from ultrarag.retrieve.bm25.lists import MOST_FREQUENT, Entry, Postings, entries, grouped, segment, unpack_forward
+from ultrarag.retrieve.bm25.terms import MOST_FREQUENT, Entry, Postings, entries, grouped, segment, unpack_forward
 
 #: Changes when the tokens of a text or the layout change: an older file is then rebuilt from its passages.
 FORMAT = 1

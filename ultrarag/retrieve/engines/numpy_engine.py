@@ -19,8 +19,7 @@ import numpy as np
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.retrieve.bm25 import Postings
 from ultrarag.retrieve.engines import seal as files
-from ultrarag.retrieve.engines.base import SCHEMA_FILE, Progress, Schema, write_schema
-from ultrarag.retrieve.engines.batches import (
+from ultrarag.retrieve.engines.arrays import (
     assemble,
     dense_query,
     prepare,
@@ -30,6 +29,7 @@ from ultrarag.retrieve.engines.batches import (
     token_query,
     token_rows,
 )
+from ultrarag.retrieve.engines.base import SCHEMA_FILE, Progress, Schema, write_schema
 from ultrarag.retrieve.ranking import Scored, check_ids, check_k, ranked, top
 from ultrarag.retrieve.search import Filter, facts, mask, parse
 from ultrarag.types import Embeddings

@@ -125,7 +125,7 @@ def finish(core: Core, generation: Generation) -> Generation:
     done = read_progress(core.layout.final(generation.id)) or {}
     core.catalog.set_applied(generation.id, int(done.get("applied", generation.base_seq)))
     if core.link is not None:
-        core.link.share(generation)
+        core.link.publish_checkpoint(generation)
     if not core.catalog.set_state(generation.id, "ready", only_from=("building",)):
         raise IndexStateError(f"generation {generation.id} was discarded while it was built; build it again")
     return core.catalog.get(generation.id)

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.retrieve.engines.base import Progress
-from ultrarag.retrieve.engines.batches import (
+from ultrarag.retrieve.engines.arrays import (
     assemble,
     dense_query,
     prepare,
@@ -24,8 +23,10 @@ from ultrarag.retrieve.engines.batches import (
     sparse_query,
     token_query,
 )
-from ultrarag.retrieve.engines.milvus.connection import STRONG, MilvusConnection
-from ultrarag.retrieve.engines.milvus.rows import (
+from ultrarag.retrieve.engines.base import Progress
+from ultrarag.retrieve.engines.milvus.client import (
+    STRONG,
+    MilvusConnection,
     expression,
     lexical_row,
     main_indexes,

@@ -9,9 +9,42 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import qdrant_edge
+
+from ultrarag.errors import IndexStateError
+from ultrarag.retrieve.engines.base import Progress
+
+
+def optimize_in_child(shard: Path, descriptors: Sequence[int], progress: Progress | None) -> None:
+    """Run this file in a child process that inherits the descriptors; IndexStateError when it fails."""
+    command = [sys.executable, "-m", __name__, str(shard)]
+    started = time.monotonic()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=descriptors, text=True) as child:
+        try:
+            errors = _wait(child, lambda: progress and progress(time.monotonic() - started))
+        except BaseException:  # such as Ctrl-C: the engine survives a kill, as its tests show
+            child.kill()
+            raise
+    if child.returncode:
+        raise IndexStateError(
+            f"optimising '{shard.parent}' failed ({errors.strip()[-300:] or f'exit status {child.returncode}'}); "
+            f"nothing is lost: the index answers without the graph"
+        )
+
+
+def _wait(child: subprocess.Popen[str], tick: Callable[[], object]) -> str:
+    """Wait for a child, calling `tick` every second; return what it wrote to stderr."""
+    while True:
+        try:
+            return child.communicate(timeout=1)[1]
+        except subprocess.TimeoutExpired:
+            tick()
 
 
 def main(shard: str) -> None:

@@ -16,17 +16,23 @@ from qdrant_client import models
 
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.engines.address import Address
-from ultrarag.retrieve.engines.base import Progress, Schema
-from ultrarag.retrieve.engines.batches import (
+from ultrarag.retrieve.engines.arrays import (
     assemble,
     dense_query,
     prepare,
     sparse_query,
     token_query,
 )
-from ultrarag.retrieve.engines.qdrant.connection import QdrantConnection
+from ultrarag.retrieve.engines.base import Progress, Schema
+from ultrarag.retrieve.engines.qdrant.client import (
+    QdrantConnection,
+    floats_of,
+    lexical_row,
+    named_vectors,
+    settings,
+    to_filter,
+)
 from ultrarag.retrieve.engines.qdrant.points import FACTS, key, new_number_fields, stored_id, to_payload
-from ultrarag.retrieve.engines.qdrant.server_points import floats_of, lexical_row, named_vectors, settings, to_filter
 from ultrarag.retrieve.engines.server import REQUEST_POINTS, ServerBackend, requests
 from ultrarag.retrieve.ranking import Scored, beam, check_ids, check_k, ranked, through_ties
 from ultrarag.retrieve.search import Filter, parse
