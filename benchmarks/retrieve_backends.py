@@ -29,7 +29,7 @@ def main() -> None:
     """Run both engines and print, or write, one JSON document."""
     args = _arguments()
     if args.graph_from_kb is not None:
-        from ultrarag.retrieve.engines.qdrant import embedded_points as qdrant_points
+        from ultrarag.retrieve.engines.qdrant import embedded as qdrant_points
 
         qdrant_points.HNSW_FROM_KB = args.graph_from_kb
     rng = np.random.default_rng(args.seed)

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["finetune"]:  # its flags are read by its own parser
-        from ultrarag.finetune.__main__ import main as finetune
+        from ultrarag.finetune import main as finetune
 
         return finetune(words[1:])
     if words[:1] == ["index"]:

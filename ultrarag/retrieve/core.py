@@ -66,8 +66,8 @@ class Core:
             self.link = self._linked(repair, checkpoints)
             if self.link is not None:
                 undo.callback(self.link.close)
-                self.link.follow()
-                self.link.place(self.catalog.live())
+                self.link.sync()
+                self.link.fetch_generation(self.catalog.live())
             words = open_words(self.layout, self.store)
             self.bm25: BM25 | None = words[0] if words else None
             self.words: Follower | None = words[1] if words else None
@@ -87,7 +87,7 @@ class Core:
             self._lock = lock
             self.watcher: Watcher | None = None
             if self.link is not None:
-                self.link.settle = lambda: self.vectors.flush()  # those of whatever generation is live then
+                self.link.flush_vectors = lambda: self.vectors.flush()  # those of whatever generation is live then
                 self.watcher = Watcher(self, self.link)
             undo.pop_all()
 
@@ -164,12 +164,12 @@ class Core:
             return
         with self.writing:
             _ = self.live
-            if self.link.take():
+            if self.link.acquire():
                 self.arrive()
         try:
             yield
         finally:
-            self.link.leave()
+            self.link.release()
 
     def arrive(self) -> None:
         """Go on where the process that wrote before has stopped."""
@@ -185,8 +185,8 @@ class Core:
         self._follow_live()
         if self.link is not None:
             for generation in self.catalog.in_state("ready"):  # so that little is left to do when it goes live
-                self.link.place(generation)
-            self.link.tidy(self.live.generation.id)
+                self.link.fetch_generation(generation)
+            self.link.prune_directories(self.live.generation.id)
 
     def _follow_live(self) -> None:
         live = self.catalog.live()
@@ -217,7 +217,7 @@ class Core:
         for serving in lingering:
             self.let_go(serving)
         if self.link is not None:
-            self.link.place(generation)
+            self.link.fetch_generation(generation)
         return open_serving(self.layout, self.store, generation, device=self.device, check=self._check)
 
     def replace(self, new: Serving, vectors: Follower) -> None:
@@ -257,7 +257,7 @@ class Core:
             if self.bm25 is not None:
                 self.bm25.vacuum()
             if self.link is not None:
-                self.link.sweep()
+                self.link.prune_collections()
 
     def close(self) -> None:
         """Flush and close everything; searches in flight finish first; closing twice is harmless."""

@@ -17,10 +17,10 @@ import pytest
 
 from ultrarag.errors import DataError, IndexStateError, UsageError
 from ultrarag.retrieve.bm25 import index as bm25
-from ultrarag.retrieve.bm25 import lists as bm25_lists
 from ultrarag.retrieve.bm25 import store as bm25_store
+from ultrarag.retrieve.bm25 import terms as bm25_terms
 from ultrarag.retrieve.bm25.index import BM25
-from ultrarag.retrieve.bm25.words import tokenize
+from ultrarag.retrieve.bm25.terms import tokenize
 from ultrarag.retrieve.search.filters import matches, parse
 
 
@@ -69,7 +69,7 @@ def random_text(rng: random.Random) -> str:
 @pytest.mark.parametrize("buffer", [7, 8192])
 def test_scores_stay_exact_under_random_writes(index: BM25, monkeypatch: pytest.MonkeyPatch, buffer: int) -> None:
     monkeypatch.setattr(bm25_store, "BUFFER_ROWS", buffer)
-    monkeypatch.setattr(bm25_lists, "SEGMENT_ROWS", 16)
+    monkeypatch.setattr(bm25_terms, "SEGMENT_ROWS", 16)
     monkeypatch.setattr(bm25, "LONG_LIST", 3)
     rng, passages, metadata = random.Random(3), {}, {}
     for step in range(60):
@@ -148,6 +148,25 @@ def test_filter_is_applied_before_top_k(index: BM25) -> None:
     found = index.search("common", 5, {"n": {"gte": 150}})
     assert len(found) == 5
     assert all(metadata[id]["n"] >= 150 for id, _ in found)
+
+
+@pytest.mark.parametrize("long_list", [2, 20_000])
+def test_ties_come_in_the_order_of_ids_for_every_k(
+    index: BM25, monkeypatch: pytest.MonkeyPatch, long_list: int
+) -> None:
+    monkeypatch.setattr(bm25, "LONG_LIST", long_list)
+    texts = ["red green blue", "green blue red", "blue red green"]  # equal scores of texts that are not the same
+    ids = [f"p{(7 * row) % 40:02}" for row in range(40)]
+    for order in (ids, ids[::-1]):
+        index.delete(ids)
+        add(index, {id: texts[row % 3] for row, id in enumerate(order)} | {"best": "red green"})
+        for query in ("red", "blue green red"):
+            everything = index.search(query, 100)
+            assert [id for id, _ in everything[1:]] == sorted(ids) or query != "red"
+            for k in range(1, 43):
+                assert index.search(query, k) == everything[:k]
+            asked = [id for id, _ in everything]
+            assert index.score(query, asked).tolist() == [score for _, score in everything]
 
 
 def test_bad_input_is_refused_and_changes_nothing(index: BM25) -> None:

@@ -215,12 +215,37 @@ def test_empty_index_and_large_k(empty: Backend) -> None:
     assert empty.count() == 3
 
 
-def test_ties_come_in_the_order_of_ids(empty: Backend) -> None:
-    same = embed(1).dense.repeat(5, 0)
-    batch = embed(5)
-    batch.dense = same
-    empty.upsert(["e", "a", "d", "b", "c"], batch, [{}] * 5)
-    assert [id for id, _ in empty.search_dense(same[0], 5)] == ["a", "b", "c", "d", "e"]
+def tied(count: int) -> tuple[list[str], Embeddings]:
+    """Passages with the same vectors, in no order of their ids, and one that is better by each head."""
+    batch = embed(1)[np.zeros(count, int)]
+    batch.dense, batch.sparse.weights = batch.dense.copy(), batch.sparse.weights.copy()
+    batch.dense[count // 2] *= 2
+    batch.sparse.weights[count // 2] *= 2
+    return [f"p{(7 * row) % count:03}" for row in range(count)], batch
+
+
+@pytest.mark.parametrize("count", [23, 300])
+def test_ties_come_in_the_order_of_ids_for_every_k(empty: Backend, count: int) -> None:
+    """Also after everything was written again in another order; 300 are more than one beam of a graph, or a request."""
+    ids, batch = tied(count)
+    best, query = ids[count // 2], embed(1)
+    wanted = [best, *sorted(set(ids) - {best})]
+    for order in (np.arange(count), np.arange(count)[::-1]):
+        empty.delete(ids)
+        empty.upsert([ids[row] for row in order], batch[order], [{"n": 1}] * count)
+        for k in (*range(1, 25), count - 1, count, count + 1) if count < 100 else (1, 30, 150):
+            searches = [
+                empty.search_dense(query.dense[0], k),
+                empty.search_dense(query.dense[0], k, {"n": 1}, exact=True),
+                empty.search_sparse(query.sparse.ids[0], query.sparse.weights[0], k),
+            ]
+            assert [[id for id, _ in hits] for hits in searches] == [wanted[:k]] * 3, k
+        dense, sparse = (dict(hits) for hits in (searches[0], searches[2]))
+        asked = list(dense)
+        assert empty.score_dense(query.dense[0], asked).astype(np.float32).tolist() == list(dense.values())
+        scores = empty.score_sparse(query.sparse.ids[0], query.sparse.weights[0], asked)
+        assert scores.astype(np.float32).tolist() == [sparse[id] for id in asked]
+        assert len(set(empty.maxsim(query.colbert[0], asked).tolist())) == 1
 
 
 def test_a_bad_batch_is_refused_and_nothing_of_it_is_stored(empty: Backend) -> None:
@@ -323,6 +348,17 @@ def test_what_was_flushed_survives_a_crash(name: str, tmp_path: Path) -> None:
     backend.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+@pytest.mark.parametrize(("engine", "stride"), [("numpy", 20), ("bm25", 12), ("qdrant-edge", 4)])
+def test_an_owner_killed_while_it_opens_leaves_an_index_that_opens(engine: str, stride: int, tmp_path: Path) -> None:
+    if engine == "qdrant-edge":
+        pytest.importorskip("qdrant_edge")
+    command = [sys.executable, str(Path(__file__).with_name("kill_while_opening.py")), str(tmp_path), engine]
+    done = subprocess.run([*command, str(stride)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 3 * stride, "the script no longer sees the steps of opening"
+
+
 def test_a_second_owner_is_refused_and_told_who_holds_it(filled: Backend) -> None:
     with pytest.raises(IndexStateError, match="in use by this process"):
         open_backend(filled.directory)
@@ -385,7 +421,7 @@ def test_optimized_search_finds_nearly_what_exact_search_finds(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "qdrant-edge":
-        monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded_points.HNSW_FROM_KB", 20)
+        monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded.HNSW_FROM_KB", 20)
     backend = create(tmp_path / "index", Schema(dense=DIM), name)
     vectors, queries = embed(3000).dense, embed(20, seed=1).dense
     for start in range(0, 3000, 1000):
@@ -439,11 +475,19 @@ def test_searches_and_writes_in_many_threads(filled: Backend) -> None:
 @pytest.fixture
 def edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("qdrant_edge")
-    monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded_points.HNSW_FROM_KB", 20)
+    monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded.HNSW_FROM_KB", 20)
     backend = create(tmp_path / "index", Schema(dense=DIM), "qdrant-edge")
     backend.upsert(names(1000), Embeddings(dense=embed(1000).dense), [{}] * 1000)
     yield backend
     backend.close()
+
+
+def test_a_tie_is_followed_beyond_the_beam_of_a_graph(edge: Backend) -> None:
+    ids, same = [f"t{row:03}" for row in range(300)], embed(1, seed=5).dense
+    edge.upsert(ids[::-1], Embeddings(dense=same.repeat(300, 0) * 9), [{}] * 300)
+    edge.optimize()
+    found = [edge.search_dense(same[0], k) for k in (1, 2, 90, 200)]
+    assert [[id for id, _ in hits] for hits in found] == [ids[:k] for k in (1, 2, 90, 200)]
 
 
 def test_a_failing_optimizer_leaves_the_index_searchable(edge: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,12 +503,12 @@ def test_a_failing_optimizer_leaves_the_index_searchable(edge: Backend, monkeypa
 def test_a_search_during_the_optimisation_is_told_so(edge: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
 
-    def run(progress: object) -> None:
+    def run(*arguments: object) -> None:
         with pytest.raises(IndexStateError) as caught:
             edge.search_dense(np.ones(DIM), 1)
         told.append(str(caught.value))
 
-    monkeypatch.setattr(edge, "_run_optimizer", run)
+    monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded.optimize_in_child", run)
     edge.optimize()
     assert "is being optimised" in told[0]
 
@@ -475,7 +519,7 @@ def test_an_owner_killed_while_optimizing_leaves_nothing_behind(tmp_path: Path) 
         import sys, threading
         sys.path.insert(0, sys.argv[2])
         from tests.retrieve.engines.test_engines import *
-        import ultrarag.retrieve.engines.qdrant.embedded_points as points
+        import ultrarag.retrieve.engines.qdrant.embedded as points
         points.HNSW_FROM_KB = 20
         backend = create(sys.argv[1], Schema(dense=64), "qdrant-edge")
         vectors = np.random.default_rng(0).normal(size=(8000, 64)).astype(np.float32)

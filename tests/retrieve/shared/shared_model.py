@@ -170,15 +170,15 @@ def process_steps(design: Design, state: State, process: Process) -> _Steps:
     if process.step == "idle":
         yield from idle_steps(design, state, process)
     elif process.step in ("claim", "copy", "enter", "adopt"):
-        yield from take_steps(design, state, process)
-    elif process.step in ("passage", "state", "look", "apply", "acknowledge"):
+        yield from acquire_steps(design, state, process)
+    elif process.step in ("passage", "state", "confirm", "apply", "acknowledge"):
         yield from write_steps(design, state, process)
     else:
         yield from flip_steps(design, state, process)
 
 
 def idle_steps(design: Design, state: State, process: Process) -> _Steps:
-    """Take a lease that is free or has run out; write; flip; let the lease go."""
+    """Acquire a lease that is free or has expired; write; flip; release the lease."""
     if not process.epoch:
         if state.top < 3 and (process.writes or process.flips):
             first = "claim" if design.copy_after_claim else "copy"
@@ -193,7 +193,7 @@ def idle_steps(design: Design, state: State, process: Process) -> _Steps:
         yield "releases", put(design, state, process, released), process._replace(epoch=0)
 
 
-def take_steps(design: Design, state: State, process: Process) -> _Steps:
+def acquire_steps(design: Design, state: State, process: Process) -> _Steps:
     """Create the next lease; read the newest state; write it as one's own; read the passages."""
     if process.step == "claim":
         others = [p._replace(late=p.late or bool(p.epoch)) for p in state.processes]
@@ -218,9 +218,9 @@ def take_steps(design: Design, state: State, process: Process) -> _Steps:
 
 
 def write_steps(design: Design, state: State, process: Process) -> _Steps:
-    """Store the passage, then the state; look for a higher lease; give it to the live generation; return."""
+    """Store the passage, then the state; confirm that no lease is higher; give it to the live generation; return."""
     version = process.mirror + 1
-    if process.step != "look" and process.step != "acknowledge" and not may_send(design, process, process.step):
+    if process.step != "confirm" and process.step != "acknowledge" and not may_send(design, process, process.step):
         yield "has lost the lease", state, given_up(process)
     elif process.step == "passage":
         if version <= state.acknowledged and state.top == process.epoch:
@@ -228,8 +228,8 @@ def write_steps(design: Design, state: State, process: Process) -> _Steps:
         yield f"stores version {version}", state._replace(passage=version), process._replace(step="state")
     elif process.step == "state":
         mine = Shared(process.live, False)
-        yield "writes the state", put(design, state, process, mine), process._replace(step="look")
-    elif process.step == "look":
+        yield "writes the state", put(design, state, process, mine), process._replace(step="confirm")
+    elif process.step == "confirm":
         if design.confirm and state.top != process.epoch:
             yield "sees a higher lease", state, given_up(process)
         else:
@@ -245,7 +245,7 @@ def write_steps(design: Design, state: State, process: Process) -> _Steps:
 
 
 def flip_steps(design: Design, state: State, process: Process) -> _Steps:
-    """Give the other generation what it lacks; write the state; look for a higher lease; return."""
+    """Give the other generation what it lacks; write the state; confirm that no lease is higher; return."""
     target = 3 - process.live
     if process.step != "flipped" and not may_send(design, process, "apply" if process.step == "level" else ""):
         yield "has lost the lease", state, given_up(process)

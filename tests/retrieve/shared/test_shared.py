@@ -23,10 +23,8 @@ from ultrarag.retrieve.command.parser import main
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.shared import lease as lease_module
 from ultrarag.retrieve.shared import link as link_module
-from ultrarag.retrieve.shared import watcher as watcher_module
-from ultrarag.retrieve.shared.documents import Document, leases, open_documents
+from ultrarag.retrieve.shared.documents import Document, SharedState, lease_numbers, open_documents
 from ultrarag.retrieve.shared.lease import Lease, LeaseError
-from ultrarag.retrieve.shared.state import State
 from ultrarag.types import Passage
 
 ENGINES = {
@@ -41,9 +39,9 @@ ENGINES = {
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watcher looks when a test says so."""
-    monkeypatch.setattr(watcher_module.Watcher, "_run", lambda self: None)
-    monkeypatch.setattr(link_module, "PATIENCE", 0.5)
-    monkeypatch.setattr(lease_module, "LOOK", 0.02)
+    monkeypatch.setattr(link_module.Watcher, "_run", lambda self: None)
+    monkeypatch.setattr(link_module, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(lease_module, "RETRY_SECONDS", 0.02)
 
 
 @pytest.fixture(params=ENGINES)
@@ -79,19 +77,19 @@ def reader(writer: LiveIndex, uri: str, tmp_path: Path, tiny) -> Iterator[LiveIn
         yield live
 
 
-def look(*indexes: LiveIndex) -> None:
+def poll(*indexes: LiveIndex) -> None:
     for live in indexes:
         watcher = live._core.watcher
         assert watcher is not None
-        watcher.look()
+        watcher.poll()
 
 
-def rest(live: LiveIndex) -> None:
+def release(live: LiveIndex) -> None:
     """Let the lease go, as two idle seconds would."""
     link = live._core.link
     assert link is not None
     link._used = float("-inf")
-    link.rest()
+    link.heartbeat()
     assert not link.lease.held
 
 
@@ -109,7 +107,7 @@ def everything(live: LiveIndex) -> dict[str, Passage]:
 def test_what_one_process_writes_the_others_find(writer: LiveIndex, reader: LiveIndex) -> None:
     writer.add(corpus(20))
     assert len(reader) == 0
-    look(reader)
+    poll(reader)
     assert everything(reader) == everything(writer)
     for options in ({"heads": ["dense"]}, {"heads": ["bm25"]}, {"heads": ["colbert"]}, {"weights": {"sparse": 1}}):
         assert found(reader, 7, **options) == found(writer, 7, **options), options
@@ -120,10 +118,10 @@ def test_what_one_process_writes_the_others_find(writer: LiveIndex, reader: Live
 
 def test_changes_and_deletions_are_followed(writer: LiveIndex, reader: LiveIndex) -> None:
     writer.add(corpus(10))
-    look(reader)
+    poll(reader)
     writer.add([Passage("p1", text_of(33)), Passage("p2", text_of(2), metadata={"n": -1})])
     writer.delete(["p3"])
-    look(reader)
+    poll(reader)
     assert everything(reader) == everything(writer)
     assert "p3" not in everything(reader)
     assert found(reader, 33, heads=["bm25"])[0] == "p1"
@@ -144,7 +142,7 @@ def test_a_long_text_comes_whole(writer: LiveIndex, reader: LiveIndex) -> None:
     long = "ひらがな and letters " * 20_000
     writer.add([Passage("long", long), *corpus(3)])
     writer.add([Passage("long", long + "!"), Passage("\0odd/ïd", "short")])
-    look(reader)
+    poll(reader)
     assert reader.get("long").text == long + "!"
     assert reader.get("\0odd/ïd").text == "short"
 
@@ -179,15 +177,15 @@ def test_one_process_writes_at_a_time(writer: LiveIndex, reader: LiveIndex) -> N
     with pytest.raises(LeaseError, match=r"is being written to by .*/a: one process writes at a time"):
         reader.add(corpus(3, start=3))
     assert len(reader) == 0
-    rest(writer)
+    release(writer)
     assert reader.add(corpus(5)).added == 2  # it knows the three others now
     assert found(reader, 4)[0] == "p4" or "p4" in found(reader, 4)
-    rest(reader)
-    look(writer)
+    release(reader)
+    poll(writer)
     assert everything(writer) == everything(reader) == {passage.id: passage for passage in corpus(5)}
     writer.delete(["p0"])
-    rest(writer)
-    look(reader)
+    release(writer)
+    poll(reader)
     assert len(reader) == 4
 
 
@@ -195,7 +193,7 @@ def test_the_next_writer_encodes_only_what_is_new(
     writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer.add(corpus(30))
-    rest(writer)
+    release(writer)
     seen = count_encoded(monkeypatch, reader)
     reader.add([Passage("new", "quite new")])
     assert seen == ["quite new"]
@@ -204,15 +202,15 @@ def test_the_next_writer_encodes_only_what_is_new(
 def test_processes_that_write_by_turns_lose_nothing(
     writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "PATIENCE", 60.0)
-    monkeypatch.setattr(link_module, "LINGER", 0.0)
+    monkeypatch.setattr(link_module, "WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(link_module, "IDLE_SECONDS", 0.0)
     errors: list[BaseException] = []
 
     def write(live: LiveIndex, start: int) -> None:
         try:
             for number in range(start, start + 12, 3):
                 live.add(corpus(3, start=number))
-                look(live)
+                poll(live)
         except BaseException as error:
             errors.append(error)
 
@@ -223,8 +221,8 @@ def test_processes_that_write_by_turns_lose_nothing(
         thread.join()
     assert not errors
     for live in (writer, reader):
-        look(live)
-        look(live)
+        poll(live)
+        poll(live)
         assert everything(live) == {passage.id: passage for passage in corpus(24)}
     with writer._core.leading():
         assert writer._core.live.backend.count() == 24
@@ -236,14 +234,14 @@ def test_a_dead_writer_is_followed_by_another(
     writer.add(corpus(5))
     reader._core.link.lease.seconds = 0.6
     before = time.monotonic()
-    reader.add(corpus(6))  # waits until the lease of the other, which gives no sign of life, has ended
+    reader.add(corpus(6))  # waits until the lease of the other, which sends no heartbeat, has expired
     assert 0.5 < time.monotonic() - before < 30
     assert len(reader) == 6
     with pytest.raises(LeaseError, match="another process took over"):
         writer._core.link.lease.write(lambda state: state)
     with pytest.raises(LeaseError, match="is being written to by"):
         writer.add(corpus(7))
-    look(writer)
+    poll(writer)
     assert everything(writer) == everything(reader)
 
 
@@ -260,13 +258,13 @@ def test_a_write_that_the_lease_did_not_outlive_is_not_acknowledged(
         reader.add([Passage("theirs", "theirs")])
 
     monkeypatch.setattr(writer._core.link.passages, "put", slowly)
-    monkeypatch.setattr(link_module, "PATIENCE", 5.0)
+    monkeypatch.setattr(link_module, "WAIT_SECONDS", 5.0)
     with pytest.raises(LeaseError, match="may be stored or not"):
         writer.add([Passage("ours", "ours")])
     assert writer.get("ours") is None
     monkeypatch.setattr(writer._core.link.passages, "put", put)
-    rest(reader)
-    look(writer, reader)
+    release(reader)
+    poll(writer, reader)
     assert everything(writer) == everything(reader)
     assert "theirs" in everything(writer)
 
@@ -282,15 +280,15 @@ def test_vectors_are_not_written_once_the_lease_is_gone(
         found = encode(texts)
         reader._core.link.lease.seconds = 0.0
         reader.add([Passage("p1", text_of(34))])
-        writer._core.link.lease._beaten = float("-inf")
+        writer._core.link.lease._last_heartbeat = float("-inf")
         return found
 
     monkeypatch.setattr(writer._core.vectors._target, "_encode", slowly)
-    monkeypatch.setattr(link_module, "PATIENCE", 5.0)
+    monkeypatch.setattr(link_module, "WAIT_SECONDS", 5.0)
     with pytest.raises(IndexStateError, match="stored and will not be lost, but it cannot be searched yet"):
         writer.add([Passage("p1", text_of(33))])
-    rest(reader)
-    look(writer)
+    release(reader)
+    poll(writer)
     assert everything(writer) == everything(reader)
     held, wanted = reader.vectors(["p1"]), reader.encoder.encode([text_of(34)], "passage")
     assert abs(held.dense - wanted.dense).max() < 1e-5
@@ -311,11 +309,11 @@ def test_a_failed_write_leaves_mirror_and_server_in_step(
     with pytest.raises(IndexStateError, match="went away"):
         writer.add(corpus(9))
     assert len(writer) == 5
-    look(reader)
+    poll(reader)
     assert len(reader) == 5
     monkeypatch.setattr(writer._core.link.passages, "put", put)
     writer.add([Passage("more", "more")])
-    look(reader)
+    poll(reader)
     assert everything(writer) == everything(reader)
     assert len(writer) == 8  # what the server had got is there
     assert found(writer, 6, heads=["bm25"])[0] == "p6"
@@ -326,7 +324,7 @@ def test_a_full_disk_after_the_server_took_it_leaves_nothing_apart(
 ) -> None:
     """The server has the write, the mirror cannot keep it: the next write must not take the same number."""
     writer.add(corpus(5))
-    database, send = writer._core.store.database, writer._core.link._send
+    database, send = writer._core.store.database, writer._core.link._push
 
     def full(db) -> None:
         send(db)
@@ -338,7 +336,7 @@ def test_a_full_disk_after_the_server_took_it_leaves_nothing_apart(
     assert len(writer) == 5
     monkeypatch.setattr(database, "before_commit", send)
     assert writer.add(corpus(8)).added == 1  # two are there: the server had taken them
-    look(reader)
+    poll(reader)
     assert everything(writer) == everything(reader) == {passage.id: passage for passage in corpus(8)}
     assert writer._core.live.backend.count() == 8
 
@@ -347,7 +345,7 @@ def test_a_taking_over_that_fails_half_way_is_taken_up_again(
     writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer.add(corpus(5))
-    rest(writer)
+    release(writer)
     between = reader._core.link.passages.between
     monkeypatch.setattr(reader._core.link.passages, "between", lambda after, until: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -366,7 +364,7 @@ def test_words_and_vectors_hold_what_a_dead_writer_stored(writer: LiveIndex, rea
         from ultrarag.retrieve.passages.incoming import records
 
         writer._core.store.write(list(records(corpus(8))))
-    link.lease.forget()
+    link.lease.abandon()
     reader._core.link.lease.seconds = 0.0
     reader.add([Passage("one", "one more")])
     assert reader._core.live.backend.count() == len(reader) == 9
@@ -379,7 +377,7 @@ def test_words_and_vectors_hold_what_a_dead_writer_stored(writer: LiveIndex, rea
 @pytest.fixture
 def swapped(writer: LiveIndex, reader: LiveIndex, checkpoint: Path, quick_builds: None) -> int:
     writer.add(corpus(20))
-    look(reader)
+    poll(reader)
     made = writer.build(checkpoint)
     writer.swap(made)
     return made.id
@@ -389,21 +387,21 @@ def test_a_swap_is_followed(writer: LiveIndex, reader: LiveIndex, swapped: int) 
     old = reader.fingerprint
     assert found(reader, 3)  # still on the old pair, which still answers
     assert reader.fingerprint == old
-    look(reader)
+    poll(reader)
     assert reader.fingerprint == writer.fingerprint != old
     assert reader.status()["live"]["id"] == swapped
     assert found(reader, 3) == found(writer, 3)
 
 
 def test_another_process_rolls_back(writer: LiveIndex, reader: LiveIndex, swapped: int) -> None:
-    look(reader)
-    rest(writer)
+    poll(reader)
+    release(writer)
     reader.add([Passage("later", "written after the swap")])
     flip = reader.rollback()
     assert flip.old.id == swapped
     assert "later" in [hit.id for hit in reader.search("written after the swap", k=3, heads=["dense"])]
-    rest(reader)
-    look(writer)
+    release(reader)
+    poll(writer)
     assert writer.fingerprint == reader.fingerprint == flip.new.fingerprint
     assert len(writer) == 21
 
@@ -413,12 +411,12 @@ def test_a_process_swaps_what_another_built(
 ) -> None:
     writer.add(corpus(12))
     made = writer.build(checkpoint)
-    rest(writer)
-    look(reader)
+    release(writer)
+    poll(reader)
     assert reader.build(checkpoint).id == made.id  # it is ready: nothing is built twice
     reader.swap(made.id)
-    rest(reader)
-    look(writer)
+    release(reader)
+    poll(writer)
     assert writer.fingerprint == reader.fingerprint == made.fingerprint
 
 
@@ -430,7 +428,7 @@ def test_a_swap_that_the_server_did_not_take_is_none(
     old = writer.fingerprint
     write = writer._core.link.lease.write
 
-    def refused(change: Callable[[State], State]) -> None:
+    def refused(change: Callable[[SharedState], SharedState]) -> None:
         raise IndexStateError("the server went away")
 
     monkeypatch.setattr(writer._core.link.lease, "write", refused)
@@ -439,26 +437,26 @@ def test_a_swap_that_the_server_did_not_take_is_none(
     assert writer.fingerprint == old
     assert writer.generation(made.id).state == "ready"
     monkeypatch.setattr(writer._core.link.lease, "write", write)
-    look(reader)
+    poll(reader)
     assert reader.fingerprint == old
     writer.swap(made)
-    look(reader)
+    poll(reader)
     assert reader.fingerprint == made.fingerprint
 
 
 def test_vacuum_deletes_what_no_generation_has(
     writer: LiveIndex, reader: LiveIndex, swapped: int, uri: str, other, tiny
 ) -> None:
-    look(reader)
+    poll(reader)
     first = writer.build(tiny)
     writer.swap(first)  # the one before the swap is retired by this
-    look(reader)
+    poll(reader)
     assert sorted(path.name for path in (reader.path / "generations").iterdir()) == [str(swapped), str(first.id)]
     with open_documents(uri, "states") as states:
         before = len(states.collections())
         writer.vacuum()
         assert len(states.collections()) < before
-        assert len(leases(states.collections(), states.address.name)) == 1
+        assert len(lease_numbers(states.collections(), states.address.name)) == 1
     assert found(reader, 3) == found(writer, 3)
     assert writer.rollback().new.fingerprint == other.fingerprint
     folder = Path(writer.status()["shared"]["checkpoints"])
@@ -471,10 +469,10 @@ def test_a_checkpoint_that_is_not_seen_stops_nothing(
     folder = Path(writer.status()["shared"]["checkpoints"])
     folder.rename(folder.with_name("away"))
     with pytest.raises(CheckpointError, match="every process of a shared index must see the folder"):
-        look(reader)
+        poll(reader)
     assert found(reader, 3)
     folder.with_name("away").rename(folder)
-    look(reader)
+    poll(reader)
     assert reader.fingerprint == writer.fingerprint
 
 
@@ -514,13 +512,13 @@ def test_a_mirror_needs_no_path(uri: str, tmp_path: Path, tiny, monkeypatch: pyt
         assert one.path != two.path
         assert one.path.parent == two.path.parent
         one.add(corpus(2))
-        look(two)
+        poll(two)
         assert len(two) == 2
 
 
 def test_status_says_who_writes(writer: LiveIndex, reader: LiveIndex, uri: str) -> None:
     writer.add(corpus(2))
-    look(reader)
+    poll(reader)
     said = reader.status()["shared"]
     assert said["uri"] == uri
     assert not said["writing"]
@@ -594,34 +592,34 @@ def test_a_name_is_claimed_once(documents) -> None:
     for thread in threads:
         thread.join()
     assert sorted(won) == [False] * 5 + [True]
-    assert leases(documents.collections(), documents.address.name) == [7]
+    assert lease_numbers(documents.collections(), documents.address.name) == [7]
     documents.drop(name)
     assert documents.claim(name, "h9")
 
 
 def test_a_lease_passes_on_what_was_written_before(documents, tmp_path: Path) -> None:
     one, two = Lease(documents, tmp_path / "1"), Lease(documents, tmp_path / "2")
-    assert one.first(State(epoch=1, holder="", checkpoints="c"))
-    assert not two.first(State(epoch=1, holder="", checkpoints="d"))
+    assert one.initialize(SharedState(epoch=1, holder="", checkpoints="c"))
+    assert not two.initialize(SharedState(epoch=1, holder="", checkpoints="d"))
     one.write(lambda state: state.model_copy(update={"committed": 5}))
     with pytest.raises(LeaseError, match="is being written to by"):
-        two.take(0.1)
+        two.acquire(0.1)
     one.release()
-    assert two.take(0.1).committed == 5
-    assert two.look().epoch == 2
+    assert two.acquire(0.1).committed == 5
+    assert two.read().epoch == 2
     with pytest.raises(LeaseError, match="does not hold the lease"):
         one.write(lambda state: state)
     two.write(lambda state: state.model_copy(update={"committed": 6}))
     two.release()
-    assert one.take(0.1).committed == 6
-    assert one.look().checkpoints == "c"
+    assert one.acquire(0.1).committed == 6
+    assert one.read().checkpoints == "c"
 
 
 PROCESS = """
 import json, sys, time
 from ultrarag.retrieve.live import LiveIndex
-from ultrarag.retrieve.shared import watcher
-watcher.POLL = 0.2
+from ultrarag.retrieve.shared import link
+link.POLL_SECONDS = 0.2
 with LiveIndex.open(sys.argv[1], uri=sys.argv[2]) as live:
     print(json.dumps({"ready": live.fingerprint}), flush=True)
     seen, deadline = set(), time.monotonic() + 120
@@ -684,7 +682,7 @@ with LiveIndex.open(sys.argv[1], uri=sys.argv[2]) as live:
 def test_nothing_is_lost_when_a_writer_is_killed(
     request: pytest.FixtureRequest, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "PATIENCE", 2.0)
+    monkeypatch.setattr(link_module, "WAIT_SECONDS", 2.0)
     if reason := servers.missing("milvus_lite"):
         pytest.skip(reason)
     uri = (
@@ -721,7 +719,7 @@ def succeeds(work: Callable[[], object]) -> bool:
 def test_a_server_that_went_away_and_came_back(tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := servers.missing("milvus_lite"):
         pytest.skip(reason)
-    monkeypatch.setattr(link_module, "PATIENCE", 10.0)
+    monkeypatch.setattr(link_module, "WAIT_SECONDS", 10.0)
     server = servers.MilvusLite(tmp_path / "data")
     try:
         uri = server.uri + "?timeout=1"
@@ -730,15 +728,15 @@ def test_a_server_that_went_away_and_came_back(tmp_path: Path, tiny, monkeypatch
             closing(LiveIndex.open(tmp_path / "b", tiny, uri=uri)) as reader,
         ):
             writer.add(corpus(5))
-            look(reader)
+            poll(reader)
             server.kill()
-            for attempt in (lambda: writer.add(corpus(7)), lambda: look(reader), lambda: found(reader, 3)):
+            for attempt in (lambda: writer.add(corpus(7)), lambda: poll(reader), lambda: found(reader, 3)):
                 with pytest.raises(IndexStateError, match=r"milvus://127\.0\.0\.1"):
                     attempt()
             assert found(reader, 3, heads=["bm25"])[0] == "p3"  # the words are here
             server.start()
             servers.wait_for(lambda: succeeds(lambda: writer.add(corpus(8))), 60)  # gRPC connects again when it likes
-            servers.wait_for(lambda: succeeds(lambda: look(reader)), 60)
+            servers.wait_for(lambda: succeeds(lambda: poll(reader)), 60)
             assert everything(writer) == everything(reader) == {passage.id: passage for passage in corpus(8)}
             assert found(reader, 3) == found(writer, 3)
     finally:

@@ -11,6 +11,6 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.bm25.index import BM25
-    from ultrarag.retrieve.bm25.lists import Postings, ranked, top
+    from ultrarag.retrieve.bm25.terms import Postings
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -21,10 +21,9 @@ import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, read_seal, remove_seal, seal, verify_seal
-from ultrarag.retrieve.bm25.lists import ranked, top
-from ultrarag.retrieve.bm25.store import Store
-from ultrarag.retrieve.bm25.words import tokenize
-from ultrarag.retrieve.engines import check_ids, check_k
+from ultrarag.retrieve.bm25.store import Bm25File
+from ultrarag.retrieve.bm25.terms import tokenize
+from ultrarag.retrieve.ranking import Scored, check_ids, check_k, ranked, top
 from ultrarag.retrieve.search import Filter, facts, mask, parse
 
 #: Saturation of the term frequency and strength of the length normalisation: Lucene's defaults. On our five data
@@ -32,6 +31,8 @@ from ultrarag.retrieve.search import Filter, facts, mask, parse
 K1, B = 1.2, 0.75
 #: A list shorter than this is simply added up; before a longer one it pays to ask who can still win.
 LONG_LIST = 20_000
+#: A score that is at least this part of another may be equal to it as float32.
+TIED = 1 - 1e-6
 
 
 class Term(NamedTuple):
@@ -49,7 +50,7 @@ class BM25:
         self.directory = directory
         self._mutex = threading.RLock()
         self._lock = OwnerLock(directory)
-        self._store: Store | None = None
+        self._store: Bm25File | None = None
         self._sums: dict[str, Any] = {}
         self._dirty = True
 
@@ -67,7 +68,7 @@ class BM25:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise IndexStateError(f"'{directory}' is not empty; open what it holds, or name another directory")
-        return cls(directory)._start(lambda path: Store.create(path, k1, b))
+        return cls(directory)._start(lambda path: Bm25File.create(path, k1, b))
 
     @classmethod
     def open(cls, directory: str | Path, verify: bool = True) -> BM25:
@@ -77,8 +78,8 @@ class BM25:
             IndexStateError: when there is none, it is in use by another owner, or damaged.
         """
         directory = Path(directory)
-        if not (directory / Store.FILE).is_file():
-            raise IndexStateError(f"'{directory}' holds no BM25 index: '{Store.FILE}' is missing")
+        if not (directory / Bm25File.FILE).is_file():
+            raise IndexStateError(f"'{directory}' holds no BM25 index: '{Bm25File.FILE}' is missing")
         index = cls(directory)
         try:
             index._sums = verify_seal(directory) if verify else read_seal(directory)
@@ -86,7 +87,7 @@ class BM25:
             index._lock.release()
             raise
         index._dirty = not index._sums
-        return index._start(Store.open)
+        return index._start(Bm25File.open)
 
     def upsert(self, ids: Sequence[str], texts: Sequence[str], payloads: Sequence[Mapping[str, Any]]) -> None:
         """Insert passages, or replace those with the same id; of an id twice in one call the last wins."""
@@ -107,18 +108,13 @@ class BM25:
         with self._writing() as store:
             store.delete(ids)
 
-    def search(self, query: str, k: int, filter: Filter = None) -> list[tuple[str, float]]:
-        """The k passages that share a term with the query and pass the filter, by score; ties by id.
-
-        Of more passages that tie for the k-th place, those added first are returned.
-        """
+    def search(self, query: str, k: int, filter: Filter = None) -> list[Scored]:
+        """The k passages that share a term with the query and pass the filter, by score; ties by id."""
         k, node = check_k(k), parse(filter)
         with self._reading() as store:
             passing = None if node is None else mask(node, store.facts, store.rows)
             rows, scores = _search(self._terms(store, query), store, k, passing)
-            places = top(scores, k)
-            places = places[np.lexsort((rows[places], -scores[places]))[:k]]
-            return ranked(store.ids_of(rows[places]), scores[places], k)
+            return _best(store, rows, scores.astype(np.float32), k)
 
     def score(self, query: str, ids: Sequence[str]) -> np.ndarray:
         """Scores of given passages, (len(ids),); 0 without a common term, NaN for an id that is not stored."""
@@ -129,7 +125,7 @@ class BM25:
             for term in self._terms(store, query):
                 _add_to(known, scores, term, store)
             found = dict(zip(known.tolist(), scores.tolist(), strict=True))
-            return np.array([np.nan if row is None else found[row] for row in rows], np.float64)
+            return np.array([np.nan if row is None else found[row] for row in rows], np.float32).astype(np.float64)
 
     def count(self) -> int:
         """The number of passages."""
@@ -167,22 +163,22 @@ class BM25:
     def _start(self, load: Any) -> BM25:
         try:
             with _named(self.directory):
-                self._store = load(self.directory / Store.FILE)
-            remove_seal(self.directory)
+                remove_seal(self.directory)  # first: SQLite changes its files as it likes from here on
+                self._store = load(self.directory / Bm25File.FILE)
         except BaseException:
             self._lock.release()
             raise
         return self
 
     @contextmanager
-    def _reading(self) -> Iterator[Store]:
+    def _reading(self) -> Iterator[Bm25File]:
         with self._mutex, _named(self.directory):
             if self._store is None:
                 raise IndexStateError(f"'{self.directory}' was closed; open it again")
             yield self._store
 
     @contextmanager
-    def _writing(self) -> Iterator[Store]:
+    def _writing(self) -> Iterator[Bm25File]:
         """Undo everything since the last flush when a write fails, so that memory and file agree."""
         with self._reading() as store:
             self._dirty = True
@@ -192,7 +188,7 @@ class BM25:
                 store.rollback()
                 raise
 
-    def _terms(self, store: Store, query: str) -> list[Term]:
+    def _terms(self, store: Bm25File, query: str) -> list[Term]:
         """The query's terms that some living passage holds, the heaviest first."""
         terms = []
         for token, occurrences in Counter(tokenize(query)).items():
@@ -203,7 +199,7 @@ class BM25:
         return sorted(terms, key=lambda term: -term.weight)
 
 
-def _search(terms: list[Term], store: Store, k: int, passing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _search(terms: list[Term], store: Bm25File, k: int, passing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Rows that may be among the k best, and their scores; exact, although common words are mostly skipped.
 
     Once k passages score more than all the words left could add up to, no other passage can win: the long lists
@@ -217,7 +213,7 @@ def _search(terms: list[Term], store: Store, k: int, passing: np.ndarray | None)
             rows = _positive(scores, passing)
             if len(rows) >= k:
                 threshold = np.partition(scores[rows], len(rows) - k)[len(rows) - k]
-                if left * (1 + 1e-9) < threshold:
+                if left < threshold * TIED:
                     return _finish(rows, scores[rows], terms[number:], store, k)
         scores[term.rows] += _gain(term, term.rows, term.frequencies, store)
         left -= term.weight
@@ -225,21 +221,30 @@ def _search(terms: list[Term], store: Store, k: int, passing: np.ndarray | None)
     return rows, scores[rows]
 
 
+def _best(store: Bm25File, rows: np.ndarray, scores: np.ndarray, k: int) -> list[Scored]:
+    """The k best of these rows; the ids of those that tie with the k-th, which may be many, are read only as needed."""
+    places = top(scores, k)
+    last = scores[places].min(initial=np.inf)
+    above, tied = places[scores[places] > last], places[scores[places] == last]
+    best = ranked(store.ids_of(rows[above]), scores[above], k)
+    return best + [(id, float(last)) for id in store.first_ids(rows[tied], k - len(best))]
+
+
 def _finish(
-    rows: np.ndarray, scores: np.ndarray, terms: list[Term], store: Store, k: int
+    rows: np.ndarray, scores: np.ndarray, terms: list[Term], store: Bm25File, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add the remaining terms to the candidates, and drop those that can no longer reach the k-th place."""
     left = sum(term.weight for term in terms)
     for term in terms:
         threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-        able = scores + left * (1 + 1e-9) >= threshold
+        able = scores + left >= threshold * TIED
         rows, scores = rows[able], scores[able]
         _add_to(rows, scores, term, store)
         left -= term.weight
     return rows, scores
 
 
-def _add_to(rows: np.ndarray, scores: np.ndarray, term: Term, store: Store) -> None:
+def _add_to(rows: np.ndarray, scores: np.ndarray, term: Term, store: Bm25File) -> None:
     """Add a term's gain to the scores of given rows, which are ascending."""
     places = np.searchsorted(term.rows, rows)
     places[places == len(term.rows)] = 0
@@ -248,7 +253,7 @@ def _add_to(rows: np.ndarray, scores: np.ndarray, term: Term, store: Store) -> N
     scores[held] += _gain(term, term.rows[places], term.frequencies[places], store)
 
 
-def _gain(term: Term, rows: np.ndarray, frequencies: np.ndarray, store: Store) -> np.ndarray:
+def _gain(term: Term, rows: np.ndarray, frequencies: np.ndarray, store: Bm25File) -> np.ndarray:
     """weight x tf / (tf + k1 (1 - b + b length / mean length)), with the (k1 + 1) inside the weight."""
     return term.weight * frequencies / (frequencies + store.norms()[rows])
 
@@ -264,6 +269,6 @@ def _named(directory: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise IndexStateError(
-            f"'{directory / Store.FILE}': {error}; nothing that was flushed is lost unless the file is damaged, "
+            f"'{directory / Bm25File.FILE}': {error}; nothing that was flushed is lost unless the file is damaged, "
             f"and then it can be rebuilt from the passages"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ultrarag.errors import IndexStateError
-from ultrarag.retrieve.bm25.lists import MOST_FREQUENT, Entry, Postings, entries, grouped, segment, unpack_forward
+from ultrarag.retrieve.bm25.terms import MOST_FREQUENT, Entry, Postings, entries, grouped, segment, unpack_forward
 
 #: Changes when the tokens of a text or the layout change: an older file is then rebuilt from its passages.
 FORMAT = 1
@@ -33,7 +34,7 @@ CREATE TABLE postings (
 """
 
 
-class Store:
+class Bm25File:
     """One SQLite file; its caller holds a lock, and takes `rollback` when a write fails."""
 
     FILE = "bm25.sqlite"
@@ -46,7 +47,7 @@ class Store:
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KB}")
 
     @classmethod
-    def create(cls, path: Path, k1: float, b: float) -> Store:
+    def create(cls, path: Path, k1: float, b: float) -> Bm25File:
         """Create the file."""
         store = cls(path)
         store._db.executescript(f"BEGIN; {_TABLES} {_POSTINGS}")
@@ -57,7 +58,7 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, path: Path) -> Store:
+    def open(cls, path: Path) -> Bm25File:
         """Open the file."""
         store = cls(path)
         try:
@@ -145,6 +146,13 @@ class Store:
         """The ids of rows that are alive."""
         find = "SELECT id FROM docs WHERE row = ?"
         return [_decode(self._db.execute(find, (row,)).fetchone()[0]) for row in rows.tolist()]
+
+    def first_ids(self, rows: np.ndarray, count: int) -> list[str]:
+        """The first so many ids of rows that are alive, in their order."""
+        if len(rows) <= 2 * count:
+            return sorted(self.ids_of(rows))[:count]
+        find = "SELECT id FROM docs WHERE row IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"
+        return [_decode(id) for (id,) in self._db.execute(find, (json.dumps(rows.tolist()), count))]
 
     def all_ids(self) -> list[str]:
         """The ids of all passages."""

@@ -104,7 +104,7 @@ def finish(core: Core, generation: Generation) -> Generation:
     if done and done.unencoded:
         Unencoded(core.store, generation.id).note(done.unencoded, [])
     if core.link is not None:
-        core.link.share(generation)
+        core.link.publish_checkpoint(generation)
     if not core.catalog.set_state(generation.id, "ready", only_from=("building",)):
         raise IndexStateError(f"generation {generation.id} was discarded while it was built; build it again")
     return core.catalog.get(generation.id)

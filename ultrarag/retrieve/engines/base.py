@@ -12,14 +12,13 @@ import numpy as np
 
 from ultrarag.errors import FingerprintError, IndexStateError, UsageError
 from ultrarag.io import write_bytes
+from ultrarag.retrieve.ranking import Scored
 from ultrarag.retrieve.search import Filter
 from ultrarag.types import Embeddings
 
 SCHEMA_FILE = "schema.json"
 FORMAT = 1
 
-#: (passage id, score)
-Scored = tuple[str, float]
 #: Called about once a second with the seconds passed.
 Progress = Callable[[float], None]
 

@@ -18,19 +18,19 @@ import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import CHECKSUM_FILE, OwnerLock, read_seal, seal, verify_seal, write_bytes
-from ultrarag.retrieve.bm25 import Postings, ranked, top
-from ultrarag.retrieve.engines.base import SCHEMA_FILE, Progress, Schema, Scored, write_schema
-from ultrarag.retrieve.engines.batches import (
+from ultrarag.retrieve.bm25 import Postings
+from ultrarag.retrieve.engines.arrays import (
     assemble,
-    check_ids,
-    check_k,
     dense_query,
     prepare,
+    products,
     sparse_query,
     sparse_rows,
     token_query,
     token_rows,
 )
+from ultrarag.retrieve.engines.base import SCHEMA_FILE, Progress, Schema, write_schema
+from ultrarag.retrieve.ranking import Scored, check_ids, check_k, ranked, top
 from ultrarag.retrieve.search import Filter, facts, mask, parse
 from ultrarag.types import Embeddings
 
@@ -105,7 +105,7 @@ class NumpyBackend:
         """Compare with every row that passes the filter."""
         k, query = check_k(k), dense_query(self.schema, vector)
         rows = np.flatnonzero(self._passing(filter))
-        scores = self._dense[: len(self._ids)] @ query
+        scores = products(self._dense[: len(self._ids)], query)
         return self._best(scores[rows], rows, k)
 
     @_locked
@@ -121,7 +121,7 @@ class NumpyBackend:
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages."""
         query = dense_query(self.schema, vector)
-        return self._scores_of(ids, lambda row: self._dense[row] @ query)
+        return self._scores_of(ids, lambda row: products(self._dense[row : row + 1], query)[0])
 
     @_locked
     def score_sparse(self, token_ids: Sequence[int], weights: Sequence[float], ids: Sequence[str]) -> np.ndarray:

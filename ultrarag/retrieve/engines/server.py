@@ -1,4 +1,4 @@
-"""What engines behind a network share: a directory that names the collection, one client per server, patience.
+"""What engines behind a network share: a directory that names the collection, one client per server, retries.
 
 The directory holds the schema and the collection's name, so that a generation is a directory whatever its engine is;
 the vectors are in the server. A collection has a name of its own, never used before or after.
@@ -47,8 +47,8 @@ class Clients:
         self._connect, self._mutex = connect, threading.Lock()
         self._held: dict[Address, list[Any]] = {}  # client, number of users
 
-    def borrow(self, address: Address) -> Any:
-        """Return the client of an address; give it back with `release`."""
+    def acquire(self, address: Address) -> Any:
+        """Return the client of an address; `release` ends its use."""
         with self._mutex:
             if address not in self._held:
                 self._held[address] = [self._connect(address), 0]
@@ -56,7 +56,7 @@ class Clients:
             return self._held[address][0]
 
     def release(self, address: Address) -> None:
-        """End what `borrow` began."""
+        """Release what `acquire` returned."""
         with self._mutex:
             entry = self._held[address]
             entry[1] -= 1
@@ -65,9 +65,7 @@ class Clients:
                 entry[0].close()
 
 
-def patiently(
-    work: Callable[[], _Result], pause_after: Callable[[Exception], float | None], patience: float
-) -> _Result:
+def retrying(work: Callable[[], _Result], pause_after: Callable[[Exception], float | None], patience: float) -> _Result:
     """Return what `work` does, trying again while its errors are such that pass and there is time.
 
     This is the back-pressure too: a server that is busy says so, and whoever writes to it waits here.
@@ -104,7 +102,7 @@ def requests(items: Sequence[_Item], floats: Callable[[_Item], int]) -> Iterator
 
 
 class Connection:
-    """A borrowed client of one server, asked with patience; subclasses know its errors."""
+    """A shared client of one server, asked with retries; subclasses know its errors."""
 
     clients: Clients
 
@@ -114,7 +112,7 @@ class Connection:
         self._closing = threading.Lock()
         self._client: Any = None
         try:
-            self._client = self.clients.borrow(address)
+            self._client = self.clients.acquire(address)
         except Exception as error:
             if (named := self._named(error)) is not error:
                 raise named from error
@@ -127,7 +125,7 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connection; the collection stays; closing twice is harmless."""
+        """Release the connection; the collection stays; closing twice is harmless."""
         with self._closing:
             if self._client is not None:
                 self._client = None
@@ -144,10 +142,10 @@ class Connection:
         return client
 
     def _call(self, work: Callable[[Any], _Result]) -> _Result:
-        """Ask the server, with patience; an error names it."""
+        """Ask the server, with retries; an error names it."""
         client = self._open()
         try:
-            return patiently(lambda: work(client), self._pause_after, self.address.timeout)
+            return retrying(lambda: work(client), self._pause_after, self.address.timeout)
         except Exception as error:
             if (named := self._named(error)) is not error:
                 raise named from error

@@ -10,9 +10,9 @@ import numpy as np
 
 from ultrarag.errors import FingerprintError, UsageError, did_you_mean
 from ultrarag.retrieve.bm25 import BM25
-from ultrarag.retrieve.engines import check_k
 from ultrarag.retrieve.generation import Serving
 from ultrarag.retrieve.passages import Store
+from ultrarag.retrieve.ranking import check_k
 from ultrarag.retrieve.search.filters import Filter, parse
 from ultrarag.retrieve.search.fusion import Fused, Method, check_weights, fuse
 from ultrarag.types import Embeddings, Hit

@@ -12,11 +12,10 @@ from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import parse_uri, remove
 from ultrarag.retrieve.generation import Catalog, IndexLayout, lay_out
 from ultrarag.retrieve.passages import URI, Store
-from ultrarag.retrieve.shared.documents import leases, open_documents, vector_collections
+from ultrarag.retrieve.shared.documents import SharedState, lease_numbers, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease
 from ultrarag.retrieve.shared.link import CHECKPOINTS
 from ultrarag.retrieve.shared.mirror import Checkpoints, row_of
-from ultrarag.retrieve.shared.state import State
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -32,7 +31,7 @@ def create_shared(
     """
     address = parse_uri(uri)
     with open_documents(uri, "states") as states, open_documents(uri, "passages") as passages:
-        if leases(states.collections(), address.name):
+        if lease_numbers(states.collections(), address.name):
             raise _exists(uri, address.name)
         states.create()
         passages.create()
@@ -44,11 +43,11 @@ def create_shared(
                 folder = Path(checkpoints or root / "checkpoints").absolute()
                 live = Catalog(store).live()
                 row = row_of(layout, live, None)
-                state = State(epoch=1, holder="", released=True, bm25=bm25, checkpoints=str(folder))
+                state = SharedState(epoch=1, holder="", released=True, bm25=bm25, checkpoints=str(folder))
                 state = state.model_copy(update={"last_generation": live.id, "generations": [row]})
                 target = Checkpoints(stage / "checkpoints" if not checkpoints else folder)
                 target.add(layout.checkpoint(layout.final(live.id)), live.fingerprint)
-                if not Lease(states, root).first(state):
+                if not Lease(states, root).initialize(state):
                     remove(layout.vectors(layout.final(live.id)))
                     raise _exists(uri, address.name)
             finally:
@@ -63,15 +62,15 @@ def create_mirror(root: Path, uri: str, checkpoints: str | None) -> None:
         IndexStateError: when the server has no such index, or does not answer.
     """
     with open_documents(uri, "states") as states:
-        state = Lease(states, root).look()
+        state = Lease(states, root).read()
     with staged_directory(root) as stage:
         layout, store = IndexLayout(stage), Store.create(stage)
         try:
             layout.generations.mkdir()
             if state.bm25:
                 BM25.create(layout.bm25).close()
-            told = {URI: uri, CHECKPOINTS: checkpoints or ""}
-            store.set_meta(bm25=str(int(state.bm25)), bm25_seq="0", **told)
+            meta = {URI: uri, CHECKPOINTS: checkpoints or ""}
+            store.set_meta(bm25=str(int(state.bm25)), bm25_seq="0", **meta)
         finally:
             store.close()
         publish_directory(stage, root)
@@ -109,7 +108,7 @@ def remove_shared(uri: str) -> None:
     name = parse_uri(uri).name
     with open_documents(uri, "states") as states:
         held = states.collections()
-        numbers = leases(held, name)
+        numbers = lease_numbers(held, name)
         wanted = [each for each in (f"{name}_passages", f"{name}_states") if each in held]
         if not numbers and not wanted:
             raise UsageError(f"'{uri}' has no shared index '{name}'")

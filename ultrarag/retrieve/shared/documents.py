@@ -1,20 +1,31 @@
-"""What a shared index asks of its server beside vectors: numbered documents, and names that only one can take."""
+"""What a shared index keeps in its server beside vectors: documents, names that only one can take, and a state.
+
+The documents are the passages, with their place in the write log, and the state: what the processes know beside the
+passages, one document that whoever holds the lease rewrites.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from ultrarag.errors import UsageError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.optional import install
 from ultrarag.retrieve.engines import CLIENTS, Address, parse_uri
 
-#: Numbers asked for at a time.
-WINDOW = 256
+#: Of the state document.
+FORMAT = 1
+#: Log entries asked for at a time.
+CHUNK_ENTRIES = 256
 
+_SPACE = uuid.UUID("7a0d6f0e-5d0c-4f57-9d55-3a6ff2a7d9b1")
 _PLACES = {
     "qdrant": "ultrarag.retrieve.shared.qdrant",
     "milvus": "ultrarag.retrieve.shared.milvus",
@@ -59,7 +70,7 @@ class Documents(Protocol):
         ...
 
     def claim(self, name: str, mark: str) -> bool:
-        """Create an empty collection; False where another did, told apart by their marks (letters and digits)."""
+        """Create an empty collection; False where another did, known by its mark (letters and digits)."""
         ...
 
     def collections(self) -> list[str]:
@@ -71,7 +82,7 @@ class Documents(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Release the connection."""
         ...
 
     def __enter__(self) -> Documents: ...
@@ -90,7 +101,7 @@ def open_documents(uri: str, kind: str) -> Documents:
     return documents
 
 
-def leases(names: Iterable[str], name: str) -> list[int]:
+def lease_numbers(names: Iterable[str], name: str) -> list[int]:
     """The numbers of the leases of an index, among names of collections."""
     return sorted(int(found[1]) for each in names if (found := re.fullmatch(rf"{name}_lease_(\d+)", each)))
 
@@ -98,3 +109,95 @@ def leases(names: Iterable[str], name: str) -> list[int]:
 def vector_collections(names: Iterable[str], name: str) -> list[str]:
     """The collections of an index that hold vectors, token vectors included."""
     return [each for each in names if re.fullmatch(rf"{name}_[0-9a-f]{{12}}(_tokens)?", each)]
+
+
+class VectorSchema(BaseModel):
+    """The heads of a collection; see `ultrarag.retrieve.engines.Schema`."""
+
+    model_config = ConfigDict(extra="forbid")
+    dense: int | None = None
+    sparse: bool = False
+    colbert: int | None = None
+    fingerprint: str
+
+
+class SharedRow(BaseModel):
+    """A generation, as `ultrarag.retrieve.generation.catalog.Generation`, and where it is."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: int
+    fingerprint: str
+    state: str
+    heads: list[str]
+    precision: str
+    base_seq: int
+    applied_seq: int
+    created: str
+    forced: bool
+    metrics: dict[str, Any]
+    #: "" while it is being built
+    collection: str = ""
+    vectors: VectorSchema | None = None
+
+
+class SharedState(BaseModel):
+    """Rewritten with every change and every heartbeat."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int = FORMAT
+    #: number of the lease that it was written under
+    epoch: int
+    #: whom the lease belongs to: "host:pid directory"
+    holder: str
+    #: counts the writings of this document, so that a heartbeat changes it
+    beat: int = 0
+    #: the holder has no more use for the lease
+    released: bool = False
+    #: the last entry of the write log that was acknowledged
+    committed: int = 0
+    bm25: bool = True
+    #: the folder with the checkpoints, as who created the index sees it
+    checkpoints: str
+    #: the highest number that a generation ever had
+    last_generation: int = 0
+    generations: list[SharedRow] = []
+
+    @property
+    def live(self) -> SharedRow:
+        """The generation that answers searches."""
+        return next(row for row in self.generations if row.state == "live")
+
+    def document(self) -> Document:
+        """To be stored."""
+        return Document(state_key(self.epoch), self.beat, self.model_dump_json())
+
+
+def state_key(epoch: int) -> str:
+    """The key of the state written under a lease."""
+    return str(uuid.uuid5(_SPACE, str(epoch)))
+
+
+def read_state(document: Document, place: str) -> SharedState:
+    """Read a stored state.
+
+    Raises:
+        IndexStateError: when it is damaged, or of another version.
+    """
+    try:
+        found = SharedState.model_validate_json(document.body)
+    except ValidationError as error:
+        version = _version(document.body)
+        if version not in (None, FORMAT):
+            raise IndexStateError(
+                f"'{place}' has a shared index of format {version}; this version of ultrarag reads format {FORMAT}: "
+                f"let all its processes use one version"
+            ) from None
+        raise IndexStateError(f"'{place}': the state of the shared index is damaged: {error}") from None
+    return found
+
+
+def _version(body: str) -> Any:
+    try:
+        return json.loads(body).get("format")
+    except (ValueError, AttributeError):
+        return None

@@ -1,37 +1,48 @@
 """What ties a mirror to its shared index: whatever is committed here was accepted there first.
 
 Every transaction on the store of a mirror sends what it changed to the server before it is committed, under the lease.
-So a mirror is never ahead of the server; after an error that leaves open what the server did, the mirror first takes
-over what is there.
+So a mirror is never ahead of the server; after an error that leaves in doubt what the server did, it first reads what
+is there.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ultrarag.errors import IndexStateError
+from ultrarag.errors import IndexStateError, UltraragError
 from ultrarag.io import progress_bar
 from ultrarag.retrieve.engines import COLLECTION_FILE, collection_of
 from ultrarag.retrieve.generation import Catalog, Generation, IndexLayout
 from ultrarag.retrieve.passages import URI, Store
-from ultrarag.retrieve.shared.documents import WINDOW, open_documents, vector_collections
+from ultrarag.retrieve.shared.documents import CHUNK_ENTRIES, SharedRow, SharedState, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease, LeaseError
-from ultrarag.retrieve.shared.mirror import Checkpoints, adopt, adopt_generations, entries, place, row_of
-from ultrarag.retrieve.shared.state import Row, State
+from ultrarag.retrieve.shared.mirror import (
+    Checkpoints,
+    apply_documents,
+    apply_generations,
+    changed_documents,
+    fetch_generation,
+    row_of,
+)
 
 #: Names in the store's table of values.
 CHECKPOINTS, SYNCED = "shared_checkpoints", "shared_synced"
 #: Seconds for which a write waits for another process to finish its own.
-PATIENCE = 30.0
-#: Seconds after the last write for which the lease is kept, so that the next one need not take it again.
-LINGER = 2.0
+WAIT_SECONDS = 30.0
+#: Seconds after the last write for which the lease is kept, so that the next one need not acquire it again.
+IDLE_SECONDS = 2.0
+#: Seconds between two polls of the shared state. A flip is followed after this, and the loading of the encoder.
+POLL_SECONDS = 1.0
+
+logger = logging.getLogger("ultrarag")
 
 
 class Link:
@@ -50,112 +61,112 @@ class Link:
         self._states, self.lease = states, Lease(states, layout.root)
         self._folder = checkpoints or store.get_meta(CHECKPOINTS)
         #: the state that the mirror is in step with
-        self.state: State | None = None
-        #: operations that need the lease now, and whether an error left open what the server did
-        self.users, self.unsure = 0, False
-        self._adopting: int | None = None  # the thread whose transactions come from the server
+        self.state: SharedState | None = None
+        #: operations that need the lease now, and whether an error left in doubt what the server did
+        self.users, self.in_doubt = 0, False
+        self._applying: int | None = None  # the thread whose transactions come from the server
         self._used = 0.0
         #: makes what the vectors hold durable, and known to the catalog
-        self.settle: Callable[[], None] = lambda: None
-        self._sent = False
-        store.database.before_commit, store.database.after_rollback = self._send, self._undone
+        self.flush_vectors: Callable[[], None] = lambda: None
+        self._pushed = False
+        store.database.before_commit, store.database.after_rollback = self._push, self._rolled_back
 
-    def checkpoints(self, state: State) -> Checkpoints:
-        """The folder with the checkpoints: as this process was told, else as the state says."""
+    def checkpoints(self, state: SharedState) -> Checkpoints:
+        """The folder with the checkpoints: as this process was given it, else as the state says."""
         return Checkpoints(Path(self._folder or state.checkpoints))
 
-    def follow(self) -> bool:
+    def sync(self) -> bool:
         """Bring the mirror in step with what was acknowledged; False where this process writes, and nothing is new."""
         with self._lock:
             if self.lease.held:
                 return False
-            state = self.lease.look()
-            self._sync(state.committed)
-            self._take_over(state)
+            state = self.lease.read()
+            self._pull(state.committed)
+            self._apply_state(state)
             return True
 
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         """Hold the lease, in step with all that the server has; True where another process may have written before."""
         with self._lock:
             known = self._still_held()
             if not known:
                 try:
-                    state = self.lease.take(PATIENCE)
+                    state = self.lease.acquire(WAIT_SECONDS)
                 finally:
-                    self.unsure = self.unsure or self.lease.held  # until everything below is done
-                self._sync(None)
-                self._take_over(state)
+                    self.in_doubt = self.in_doubt or self.lease.held  # until everything below is done
+                self._pull(None)
+                self._apply_state(state)
                 if (last := self.store.last_seq()) != state.committed:
                     self.lease.write(lambda state: state.model_copy(update={"committed": last}))
-                self.state, self.unsure = self.lease.state, False
+                self.state, self.in_doubt = self.lease.state, False
             self.users += 1
             return not known
 
-    def leave(self) -> None:
-        """End what `take` began; the lease is kept until `rest` finds that nobody came back."""
+    def release(self) -> None:
+        """End what `acquire` began; the lease is kept until a heartbeat finds that it was not used for a while."""
         with self._lock:
             self.users -= 1
             self._used = time.monotonic()
 
-    def rest(self) -> None:
-        """Give a sign of life while the lease is held, and release it when it was not used for a while."""
+    def heartbeat(self) -> None:
+        """Send a heartbeat while the lease is held, and release it when it was not used for a while."""
         with self._lock:
-            if self.users or not self.lease.held or time.monotonic() - self._used < LINGER:
-                self.lease.beat()
+            if self.users or not self.lease.held or time.monotonic() - self._used < IDLE_SECONDS:
+                self.lease.heartbeat()
             else:
-                self._release()
+                self._release_lease()
 
     def _still_held(self) -> bool:
         """Whether this process may go on writing, and knows all that the server has."""
         if not self.lease.held:
             return False
         try:
-            if self.unsure:
+            if self.in_doubt:
                 self.lease.recover()
             self.lease.check()
-        except LeaseError:  # somebody took over, so what is begun now takes the lease anew
+        except LeaseError:  # somebody took over, so what is begun now acquires the lease anew
             return False
-        return not self.unsure
+        return not self.in_doubt
 
-    def _release(self) -> None:
+    def _release_lease(self) -> None:
         """Say how far the vectors are, and let another process have the lease."""
-        if not self.unsure:
-            self.settle()
+        if not self.in_doubt:
+            self.flush_vectors()
             with self.store.database.reading() as db:
                 rows = self._rows(Catalog.read(db))
             self.lease.write(lambda state: state.model_copy(update={"generations": rows}))
         self.lease.release()
 
     def close(self) -> None:
-        """Release the lease, where the server can be reached, and let go of the connections."""
+        """Release the lease, where the server can be reached, and the connections."""
         self.store.database.before_commit = self.store.database.after_rollback = None
         try:
             if self.lease.held:
-                self._release()
+                self._release_lease()
         except IndexStateError:
-            self.lease.forget()
+            self.lease.abandon()
         finally:
             self.passages.close()
             self._states.close()
 
-    def rows(self) -> dict[int, Row]:
+    def rows(self) -> dict[int, SharedRow]:
         """The generations of the state that the mirror is in step with."""
         return {row.id: row for row in self.state.generations} if self.state else {}
 
-    def place(self, generation: Generation) -> None:
+    def fetch_generation(self, generation: Generation) -> None:
         """Make sure that a generation that other processes built has its directory here."""
         row = self.rows().get(generation.id)
         if row is not None and row.collection and self.state is not None:
-            place(self.layout, row, self.uri, self.checkpoints(self.state))
+            fetch_generation(self.layout, row, self.uri, self.checkpoints(self.state))
 
-    def tidy(self, live: int) -> None:
-        """Remove the directories of generations that are no more; their collections are `sweep`'s."""
+    def prune_directories(self, live: int) -> None:
+        """Remove the directories of generations that are no more; `prune_collections` drops their collections."""
         kept = {str(live), *(str(number) for number in self.rows())}
         for folder in self.layout.generations.iterdir():
             if folder.name.isdecimal() and folder.name not in kept:
                 shutil.rmtree(folder)
 
-    def share(self, generation: Generation) -> None:
+    def publish_checkpoint(self, generation: Generation) -> None:
         """Put a generation's checkpoint where the other processes find it."""
         assert self.state is not None
         directory = self.layout.directory(generation.id)
@@ -173,21 +184,21 @@ class Link:
             "checkpoints": str(self.checkpoints(state).folder) if state else self._folder,
         }
 
-    def _sync(self, until: int | None) -> None:
+    def _pull(self, until: int | None) -> None:
         """Take over passages up to a number; None: all there are, also those that nobody acknowledged."""
         synced = int(self.store.get_meta(SYNCED, "0"))
         end = self._highest() if until is None else until
         with progress_bar(end - synced, "mirror", "write", None if end - synced > 10_000 else False) as bar:
             while synced < end:
-                step = min(synced + WINDOW, end)
-                with self._quietly():
-                    adopt(self.store.database, self.passages.between(synced, step), step)
+                step = min(synced + CHUNK_ENTRIES, end)
+                with self._unpushed():
+                    apply_documents(self.store.database, self.passages.between(synced, step), step)
                     self.store.set_meta(**{SYNCED: str(step)})
                 self.store.recount()
                 bar.update(step - synced)
                 synced = step
 
-    def sweep(self) -> None:
+    def prune_collections(self) -> None:
         """Delete collections and checkpoints that no generation has; the lease is held."""
         names = {row.collection for row in self.rows().values()}
         for folder in self.layout.generations.iterdir():  # of a build, whose collection no row names yet
@@ -198,44 +209,44 @@ class Link:
                 self.lease.check()
                 self.passages.drop(collection)
         assert self.state is not None
-        self.checkpoints(self.state).remove_others({row.fingerprint for row in self.rows().values()})
+        self.checkpoints(self.state).prune({row.fingerprint for row in self.rows().values()})
 
     def _highest(self) -> int:
         """The last number that the server has: a writer that died may have written some beyond the last commit."""
         highest = self.lease.state.committed
-        while found := self.passages.between(highest, highest + WINDOW):
+        while found := self.passages.between(highest, highest + CHUNK_ENTRIES):
             highest = found[-1].seq
         return highest
 
-    def _take_over(self, state: State) -> None:
+    def _apply_state(self, state: SharedState) -> None:
         if self.state is None or state.generations != self.state.generations:
-            with self._quietly():
-                adopt_generations(self.store.database, state.generations, self.uri, state.last_generation)
+            with self._unpushed():
+                apply_generations(self.store.database, state.generations, self.uri, state.last_generation)
         self.state = state
 
     @contextmanager
-    def _quietly(self) -> Iterator[None]:
+    def _unpushed(self) -> Iterator[None]:
         """Transactions that come from the server are not sent to it."""
-        self._adopting = threading.get_ident()
+        self._applying = threading.get_ident()
         try:
             yield
         finally:
-            self._adopting = None
+            self._applying = None
 
-    def _send(self, db: sqlite3.Connection) -> None:
+    def _push(self, db: sqlite3.Connection) -> None:
         """Send what a transaction did; what is raised here undoes it."""
-        if self._adopting == threading.get_ident() or self.state is None:
+        if self._applying == threading.get_ident() or self.state is None:
             return
-        self._sent = False
-        documents = entries(db, self.state.committed)
+        self._pushed = False
+        documents = changed_documents(db, self.state.committed)
         rows = self._rows(Catalog.read(db))
-        if not documents and _settled(rows) == _settled(self.state.generations):
+        if not documents and _without_progress(rows) == _without_progress(self.state.generations):
             return
-        if self.unsure:
+        if self.in_doubt:
             raise IndexStateError(
-                f"'{self.uri}': an earlier change failed half-way; try again, which looks what there is"
+                f"'{self.uri}': an earlier change failed half-way; try again, which first reads what the server has"
             )
-        self._sent = True
+        self._pushed = True
         self.lease.check()
         if documents:
             self.passages.put(documents)
@@ -246,16 +257,66 @@ class Link:
         self.state = self.lease.state
         db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (SYNCED, str(committed)))
 
-    def _undone(self) -> None:
+    def _rolled_back(self) -> None:
         """A transaction was undone here: what the server did of it is to be found out before the next."""
-        self.unsure, self._sent = self.unsure or self._sent, False
+        self.in_doubt, self._pushed = self.in_doubt or self._pushed, False
 
-    def _rows(self, generations: list[Generation]) -> list[Row]:
+    def _rows(self, generations: list[Generation]) -> list[SharedRow]:
         """The generations as the state has them; retired ones are not kept."""
         known = self.rows()
         return [row_of(self.layout, g, known.get(g.id)) for g in generations if g.state != "retired"]
 
 
-def _settled(rows: list[Row]) -> list[Row]:
-    """Without what each beat may change: how far the vectors have come."""
+def _without_progress(rows: list[SharedRow]) -> list[SharedRow]:
+    """Without what each heartbeat may change: how far the vectors have come."""
     return [row.model_copy(update={"applied_seq": 0}) for row in rows]
+
+
+class Followed(Protocol):
+    """The index of this process: `ultrarag.retrieve.core.Core`, which imports this file."""
+
+    def leading(self) -> AbstractContextManager[None]:
+        """Be the one process that writes, for a block."""
+        ...
+
+    def keep_up(self) -> None:
+        """Apply what the mirror learned."""
+        ...
+
+
+class Watcher:
+    """The thread that keeps a process in step with a shared index: its mirror, its words, and its live pair."""
+
+    def __init__(self, core: Followed, link: Link) -> None:
+        self._core, self._link = core, link
+        #: what went wrong at the last poll; "" if nothing
+        self.error = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ultrarag-watcher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, after the poll that it is at."""
+        self._stop.set()
+        self._thread.join()
+
+    def poll(self) -> None:
+        """Follow what other processes wrote and swapped; while this one writes, show that it is alive."""
+        if self._link.in_doubt and not self._link.users:
+            with self._core.leading():
+                pass
+        if self._link.lease.held:
+            self._link.heartbeat()
+        elif self._link.sync():
+            self._core.keep_up()
+
+    def _run(self) -> None:
+        while not self._stop.wait(min(POLL_SECONDS, self._link.lease.seconds / 9)):
+            try:
+                self.poll()
+            except (UltraragError, OSError, RuntimeError) as error:
+                if str(error) != self.error:
+                    logger.warning("the shared index cannot be followed, searches answer from what is known: %s", error)
+                self.error = str(error)
+            else:
+                self.error = ""

@@ -17,7 +17,7 @@ from ultrarag.retrieve.engines.milvus import STRONG, MilvusConnection, quoted
 from ultrarag.retrieve.shared.documents import Document
 
 #: Characters of a document in one row; of four bytes each they still fit.
-PART = 16_000
+CHUNK_CHARACTERS = 16_000
 _FIELDS = ["key", "owner", "seq", "number", "parts", "body"]
 _NOTHING = [0.0, 0.0]
 
@@ -41,13 +41,13 @@ class MilvusDocuments(MilvusConnection):
         self._load()
 
     def put(self, documents: Sequence[Document]) -> None:
-        """Write the further rows of all documents, then their first rows in their order; then forget older ones."""
+        """Write the further rows of all documents, then their first rows in their order; then prune older ones."""
         rows = [row for document in documents for row in _rows(document)]
         for part in requests([row for row in rows if row["number"]], lambda row: len(row["body"]) // 4):
             self._upsert(part)
         for part in requests([row for row in rows if not row["number"]], lambda row: len(row["body"]) // 4):
             self._upsert(part)
-        self._forget([document.key for document in documents], min((d.seq for d in documents), default=0))
+        self._prune([document.key for document in documents], min((d.seq for d in documents), default=0))
 
     def get(self, keys: Sequence[str]) -> dict[str, Document]:
         """Ask for first rows, then for the further ones that they count."""
@@ -78,8 +78,8 @@ class MilvusDocuments(MilvusConnection):
         except ServerError:
             if not self._appears(name):
                 raise
-        told = self._call(lambda client: client.describe_collection(name, **self._time))
-        return mark in [field["name"] for field in told["fields"]]
+        found = self._call(lambda client: client.describe_collection(name, **self._time))
+        return mark in [field["name"] for field in found["fields"]]
 
     def collections(self) -> list[str]:
         """Ask for all names."""
@@ -112,7 +112,7 @@ class MilvusDocuments(MilvusConnection):
     def _delete(self, condition: str) -> None:
         self._call(lambda client: client.delete(self.collection, filter=condition, **self._time))
 
-    def _forget(self, keys: Sequence[str], before: int) -> None:
+    def _prune(self, keys: Sequence[str], before: int) -> None:
         """Delete the further rows that documents had before."""
         for start in range(0, len(keys), REQUEST_POINTS):
             self._delete(f"owner in {quoted(list(keys[start : start + REQUEST_POINTS]))} and seq < {before}")
@@ -140,7 +140,9 @@ def _schema() -> Any:
 
 
 def _rows(document: Document) -> list[dict[str, Any]]:
-    texts = [document.body[start : start + PART] for start in range(0, len(document.body), PART)] or [""]
+    texts = [
+        document.body[start : start + CHUNK_CHARACTERS] for start in range(0, len(document.body), CHUNK_CHARACTERS)
+    ] or [""]
     return [
         {
             "key": document.key if number == 0 else _key(document.key, document.seq, number),

@@ -17,8 +17,7 @@ from ultrarag.retrieve.engines import SCHEMA_FILE, Schema, collection_of, name_c
 from ultrarag.retrieve.engines.qdrant import key
 from ultrarag.retrieve.generation import COLUMNS, Generation, IndexLayout
 from ultrarag.retrieve.passages import Database
-from ultrarag.retrieve.shared.documents import Document
-from ultrarag.retrieve.shared.state import Row, VectorSchema
+from ultrarag.retrieve.shared.documents import Document, SharedRow, VectorSchema
 
 _ENTRIES = (
     "SELECT log.seq, op, passages.id, text, title, metadata, passages.hash, passages.seq, deleted FROM log "
@@ -26,7 +25,7 @@ _ENTRIES = (
 )
 
 
-def entries(db: sqlite3.Connection, after: int) -> list[Document]:
+def changed_documents(db: sqlite3.Connection, after: int) -> list[Document]:
     """What the log has after an entry, to be stored in the server; each passage as it is now, under its last number."""
     found: dict[str, Document] = {}
     for seq, op, id, text, title, metadata, hash, content, deleted in db.execute(_ENTRIES, (after,)):
@@ -36,17 +35,17 @@ def entries(db: sqlite3.Connection, after: int) -> list[Document]:
     return list(found.values())
 
 
-def adopt(database: Database, documents: Sequence[Document], until: int) -> None:
+def apply_documents(database: Database, documents: Sequence[Document], until: int) -> None:
     """Take over passages that another process wrote, and that the mirror has everything up to `until`."""
     with database.transaction() as db:
         for document in documents:
-            _adopt(db, document.seq, json.loads(document.body))
+            _apply(db, document.seq, json.loads(document.body))
         db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'log'", (until,))
         if not db.execute("SELECT 1 FROM sqlite_sequence WHERE name = 'log'").fetchone():
             db.execute("INSERT INTO sqlite_sequence VALUES ('log', ?)", (until,))
 
 
-def _adopt(db: sqlite3.Connection, seq: int, body: dict[str, Any]) -> None:
+def _apply(db: sqlite3.Connection, seq: int, body: dict[str, Any]) -> None:
     hash = bytes.fromhex(body["hash"])
     held = db.execute("SELECT hash FROM passages WHERE id = ? AND deleted = 0", (body["id"],)).fetchone()
     op = "delete" if body["deleted"] else "metadata" if held and held[0] == hash else "content"
@@ -61,7 +60,7 @@ def _adopt(db: sqlite3.Connection, seq: int, body: dict[str, Any]) -> None:
     db.execute("INSERT OR REPLACE INTO log VALUES (?, ?, ?, ?)", (seq, body["id"], op, hash))
 
 
-def adopt_generations(database: Database, rows: Sequence[Row], uri: str, last: int) -> None:
+def apply_generations(database: Database, rows: Sequence[SharedRow], uri: str, last: int) -> None:
     """Make the catalog what the shared state says."""
     marks = ", ".join("?" for _ in COLUMNS.split(", "))
     with database.transaction() as db:
@@ -73,11 +72,11 @@ def adopt_generations(database: Database, rows: Sequence[Row], uri: str, last: i
         db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'generations'", (last,))
 
 
-def row_of(layout: IndexLayout, generation: Generation, known: Row | None) -> Row:
+def row_of(layout: IndexLayout, generation: Generation, known: SharedRow | None) -> SharedRow:
     """A generation as the shared state has it; where its vectors are is read from its directory, if it has one here."""
     values = asdict(generation)
     del values["backend"]  # each process has its own address for the server
-    row = Row(**values)
+    row = SharedRow(**values)
     if generation.state == "building":
         return row
     if known is not None and known.collection:
@@ -87,7 +86,7 @@ def row_of(layout: IndexLayout, generation: Generation, known: Row | None) -> Ro
     return row.model_copy(update={"collection": collection_of(vectors), "vectors": held})
 
 
-def place(layout: IndexLayout, row: Row, uri: str, checkpoints: Checkpoints) -> None:
+def fetch_generation(layout: IndexLayout, row: SharedRow, uri: str, checkpoints: Checkpoints) -> None:
     """Give a generation its directory here: the checkpoint's copy, and the name of the collection."""
     assert row.vectors is not None
     final = layout.final(row.id)
@@ -138,10 +137,8 @@ class Checkpoints:
             raise CheckpointError(f"'{source}' holds the encoder {manifest.fingerprint[:12]}, not the one of its name")
         copy_checkpoint(source, manifest, target)
 
-    def remove_others(self, fingerprints: set[str]) -> None:
+    def prune(self, fingerprints: set[str]) -> None:
         """Delete the checkpoints of generations that no longer are."""
-        import shutil
-
         for folder in self.folder.iterdir() if self.folder.is_dir() else ():
             if folder.is_dir() and len(folder.name) == 64 and folder.name not in fingerprints:
                 shutil.rmtree(folder)

@@ -9,7 +9,7 @@ from qdrant_client import models
 
 from ultrarag.retrieve.engines import REQUEST_POINTS, Address, ServerError, requests
 from ultrarag.retrieve.engines.qdrant import QdrantConnection
-from ultrarag.retrieve.shared.documents import WINDOW, Document
+from ultrarag.retrieve.shared.documents import CHUNK_ENTRIES, Document
 
 
 def open_documents(address: Address, collection: str) -> QdrantDocuments:
@@ -51,7 +51,7 @@ class QdrantDocuments(QdrantConnection):
         while True:
             records, offset = self._call(
                 lambda client, offset=offset: client.scroll(  # type: ignore[misc]
-                    self.collection, wanted, limit=WINDOW, offset=offset
+                    self.collection, wanted, limit=CHUNK_ENTRIES, offset=offset
                 )
             )
             found += map(_document, records)

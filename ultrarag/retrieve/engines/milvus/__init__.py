@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.engines.milvus.connection import STRONG, MilvusConnection
-    from ultrarag.retrieve.engines.milvus.rows import quoted
+    from ultrarag.retrieve.engines.milvus.client import STRONG, MilvusConnection, quoted
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -15,19 +15,18 @@ from typing import Any
 import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.retrieve.bm25 import ranked, top
-from ultrarag.retrieve.engines.base import Progress, Scored
-from ultrarag.retrieve.engines.batches import (
+from ultrarag.retrieve.engines.arrays import (
     assemble,
-    check_ids,
-    check_k,
     dense_query,
     prepare,
+    products,
     sparse_query,
     token_query,
 )
-from ultrarag.retrieve.engines.milvus.connection import STRONG, MilvusConnection
-from ultrarag.retrieve.engines.milvus.rows import (
+from ultrarag.retrieve.engines.base import Progress
+from ultrarag.retrieve.engines.milvus.client import (
+    STRONG,
+    MilvusConnection,
     expression,
     lexical_row,
     main_indexes,
@@ -43,6 +42,7 @@ from ultrarag.retrieve.engines.milvus.rows import (
 )
 from ultrarag.retrieve.engines.qdrant import key
 from ultrarag.retrieve.engines.server import REQUEST_POINTS, ServerBackend, requests
+from ultrarag.retrieve.ranking import Scored, beam, check_ids, check_k, ranked, through_ties, top
 from ultrarag.retrieve.search import Filter, parse
 from ultrarag.types import Embeddings
 
@@ -81,11 +81,19 @@ class MilvusServer(MilvusConnection, ServerBackend):
         A graph need not reach every passage: where k are there and it gives fewer, all are compared here.
         """
         k, query = check_k(k), dense_query(self.schema, vector)
-        for beam in [] if k > MOST_HITS else [EXACT_EF] if exact else [HNSW_EF, EXACT_EF]:
-            hits = self._search(query, "dense", k, filter, {"ef": max(beam, k)})
-            if len(hits) == k or len(hits) == self._passing(filter):
-                return hits
-        return self._scan("dense", lambda rows: _matrix(rows, self.schema.dense) @ query, k, filter)
+
+        def in_graph(hits: int, least: int = HNSW_EF) -> list[Scored]:
+            if hits > MOST_HITS:
+                return []
+            return self._search(query, "dense", hits, filter, {"ef": beam(hits, least)})
+
+        def among_all(hits: int) -> list[Scored]:
+            found = in_graph(hits, EXACT_EF)
+            if found and len(found) in (hits, self._passing(filter)):
+                return found
+            return self._scan("dense", lambda rows: products(_matrix(rows, self.schema.dense), query), hits, filter)
+
+        return through_ties(among_all, k) if exact else through_ties(in_graph, k, among_all)
 
     def search_sparse(
         self, token_ids: Sequence[int], weights: Sequence[float], k: int, filter: Filter = None
@@ -95,11 +103,15 @@ class MilvusServer(MilvusConnection, ServerBackend):
         if not len(query[0]):
             return []
         wanted = dict(zip(query[0].tolist(), query[1].tolist(), strict=True))
-        if k <= MOST_HITS:
-            hits = self._search(wanted, "sparse", k, filter, {"drop_ratio_search": 0.0})
-        else:
-            hits = self._scan("sparse", lambda rows: np.array([_overlap(wanted, r["sparse"]) for r in rows]), k, filter)
-        return [(id, score) for id, score in hits if score > 0]
+
+        def search(hits: int) -> list[Scored]:
+            if hits <= MOST_HITS:
+                return self._search(wanted, "sparse", hits, filter, {"drop_ratio_search": 0.0})
+            return self._scan(
+                "sparse", lambda rows: np.array([_overlap(wanted, r["sparse"]) for r in rows]), hits, filter
+            )
+
+        return [(id, score) for id, score in through_ties(search, k) if score > 0]
 
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages."""

@@ -7,11 +7,42 @@ ended with its parent, so that it never keeps a directory from the next owner.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import qdrant_edge
 
-from ultrarag.io import end_with_parent
+from ultrarag.errors import IndexStateError
+from ultrarag.io import end_with_parent, start_child
+from ultrarag.retrieve.engines.base import Progress
+
+
+def optimize_in_child(shard: Path, descriptors: Sequence[int], progress: Progress | None) -> None:
+    """Run this file in a child process that inherits the descriptors; IndexStateError when it fails."""
+    started = time.monotonic()
+    with start_child(__name__, str(shard), pass_fds=descriptors, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            errors = _wait(child, lambda: progress and progress(time.monotonic() - started))
+        except BaseException:  # such as Ctrl-C: the engine survives a kill, as its tests show
+            child.kill()
+            raise
+    if child.returncode:
+        raise IndexStateError(
+            f"optimising '{shard.parent}' failed ({errors.strip()[-300:] or f'exit status {child.returncode}'}); "
+            f"nothing is lost: the index answers without the graph"
+        )
+
+
+def _wait(child: subprocess.Popen[str], tick: Callable[[], object]) -> str:
+    """Wait for a child, calling `tick` every second; return what it wrote to stderr."""
+    while True:
+        try:
+            return child.communicate(timeout=1)[1]
+        except subprocess.TimeoutExpired:
+            tick()
 
 
 def main(shard: str) -> None:

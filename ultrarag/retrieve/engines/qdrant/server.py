@@ -15,22 +15,26 @@ import numpy as np
 from qdrant_client import models
 
 from ultrarag.errors import UsageError
-from ultrarag.retrieve.bm25 import ranked
 from ultrarag.retrieve.engines.address import Address
-from ultrarag.retrieve.engines.base import Progress, Schema, Scored
-from ultrarag.retrieve.engines.batches import (
+from ultrarag.retrieve.engines.arrays import (
     assemble,
-    check_ids,
-    check_k,
     dense_query,
     prepare,
     sparse_query,
     token_query,
 )
-from ultrarag.retrieve.engines.qdrant.connection import QdrantConnection
+from ultrarag.retrieve.engines.base import Progress, Schema
+from ultrarag.retrieve.engines.qdrant.client import (
+    QdrantConnection,
+    floats_of,
+    lexical_row,
+    named_vectors,
+    settings,
+    to_filter,
+)
 from ultrarag.retrieve.engines.qdrant.points import FACTS, key, new_number_fields, stored_id, to_payload
-from ultrarag.retrieve.engines.qdrant.server_points import floats_of, lexical_row, named_vectors, settings, to_filter
 from ultrarag.retrieve.engines.server import REQUEST_POINTS, ServerBackend, requests
+from ultrarag.retrieve.ranking import Scored, beam, check_ids, check_k, ranked, through_ties
 from ultrarag.retrieve.search import Filter, parse
 from ultrarag.types import Embeddings
 
@@ -73,11 +77,15 @@ class QdrantServer(QdrantConnection, ServerBackend):
     def search_dense(self, vector: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """Search the graph, or compare with all where `exact`, or where the graph reaches fewer than k."""
         k, query = check_k(k), dense_query(self.schema, vector).tolist()
-        if not exact:
-            hits = self._search(query, "dense", k, filter, models.SearchParams(hnsw_ef=max(HNSW_EF, min(k, MANY))))
-            if len(hits) == k:
-                return hits
-        return self._search(query, "dense", k, filter, _EXACT)
+
+        def in_graph(hits: int) -> list[Scored]:
+            graph = models.SearchParams(hnsw_ef=min(beam(hits, HNSW_EF), MANY))
+            return self._search(query, "dense", hits, filter, graph)
+
+        def among_all(hits: int) -> list[Scored]:
+            return self._search(query, "dense", hits, filter, _EXACT)
+
+        return through_ties(among_all, k) if exact else through_ties(in_graph, k, among_all)
 
     def search_sparse(
         self, token_ids: Sequence[int], weights: Sequence[float], k: int, filter: Filter = None
@@ -86,7 +94,7 @@ class QdrantServer(QdrantConnection, ServerBackend):
         k, query = check_k(k), sparse_query(self.schema, token_ids, weights)
         if not len(query[0]):
             return []
-        hits = self._search(_sparse(query), "sparse", k, filter, None)
+        hits = through_ties(lambda hits: self._search(_sparse(query), "sparse", hits, filter, None), k)
         return [(id, score) for id, score in hits if score > 0]
 
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:

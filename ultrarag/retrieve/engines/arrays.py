@@ -9,6 +9,7 @@ import numpy as np
 
 from ultrarag.errors import DataError, UsageError
 from ultrarag.retrieve.engines.base import Schema
+from ultrarag.retrieve.ranking import check_ids
 from ultrarag.types import Embeddings, Sparse
 
 
@@ -34,13 +35,6 @@ def prepare(
     return [ids[row] for row in last], batch, [payloads[row] for row in last]
 
 
-def check_ids(ids: Sequence[str]) -> None:
-    """Raise DataError unless every id is a non-empty string."""
-    for id in ids:
-        if not isinstance(id, str) or not id:
-            raise DataError(f"a passage's id is a non-empty string, not {id!r}")
-
-
 def check_embeddings(schema: Schema, ids: Sequence[str], embeddings: Embeddings) -> None:
     """Raise when Embeddings of passages do not have the heads and widths of the schema, or are not finite."""
     if embeddings.heads != schema.heads:
@@ -56,13 +50,6 @@ def check_embeddings(schema: Schema, ids: Sequence[str], embeddings: Embeddings)
         wrong = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
         if wrong.any():
             raise DataError(f"passage '{ids[int(wrong.argmax())]}' has a vector that is not finite; nothing was stored")
-
-
-def check_k(k: int) -> int:
-    """Return k when it is a positive integer; raise UsageError otherwise."""
-    if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
-        raise UsageError(f"k is {k!r}; it must be a positive integer")
-    return int(k)
 
 
 def dense_query(schema: Schema, vector: np.ndarray) -> np.ndarray:
@@ -157,6 +144,12 @@ def assemble(
         for row, vectors in enumerate(tokens):
             result.colbert[row, : len(vectors)], result.mask[row, : len(vectors)] = vectors, 1
     return result
+
+
+def products(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Inner products, (rows,); the same for the same vector in any row, which those of BLAS are not."""
+    found: np.ndarray = np.einsum("rd,d->r", vectors, query)
+    return found
 
 
 def _names(heads: Sequence[str]) -> str:

@@ -1,13 +1,20 @@
-"""The binary layout of BM25's inverted lists: 16-bit distances from a first row, and a number with each.
+"""From a text to its terms, and the binary layout of their inverted lists.
 
-Numbers are term frequencies, or values of metadata for ranges: nothing is stored where all are 1, 16 bits each
-where they are small integers, doubles otherwise.
+A text is stemmed lower-case words, and characters with their pairs where words are not spaced. Measured, nDCG@10
+(medquad, scifact, covidqa; stard, cmrc): as here 0.566, 0.649, 0.657; 0.617, 0.980. Without the plural stemmer 0.01
+less on medquad and covidqa; with Lucene's English stop words 0.01 and 0.015 less on scifact and covidqa (0.002 more on
+medquad); Chinese by pairs only 0.025 less on stard, by single characters only 0.03 less.
+
+A list holds 16-bit distances from a first row, and a number with each. Numbers are term frequencies, or values of
+metadata for ranges: nothing is stored where all are 1, 16 bits each where they are small integers, doubles otherwise.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from array import array
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +25,33 @@ SEGMENT_ROWS = 1 << 16
 MOST_FREQUENT = (1 << 16) - 1
 #: (key, first row, distances from it, numbers)
 Entry: TypeAlias = "tuple[object, int, bytes, bytes]"
+#: Scripts written without spaces between words, or with endings attached: kana, Han, Hangul.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+_RUN = re.compile(rf"([{_UNSPACED}]+)|[^\W_{_UNSPACED}]+")
+
+
+def tokenize(text: str) -> list[str]:
+    """Return the tokens of a text in order; a text without letters or digits has none."""
+    tokens: list[str] = []
+    for found in _RUN.finditer(unicodedata.normalize("NFKC", text).lower()):
+        run = found[0]
+        if found[1]:
+            tokens.extend(run)
+            tokens.extend(run[i : i + 2] for i in range(len(run) - 1))
+        else:
+            tokens.append(stem(run))
+    return tokens
+
+
+def stem(word: str) -> str:
+    """Take the plural off an English word: diseases -> disease, therapies -> therapy; not glass, virus, analysis.
+
+    Source:
+        The S-stemmer (Harman, 1991), without its rarer exceptions.
+    """
+    if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return word
+    return f"{word[:-3]}y" if word.endswith("ies") and len(word) > 4 else word[:-1]
 
 
 def grouped(keys: np.ndarray, values: np.ndarray, rows: np.ndarray, starts: np.ndarray) -> Iterator[Entry]:
@@ -104,16 +138,3 @@ class Postings:
 
     def __len__(self) -> int:
         return len(self._lists)
-
-
-def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Return the places of the k highest scores, (n,), and of all that tie with the k-th, in no order."""
-    if len(scores) <= k:
-        return np.arange(len(scores))
-    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-    return np.flatnonzero(scores >= threshold)
-
-
-def ranked(ids: Iterable[str], scores: Iterable[float], k: int) -> list[tuple[str, float]]:
-    """Return the k best (id, score), ties in the order of their ids."""
-    return sorted(zip(ids, map(float, scores), strict=True), key=lambda hit: (-hit[1], hit[0]))[:k]

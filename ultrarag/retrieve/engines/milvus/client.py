@@ -1,4 +1,4 @@
-"""How a schema, a filter and a passage look to Milvus: fields, expressions, rows.
+"""A Milvus server through its client: connection, what errors mean, and schema, filter and passage in its terms.
 
 Milvus has no vector of vectors that all its versions know (Milvus Lite loses arrays of structs without a word), so
 token vectors are in a second collection, several to a row. What a filter tests is one array of short words under an
@@ -9,26 +9,87 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pymilvus import DataType, MilvusClient
+from grpc import RpcError
+from pymilvus import DataType, MilvusClient, MilvusException
+from pymilvus.exceptions import ErrorCode
 
 from ultrarag.errors import DataError
+from ultrarag.retrieve.engines.address import Address
+from ultrarag.retrieve.engines.arrays import sparse_rows, token_rows
 from ultrarag.retrieve.engines.base import Schema
-from ultrarag.retrieve.engines.batches import sparse_rows, token_rows
 from ultrarag.retrieve.engines.qdrant import covering, key, prefixes
+from ultrarag.retrieve.engines.server import Clients, Connection
 from ultrarag.retrieve.search import AllOf, AnyOf, HasFact, Node, Not, facts
 from ultrarag.types import Embeddings
+
+#: What pymilvus says when the server is away.
+_AWAY = ("UNAVAILABLE", "Connection refused", "server unavailable", "StatusCode.CANCELLED")
+#: The code of a collection that has to be loaded, as after its server was started again.
+_NOT_LOADED = 101
+#: Every read sees every write before it.
+STRONG: dict[str, Any] = {"consistency_level": "Strong"}
+
+logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error, with its trace, before raising it
+
+
+def connect(address: Address) -> MilvusClient:
+    """Connect; the server must answer."""
+    return MilvusClient(
+        uri=address.url,
+        token=address.secret() or "",
+        db_name=address.database,
+        timeout=address.timeout,
+        dedicated=True,
+        grpc_options={"grpc.keepalive_time_ms": 300_000},  # every 10 s, its default, makes servers hang up on it
+    )
+
+
+class MilvusConnection(Connection):
+    """A client of Milvus, which of its errors pass, and what the others are to say."""
+
+    clients = Clients(connect)
+
+    @property
+    def _time(self) -> dict[str, float]:
+        """What a single try may take; pymilvus tries again by itself within it."""
+        return {"timeout": self.address.timeout}
+
+    def _load(self) -> None:
+        self._call(lambda client: client.load_collection(self.collection, **self._time))
+
+    def _pause_after(self, error: Exception) -> float | None:
+        if isinstance(error, MilvusException) and error.code == _NOT_LOADED:
+            self._load()
+            return 0.0
+        limited = isinstance(error, MilvusException) and error.code == ErrorCode.RATE_LIMIT
+        return 0.0 if limited or _unavailable(error) else None
+
+    def _named(self, error: Exception) -> Exception:
+        if isinstance(error, MilvusException | RpcError):
+            return self._say(getattr(error, "message", None) or error)
+        return error
+
+
+def _unavailable(error: Exception) -> bool:
+    """Tell whether the server is away; pymilvus closes the channel under other threads while it connects again."""
+    if isinstance(error, ValueError):
+        return "closed channel" in str(error)
+    text = str(error)
+    return isinstance(error, MilvusException | RpcError) and any(part in text for part in _AWAY)
+
 
 #: Edges per node and candidates while building, as in the other engines.
 HNSW_M, HNSW_EF_CONSTRUCT = 16, 128
 #: Longest string and array that Milvus takes.
 LONGEST, MOST_WORDS = 65_535, 4_096
 #: Token vectors to a row, and the widest vector that Milvus takes.
-TOKENS, WIDEST = 32, 32_768
+CHUNK_TOKENS, WIDEST = 32, 32_768
 #: A dimension that no query has: Milvus Lite drops rows whose sparse vector is empty.
 NOTHING = {(1 << 32) - 2: 1.0}
 _KEY_LENGTH = 48
@@ -87,7 +148,7 @@ def word_index(field: str) -> Any:
 
 def tokens_per_row(width: int) -> int:
     """How many token vectors go into one row."""
-    return max(1, min(TOKENS, WIDEST // width))
+    return max(1, min(CHUNK_TOKENS, WIDEST // width))
 
 
 def main_rows(ids: Sequence[str], batch: Embeddings, payloads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -110,7 +171,7 @@ def main_rows(ids: Sequence[str], batch: Embeddings, payloads: Sequence[Mapping[
 
 
 def token_rows_of(rows: list[dict[str, Any]], batch: Embeddings, width: int) -> list[dict[str, Any]]:
-    """The rows with the token vectors of passages, whose own rows are told how many there are."""
+    """The rows with the token vectors of passages, whose own rows then hold how many there are."""
     found = []
     step = tokens_per_row(width)
     for row, tokens in zip(rows, token_rows(batch), strict=True):
@@ -123,7 +184,7 @@ def token_rows_of(rows: list[dict[str, Any]], batch: Embeddings, width: int) -> 
 
 
 def token_key(passage: str, number: int) -> str:
-    """The key of the row with the n-th stretch of a passage's tokens."""
+    """The key of the row with the n-th chunk of a passage's tokens."""
     return f"{passage}:{number}"
 
 
