@@ -36,7 +36,9 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { echo "Making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "Installing $(TORCH) (1 of 2)"
 	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
-	@echo "Installing ultrarag and what its tests need (2 of 2; about 50 packages, a minute or more)"
+	@echo "Installing ultrarag-retrieval and what its tests need (2 of 2; about 100 packages, a minute or more)"
+	@rm -rf ultrarag.egg-info  # with the next line: what a checkout of before the distribution was renamed has installed
+	@$(BIN)/python -m pip uninstall --disable-pip-version-check -qq -y ultrarag
 	$(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip check
 	@touch $@

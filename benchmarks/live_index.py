@@ -1,6 +1,6 @@
 """Search, build and memory of the index beside its peers, and searches during a build and at the flip.
 
-    pip install -c constraints.txt -e .[bench]
+    pip install -c constraints.txt -e '.[bench]'
     python benchmarks/live_index.py                          # 10,000 and 100,000 vectors of 384 dimensions
     python benchmarks/live_index.py --sizes 1000000 --output /tmp/million.md
 

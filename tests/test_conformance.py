@@ -33,7 +33,7 @@ EXCUSED = {
 
 
 def built_in() -> list[str]:
-    return [row.name for row in registry().plugins() if row.kind == "adapter" and row.package == "ultrarag"]
+    return [row.name for row in registry().plugins() if row.kind == "adapter" and row.package == "ultrarag-retrieval"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the models' own libraries
@@ -186,7 +186,7 @@ def test_a_plugin_may_bring_its_example(register):
 def test_command_prints_a_report_and_exits_with_its_verdict(register, capsys):
     assert main(["plugins", "check", "bge"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "adapter 'bge' of package 'ultrarag' 0.1.0, model its example"
+    assert lines[0] == "adapter 'bge' of package 'ultrarag-retrieval' 0.1.0, model its example"
     assert lines[1].split()[:3] == ["ok", "hooks", "load,"]
     assert lines[-1] == f"{len(CHECKS) + 1} ok, 0 failed, 0 not applicable"
     broken = NotUnitLength()

@@ -327,7 +327,7 @@ def test_name_collision_names_both_packages_and_the_way_out(installed):
     assert "adapter 'bge' is offered by" in clash.stderr
     assert "'acme_bge'" in clash.stderr
     solved = installed.run("-c", code, ULTRARAG_DISABLE_PLUGINS="acme_bge:bge")
-    assert solved.stdout == "adapter 'bge' of package 'ultrarag' 0.1.0\n"
+    assert solved.stdout == "adapter 'bge' of package 'ultrarag-retrieval' 0.1.0\n"
 
 
 def test_switched_off_by_environment(installed):

@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "ultrarag"
 
 #: Rooms, and files that belong to none, from the bottom up: each may import from its own line and those below it.
 ORDER = [
-    {"errors", "types", "lazy", "loss_arguments", "tokenizer_limits", "untrusted"},
+    {"neighbours"},
+    {"errors", "types", "lazy", "loss_arguments", "optional", "tokenizer_limits", "untrusted"},
     {"io", "scores", "losses", "evaluation"},
     {"hookspecs", "transfer", "packing", "packed_attention"},
     {"adapters"},

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+from ultrarag.neighbours import refuse_shared_files
+
+# Every room imports this file first, also where another distribution has put its own __init__ into the place of ours.
+refuse_shared_files(os.path.dirname(os.path.dirname(__file__)))
 
 
 def exports(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

@@ -143,12 +143,8 @@ def _holding(model: SentenceTransformersModel, state_dict: Mapping[str, Any]) ->
 
 def _library_class(folder: Path) -> Any:
     """SparseEncoder where the checkpoint says so, or its modules do."""
-    try:
-        import sentence_transformers as library
-    except ImportError as error:
-        raise UsageError(
-            "the adapter 'sentence-transformers' needs that package: pip install sentence-transformers"
-        ) from error
+    import sentence_transformers as library
+
     file = folder / "config_sentence_transformers.json"
     kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
     if kind is None:

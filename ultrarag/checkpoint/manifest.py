@@ -21,8 +21,10 @@ from ultrarag.untrusted import refuse_outside
 
 MANIFEST = "ultrarag.json"
 FORMAT = 1
-#: Packages whose versions the manifest records.
-_PACKAGES = ("ultrarag", "torch", "transformers", "sentence-transformers", "tokenizers")
+#: What the manifest records the versions of, each with the name of its distribution.
+_PACKAGES = {"ultrarag": "ultrarag-retrieval"} | {
+    name: name for name in ("torch", "transformers", "sentence-transformers", "tokenizers")
+}
 
 
 @dataclass
@@ -133,9 +135,9 @@ def _files(folder: Path) -> list[str]:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in _PACKAGES:
+    for name, distribution in _PACKAGES.items():
         try:
-            found[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found

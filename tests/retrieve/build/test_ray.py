@@ -68,7 +68,7 @@ def test_an_encoder_in_memory_is_refused(live, other, installed) -> None:
 
 def test_ray_that_is_not_installed_is_named(live, checkpoint, monkeypatch) -> None:
     monkeypatch.setattr(pool_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'ultrarag\[ray\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'ray\[data\]==\d"):
         live.build(checkpoint, backend="milvus://127.0.0.1:1", ray=RayPool())
 
 
@@ -315,7 +315,7 @@ def test_an_empty_index_needs_no_ray(live, checkpoint, rest, played) -> None:
 
 real = pytest.mark.skipif(
     servers.missing("ray") is not None or servers.missing("milvus_lite") is not None,
-    reason="ray, which `make` does not install (pip install 'ultrarag[ray]'), or milvus_lite is not installed",
+    reason="ray (pip install -c constraints.txt '.[ray]'; `make` does not), or milvus_lite is not installed",
 )
 MANY = 40 * BLOCK
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import UsageError
+from ultrarag.optional import install
 from ultrarag.retrieve.engines import is_uri, parse_uri
 
 #: A Ray of our own on this machine, for the time of the build.
@@ -71,7 +72,7 @@ class RayJob:
             UsageError: when Ray is not installed, the vectors would lie in the index, or the encoder is in memory.
         """
         if importlib.util.find_spec("ray") is None:
-            raise UsageError("a build on Ray needs ray: pip install 'ultrarag[ray]'")
+            raise UsageError(f"a build on Ray needs ray: {install('ray[data]')}")
         if not isinstance(checkpoint, str | os.PathLike):
             raise UsageError("a build on Ray takes a checkpoint folder that all nodes see: save the encoder first")
         if not is_uri(backend):

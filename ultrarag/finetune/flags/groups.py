@@ -188,7 +188,7 @@ class LoraArguments:
     use_lora: bool = flag(
         False,
         "Train low-rank adapters (and the heads) and leave the backbone as it is; writes the merged model, and the "
-        "adapters by themselves into adapter/. Needs the extra 'lora'.",
+        "adapters by themselves into adapter/. Needs the package peft.",
     )
     lora_rank: int = flag(64, "Rank of the adapters.")
     lora_alpha: float = flag(16, "The adapters' output is scaled by lora_alpha / lora_rank.")

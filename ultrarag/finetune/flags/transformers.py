@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import typing
@@ -11,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import UsageError
+from ultrarag.finetune.flags.engines import engine_files, prepare_deepspeed
 from ultrarag.finetune.flags.values import Flag, flags_of
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def training_flags() -> dict[str, Flag]:
     size = flags["per_device_train_batch_size"]
     flags[size.name] = replace(size, kind="int_or_auto", help=f"{size.help} auto: as many as fit into memory.")
     flags["disable_tqdm"] = replace(flags["disable_tqdm"], shown_default="True where stderr is no terminal")
+    for name, engine in (("deepspeed", "deepspeed"), ("fsdp_config", "fsdp")):
+        flags[name] = _with_files(flags[name], engine_files(engine))
     flags["fsdp"] = replace(flags["fsdp"], kind="str_or_bool", bare=True)
     flags["resume_from_checkpoint"] = replace(
         flags["resume_from_checkpoint"],
@@ -51,6 +53,10 @@ def training_flags() -> dict[str, Flag]:
         help="Go on from this checkpoint; without a value: from the last one in the output directory.",
     )
     return flags
+
+
+def _with_files(flag: Flag, files: Mapping[str, str]) -> Flag:
+    return replace(flag, files=files, help=f"{flag.help.rstrip('.')}. Ours: {', '.join(files)}.")
 
 
 def build_training_arguments(settings: Mapping[str, Any], has_eval_data: bool, notes: list[str]) -> TrainingArguments:
@@ -67,7 +73,7 @@ def build_training_arguments(settings: Mapping[str, Any], has_eval_data: bool, n
     _move_logging_dir(values)
     _fit_precision(values, notes)
     _plan_evaluation(values, has_eval_data, notes)
-    _check_deepspeed(values)
+    prepare_deepspeed(trains=bool(values.get("deepspeed")))
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -162,11 +168,6 @@ def _refuse_without_eval_data(values: Mapping[str, Any]) -> None:
         asked.append("eval_strategy")
     if asked:
         raise UsageError(f"{asked[0]} needs --eval_data, the held-out data to evaluate on")
-
-
-def _check_deepspeed(values: Mapping[str, Any]) -> None:
-    if values.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise UsageError("deepspeed is not installed; install it with: pip install ultrarag[deepspeed]")
 
 
 def refuse_unsupported_training(training: TrainingArguments) -> None:

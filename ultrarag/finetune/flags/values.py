@@ -41,6 +41,8 @@ class Flag:
     bare: Any = None
     metavar: str | None = None
     shown_default: str | None = None
+    #: files of JSON that come with the package, by the names that stand for them
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def secret(self) -> bool:
@@ -207,8 +209,10 @@ def _json(flag: Flag, value: Any) -> Any:
     text = _str(flag, value)
     if text.lstrip().startswith("{"):
         return _json_object(text)
+    text = flag.files.get(text, text)
     if not os.path.isfile(text):
-        raise ValueError("there is no such file")
+        ours = f"; ours are called {', '.join(flag.files)}" if flag.files else ""
+        raise ValueError(f"there is no such file{ours}")
     with open(text, encoding="utf-8") as file:
         loaded = _json_object(file.read())
     return text if flag.name == "deepspeed" else loaded  # DeepSpeed's plugin wants to read the file itself

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.flags import LoraArguments
+from ultrarag.optional import install
 
 #: Where a checkpoint holds the low-rank matrices, as peft reads them.
 FOLDER = "adapter"
@@ -120,7 +121,7 @@ def add_lora(encoder: Encoder, arguments: LoraArguments) -> Lora:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UsageError("--use_lora needs the package peft: `pip install 'ultrarag[lora]'`") from error
+        raise UsageError(f"--use_lora needs the package peft: {install('peft')}") from error
     model = encoder.model
     root: nn.Module = getattr(model, "backbone", model)
     heads = {name for name, p in model.named_parameters() if p.requires_grad and _in_head(model, name)}

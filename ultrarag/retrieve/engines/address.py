@@ -19,6 +19,8 @@ from ultrarag.io import secret_in
 #: Port, and the environment variable with the API key, of each engine.
 PORTS = {"qdrant": 6333, "milvus": 19530}
 KEYS = {"qdrant": "QDRANT_API_KEY", "milvus": "MILVUS_TOKEN"}
+#: The package that speaks to each.
+CLIENTS = {"qdrant": "qdrant-client", "milvus": "pymilvus"}
 #: What the query part of a URI may say.
 OPTIONS = ("tls", "key_env", "timeout", "database")
 #: How long an operation may wait for its server, tries included, in seconds.

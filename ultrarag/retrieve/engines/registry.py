@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import UsageError, did_you_mean
-from ultrarag.retrieve.engines.address import is_uri, parse_uri
+from ultrarag.optional import install
+from ultrarag.retrieve.engines.address import CLIENTS, is_uri, parse_uri
 from ultrarag.retrieve.engines.base import Backend, Schema, read_schema
 from ultrarag.retrieve.engines.server import COLLECTION_FILE
 
@@ -28,10 +29,10 @@ BACKENDS = {
     "numpy": "ultrarag.retrieve.engines.numpy_engine:NumpyBackend",
 }
 
-#: The same for servers, by the scheme of their URI, with the extra that installs their client.
+#: The same for servers, by the scheme of their URI.
 SERVERS = {
-    "qdrant": ("ultrarag.retrieve.engines.qdrant.server:QdrantServer", "qdrant"),
-    "milvus": ("ultrarag.retrieve.engines.milvus.server:MilvusServer", "milvus"),
+    "qdrant": "ultrarag.retrieve.engines.qdrant.server:QdrantServer",
+    "milvus": "ultrarag.retrieve.engines.milvus.server:MilvusServer",
 }
 
 __all__ = ["BACKENDS", "SERVERS", "Backend", "Schema", "create", "default_backend", "open_backend", "remove"]
@@ -101,11 +102,11 @@ def check_backend(name: str) -> None:
 
 
 def _server(uri: str) -> Any:
-    place, extra = SERVERS[parse_uri(uri).engine]
+    engine = parse_uri(uri).engine
     try:
-        return _imported(place)
+        return _imported(SERVERS[engine])
     except ModuleNotFoundError as error:
-        raise UsageError(f"'{uri}' needs {error.name}: pip install 'ultrarag[{extra}]'") from error
+        raise UsageError(f"'{uri}' needs {error.name}: {install(CLIENTS[engine])}") from error
 
 
 def _load(name: str) -> type[Backend]:

