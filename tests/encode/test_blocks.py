@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from ultrarag.encode.blocks import Ledger, encode_blocks, encode_rest, same_work
-from ultrarag.encoder.tokens import Cuts
 from ultrarag.errors import DataError, FingerprintError
 from ultrarag.io.vectors import Vectors
 
@@ -19,7 +18,7 @@ TEXTS = [f"passage number {n} " + "and more " * (n % 7) for n in range(23)]
 def test_short_and_empty_blocks_are_written_as_they_are(minilm_encoder):
     blocks = [(0, TEXTS[:4]), (2, TEXTS[4:8]), (3, TEXTS[8:9]), (5, []), (7, TEXTS[9:13]), (8, TEXTS[13:16]), (9, [])]
     expected = minilm_encoder.encode(TEXTS, progress=False).dense
-    written, cuts = [], Cuts()
+    written = []
 
     def write(number, texts, vectors):
         written.append((number, texts))
@@ -28,9 +27,8 @@ def test_short_and_empty_blocks_are_written_as_they_are(minilm_encoder):
         if texts:
             np.testing.assert_allclose(vectors.dense, expected[where], atol=1e-6)
 
-    encode_blocks(minilm_encoder, iter(blocks), write, chunk_texts=4, total=16, progress=False, cuts=cuts)
+    encode_blocks(minilm_encoder, iter(blocks), write, chunk_texts=4, total=16, progress=False)
     assert written == blocks
-    assert sum(total for _, total in cuts.take().values()) == 16
 
 
 def test_what_a_killed_process_committed_is_not_encoded_again(minilm_encoder, tmp_path):

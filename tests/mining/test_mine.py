@@ -312,7 +312,7 @@ def test_kill_9_while_the_pool_is_encoded(files, tiny_m3, m3_encoder, monkeypatc
     many = texts(1_500, words=30)
     write_lines(pool, [{"text": text} for text in many])
     small = "import sys; from ultrarag.mining import pool; pool.CHUNK_TEXTS = 8\n"
-    small += "from ultrarag.data.mine_command import main; main(sys.argv[1:])"
+    small += "from ultrarag.data.commands import run_mine; run_mine(sys.argv[1:])"
     flags = f"--input_file {rows} --output_file {output} --candidate_pool {pool} --range_for_sampling 0-30"
     flags += f" --model_name_or_path {tiny_m3} --adapter bgem3"
     child = subprocess.Popen([sys.executable, "-c", small, *flags.split()])

@@ -82,41 +82,35 @@ def encode_blocks(
     heads: Sequence[str] | None = None,
     batch_tokens: int | None = None,
     progress: bool | None = None,
-    cuts: Cuts | None = None,
-) -> int:
-    """Encode numbered blocks of at most `chunk_texts` passages, write each one, and return the number of texts.
+) -> None:
+    """Encode numbered blocks of at most `chunk_texts` passages, and write each one.
 
-    The next block is tokenized while one is encoded, unless that is a short one.
+    The next block is tokenized while one is encoded, unless that is a short one. Texts that were cut are counted, and
+    logged once.
 
     Args:
         total: texts altogether, for the bar; `done` of them by earlier runs.
-        cuts: counts the texts that were cut, for a caller that says so itself; default: they are logged.
     """
-    counted, source, begun = cuts or Cuts(), iter(blocks), deque[tuple[int, Sequence[str]]]()
-    drawn = 0
+    cuts, source, begun = Cuts(), iter(blocks), deque[tuple[int, Sequence[str]]]()
 
     def texts_from(first: tuple[int, Sequence[str]]) -> Iterator[str]:
         """The texts of full blocks and of the first that is not full, which ends the encoder's chunks."""
-        nonlocal drawn
         for block in chain([first], source):
             begun.append(block)
-            drawn += len(block[1])
             yield from block[1]
             if len(block[1]) < chunk_texts:
                 return
 
     with progress_bar(total, label, "text", progress) as bar:
         bar.update(done)
-        options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "cuts": counted}
+        options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "cuts": cuts}
         for first in source:
             texts = texts_from(first)
             for vectors in encoder.iter_encode(texts, "passage", window=chunk_texts, on_batch=bar.update, **options):
                 write(*begun.popleft(), vectors)
             while begun:  # one without texts
                 write(*begun.popleft(), None)
-    if cuts is None:
-        counted.tell()
-    return drawn
+    cuts.tell()
 
 
 class Growing(Protocol):
@@ -138,14 +132,9 @@ def encode_rest(
             target.append(vectors)
             target.commit()
 
-    blocks = enumerate(chunks_of(texts, chunk_texts))
-    encode_blocks(encoder, blocks, write, chunk_texts=chunk_texts, total=total, done=target.rows, **options)
-
-
-def chunks_of(texts: Iterable[str], chunk_texts: int) -> Iterator[list[str]]:
-    """Yield lists of `chunk_texts` texts; the last one may be shorter."""
     source = iter(texts)
-    return iter(lambda: list(islice(source, chunk_texts)), [])
+    blocks = enumerate(iter(lambda: list(islice(source, chunk_texts)), []))
+    encode_blocks(encoder, blocks, write, chunk_texts=chunk_texts, total=total, done=target.rows, **options)
 
 
 class Blocks:

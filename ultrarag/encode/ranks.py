@@ -81,6 +81,7 @@ class Encoded(Blocks):
         self._made_by = {"fingerprint": fingerprint, "heads": list(heads), "precision": precision, "block": CHUNK_TEXTS}
         digest = hashlib.sha256(json.dumps(self._made_by, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / FOLDER / digest
+        self._written = 0
         self._held: dict[int, tuple[list[bytes], Embeddings]] = {}
 
     def is_done(self, block: int) -> bool:
@@ -98,7 +99,7 @@ class Encoded(Blocks):
         write_json(self.folder / _NOTE, self._made_by)
         found = ((block, [passage.content for passage in passages_of(store, *self.rows_of(block))]) for block in blocks)
         try:
-            return encode_blocks(
+            encode_blocks(
                 encoder,
                 found,
                 self._write,
@@ -109,9 +110,12 @@ class Encoded(Blocks):
                 progress=None if rank.number == 0 else False,
             )
         except Exception:  # a passage at fault, which the build that joins the blocks will list; or the encoder: raised
-            return sum(self._encode_apart(encoder, store, block) for block in blocks if not self.is_done(block))
+            for block in blocks:
+                if not self.is_done(block):
+                    self._encode_apart(encoder, store, block)
+        return self._written
 
-    def _encode_apart(self, encoder: Encoder, store: Store, block: int) -> int:
+    def _encode_apart(self, encoder: Encoder, store: Store, block: int) -> None:
         """Encode and write what can be encoded of a block."""
 
         def encode(texts: Sequence[str]) -> Embeddings:
@@ -119,7 +123,6 @@ class Encoded(Blocks):
 
         found = encode_apart(passages_of(store, *self.rows_of(block)), encode)
         self._write(block, [passage.content for passage in found.passages], found.embeddings)
-        return len(found.passages)
 
     def known(self, rows: Sequence[int]) -> Known:
         """What is held of the blocks of these rows (in ascending order)."""
@@ -137,6 +140,7 @@ class Encoded(Blocks):
         content = io.BytesIO()
         np.savez(content, **held)
         write_bytes(self._path(block), content.getvalue())
+        self._written += len(texts)
 
     def _read(self, block: int) -> tuple[list[bytes], Embeddings]:
         path = self._path(block)

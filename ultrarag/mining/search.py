@@ -1,4 +1,4 @@
-"""MiningSearch: the best texts of a pool for a window of queries, by one head or several, and any text's score."""
+"""MiningSearch: the best texts of a pool for a chunk of queries, by one head or several, and any text's score."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.retrieve.test_live import assert_complete, corpus
+from ultrarag import Encoder
 from ultrarag.encode import ranks
 from ultrarag.encode.ranks import FOLDER, Encoded, Known, Rank, passages_of
 from ultrarag.errors import IndexStateError
@@ -120,6 +121,25 @@ def test_a_damaged_block_is_named(filled, checkpoint, other) -> None:
     ahead = Encoded(filled, other.fingerprint, other.heads, "fp32")
     with pytest.raises(IndexStateError, match=r"000000001.npz' is damaged.*delete"):
         ahead.known([BLOCK + 1])
+
+
+def test_blocks_that_earlier_versions_encoded_are_found(tmp_path) -> None:
+    assert Encoded(tmp_path, "f", ["dense"], "fp32").folder == tmp_path / FOLDER / "06be53fa6906601d"
+
+
+def test_a_passage_at_fault_is_left_out_of_its_block_and_of_the_count(filled, checkpoint, monkeypatch) -> None:
+    bad = corpus(PASSAGES)[2 * BLOCK + 3].content
+    tokenize = Encoder.tokenize
+
+    def failing(self, texts, *arguments, **options):
+        if bad in texts:
+            raise ValueError("no tokens")
+        return tokenize(self, texts, *arguments, **options)
+
+    monkeypatch.setattr(Encoder, "tokenize", failing)
+    assert share(filled, checkpoint, 0, 1) == PASSAGES - 1
+    assert len(files_of(filled)) == 4
+    assert share(filled, checkpoint, 0, 1) == 0
 
 
 def test_an_index_in_use_is_joined_by_its_owner(live, checkpoint, quick_builds, monkeypatch, capsys) -> None:
