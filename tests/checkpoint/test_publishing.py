@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ultrarag import Encoder
-from ultrarag.encode.corpus import ModelChoice, encode_corpus
+from ultrarag.encode.processes import ModelChoice, encode_corpus
 from ultrarag.retrieve import LiveIndex
 from ultrarag.retrieve.generation.source import Source
 from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder, tiny_decoder, tiny_layerwise, tiny_m3

@@ -24,7 +24,7 @@ import numpy as np
 
 from ultrarag.encode.apart import encode_apart
 from ultrarag.encode.blocks import Blocks, encode_blocks
-from ultrarag.errors import IndexStateError
+from ultrarag.errors import IndexStateError, UltraragError
 from ultrarag.io import padded_sparse, padded_tokens, write_bytes, write_json
 from ultrarag.retrieve.passages import Store, content_hash
 from ultrarag.types import Embeddings, Passage, Sparse
@@ -109,6 +109,8 @@ class Encoded(Blocks):
                 heads=self._heads,
                 progress=None if rank.number == 0 else False,
             )
+        except (OSError, UltraragError):  # a full disk, a damaged file: no passage is at fault
+            raise
         except Exception:  # a passage at fault, which the build that joins the blocks will list; or the encoder: raised
             for block in blocks:
                 if not self.is_done(block):
