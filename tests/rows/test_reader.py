@@ -10,7 +10,7 @@ import pytest
 from tests.rows.row_files import GOOD, write
 from ultrarag.errors import DataError
 from ultrarag.finetune.batches.train_data import TrainData
-from ultrarag.rows import json_lines as json_rows
+from ultrarag.rows import files
 from ultrarag.rows.reader import read_eval_rows, read_rows
 
 
@@ -152,7 +152,7 @@ def test_teacher_needs_scores_in_every_row(tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_a_json_list_is_read_like_lines(tmp_path, monkeypatch, indent, bom):
-    monkeypatch.setattr(json_rows, "_PIECE", 7)  # so that rows, escapes and characters cross the pieces
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 7)  # so that rows, escapes and characters cross the chunks
     rows = [{"query": f'ä {i} " ] \\', "pos": ["😀" * i]} for i in range(1, 30)]
     path = tmp_path / "rows.json"
     path.write_bytes(bom + b" \n" + json.dumps(rows, indent=indent, ensure_ascii=bool(bom)).encode())

@@ -18,9 +18,9 @@ from ultrarag.rows.checks import (
     Lengths,
     RowChecks,
     Sample,
-    counter,
     described_scripts,
     measure,
+    token_counter,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def check_before_training(
         sample.add(row.query, [*row.pos, *row.neg])
         if leaks:
             leaks.add(row.source, row.query, row.pos)
-    lengths = measure(sample.within(SAMPLE_BEFORE_TRAINING[1]), counter(encoder), limits, "pair" in limits)
+    lengths = measure(sample.within(SAMPLE_BEFORE_TRAINING[1]), token_counter(encoder), limits, "pair" in limits)
     report = assembled(checks, leaks, lengths, len(data))
     tell(report, note)
     return report
