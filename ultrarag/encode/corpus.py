@@ -7,6 +7,7 @@ its rows in order. A row's place is its passage's line.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 INFO, IDS, SCALES = "encoding.json", "ids.txt", "scale.bin"
 #: Passages encoded between two commits: what a kill may lose.
 WINDOW = 4096
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def encode_corpus(
     if unknown:
         raise UsageError(f"the model has no head '{unknown[0]}' (it has {', '.join(encoder.heads)})")
     with passage_file(corpus) as passages:
+        if passages.blank:
+            log.warning("%d blank passages of '%s' are left out", passages.blank, passages.name)
         info = _info(encoder, passages, chosen, compression, len(devices))
         _prepare(folder, info, passages, overwrite)
         if len(devices) == 1:

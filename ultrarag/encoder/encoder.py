@@ -42,7 +42,7 @@ from ultrarag.io import progress_bar, quiet_progress
 from ultrarag.plugins import Adapter, registry
 from ultrarag.scores import head_scores
 from ultrarag.transfer import remember_host, to_device, to_host
-from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
+from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens, head_weights
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -405,7 +405,7 @@ class Encoder:
             return score_pairs(self, pairs, weights, normalize, **options)
         if normalize:
             raise UsageError("normalize is for cross-encoders, whose scores are logits; this model compares vectors")
-        if not pairs:
+        if isinstance(pairs, Sequence) and not pairs:
             return np.zeros(0, dtype=np.float32)
         return score_texts(self, pairs, self._weights(weights), **options)
 
@@ -423,8 +423,9 @@ class Encoder:
                 example = ", ".join(f"'{head}': 1" for head in self.heads)
                 raise UsageError(f"the model has several heads: say how they weigh, for example {{{example}}}")
             return {self.heads[0]: 1.0}
-        self._checked_heads(tuple(weights))
-        chosen = {head: weight for head, weight in weights.items() if weight != 0}
+        given = head_weights(weights)
+        self._checked_heads(tuple(given))
+        chosen = {head: weight for head, weight in given.items() if weight != 0}
         if not chosen:
             raise UsageError(f"all weights are 0: {weights}; at least one head must count")
         return chosen

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ultrarag.evaluation.metrics import (
         DEFAULT_METRICS,
         Collection,
-        Qrels,
         Run,
         Significance,
         best_columns,
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
         top_k,
         write_beir,
     )
+    from ultrarag.evaluation.qrels import Qrels, checked_qrels, checked_queries, coverage
     from ultrarag.evaluation.results import (
         SHOWN,
         Evaluation,

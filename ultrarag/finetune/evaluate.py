@@ -34,6 +34,8 @@ class Evaluator:
     passage_max_length: int | None = None
     #: tokenize once and keep the token ids, for many evaluations of one model in memory
     keep_tokens: bool = False
+    #: leave out the passage whose id is the query's own, unless it is judged relevant
+    ignore_identical_ids: bool = False
     _tokens: dict[Kind, Tokens] = field(default_factory=dict, repr=False)
 
     def __call__(self, encoder: Encoder, heads: tuple[str, ...]) -> dict[str, float]:
@@ -49,8 +51,9 @@ class Evaluator:
         head = "dense" if "dense" in heads else heads[0]
         query = self._encode(encoder, [self.queries[key] for key in self.judged], "query", head)
         passage = self._encode(encoder, [self.corpus[key] for key in passages], "passage", head)
-        scores, rows = _search(encoder, query, passage, head)
-        return evaluate_run(self._qrels(), run_of(self.judged, passages, scores, rows), metrics)
+        scores, rows = _search(encoder, query, passage, head, _DEPTH + self.ignore_identical_ids)
+        run = run_of(self.judged, passages, scores, rows)
+        return evaluate_run(self._qrels(), run, metrics, ignore_identical_ids=self.ignore_identical_ids)
 
     def measured(self, before: Evaluation, after: Evaluation) -> Measured:
         """Two evaluations compared, with the texts that a reader wants to see."""
@@ -63,7 +66,7 @@ class Evaluator:
 
     @property
     def judged(self) -> list[str]:
-        """The queries for which something is relevant."""
+        """The queries for which something is judged."""
         return [key for key in self.queries if self.qrels.get(key)]
 
     def _qrels(self) -> dict[str, dict[str, int]]:
@@ -94,11 +97,13 @@ class Evaluator:
         return self.query_max_length if kind == "query" else self.passage_max_length
 
 
-def _search(encoder: Encoder, query: Embeddings, passage: Embeddings, head: str) -> tuple[np.ndarray, np.ndarray]:
+def _search(
+    encoder: Encoder, query: Embeddings, passage: Embeddings, head: str, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
     if head == "dense":
-        return top_k(query.dense, passage.dense, _DEPTH)
+        return top_k(query.dense, passage.dense, depth)
     scores = encoder.similarity(query, passage, weights={head: 1.0})
-    rows = np.argsort(-scores, axis=1, kind="stable")[:, :_DEPTH]
+    rows = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
     return np.take_along_axis(scores, rows, axis=1), rows
 
 
@@ -126,8 +131,9 @@ def read_evaluator(
     else:
         sources = [eval_data] if isinstance(eval_data, str) else list(eval_data)
         corpus, queries, qrels = read_eval_rows(sources)
-    if not any(qrels.get(key) for key in queries):
-        raise DataError(f"{name} {eval_data if isinstance(eval_data, str) else ''} has no query with a judgement")
+    if not any(grade > 0 for key in queries for grade in qrels.get(key, {}).values()):
+        given = f" {eval_data}" if isinstance(eval_data, str) else ""
+        raise DataError(f"{name}{given} has no query with a relevant passage")
     return Evaluator(corpus, queries, qrels, query_max_length, passage_max_length)
 
 
@@ -276,7 +282,10 @@ class Measures:
         return self.domain.measured(self.found["before"], self.found["after"])
 
     def warn(self, max_forgetting: float, note: Callable[[str], None]) -> None:
-        """Say what got worse."""
+        """Say what got worse, and what the numbers leave out."""
+        for prefix, evaluator in (("", self.domain), (GUARD, self.guard)):
+            if evaluator and f"{prefix}after" in self.found:
+                self._warn_of_data(prefix, note)
         change = self._change("")
         if change < 0:
             before, after = (self.found[stage].metrics[METRIC] for stage in ("before", "after"))
@@ -290,6 +299,13 @@ class Measures:
                 f"the model lost {forgotten:.4f} of {METRIC} on the guard data, more than --max_forgetting "
                 f"{max_forgetting:g}; --merge_with parent, or --replay_data, keeps more of what it knew"
             )
+
+    def _warn_of_data(self, prefix: str, note: Callable[[str], None]) -> None:
+        name = "guard data" if prefix else "evaluation data"
+        for found in self.found[f"{prefix}after"].notes:
+            note(f"{name}: {found}")
+        if all(self.found[prefix + stage].metrics[METRIC] == 0 for stage in ("before", "after")):
+            note(f"{name}: {METRIC} is 0 before and after, which judges neither model: is it about these passages?")
 
     def _change(self, prefix: str) -> float:
         if f"{prefix}before" not in self.found:

@@ -14,12 +14,13 @@ import numpy as np
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io import progress_bar
 from ultrarag.mining.choice import Job, RerankerVeto, choose, fill
-from ultrarag.mining.pool import MiningSources
+from ultrarag.mining.pool import MiningSources, say_blank
 from ultrarag.mining.prepared import check_heads, prepare
 from ultrarag.mining.report import MiningReport
 from ultrarag.mining.search import BM25_HEAD, Asked, Found, MiningSearch, candidate_heads
 from ultrarag.mining.settings import MiningSettings
-from ultrarag.rows import BadRow, Row, parse_row
+from ultrarag.rows import BadRow, Row, parse_row, text_key
+from ultrarag.types import is_blank
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -77,7 +78,7 @@ def mine(
         UsageError: a setting cannot be used, or the pool is smaller than the range.
     """
     checked = [_checked(number, row) for number, row in enumerate(rows, 1)]
-    texts = None if pool is None else [text for text in pool if text.strip()]
+    texts = None if pool is None else _visible(pool)
     sources = MiningSources(lambda: checked, None if texts is None else lambda: texts)
     chosen = _settings(settings)
     found: list[Mined] = []
@@ -90,6 +91,13 @@ def mine(
             found += miner.mine(start, checked[start : start + WINDOW])
             bar.update(len(found) - start)
     return Mining([one.row for one in found], [one.counts for one in found], miner.report)
+
+
+def _visible(pool: Iterable[str]) -> list[str]:
+    given = list(pool)
+    kept = [text for text in given if not is_blank(text)]
+    say_blank(len(given) - len(kept), "the pool")
+    return kept
 
 
 def _checked(number: int, row: Any) -> Row:
@@ -188,7 +196,7 @@ class Miner:
             positives=row.pos,
             found=Found(found.numbers[low:], found.scores[low:], found.positive_scores),
             forbidden=self.prepared.positives_of(row.query),
-            query_number=int(texts.find([row.query])[0]),
+            query_numbers=texts.same(np.array([text_key(row.query)], np.uint64)),
             settings=self.settings,
             random=np.random.default_rng([self.settings.seed, number]),
             read=texts.read,

@@ -44,10 +44,10 @@ class Prepared:
     seconds: dict[str, float]
 
     def positives_of(self, query: str) -> np.ndarray:
-        """Numbers of the texts that any row names as a positive of this query."""
+        """Numbers of the texts that any row names as a positive of this query, with a title or without it."""
         wanted = np.uint64(text_key(query))
         first, last = (np.searchsorted(self.judged[:, 0], wanted, side) for side in ("left", "right"))
-        return self.texts.find_keys(self.judged[first:last, 1])
+        return self.texts.same(self.judged[first:last, 1])
 
     def close(self) -> None:
         """Close all files."""
@@ -148,7 +148,7 @@ def _copy(texts: Texts, vectors: Vectors, sources: MiningSources, progress: bool
     """Take over the vectors that a live index holds; its first passage with a text is the one that counts."""
     if (live := sources.live) is None or vectors.rows >= texts.pool:
         return
-    stored = (passage for passage in live.passages() if passage.content.strip())
+    stored = (passage for passage in live.passages() if not passage.blank)
     with progress_bar(texts.pool, "copy", "text", progress) as bar:
         while batch := list(islice(stored, _COPIED)):
             ids: list[str] = []
