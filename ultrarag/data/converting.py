@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,35 @@ def convert(
         written = out.state.setdefault("lines", [0] * len(targets))
         for place, value in rows:
             # rows that an earlier run wrote are made again, since lines depend on those before them
-            found = list(lines(checked_row(place, value)))
+            row = checked_row(place, value)
+            _count_lost(row, lines.holds, to, counts)
+            found = list(lines(row))
             report.rows += 1
             if report.rows > out.done:
                 _write(out, found, written)
-        if not report.rows:
-            raise DataError(f"there is no row in {', '.join(map(str, paths))}")
+        try:
+            _refuse_nothing(report, lines, paths)
+        except DataError:
+            out.advance(-out.done)  # nothing is worth going on with
+            raise
     report.files = {str(target): count for target, count in zip(targets, written, strict=True)}
     return report
+
+
+def _refuse_nothing(report: ConvertReport, lines: Any, paths: Sequence[str]) -> None:
+    """Raise DataError where there is nothing to write, with what was left out."""
+    if not report.rows:
+        left_out = "; ".join(f"{count} {reason}" for reason, count in report.left_out.items())
+        raise DataError(f"there is no row in {', '.join(map(str, paths))}" + (f" ({left_out})" if left_out else ""))
+    if isinstance(lines, ColumnLines):
+        lines.refuse_nothing(report.rows)
+
+
+def _count_lost(row: Row, holds: Collection[str] | None, to: str, counts: Counts) -> None:
+    """Count what of a row the target has no place for; None: it has one for everything."""
+    for name in row.model_fields_set.difference(holds) if holds is not None else ():
+        if getattr(row, name) not in (None, []):
+            counts[f"values of '{name}', for which {to} has no place"] += 1
 
 
 def _write(out: Any, lines: Sequence[tuple[int, str]], written: list[int]) -> None:
@@ -151,6 +172,8 @@ def _own_rows(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 class _RowLines:
     """Rows as they are."""
+
+    holds = None
 
     def __init__(self, path: str) -> None:
         self.files = [path]

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import groupby
 from typing import Any
 
-from ultrarag.data.converting_columns import Judged, grouped
+from ultrarag.data.converting_columns import Judged, count_unread, grouped
 from ultrarag.errors import DataError
 from ultrarag.rows import Counts, Row, checked_object, reading
 
 _KEYS = ("query", "pos", "neg", "pos_scores", "neg_scores")
+#: What grades the texts of `pos`: the first of these that a line has.
+_GRADES = ("pos_scores", "scores", "labels")
 
 
 def read_rag_retrieval_rows(
@@ -28,19 +30,26 @@ def read_rag_retrieval_rows(
     """
     with reading(paths, "convert") as items:
         lines = ((place, checked_object(place, raw)) for place, raw in items)
-        first = next(lines, None)
-        if first is None:
-            return
-        everything = chain([first], lines)
-        if "content" in first[1]:
-            points = (_hits(place, [value], value, threshold) for place, value in everything)
-            yield from grouped(points, counts)
-            return
-        for place, value in everything:
-            if "hits" in value:
-                yield from _hits(place, value["hits"], value, threshold).rows(counts)
+        for pointwise, part in groupby(lines, lambda line: "content" in line[1]):
+            if pointwise:
+                yield from grouped((_point(place, value, threshold, counts) for place, value in part), counts)
             else:
-                yield from _plain(place, value, threshold, counts)
+                for place, value in part:
+                    yield from _group(place, value, threshold, counts)
+
+
+def _point(place: str, value: dict[str, Any], threshold: float, counts: Counts) -> Judged:
+    count_unread(value, value.keys() - {"query", "content", "label"}, counts)
+    return _hits(place, [value], value, threshold)
+
+
+def _group(place: str, value: dict[str, Any], threshold: float, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
+    if "hits" in value:
+        count_unread(value, value.keys() - {"query", "hits"}, counts)
+        yield from _hits(place, value["hits"], value, threshold).rows(counts)
+    else:
+        count_unread(value, value.keys() - {*_KEYS, *_GRADES}, counts)
+        yield from _plain(place, value, threshold, counts)
 
 
 def _hits(place: str, hits: Any, value: Mapping[str, Any], threshold: float) -> Judged:
@@ -54,7 +63,7 @@ def _hits(place: str, hits: Any, value: Mapping[str, Any], threshold: float) -> 
 
 def _plain(place: str, value: dict[str, Any], threshold: float, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row like ours; one whose scores grade the texts of `pos` alone is divided by the threshold."""
-    scores = value.get("pos_scores", value.get("scores"))
+    scores = next((value[name] for name in _GRADES if name in value), None)
     if not scores or value.get("neg"):
         row = {key: value[key] for key in _KEYS if value.get(key) is not None}
         yield place, {**row, **({"pos_scores": scores} if scores and value.get("neg_scores") else {})}
@@ -71,6 +80,7 @@ class RagRetrievalLines:
 
     def __init__(self, path: str) -> None:
         self.files = [path]
+        self.holds = set(_KEYS)
 
     def __call__(self, row: Row) -> Iterator[tuple[int, str]]:
         """Yield (0, line)."""
