@@ -77,6 +77,14 @@ def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, name):
     assert str(caught.value).startswith("1 of 3 rows cannot be used")
 
 
+@pytest.mark.parametrize("blank", [" \n", "\u200b\ufeff", "\u3164", "\u2028\u200e"])
+def test_a_text_without_a_visible_character_is_empty(tmp_path, blank):
+    for row, name in (({**GOOD, "query": blank}, "query"), ({**GOOD, "neg": ["n", blank]}, r"neg\[1\]")):
+        with pytest.raises(DataError, match=f"'{name}' is empty"):
+            read_rows([write(tmp_path / "rows.jsonl", row)])
+    assert read_rows([write(tmp_path / "rows.jsonl", {**GOOD, "query": f"क्\u200d{blank}"})])
+
+
 def test_all_faults_of_a_row_are_named_at_once(tmp_path):
     path = write(tmp_path / "rows.jsonl", GOOD, {"query": "", "pos": [], "neg": [1]})
     with pytest.raises(DataError, match=r"'query' is empty; 'pos' is empty; 'neg\[0\]' must be text"):

@@ -56,13 +56,13 @@ def evaluate_run(
             their queries.
     """
     qrels = checked_qrels(qrels)
-    run = {str(query_id): {str(id): score for id, score in hits.items()} for query_id, hits in run.items()}
-    if run and not qrels.keys() & run.keys():
-        raise UsageError(f"the run answers none of the judged queries; it has '{next(iter(run))}' and others")
-    run, notes = _identical(qrels, run, ignore_identical_ids)
-    values = per_query(qrels, run, metrics)
+    named = {str(query_id): {str(id): score for id, score in hits.items()} for query_id, hits in run.items()}
+    if named and not qrels.keys() & named.keys():
+        raise UsageError(f"the run answers none of the judged queries; it has '{next(iter(named))}' and others")
+    kept, notes = _identical(qrels, named, ignore_identical_ids)
+    values = per_query(qrels, kept, metrics)
     means = {name: math.fsum(row[name] for row in values.values()) / len(values) for name in metrics}
-    return Evaluation(means, values, run, (*notes, *_none_judged(qrels, run)))
+    return Evaluation(means, values, kept, (*notes, *_none_judged(qrels, kept)))
 
 
 def _identical(

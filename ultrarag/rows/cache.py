@@ -159,8 +159,8 @@ def _remove_stale(folder: Path) -> None:
                 left.unlink()
 
 
-#: Counted up whenever what a row's columns mean changes: older caches are then built anew.
-SCHEMA_VERSION = 1
+#: Counted up whenever what a row's columns mean, or which rows are refused, changes: older caches are then built anew.
+SCHEMA_VERSION = 2
 
 _TEXTS = pa.list_(pa.string())
 _NUMBERS = pa.list_(pa.float64())

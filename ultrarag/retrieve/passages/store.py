@@ -109,7 +109,7 @@ class Store:
 
     def existing(self, ids: Sequence[str]) -> set[str]:
         """Return those of these ids that are passages; their texts are not read."""
-        found = set()
+        found: set[str] = set()
         with self.database.reading() as db:
             for chunk in _chunks(ids, _VARIABLES):
                 marks = ",".join("?" * len(chunk))
