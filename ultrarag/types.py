@@ -6,11 +6,16 @@ works on both through the operators that they share.
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
+
+from ultrarag.errors import UsageError
 
 #: What a text is to the model; some models prefix queries or passages with an instruction.
 Kind = Literal["query", "passage"]
@@ -238,6 +243,11 @@ class Passage:
         """What is encoded: title, newline, text; the text alone where there is no title."""
         return f"{self.title}\n{self.text}" if self.title else self.text
 
+    @property
+    def blank(self) -> bool:
+        """Neither title nor text has a visible character: it says nothing, and vectors put it near short queries."""
+        return is_blank(self.title) and is_blank(self.text)
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -248,6 +258,37 @@ class Hit:
     passage: Passage
     #: the score of each head (or retriever) before fusion
     scores: Mapping[str, float] = field(default_factory=dict)
+
+
+#: Characters that Unicode counts as letters, marks or symbols and that show nothing: fillers and variation selectors.
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0").union(map(chr, range(0xFE00, 0xFE10)))
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text has no visible character: only spaces, line breaks, controls, zero-width characters."""
+    return not any(_is_visible(character) for character in text)
+
+
+def _is_visible(character: str) -> bool:
+    # separators, controls and format characters; an unassigned character may be a newer Unicode's letter
+    kind = unicodedata.category(character)
+    return not (kind[0] == "Z" or kind in ("Cc", "Cf") or character in _INVISIBLE)
+
+
+def head_weights(weights: Any) -> dict[str, float]:
+    """Return the weights of heads, as given.
+
+    Raises:
+        UsageError: they are no mapping of heads to finite numbers.
+    """
+    if not isinstance(weights, Mapping):
+        names = [weights] if isinstance(weights, str) else list(weights) if isinstance(weights, list | tuple) else []
+        example = ", ".join(f"{name!r}: 1" for name in names) or "'dense': 1"
+        raise UsageError(f"weights is {weights!r}; it maps each head to a number, such as {{{example}}}")
+    for head, weight in weights.items():
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise UsageError(f"weights: '{head}' is {weight!r}; a weight is a finite number")
+    return dict(weights)
 
 
 def _numpy(array: Any) -> np.ndarray:

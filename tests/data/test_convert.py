@@ -54,6 +54,152 @@ def test_columns_are_named_or_an_error_says_how(tmp_path):
     assert read(tmp_path / "out.jsonl") == [{"query": "q", "pos": ["a"], "neg": ["b"]}]
 
 
+@pytest.mark.parametrize(
+    ("line", "options", "expected"),
+    [
+        (
+            {"question": "q", "answer": ["a", "b", "c"], "labels": [1, 0, 0]},
+            {"columns": ("question", "answer")},
+            {"query": "q", "pos": ["a"], "neg": ["b", "c"], "pos_scores": [1], "neg_scores": [0, 0]},
+        ),
+        (
+            {"query": "q", "passage": ["a", "b"], "scores": [0.2, 0.9]},
+            {},
+            {"query": "q", "pos": ["b"], "neg": ["a"], "pos_scores": [0.9], "neg_scores": [0.2]},
+        ),
+        (
+            {"query": "q", "document": ["a", "b"], "label": [False, True], "negative": "c"},
+            {},
+            {"query": "q", "pos": ["b"], "neg": ["a", "c"]},
+        ),
+        (
+            {"anchor": "q", "positive": "a", "negative_1": "b", "negative_2": "c", "score": [3.0, 1.0, 0.5]},
+            {},
+            {"query": "q", "pos": ["a"], "neg": ["b", "c"], "pos_scores": [3.0], "neg_scores": [1.0, 0.5]},
+        ),
+    ],
+)
+def test_labels_and_scores_split_a_list(tmp_path, line, options, expected):
+    report = convert(write(tmp_path / "in.jsonl", line), tmp_path / "out.jsonl", source_format="columns", **options)
+    assert read(tmp_path / "out.jsonl") == [expected]
+    assert report.left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"labels": [1, 0]}, "'labels' has 2 numbers for 3 texts"),
+        ({"labels": [1, 0, "no"]}, "'labels' is .* not a number or a list of numbers"),
+        ({"is_selected": [0, 1, 0]}, "'is_selected' has a number from 0 to 1 for each text of 'answer'"),
+    ],
+)
+def test_labels_that_split_nothing_are_named(tmp_path, more, said):
+    path = write(tmp_path / "in.jsonl", {"question": "q", "answer": ["a", "b", "c"], **more})
+    with pytest.raises(DataError, match=said):
+        convert(path, tmp_path / "out.jsonl", source_format="columns")
+
+
+def test_labels_of_rag_retrieval_split_a_list_too(tmp_path):
+    path = write(tmp_path / "in.jsonl", {"query": "q", "pos": ["a", "b"], "labels": [1, 0], "url": "x"})
+    report = convert(path, tmp_path / "out.jsonl", source_format="rag-retrieval")
+    assert (read(tmp_path / "out.jsonl")[0]["pos"], read(tmp_path / "out.jsonl")[0]["neg"]) == (["a"], ["b"])
+    assert report.left_out == {"values of 'url', which is not read": 1}
+
+
+def test_what_is_not_read_or_has_no_place_is_named_and_counted(tmp_path):
+    lines = [
+        {"query": "q", "positive": "a", "answer": "b", "url": "x", "negative_ids": ["n"]},
+        {"query": "r", "positive": "a", "negative": "c", "score": 0.2, "url": "y"},
+        {"query": "s", "positive": "a", "url": None},
+    ]
+    report = convert(write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl", source_format="columns")
+    counted = {"url": 2, "answer": 1, "negative_ids": 1, "score": 1}
+    assert report.left_out == {f"values of '{name}', which is not read": count for name, count in counted.items()}
+    assert "left out: 2 values of 'url', which is not read" in str(report)
+    path = write(tmp_path / "rows.jsonl", {**ROWS[0], "id": 7, "pos_scores": [1, 1], "neg_scores": [0, 0]})
+    for to, lost in (("beir", ["id", "pos_scores", "neg_scores"]), ("rag-retrieval", ["id"])):
+        report = convert(path, tmp_path / to, source_format="rows", target_format=to)
+        assert report.left_out == {f"values of '{name}', for which {to} has no place": 1 for name in lost}
+
+
+def test_every_line_has_its_own_columns(tmp_path):
+    lines = [
+        {"query": "q", "positive": "a"},
+        {"query": "r", "positive": "b", "negative": "c"},
+        {"question": "s", "answer": "d", "negative_1": "e", "negative_2": "f"},
+        {"query": "t", "positive": ["g", "h"], "labels": [1, 0]},
+        {"query": "t", "positive": "i"},
+    ]
+    report = convert(write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl", source_format="columns")
+    assert read(tmp_path / "out.jsonl") == [
+        {"query": "q", "pos": ["a"]},
+        {"query": "r", "pos": ["b"], "neg": ["c"]},
+        {"query": "s", "pos": ["d"], "neg": ["e", "f"]},
+        {"query": "t", "pos": ["g", "i"], "neg": ["h"]},
+    ]
+    assert report.left_out == {}
+    given = {"source_format": "columns", "columns": ("query", "positive", "negative"), "overwrite": True}
+    convert(write(tmp_path / "in.jsonl", *lines[:2]), tmp_path / "out.jsonl", **given)
+    assert read(tmp_path / "out.jsonl")[1]["neg"] == ["c"]
+    with pytest.raises(DataError, match="no line up to here has the column 'negative'"):
+        convert(write(tmp_path / "in.jsonl", lines[0]), tmp_path / "out.jsonl", **given)
+
+
+def test_lines_of_rag_retrieval_may_be_of_every_kind(tmp_path):
+    lines = [
+        {"query": "q", "pos": ["a"], "neg": ["b"]},
+        {"query": "r", "content": "c", "label": 1},
+        {"query": "r", "content": "d", "label": 0},
+        {"query": "s", "hits": [{"content": "e", "label": 1}]},
+    ]
+    convert(write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl", source_format="rag-retrieval")
+    assert [(row["pos"], row.get("neg")) for row in read(tmp_path / "out.jsonl")] == [
+        (["a"], ["b"]),
+        (["c"], ["d"]),
+        (["e"], None),
+    ]
+
+
+@pytest.mark.parametrize(("name", "mark"), [("in.tsv", "\t"), ("in.csv", ",")])
+def test_a_table_without_a_header(tmp_path, caplog, name, mark):
+    path = write(tmp_path / name, *(mark.join(line) for line in (("q", "a", "1"), ("q", "b", "0"), ("r", "c", "1.0"))))
+    convert(path, tmp_path / "out.jsonl")
+    assert [(row["query"], row["pos"], row.get("neg")) for row in read(tmp_path / "out.jsonl")] == [
+        ("q", ["a"], ["b"]),
+        ("r", ["c"], None),
+    ]
+    assert "there is no header; the columns are read as query, passage, label" in caplog.text
+    with pytest.raises(DataError, match="a table without a header needs one"):
+        convert(write(tmp_path / name, mark.join(("q", "a")), mark.join(("r", "b"))), tmp_path / "2.jsonl")
+    with pytest.raises(DataError, match="the header names 'positive' twice"):
+        convert(write(tmp_path / name, mark.join(("query", "positive", "positive"))), tmp_path / "2.jsonl")
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.jsonl"])
+def test_a_file_without_a_line_is_an_error_and_is_not_left(tmp_path, name):
+    path = write(tmp_path / "in.csv", "query,positive", "q,a", "r,b")
+    for layout in ({}, {"layout": "n-tuple", "negatives": 2}):
+        with pytest.raises(DataError, match="none of the 2 rows has the negatives that a line of the layout"):
+            convert(path, tmp_path / name, target_format="columns", **layout)
+    report = convert(path, tmp_path / name, target_format="columns", layout="pair")  # nothing is in the way
+    assert report.files[str(tmp_path / name)] == 2 + (not name.endswith("jsonl"))
+    scored = write(tmp_path / "scored.csv", "query,passage,score", "q,a,0.1")
+    with pytest.raises(DataError, match=r"there is no row in .*\(1 queries without a positive\)"):
+        convert(scored, tmp_path / "2.jsonl")
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\u200b"])
+def test_a_beir_folder_in_the_spellings_of_others_and_with_blank_passages(tmp_path, blank):
+    corpus = [{"id": "1", "contents": "baked"}, {"id": "2", "text": blank}, {"_id": "3", "text": blank, "title": "Hot"}]
+    write(tmp_path / "beir" / "corpus.jsonl", *corpus)
+    write(tmp_path / "beir" / "queries.jsonl", {"id": 7, "query": "what?"}, {"id": 8, "text": "void?"})
+    (tmp_path / "beir" / "qrels").mkdir()
+    write(tmp_path / "beir" / "qrels" / "train.tsv", "7\t1\t1.0", "7\t2\t1", "7\t3\t0", "8\t2\t1")
+    report = convert(tmp_path / "beir", tmp_path / "out.jsonl")
+    assert read(tmp_path / "out.jsonl") == [{"query": "what?", "pos": ["baked"], "neg": [f"Hot\n{blank}"], "id": "7"}]
+    assert report.left_out == {"judgements of blank passages": 2, "queries without a relevant passage": 1}
+
+
 def test_a_short_line_of_a_table_is_named(tmp_path):
     path = write(tmp_path / "in.csv", "query,positive", "q,a", "q2")
     with pytest.raises(DataError, match=r"in\.csv:3: not 2 fields"):

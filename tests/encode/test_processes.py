@@ -51,6 +51,15 @@ def test_every_head_comes_back(corpus, tiny_m3, tmp_path, monkeypatch):
     assert rows == len(TEXTS) == len(found)
 
 
+def test_blank_passages_are_left_out_and_counted(corpus, model, tmp_path, caplog):
+    lines = corpus.read_text().splitlines()[:4]
+    blank = [json.dumps({"_id": f"b{n}", "text": text}) for n, text in enumerate(["", " \n", "\u200b"])]
+    corpus.write_text("\n".join([blank[0], *lines[:2], *blank[1:], *lines[2:]]))
+    found = encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
+    assert (list(found.ids()), len(found)) == (["p0", "p1", "p2", "p3"], 4)
+    assert "3 blank passages of" in caplog.text
+
+
 def test_a_run_that_was_stopped_goes_on(corpus, model, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "CHUNK_TEXTS", 10)
     commit, commits = Shard.commit, []

@@ -139,6 +139,19 @@ def without_sparse(tiny_m3, tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("pairs", [["a", "b"], "ab", [("a",)], [("a", "b", "c")], [("a", "b"), ("a", 1)]])
+def test_what_is_no_pair_is_named(m3_encoder, pairs):
+    with pytest.raises((UsageError, DataError), match=r"pair|text"):
+        m3_encoder.score(pairs, weights={"dense": 1})
+    assert m3_encoder.score([["a", "b"]], weights={"dense": 1}).shape == (1,)
+
+
+@pytest.mark.parametrize("weights", ["dense", ["dense"], {"dense": "1"}, {"dense": float("nan")}, {"dense": True}])
+def test_weights_that_are_none_are_named(m3_encoder, weights):
+    with pytest.raises(UsageError, match=r"weights is .* maps each head|'dense' is .* a finite number"):
+        m3_encoder.score([("a", "b")], weights=weights)
+
+
 def test_head_without_weights_is_left_out_or_refused_never_made_up(without_sparse):
     encoder = Encoder.load(without_sparse, adapter="bgem3")
     assert encoder.heads == ("dense", "colbert")  # the other head's own file is still read

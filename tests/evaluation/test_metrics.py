@@ -69,6 +69,8 @@ def test_a_folder_without_splits_or_no_folder_says_so(tmp_path):
         ("queries", ['{"_id": "", "text": "x"}'], r"queries\.jsonl:1: '_id' is empty"),
         ("qrels", [QRELS[0], "q1\td1"], r"test\.tsv:2: 2 fields"),
         ("qrels", [QRELS[0], "q1\td1\thigh"], r"test\.tsv:2: the relevance 'high' is not a whole number"),
+        ("qrels", [QRELS[0], "q1\td1\t0.5"], r"test\.tsv:2: the relevance '0.5' is not a whole number"),
+        ("qrels", ["q1\td1\t0.5"], r"test\.tsv:1: the relevance '0.5' is not a whole number"),
         ("qrels", [QRELS[0], "q9\td1\t1"], r"test\.tsv:2: query 'q9' is not in queries"),
         ("qrels", [QRELS[0], "q1\td9\t1"], r"test\.tsv:2: passage 'd9' is not in corpus"),
         ("qrels", [*QRELS, "q1\td1\t2"], r"test\.tsv:4: 'q1' and 'd1' were judged before"),
@@ -91,12 +93,31 @@ def test_missing_and_undecodable_files_are_named(tmp_path):
 
 
 def test_write_beir_is_read_back(tmp_path):
-    corpus = [Passage("a", "text\u2028line", "标题", {"k": [1]}), Passage("b", "")]
+    corpus = [Passage("a", "text\u2028line", "标题", {"k": [1]}), Passage("b", "", "title")]
     write_beir(tmp_path, corpus, {"q": "Frage?"}, {"test": {"q": {"a": 2}}, "train": {"q": {"b": 1}}})
     collection = read_beir(tmp_path, "train")
     assert list(collection.corpus.values()) == corpus
     assert collection.qrels == {"q": {"b": 1}}
     assert json.loads((tmp_path / "queries.jsonl").read_text()) == {"_id": "q", "text": "Frage?"}
+
+
+def test_ids_and_relevances_in_the_spellings_of_others(tmp_path):
+    corpus = ['{"id": "d1", "contents": "one"}', '{"id": 2, "text": "two"}']
+    queries = ['{"id": 7, "query": "first"}']
+    collection = read_beir(write(tmp_path, corpus, queries, ["7\td1\t1.0", "7\t2\t 2e0"]))
+    assert (list(collection.corpus), collection.queries) == (["d1", "2"], {"7": "first"})
+    assert collection.qrels == {"7": {"d1": 1, "2": 2}}
+
+
+@pytest.mark.parametrize("blank", ["", "  \n", "\u200b"])
+def test_blank_passages_are_left_out_with_their_judgements_and_counted(tmp_path, caplog, blank):
+    corpus = [*CORPUS, json.dumps({"_id": "void", "text": blank}), json.dumps({"_id": "t", "text": "", "title": "T"})]
+    qrels = [*QRELS, "q1\tvoid\t1", "q2\tvoid\t1"]
+    collection = read_beir(write(tmp_path, corpus, qrels=qrels))
+    assert list(collection.corpus) == ["d1", "2", "t"]
+    assert (collection.qrels, list(collection.queries)) == ({"q1": {"d1": 1, "2": 0}}, ["q1"])
+    assert "1 of 4 passages of" in caplog.text
+    assert "with 2 judgements" in caplog.text
 
 
 # ---- metrics

@@ -13,9 +13,8 @@ from ultrarag.errors import DataError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
 from ultrarag.finetune.check import DataReport, note_findings
-from ultrarag.rows.checks.leaks import LeakChecks
 from ultrarag.rows.checks.lengths import Lengths, Sample, measure, steps_of
-from ultrarag.rows.checks.rows import Finding, RowChecks
+from ultrarag.rows.checks.rows import Finding, LeakChecks, RowChecks
 from ultrarag.rows.checks.texts import guessed_tokens, nearly_same, script, shingles
 
 LONG = "The oven is hot, and the dough rises once under the steam before the crust sets for a long time tonight."

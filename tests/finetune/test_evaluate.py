@@ -1,15 +1,20 @@
-"""Held-out data: what is searched, how deep, and in which order of equal scores."""
+"""Held-out data: what is searched, how deep, in which order of equal scores; what judges nothing is named."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ultrarag import Encoder
 from ultrarag.errors import DataError
-from ultrarag.finetune.evaluate import Evaluator, read_rerank_evaluator
+from ultrarag.evaluation import evaluate_run, write_beir
+from ultrarag.finetune.evaluate import Evaluator, Measures, read_evaluator, read_rerank_evaluator
+from ultrarag.types import Passage
 
 WORDS = [f"word {number}" for number in range(15)]
+CORPUS = [Passage(id, f"the {id} text") for id in ("a", "b", "c")]
 
 
 @pytest.mark.parametrize("heads", [("dense",), ("sparse",)])
@@ -50,3 +55,44 @@ def test_candidates_are_a_querys_own_and_equal_scores_count_against_it():
     assert evaluator.where == "1 queries, each with its own candidates"
     with pytest.raises(DataError, match="no query with 'neg'"):
         read_rerank_evaluator(rows[1:2])
+
+
+def test_data_without_a_relevant_passage_is_refused(tmp_path):
+    write_beir(tmp_path, CORPUS, {"q": "x"}, {"test": {"q": {"a": 0, "b": -1}}})
+    with pytest.raises(DataError, match="has no query with a relevant passage"):
+        read_evaluator(str(tmp_path), None, None)
+    with pytest.raises(DataError, match=r"'pos\[0\]' is empty"):
+        read_evaluator([{"query": "q", "pos": ["\u200b"]}], None, None)
+
+
+def test_blank_passages_of_a_folder_are_not_searched(tmp_path, caplog):
+    write_beir(tmp_path, [*CORPUS, Passage("void", " \u200b")], {"q": "x"}, {"test": {"q": {"a": 1, "void": 1}}})
+    found = read_evaluator(str(tmp_path), None, None)
+    assert (list(found.corpus), found.qrels) == (["a", "b", "c"], {"q": {"a": 1}})
+    assert "1 of 4 passages" in caplog.text
+
+
+def notes(before: dict[str, Any], after: dict[str, Any], qrels: dict[str, Any]) -> list[str]:
+    """What a run says of these two runs."""
+    evaluator = Evaluator({"a": "x"}, dict.fromkeys(qrels, "q"), qrels)
+    sides = {"before": evaluate_run(qrels, before), "after": evaluate_run(qrels, after)}
+    said: list[str] = []
+    Measures(evaluator, None, sides).warn(0.1, said.append)
+    return said
+
+
+def test_what_judges_neither_model_is_noted():
+    assert notes({"q": {"b": 1.0}}, {"q": {"b": 1.0, "c": 0.5}}, {"q": {"a": 1, "b": 0}}) == [
+        "evaluation data: nDCG@10 is 0 before and after, which judges neither model: is it about these passages?"
+    ]
+    assert notes({"q": {"a": 1.0}}, {"q": {"a": 1.0}}, {"q": {"a": 1}}) == []
+
+
+def test_a_query_that_is_a_passage_is_noted_and_can_be_ignored(m3_encoder):
+    assert (
+        "the passage that has their own id" in notes({"a": {"a": 1.0}}, {"a": {"a": 2.0, "b": 1.0}}, {"a": {"b": 1}})[0]
+    )
+    evaluator = Evaluator({p.id: p.text for p in CORPUS}, {"a": "the a text"}, {"a": {"b": 1}})
+    assert "a" in evaluator.evaluate(m3_encoder, ("dense",)).run["a"]
+    evaluator.ignore_identical_ids = True
+    assert sorted(evaluator.evaluate(m3_encoder, ("dense",)).run["a"]) == ["b", "c"]

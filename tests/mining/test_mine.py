@@ -380,7 +380,7 @@ def test_a_live_index_gives_its_passages_and_vectors(tmp_path, m3_encoder, monke
     settings = MiningSettings(range=(0, 60), negatives=8, weights=M3)
     mine_in_files(rows, tmp_path / "a.jsonl", m3_encoder, settings, candidate_pool=pool)
     with LiveIndex.create(tmp_path / "kb", m3_encoder, backend="numpy") as live:
-        live.add({"id": f"{number % 2}-{number}", "text": text} for number, text in enumerate([*POOL, POOL[0], ""]))
+        live.add({"id": f"{number % 2}-{number}", "text": text} for number, text in enumerate([*POOL, POOL[0]]))
         encoded = []
         kept = m3_encoder.iter_encode
         monkeypatch.setattr(
@@ -389,6 +389,43 @@ def test_a_live_index_gives_its_passages_and_vectors(tmp_path, m3_encoder, monke
         mine_in_files(rows, tmp_path / "b.jsonl", m3_encoder, settings, live=live)
     assert [text for kind, text in encoded if kind == "passage"] == ["bread rises in steam"]
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("positive", "passage"),
+    [
+        ("Milvus is a vector database.", "Milvus\nMilvus is a vector database."),
+        ("Milvus\nMilvus is a vector database.", "Milvus is a vector database."),
+        ("MILVUS  is a vector database.", "About it\nMilvus is a vector\ndatabase."),
+        ("Qdrant\nMilvus is a vector database.", "Milvus\nMilvus is a vector database."),
+    ],
+)
+def test_a_positive_is_known_with_and_without_its_title(minilm_encoder, positive, passage):
+    rows = [{"query": "what is milvus?", "pos": [positive]}]
+    pool = [passage, "A page\nWhat is  Milvus?", "Kites are birds."]
+    settings = {"range": (0, 3), "negatives": 3, "near_duplicate": None}
+    found = mine(rows, minilm_encoder, pool, sampling="hardest", **settings)
+    assert found.rows[0]["neg"] == ["Kites are birds."]
+    assert found.counts[0]["positive"] == found.counts[0]["query"] == 1
+
+
+def test_a_near_duplicate_is_known_with_and_without_its_title(minilm_encoder):
+    text = "milvus is a fast open vector database for search over embeddings of all kinds"
+    title = "a title of seven words and one"
+    rows = [{"query": "what is milvus?", "pos": [f"{text} today"]}]
+    found = mine(rows, minilm_encoder, [f"{title}\n{text} now", "Kites are birds."], range=(0, 2), negatives=2)
+    assert (found.rows[0]["neg"], found.counts[0]["near_duplicate"]) == (["Kites are birds."], 1)
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\u200b\ufeff"])
+def test_blank_candidates_are_left_out_and_counted(files, m3_encoder, caplog, blank):
+    rows, pool, output = files
+    write_lines(pool, [{"text": blank}, {"text": blank, "title": "a title alone"}, *({"text": text} for text in POOL)])
+    report = mine_in_files(rows, output, m3_encoder, SETTINGS, candidate_pool=pool)
+    assert report.pool == len(set(POOL)) + 1
+    assert "1 blank passages of" in caplog.text
+    mine(ROWS, m3_encoder, [blank, *POOL], range=(0, 10), negatives=1)
+    assert "1 blank passages of the pool" in caplog.text
 
 
 def test_bad_rows_and_candidates_name_their_line(files, m3_encoder):

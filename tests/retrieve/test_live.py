@@ -100,7 +100,7 @@ def test_passages_of_any_size_and_ids_of_any_form(live: LiveIndex) -> None:
         Passage("日本/語", "向量数据库"),
         Passage("nul\0id", "nul \0 byte"),
         Passage("long", "word " * 20_000),
-        Passage("empty", ""),
+        Passage("title alone", "", "Milvus"),
     ]
     live.add(odd)
     assert len(live) == 5
@@ -118,6 +118,16 @@ def test_a_refused_passage_is_named_and_the_batches_before_it_are_kept(live: Liv
         live.add(Passage("1", "x"))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="non-empty string"):
         live.delete([""])
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n", "\u200b\ufeff", "\u00ad\u2060\u200e", "\u3164", "\x00"])
+def test_a_blank_passage_is_refused_by_its_id_and_a_blank_query_finds_nothing(live: LiveIndex, blank: str) -> None:
+    for passage in (Passage("void", blank), Passage("void", blank, blank), {"id": "void", "text": blank}):
+        with pytest.raises(DataError, match="passage 'void' is blank"):
+            live.add([passage])
+    live.add([Passage("title", blank, "a title"), Passage("joined", f"क्\u200dष{blank}")])
+    assert len(live) == 2
+    assert live.search(blank, heads=["dense"]) == []
 
 
 def test_an_empty_index_and_an_empty_query_find_nothing(live: LiveIndex) -> None:
@@ -172,6 +182,10 @@ def test_a_head_with_weight_0_is_left_out(live: LiveIndex) -> None:
         ({"heads": []}, "names none"),
         ({"weights": {"dense": 0}}, "all are 0"),
         ({"weights": {"dense": -1}}, "'dense' is -1"),
+        ({"weights": "dense"}, "weights is 'dense'; it maps each head to a number, such as {'dense': 1}"),
+        ({"weights": ["dense", "bm25"]}, "such as {'dense': 1, 'bm25': 1}"),
+        ({"weights": {"dense": "1"}}, "'dense' is '1'; a weight is a finite number"),
+        ({"heads": ["dense"], "weights": "dense"}, "weights is 'dense'"),
         ({"heads": ["dense"], "weights": {"bm25": 1}}, "no head 'bm25'"),
         ({"heads": ["dense"], "k": 0}, "k is 0"),
         ({"weights": EVERY, "fusion": "sum"}, "fusion is 'sum'"),
@@ -235,6 +249,13 @@ def test_evaluate_and_rerank(live: LiveIndex, tiny) -> None:
     assert found == live.evaluate(queries, qrels, ["nDCG@10", "Recall@5"], heads=["dense"])
     with pytest.raises(UsageError, match="'q0'"):
         live.evaluate({}, qrels)
+    same = live.evaluate({"p1": passages[1].text}, {"p1": {"p2": 1}}, ["MRR@10"], heads=["dense"])
+    ignored = live.evaluate(
+        {"p1": passages[1].text}, {"p1": {"p2": 1}}, ["MRR@10"], heads=["dense"], ignore_identical_ids=True
+    )
+    assert "1 of 1 queries found the passage that has their own id" in same.notes[0]
+    assert list(ignored.run["p1"]) == [id for id in same.run["p1"] if id != "p1"]
+    assert ignored.metrics["MRR@10"] > same.metrics["MRR@10"]
     hits = live.search("fast train", k=10, heads=["bm25"])
     ranked = rerank(tiny, "fast train", hits, weights={"colbert": 1})
     assert [hit.score for hit in ranked] == sorted((hit.score for hit in ranked), reverse=True)
@@ -455,6 +476,34 @@ def test_the_gate_lets_through_what_is_as_good(live: LiveIndex, other, quick_bui
     assert not flip.new.forced
     assert flip.verdict is not None
     assert (flip.verdict.old, flip.verdict.new) == (1.0, 1.0)
+
+
+def test_a_gate_that_judges_nothing_lets_nothing_through(live: LiveIndex, tiny_m3: str, quick_builds) -> None:
+    live.add(Passage(f"doc{n}#0", text_of(n), metadata={"n": n}) for n in range(20))
+    new = live.build(scrambled(tiny_m3))
+    queries = {"q": text_of(7)}
+    for wrong in ({"doc7": 1}, {"DOC7#0": 1, "doc8": 1}, {"doc7#0": 0}):
+        with pytest.raises(DataError, match=r"none of the \d relevant passages is in the index|no passage is relevant"):
+            live.swap(new, (queries, {"q": wrong}), heads=["dense"])
+        with pytest.raises(DataError, match=r"none of the \d relevant passages is in the index|no passage is relevant"):
+            live.evaluate(queries, {"q": wrong}, heads=["dense"])
+    gate = (queries, {"q": ["doc7#0"]})
+    options = {"heads": ["dense"], "filter": {"n": 3}}  # so that both models miss the passage
+    with pytest.raises(GateError, match=r"nDCG@10 is 0 for it and for the live one"):
+        live.swap(new, gate, **options)
+    assert live.status()["live"]["id"] == 1
+    assert live.swap(new, gate, force=True, **options).new.forced
+
+
+def test_relevant_passages_that_are_missing_are_counted(live: LiveIndex, other, quick_builds) -> None:
+    live.add(corpus(20))
+    gate = ({"q1": text_of(7), "q2": "x"}, {"q1": {"p7": 1, "p8#1": 1}, "q2": {"p9#0": 1}})
+    flip = live.swap(live.build(other), gate, heads=["dense"])
+    wanted = "2 of 3 relevant passages are not in the index, 'p8#1' for one, and cannot be found; 1 of 2 queries"
+    assert flip.verdict is not None
+    assert wanted in flip.verdict.notes[0]
+    assert wanted in live.evaluate(*gate, heads=["dense"]).notes[0]
+    assert wanted in read_status(live.path)["live"]["metrics"]["notes"][0]
 
 
 def test_an_unsound_generation_is_refused_even_by_force(live: LiveIndex, other, quick_builds, monkeypatch) -> None:

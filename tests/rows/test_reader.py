@@ -10,7 +10,7 @@ import pytest
 from tests.finetune.batches.planning import train_data
 from tests.rows.row_files import GOOD, write
 from ultrarag.errors import DataError
-from ultrarag.rows import json_lines as json_rows
+from ultrarag.rows import files
 from ultrarag.rows.files import find_files
 from ultrarag.rows.reader import read_eval_rows, read_rows
 
@@ -76,6 +76,14 @@ def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, name):
     assert f"{path}:3: " in str(caught.value)
     assert reason in str(caught.value)
     assert str(caught.value).startswith("1 of 3 rows cannot be used")
+
+
+@pytest.mark.parametrize("blank", [" \n", "\u200b\ufeff", "\u3164", "\u2028\u200e"])
+def test_a_text_without_a_visible_character_is_empty(tmp_path, blank):
+    for row, name in (({**GOOD, "query": blank}, "query"), ({**GOOD, "neg": ["n", blank]}, r"neg\[1\]")):
+        with pytest.raises(DataError, match=f"'{name}' is empty"):
+            read_rows([write(tmp_path / "rows.jsonl", row)])
+    assert read_rows([write(tmp_path / "rows.jsonl", {**GOOD, "query": f"क्\u200d{blank}"})])
 
 
 def test_all_faults_of_a_row_are_named_at_once(tmp_path):
@@ -153,7 +161,7 @@ def test_teacher_needs_scores_in_every_row(tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_a_json_list_is_read_like_lines(tmp_path, monkeypatch, indent, bom):
-    monkeypatch.setattr(json_rows, "_PIECE", 7)  # so that rows, escapes and characters cross the pieces
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 7)  # so that rows, escapes and characters cross the chunks
     rows = [{"query": f'ä {i} " ] \\', "pos": ["😀" * i]} for i in range(1, 30)]
     path = tmp_path / "rows.json"
     path.write_bytes(bom + b" \n" + json.dumps(rows, indent=indent, ensure_ascii=bool(bom)).encode())

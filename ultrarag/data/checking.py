@@ -12,7 +12,17 @@ from ultrarag.errors import UsageError
 from ultrarag.finetune import SAMPLE, DataReport, assembled
 from ultrarag.io import print_result
 from ultrarag.rows import BadRow, Dataset, Paths, file_paths, parse_row, reading
-from ultrarag.rows.checks import SHOWN, Finding, LeakChecks, RowChecks, Sample, counter, estimate, measure, steps_of
+from ultrarag.rows.checks import (
+    SHOWN,
+    Finding,
+    LeakChecks,
+    RowChecks,
+    Sample,
+    estimate,
+    measure,
+    steps_of,
+    token_counter,
+)
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -144,7 +154,7 @@ def _report(seen: _Seen, paths: list[str], plan: Plan, encoder: Encoder | None) 
     if pairs:  # what the reranker's lengths are without --max_len
         both = plan.query_max_len + plan.passage_max_len
         limits = {"query": plan.query_max_len + plan.passage_max_len // 4, "pair": both}
-    lengths = measure(rows, counter(encoder) if encoder else None, limits, pairs) if rows else []
+    lengths = measure(rows, token_counter(encoder) if encoder else None, limits, pairs) if rows else []
     report = assembled(seen.rows, seen.leaks, lengths, seen.count)
     report.files, report.bad = paths, seen.bad
     report.findings = [*_unusable(seen), *report.findings]

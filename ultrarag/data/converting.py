@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ultrarag.data.converting_beir import BeirLines, is_beir, read_beir_rows
-from ultrarag.data.converting_columns import LAYOUTS, ColumnLines, Judged, delimiter_of, grouped, read_column_rows
+from ultrarag.data.converting_columns import (
+    LAYOUTS,
+    ColumnLines,
+    Judged,
+    count_unread,
+    delimiter_of,
+    grouped,
+    read_column_rows,
+)
 from ultrarag.data.flags import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.io import identity, print_result, resumable
@@ -97,14 +105,35 @@ def convert(
         written = out.state.setdefault("lines", [0] * len(targets))
         for place, value in rows:
             # rows that an earlier run wrote are made again, since lines depend on those before them
-            found = list(lines(checked_row(place, value)))
+            row = checked_row(place, value)
+            _count_lost(row, lines.holds, to, counts)
+            found = list(lines(row))
             report.rows += 1
             if report.rows > out.done:
                 _write(out, found, written)
-        if not report.rows:
-            raise DataError(f"there is no row in {', '.join(map(str, paths))}")
+        try:
+            _refuse_nothing(report, lines, paths)
+        except DataError:
+            out.advance(-out.done)  # nothing is worth going on with
+            raise
     report.files = {str(target): count for target, count in zip(targets, written, strict=True)}
     return report
+
+
+def _refuse_nothing(report: ConvertReport, lines: Any, paths: Sequence[str]) -> None:
+    """Raise DataError where there is nothing to write, with what was left out."""
+    if not report.rows:
+        left_out = "; ".join(f"{count} {reason}" for reason, count in report.left_out.items())
+        raise DataError(f"there is no row in {', '.join(map(str, paths))}" + (f" ({left_out})" if left_out else ""))
+    if isinstance(lines, ColumnLines):
+        lines.refuse_nothing(report.rows)
+
+
+def _count_lost(row: Row, holds: Collection[str] | None, to: str, counts: Counts) -> None:
+    """Count what of a row the target has no place for; None: it has one for everything."""
+    for name in row.model_fields_set.difference(holds) if holds is not None else ():
+        if getattr(row, name) not in (None, []):
+            counts[f"values of '{name}', for which {to} has no place"] += 1
 
 
 def _write(out: Any, lines: Sequence[tuple[int, str]], written: list[int]) -> None:
@@ -153,6 +182,8 @@ def _own_rows(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
 #: neg_scores; graded: all texts in pos), pointwise lines (query, content, label), or groups (query, hits of content
 #: and label).
 _RAG_KEYS = ("query", "pos", "neg", "pos_scores", "neg_scores")
+#: What grades the texts of `pos`: the first of these that a line has.
+_GRADES = ("pos_scores", "scores", "labels")
 
 
 def _rag_retrieval_rows(paths: Sequence[str], threshold: float, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -163,19 +194,26 @@ def _rag_retrieval_rows(paths: Sequence[str], threshold: float, counts: Counts) 
     """
     with reading(paths, "convert") as items:
         lines = ((place, checked_object(place, raw)) for place, raw in items)
-        first = next(lines, None)
-        if first is None:
-            return
-        everything = chain([first], lines)
-        if "content" in first[1]:
-            points = (_hits(place, [value], value, threshold) for place, value in everything)
-            yield from grouped(points, counts)
-            return
-        for place, value in everything:
-            if "hits" in value:
-                yield from _hits(place, value["hits"], value, threshold).rows(counts)
+        for pointwise, part in groupby(lines, lambda line: "content" in line[1]):
+            if pointwise:
+                yield from grouped((_point(place, value, threshold, counts) for place, value in part), counts)
             else:
-                yield from _like_ours(place, value, threshold, counts)
+                for place, value in part:
+                    yield from _group(place, value, threshold, counts)
+
+
+def _point(place: str, value: dict[str, Any], threshold: float, counts: Counts) -> Judged:
+    count_unread(value, value.keys() - {"query", "content", "label"}, counts)
+    return _hits(place, [value], value, threshold)
+
+
+def _group(place: str, value: dict[str, Any], threshold: float, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
+    if "hits" in value:
+        count_unread(value, value.keys() - {"query", "hits"}, counts)
+        yield from _hits(place, value["hits"], value, threshold).rows(counts)
+    else:
+        count_unread(value, value.keys() - {*_RAG_KEYS, *_GRADES}, counts)
+        yield from _like_ours(place, value, threshold, counts)
 
 
 def _hits(place: str, hits: Any, value: Mapping[str, Any], threshold: float) -> Judged:
@@ -191,7 +229,7 @@ def _like_ours(
     place: str, value: dict[str, Any], threshold: float, counts: Counts
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row like ours; one whose scores grade the texts of `pos` alone is divided by the threshold."""
-    scores = value.get("pos_scores", value.get("scores"))
+    scores = next((value[name] for name in _GRADES if name in value), None)
     if not scores or value.get("neg"):
         row = {key: value[key] for key in _RAG_KEYS if value.get(key) is not None}
         yield place, {**row, **({"pos_scores": scores} if scores and value.get("neg_scores") else {})}
@@ -208,6 +246,7 @@ class _RagRetrievalLines:
 
     def __init__(self, path: str) -> None:
         self.files = [path]
+        self.holds = set(_RAG_KEYS)
 
     def __call__(self, row: Row) -> Iterator[tuple[int, str]]:
         """Yield (0, line)."""
@@ -217,6 +256,8 @@ class _RagRetrievalLines:
 
 class _RowLines:
     """Rows as they are."""
+
+    holds = None
 
     def __init__(self, path: str) -> None:
         self.files = [path]

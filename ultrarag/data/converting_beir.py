@@ -51,7 +51,8 @@ class _OnDisk(Generic[_Item]):
 def read_beir_rows(folder: str, split: str, counts: Counts) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) for every query of a split: relevant passages are `pos`, those judged 0 or less `neg`.
 
-    `counts` says how many queries have no relevant passage and give no row.
+    `counts` says how many queries have no relevant passage and give no row, and how many judgements are of blank
+    passages.
 
     Raises:
         DataError: a file is missing, or a line cannot be used, or names what is not there.
@@ -67,8 +68,12 @@ def read_beir_rows(folder: str, split: str, counts: Counts) -> Iterator[tuple[st
         judged.setdefault(query, {})[passage] = relevance
     with progress_bar(len(judged), "convert", "query") as bar:
         for query, relevant in judged.items():
-            pos = [corpus[id].content for id, grade in relevant.items() if grade > 0]
-            neg = [corpus[id].content for id, grade in relevant.items() if grade <= 0]
+            passages = {id: corpus[id] for id in relevant}
+            if blank := sum(passage.blank for passage in passages.values()):
+                counts["judgements of blank passages"] += blank
+            texts = {id: passage.content for id, passage in passages.items() if not passage.blank}
+            pos = [text for id, text in texts.items() if relevant[id] > 0]
+            neg = [text for id, text in texts.items() if relevant[id] <= 0]
             bar.update(1)
             if not pos:
                 counts["queries without a relevant passage"] += 1
@@ -88,6 +93,7 @@ class BeirLines:
     """
 
     def __init__(self, split: str) -> None:
+        self.holds = {"query", "pos", "neg"}
         self.files = ["corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv"]
         self._seen: set[int] = set()
         self._header = ["query-id\tcorpus-id\tscore"]

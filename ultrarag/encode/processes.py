@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -26,6 +27,8 @@ from ultrarag.retrieve.passages import PassageFile, passage_file
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def encode_corpus(
     if unknown:
         raise UsageError(f"the model has no head '{unknown[0]}' (it has {', '.join(encoder.heads)})")
     with passage_file(corpus) as passages:
+        if passages.blank:
+            log.warning("%d blank passages of '%s' are left out", passages.blank, passages.name)
         info = _info(encoder, passages, chosen, compression, len(devices))
         _prepare(folder, info, passages, overwrite)
         if len(devices) == 1:

@@ -23,7 +23,7 @@ from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
-from ultrarag.types import Embeddings, Kind, Tokens
+from ultrarag.types import Embeddings, Kind, Tokens, head_weights
 from ultrarag.untrusted import check_folder
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ class Encoder(TokenEncoder):
             return score_pairs(self, pairs, weights, normalize, **options)
         if normalize:
             raise UsageError("normalize is for cross-encoders, whose scores are logits; this model compares vectors")
-        if not pairs:
+        if isinstance(pairs, Sequence) and not pairs:
             return np.zeros(0, dtype=np.float32)
         chosen = self._weights(weights)
         encode = partial(self.encode, heads=tuple(chosen), **options)
@@ -269,8 +269,9 @@ class Encoder(TokenEncoder):
                 example = ", ".join(f"'{head}': 1" for head in self.heads)
                 raise UsageError(f"the model has several heads: say how they weigh, for example {{{example}}}")
             return {self.heads[0]: 1.0}
-        self.checked_heads(tuple(weights))
-        chosen = {head: weight for head, weight in weights.items() if weight != 0}
+        given = head_weights(weights)
+        self.checked_heads(tuple(given))
+        chosen = {head: weight for head, weight in given.items() if weight != 0}
         if not chosen:
             raise UsageError(f"all weights are 0: {weights}; at least one head must count")
         return chosen

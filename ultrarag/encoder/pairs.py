@@ -12,7 +12,7 @@ from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.tokens import check_texts, tokenized_windows
 from ultrarag.errors import PluginError, UsageError
 from ultrarag.io import progress_bar
-from ultrarag.types import Embeddings, Tokens
+from ultrarag.types import Embeddings, Tokens, head_weights
 
 #: Pairs tokenized and sorted by length together.
 WINDOW = 4096
@@ -98,7 +98,7 @@ def score_pairs(
     Raises:
         UsageError: weights, which one score does not have, or a pair that is none.
     """
-    if weights is not None and set(weights) != {"scores"}:
+    if weights is not None and set(head_weights(weights)) != {"scores"}:
         raise UsageError("a cross-encoder gives one score per pair: leave `weights` out")
     read = partial(
         tokenize_pairs, encoder, query_max_length=query_max_length, max_length=max_length, instruction=instruction
@@ -120,9 +120,13 @@ def _logistic(scores: np.ndarray) -> np.ndarray:
 
 
 def _sides(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    if isinstance(pairs, str):
+        raise UsageError(f"pairs is the text {pairs!r:.80}; give a list of (query, passage) pairs")
     for number, pair in enumerate(pairs):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise UsageError(f"pairs[{number}] is no (query, passage) pair: {pair!r:.80}")
+            raise UsageError(
+                f"pairs[{number}] is no (query, passage) pair: {pair!r:.80}; give a list such as [(query, passage)]"
+            )
     queries, passages = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     check_texts(queries)
     check_texts(passages)
@@ -140,8 +144,9 @@ def score_texts(
         encode: texts and their kind -> their vectors.
         similarity: vectors of queries and of passages -> scores, (queries, passages).
     """
-    left = {text: row for row, text in enumerate(dict.fromkeys(query for query, _ in pairs))}
-    right = {text: row for row, text in enumerate(dict.fromkeys(passage for _, passage in pairs))}
+    queries, passages = _sides(pairs)
+    left = {text: row for row, text in enumerate(dict.fromkeys(queries))}
+    right = {text: row for row, text in enumerate(dict.fromkeys(passages))}
     query, passage = encode(list(left), "query"), encode(list(right), "passage")
     by_query: dict[int, list[int]] = {}
     for number, (text, _) in enumerate(pairs):

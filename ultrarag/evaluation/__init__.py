@@ -12,7 +12,6 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.evaluation.formats import (
         Collection,
-        Qrels,
         judgements,
         parse_passage,
         parse_query,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
         significance,
         top_k,
     )
+    from ultrarag.evaluation.qrels import Qrels, checked_qrels, checked_queries, coverage
     from ultrarag.evaluation.results import (
         SHOWN,
         Evaluation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
 import re
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from ultrarag.errors import DataError, UsageError
+from ultrarag.evaluation.qrels import Qrels, checked_qrels, relevance
 from ultrarag.types import Passage
 
-#: query id -> passage id -> relevance; 0 and below is not relevant
-Qrels = Mapping[str, Mapping[str, int]]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class Collection:
 
 class _Row(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
-    id: str = Field(alias="_id", min_length=1)
+    id: str = Field(validation_alias=AliasChoices("_id", "id"), min_length=1)
 
 
 class _PassageRow(_Row):
-    text: str
+    text: str = Field(validation_alias=AliasChoices("text", "contents"))
     title: str | None = None
     metadata: dict[str, Any] | None = None
 
@@ -44,7 +45,7 @@ class _PassageRow(_Row):
 
 
 class _QueryRow(_Row):
-    text: str = Field(pattern=r"\S")
+    text: str = Field(validation_alias=AliasChoices("text", "query"), pattern=r"\S")
 
 
 _RowType = TypeVar("_RowType", bound=_Row)
@@ -53,7 +54,8 @@ _RowType = TypeVar("_RowType", bound=_Row)
 def read_beir(folder: str | Path, split: str = "test") -> Collection:
     """Read corpus.jsonl, queries.jsonl and qrels/{split}.tsv; `queries` are those that the split judges.
 
-    Ids may be numbers in the files and are strings here. Passages may be empty, queries may not.
+    Ids may be numbers in the files and are strings here; `id` is read as `_id`. Passages without a visible character
+    in title and text are left out with their judgements, and counted in a warning; queries may not be empty.
 
     Raises:
         DataError: a file is missing or a row is not usable (names file and line); the split does not exist
@@ -64,10 +66,30 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
     """
     folder = Path(folder)
     judged = qrels_file(folder, split)
-    corpus = {row.id: row.passage() for row in _read_rows(folder / "corpus.jsonl", _PassageRow)}
+    passages = {row.id: row.passage() for row in _read_rows(folder / "corpus.jsonl", _PassageRow)}
+    corpus = {id: passage for id, passage in passages.items() if not passage.blank}
     queries = {row.id: row.text for row in _read_rows(folder / "queries.jsonl", _QueryRow)}
-    qrels = _read_qrels(judged, queries, corpus)
+    qrels = _without_blank(_read_qrels(judged, queries, passages), passages, folder)
     return Collection(corpus, {query_id: queries[query_id] for query_id in qrels}, qrels)
+
+
+def _without_blank(
+    qrels: dict[str, dict[str, int]], passages: Mapping[str, Passage], folder: Path
+) -> dict[str, dict[str, int]]:
+    """Leave out what is judged of blank passages, and say how many there are."""
+    blank = {id for id, passage in passages.items() if passage.blank}
+    if not blank:
+        return qrels
+    kept = {query_id: {p: grade for p, grade in row.items() if p not in blank} for query_id, row in qrels.items()}
+    kept = {query_id: row for query_id, row in kept.items() if row}
+    lost = sum(map(len, qrels.values())) - sum(map(len, kept.values()))
+    log.warning(
+        "%d of %d passages of '%s' are blank, '%s' for one, and left out, with %d judgements on them",
+        *(len(blank), len(passages), folder, next(id for id in passages if id in blank), lost),
+    )
+    if not kept:
+        raise DataError(f"'{folder}' judges blank passages only: there is nothing to find")
+    return kept
 
 
 def qrels_file(folder: Path, split: str) -> Path:
@@ -139,15 +161,15 @@ def _reason(error: ValidationError) -> str:
 
 def _read_qrels(file: Path, queries: Mapping[str, str], corpus: Mapping[str, Passage]) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    for place, query_id, passage_id, relevance in judgements(file):
+    for place, query_id, passage_id, grade in judgements(file):
         if query_id not in queries:
             raise DataError(f"{place}: query '{query_id}' is not in queries.jsonl")
         if passage_id not in corpus:
             raise DataError(f"{place}: passage '{passage_id}' is not in corpus.jsonl")
         judged = qrels.setdefault(query_id, {})
-        if judged.get(passage_id, relevance) != relevance:
+        if judged.get(passage_id, grade) != grade:
             raise DataError(f"{place}: '{query_id}' and '{passage_id}' were judged before, and differently")
-        judged[passage_id] = relevance
+        judged[passage_id] = grade
     if not qrels:
         raise DataError(f"'{file}' holds no judgements")
     return qrels
@@ -160,11 +182,21 @@ def judgements(file: Path) -> Iterator[tuple[str, str, str, int]]:
         fields = line.rstrip("\r\n").split("\t")
         if len(fields) != 3:
             raise DataError(f"{place}: {len(fields)} fields; expected query-id, corpus-id, score, separated by tabs")
-        if re.fullmatch(r"\s*-?\d+\s*", fields[2]):
-            yield place, fields[0], fields[1], int(fields[2])
-        elif not header_possible:
-            raise DataError(f"{place}: the relevance '{fields[2]}' is not a whole number")
+        try:
+            grade = relevance(fields[2])
+        except ValueError:
+            if not header_possible or _is_number(fields[2]):
+                raise DataError(f"{place}: the relevance '{fields[2].strip()}' is not a whole number") from None
+        else:
+            yield place, fields[0], fields[1], grade
         header_possible = False
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def write_beir(
@@ -183,7 +215,7 @@ def write_beir(
         with (folder / "qrels" / f"{split}.tsv").open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)
             table.writerow(["query-id", "corpus-id", "score"])
-            table.writerows([q, p, relevance] for q, judged in qrels.items() for p, relevance in judged.items())
+            table.writerows([q, p, grade] for q, judged in checked_qrels(qrels).items() for p, grade in judged.items())
 
 
 # ---- TREC runs

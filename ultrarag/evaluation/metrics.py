@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ultrarag.errors import UsageError, did_you_mean
-from ultrarag.evaluation.formats import Qrels
+from ultrarag.evaluation.qrels import Qrels, checked_qrels
 
 #: query id -> passage id -> score; the higher the better
 Run = Mapping[str, Mapping[str, float]]
@@ -62,6 +62,7 @@ def per_query(qrels: Qrels, run: Run, names: Sequence[str] = DEFAULT_METRICS) ->
 
     if not qrels:
         raise UsageError("there are no qrels to evaluate with")
+    qrels = checked_qrels(qrels)
     measures = {name: ir_measures.parse_measure(_measure(name)) for name in names}
     ranked = _ranked(qrels, run)
     values = {query_id: dict.fromkeys(names, 0.0) for query_id in qrels}

@@ -18,9 +18,9 @@ from ultrarag.rows.checks import (
     Lengths,
     RowChecks,
     Sample,
-    counter,
     described_scripts,
     measure,
+    token_counter,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def check_rows(
         sample.add(row.query, [*row.pos, *row.neg])
         if leaks:
             leaks.add(row.source, row.query, row.pos)
-    measured = measure(sample.within(SAMPLE_BEFORE_TRAINING[1]), counter(encoder), limits, "pair" in limits)
+    measured = measure(sample.within(SAMPLE_BEFORE_TRAINING[1]), token_counter(encoder), limits, "pair" in limits)
     note_findings(assembled(checks, leaks, measured, len(data)), note)
 
 

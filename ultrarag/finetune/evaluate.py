@@ -47,6 +47,8 @@ class HeldOut:
     queries: Mapping[str, str]
     #: query id -> passage id -> relevance
     qrels: Mapping[str, Mapping[str, int]]
+    #: leave out the passage whose id is the query's own, unless it is judged relevant
+    ignore_identical_ids: bool = field(default=False, kw_only=True)
 
     def search(self, encoder: Encoder, heads: tuple[str, ...], depth: int) -> dict[str, dict[str, float]]:
         """The best passages of each judged query: query id -> passage id -> score, best first."""
@@ -60,7 +62,8 @@ class HeldOut:
         self, encoder: Encoder, heads: tuple[str, ...], metrics: Sequence[str] = DEFAULT_METRICS
     ) -> Evaluation:
         """Search, and compare what is found with the qrels; in a distributed run every rank encodes its share."""
-        return evaluate_run(self._judgements(), self.search(encoder, heads, deepest(metrics)), metrics)
+        run = self.search(encoder, heads, deepest(metrics) + self.ignore_identical_ids)
+        return evaluate_run(self._judgements(), run, metrics, ignore_identical_ids=self.ignore_identical_ids)
 
     def measured(self, before: Evaluation, after: Evaluation) -> Measured:
         """Two evaluations compared, with the texts that a reader wants to see."""
@@ -69,7 +72,7 @@ class HeldOut:
 
     @property
     def judged(self) -> list[str]:
-        """The queries for which something is relevant."""
+        """The queries for which something is judged."""
         return [key for key in self.queries if self.qrels.get(key)]
 
     @property
@@ -194,8 +197,9 @@ def read_evaluator(
         queries, qrels = collection.queries, collection.qrels
     else:
         corpus, queries, qrels = read_eval_rows(_sources(eval_data))
-    if not any(qrels.get(key) for key in queries):
-        raise DataError(f"{name} {eval_data if isinstance(eval_data, str) else ''} has no query with a judgement")
+    if not any(grade > 0 for key in queries for grade in qrels.get(key, {}).values()):
+        given = f" {eval_data}" if isinstance(eval_data, str) else ""
+        raise DataError(f"{name}{given} has no query with a relevant passage")
     return Evaluator(corpus, queries, qrels, query_max_length, passage_max_length)
 
 
@@ -306,7 +310,10 @@ class Measures:
         return {stage: dict(evaluation.metrics) for stage, evaluation in self.found.items()}
 
     def warn(self, max_forgetting: float, note: Callable[[str], None]) -> None:
-        """Note what got worse."""
+        """Note what got worse, and what the numbers leave out."""
+        for prefix, held_out in (("", self.domain), (GUARD, self.guard)):
+            if held_out and f"{prefix}after" in self.found:
+                self._warn_of_data(prefix, note)
         if self._change("") < 0:
             before, after = (self.found[stage].metrics[MAIN_METRIC] for stage in ("before", "after"))
             note(
@@ -318,6 +325,15 @@ class Measures:
             note(
                 f"the model lost {forgotten:.4f} of {MAIN_METRIC} on the guard data, more than --max_forgetting "
                 f"{max_forgetting:g}; --merge_with parent, or --replay_data, keeps more of what it knew"
+            )
+
+    def _warn_of_data(self, prefix: str, note: Callable[[str], None]) -> None:
+        name = "guard data" if prefix else "evaluation data"
+        for found in self.found[f"{prefix}after"].notes:
+            note(f"{name}: {found}")
+        if all(self.found[prefix + stage].metrics[MAIN_METRIC] == 0 for stage in ("before", "after")):
+            note(
+                f"{name}: {MAIN_METRIC} is 0 before and after, which judges neither model: is it about these passages?"
             )
 
     def _change(self, prefix: str) -> float:

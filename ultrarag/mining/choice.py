@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultrarag.errors import DataError
+from ultrarag.mining.pool import without_title
 from ultrarag.mining.search import Found
 from ultrarag.mining.settings import MiningSettings
 from ultrarag.rows.checks import nearly_same, shingles
@@ -43,8 +44,8 @@ class Job:
     found: Found
     #: numbers of texts that are positives of this query anywhere
     forbidden: np.ndarray
-    #: number of the query's own text; -1 where no text is the query
-    query_number: int
+    #: numbers of texts that are the query, with a title or without one
+    query_numbers: np.ndarray
     settings: MiningSettings
     random: np.random.Generator
     read: Callable[[int], str]
@@ -94,7 +95,7 @@ class Job:
         """Numbers of candidates that may be drawn; the others are counted."""
         numbers, scores = self.found.numbers, self.found.scores
         positive = np.isin(numbers, self.forbidden)
-        query = ~positive & (numbers == self.query_number)
+        query = ~positive & np.isin(numbers, self.query_numbers)
         close = ~positive & ~query & (scores > self.settings.limit(self.positive_score))
         for reason, refused in (("positive", positive), ("query", query), ("margin", close)):
             self.counts[reason] = int(refused.sum())
@@ -110,12 +111,12 @@ class Job:
         least = self.settings.near_duplicate
         if least is None:
             return False
-        mine = shingles(text)
-        return any(nearly_same(mine, theirs, least) for theirs in self._shingles)
+        mine = {shingles(text), shingles(without_title(text))}
+        return any(nearly_same(one, theirs, least) for one in mine for theirs in self._shingles)
 
     @cached_property
-    def _shingles(self) -> list[frozenset[object]]:
-        return [shingles(text) for text in self.positives]
+    def _shingles(self) -> set[frozenset[object]]:
+        return {shingles(part) for text in self.positives for part in (text, without_title(text))}
 
 
 def choose(jobs: Sequence[Job], veto: Veto | None = None) -> None:
@@ -140,7 +141,7 @@ def fill(job: Job, pool: int) -> None:
     misses = 0
     while job.lacking > 0 and misses < 20:
         number = int(job.random.integers(pool))
-        held = number in job.chosen or number in job.forbidden or number == job.query_number
+        held = number in job.chosen or number in job.forbidden or number in job.query_numbers
         if held or job._nearly_positive(job.read(number)):
             misses += 1
             continue

@@ -16,11 +16,12 @@ import numpy as np
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.io import Output, identity, progress_bar, resumable, write_json
 from ultrarag.mining.choice import Job, RerankerVeto, choose, fill
-from ultrarag.mining.pool import MiningSources, pool_file, prepare, read_pool
+from ultrarag.mining.pool import MiningSources, pool_file, prepare, read_pool, say_blank
 from ultrarag.mining.report import MiningReport
 from ultrarag.mining.search import BM25_HEAD, Asked, Found, MiningSearch, candidate_heads
 from ultrarag.mining.settings import MiningSettings
-from ultrarag.rows import BadRow, Paths, Row, checked_row, file_paths, parse_row, raw_rows, reading
+from ultrarag.rows import BadRow, Paths, Row, checked_row, file_paths, parse_row, raw_rows, reading, text_key
+from ultrarag.types import is_blank
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -79,7 +80,7 @@ def mine(
         UsageError: a setting cannot be used, or the pool is smaller than the range.
     """
     checked = [_checked(number, row) for number, row in enumerate(rows, 1)]
-    texts = None if pool is None else [text for text in pool if text.strip()]
+    texts = None if pool is None else _visible(pool)
     sources = MiningSources(lambda: checked, None if texts is None else lambda: texts)
     chosen = _settings(settings)
     found: list[Mined] = []
@@ -92,6 +93,13 @@ def mine(
             found += miner.mine(start, checked[start : start + CHUNK_ROWS])
             bar.update(len(found) - start)
     return Mining([one.row for one in found], [one.counts for one in found], miner.report)
+
+
+def _visible(pool: Iterable[str]) -> list[str]:
+    given = list(pool)
+    kept = [text for text in given if not is_blank(text)]
+    say_blank(len(given) - len(kept), "the pool")
+    return kept
 
 
 def mine_files(
@@ -296,7 +304,7 @@ class Miner:
             positives=row.pos,
             found=Found(found.numbers[low:], found.scores[low:], found.positive_scores),
             forbidden=self.prepared.positives_of(row.query),
-            query_number=int(texts.find([row.query])[0]),
+            query_numbers=texts.same(np.array([text_key(row.query)], np.uint64)),
             settings=self.settings,
             random=np.random.default_rng([self.settings.seed, number]),
             read=texts.read,

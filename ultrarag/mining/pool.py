@@ -5,6 +5,7 @@ A killed preparation of the folder goes on where it was.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -25,11 +26,13 @@ from ultrarag.errors import DataError
 from ultrarag.io import Vectors, progress_bar, replacing, write_json
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.rows import BadJson, Row, raw_rows, text_key
-from ultrarag.types import Passage
+from ultrarag.types import Passage, is_blank
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
     from ultrarag.retrieve import LiveIndex
+
+log = logging.getLogger(__name__)
 
 #: Texts of a block with ColBERT's many vectors per text.
 COLBERT_CHUNK_TEXTS = 256
@@ -47,11 +50,12 @@ class _PoolRow(BaseModel):
 def read_pool(path: str | os.PathLike[str]) -> Iterator[Passage]:
     """Yield the passages of a pool: a JSONL file (or list) with `text` and maybe `title` and `id`, or a BEIR folder.
 
-    Empty ones are left out, and an id may be missing: it is empty then.
+    Blank ones are left out, and counted in a warning; an id may be missing: it is empty then.
 
     Raises:
         DataError: names file and line of what cannot be used.
     """
+    blank = 0
     for place, raw in raw_rows(str(pool_file(path))):
         if isinstance(raw, BadJson):
             raise DataError(f"{place}: {raw}")
@@ -60,8 +64,17 @@ def read_pool(path: str | os.PathLike[str]) -> Iterator[Passage]:
         except ValidationError as error:
             raise DataError(f"{place}: a passage is a JSON object with 'text': {_reason(error)}") from None
         passage = Passage(row.id, row.text, row.title or "")
-        if passage.content.strip():
+        if passage.blank:
+            blank += 1
+        else:
             yield passage
+    say_blank(blank, f"'{path}'")
+
+
+def say_blank(count: int, where: str) -> None:
+    """Say how many blank passages are no candidates."""
+    if count:
+        log.warning("%d blank passages of %s are left out of the pool", count, where)
 
 
 def pool_file(path: str | os.PathLike[str]) -> Path:
@@ -96,7 +109,7 @@ class MiningSources:
     def pool_texts(self) -> Iterator[str]:
         """The candidates."""
         if self.live is not None:
-            yield from (passage.content for passage in self.live.passages() if passage.content.strip())
+            yield from (passage.content for passage in self.live.passages() if not passage.blank)
         elif self.pool is not None:
             yield from self.pool()
         else:
@@ -118,8 +131,14 @@ class MiningSources:
 
     def _note(self, row: Row) -> None:
         query = text_key(row.query)
-        for text in row.pos:
-            self.judged.extend((query, text_key(text)))
+        for key in dict.fromkeys(key for text in row.pos for key in (text_key(text), text_key(without_title(text)))):
+            self.judged.extend((query, key))
+
+
+def without_title(text: str) -> str:
+    """A passage's text as `Passage.content` writes it, title first, without the title: what follows the first line."""
+    _, _, body = text.partition("\n")
+    return text if is_blank(body) else body
 
 
 _TEXTS, _TABLE = "texts.bin", "texts.npz"
@@ -133,6 +152,8 @@ class Texts:
             #: where each text begins and ends in the file, (texts,) int64
             self.starts, self.ends = table["starts"], table["ends"]
             self._keys, self._numbers = table["keys"], table["numbers"]
+            #: keys of the texts without their titles, ascending, and whose they are
+            self._bodies, self._body_numbers = table["bodies"], table["body_numbers"]
             #: the first so many are candidates; those after them are positives that the pool lacks
             self.pool = int(table["pool"])
             #: texts of the pool that were there before
@@ -142,20 +163,23 @@ class Texts:
     @classmethod
     def write(cls, folder: Path, pool: Iterable[str], others: Iterable[str]) -> Texts:
         """Store the texts of the pool and, after them, others; the first of several equal ones is kept."""
-        ends, keys = array("q"), array("Q")
+        ends, keys, bodies = array("q"), array("Q"), array("Q")
         with open(folder / _TEXTS, "wb") as file:
-            _append(file, pool, ends, keys)
+            _append(file, pool, ends, keys, bodies)
             given = len(ends)
-            _append(file, others, ends, keys)
+            _append(file, others, ends, keys, bodies)
             file.flush()
             os.fsync(file.fileno())
-        _write_table(folder, np.array(ends), np.array(keys), given)
+        _write_table(folder, np.array(ends), np.array(keys), np.array(bodies), given)
         return cls(folder)
 
     @classmethod
     def open(cls, folder: Path) -> Texts | None:
-        """The texts that `write` finished there; None where it did not."""
-        return cls(folder) if (folder / _TABLE).is_file() else None
+        """The texts that `write` finished there; None where it did not, or an older version did."""
+        try:
+            return cls(folder)
+        except (FileNotFoundError, KeyError):  # written again, the texts get the same numbers
+            return None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -177,21 +201,29 @@ class Texts:
         found: np.ndarray = np.where(self._keys[places] == wanted, self._numbers[places], -1)
         return found
 
+    def same(self, keys: np.ndarray) -> np.ndarray:
+        """The numbers of all texts that have one of these keys, with their title or without it, (n,) int64."""
+        first, last = (np.searchsorted(self._bodies, keys, side) for side in ("left", "right"))
+        bodies = [self._body_numbers[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+        whole = self.find_keys(keys)
+        return np.unique(np.concatenate([whole[whole >= 0], *bodies]))
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
 
 
-def _append(file: object, texts: Iterable[str], ends: array[int], keys: array[int]) -> None:
+def _append(file: object, texts: Iterable[str], ends: array[int], keys: array[int], bodies: array[int]) -> None:
     end = ends[-1] if ends else 0
     for text in texts:
         content = text.encode()
         end += file.write(content)  # type: ignore[attr-defined]
         ends.append(end)
         keys.append(text_key(text))
+        bodies.append(text_key(without_title(text)))
 
 
-def _write_table(folder: Path, ends: np.ndarray, keys: np.ndarray, given: int) -> None:
+def _write_table(folder: Path, ends: np.ndarray, keys: np.ndarray, bodies: np.ndarray, given: int) -> None:
     """Write where the first of each group of equal texts stands; the table appears whole or not at all."""
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
     kept, first = np.unique(keys, return_index=True)
@@ -200,7 +232,10 @@ def _write_table(folder: Path, ends: np.ndarray, keys: np.ndarray, given: int) -
     numbers[order] = np.arange(len(first))
     pool = int((first < given).sum())
     where = first[order]
+    titled = np.flatnonzero(bodies[where] != keys[where])
+    titled = titled[np.argsort(bodies[where][titled], kind="stable")]
     arrays: dict[str, Any] = {"starts": starts[where], "ends": ends[where], "keys": kept, "numbers": numbers}
+    arrays |= {"bodies": bodies[where][titled], "body_numbers": titled.astype(np.int64)}
     with replacing(folder / _TABLE) as file:
         np.savez(file, **arrays, pool=pool, repeated=given - pool)
 
@@ -217,10 +252,10 @@ class Prepared:
     seconds: dict[str, float]
 
     def positives_of(self, query: str) -> np.ndarray:
-        """Numbers of the texts that any row names as a positive of this query."""
+        """Numbers of the texts that any row names as a positive of this query, with a title or without it."""
         wanted = np.uint64(text_key(query))
         first, last = (np.searchsorted(self.judged[:, 0], wanted, side) for side in ("left", "right"))
-        return self.texts.find_keys(self.judged[first:last, 1])
+        return self.texts.same(self.judged[first:last, 1])
 
     def close(self) -> None:
         """Close all files."""
@@ -313,7 +348,7 @@ def _copy(texts: Texts, vectors: Vectors, sources: MiningSources, progress: bool
     """Take over the vectors that a live index holds; its first passage with a text is the one that counts."""
     if (live := sources.live) is None or vectors.rows >= texts.pool:
         return
-    stored = (passage for passage in live.passages() if passage.content.strip())
+    stored = (passage for passage in live.passages() if not passage.blank)
     with progress_bar(texts.pool, "copy", "text", progress) as bar:
         while chunk := list(islice(stored, CHUNK_PASSAGES)):
             ids: list[str] = []

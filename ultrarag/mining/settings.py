@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.types import head_weights
 
 Fusion = Literal["raw", "minmax"]
 Sampling = Literal["random", "hardest"]
@@ -55,6 +56,8 @@ class MiningSettings:
 
     def __post_init__(self) -> None:
         self._check_choices()
+        if self.weights is not None:
+            head_weights(self.weights)
         low, high = self.range
         if not 0 <= low < high:
             raise UsageError(f"range is {low}-{high}; it is FIRST-LAST with 0 <= FIRST < LAST, such as 10-210")

@@ -197,11 +197,12 @@ class LiveIndex:
 
         Args:
             passages: Passages, or mappings with `id`, `text` and maybe `title` and `metadata` (JSON). Any string but
-                the empty one is an id. Texts may be empty and of any length; the encoder sees as many tokens as it
-                takes, BM25 sees all.
+                the empty one is an id. Texts may be of any length; the encoder sees as many tokens as it takes, BM25
+                sees all.
 
         Raises:
-            DataError: for a passage that no index can hold, such as one with lone surrogates; names its id.
+            DataError: for a passage that no index can hold, such as one with lone surrogates, and for a blank one: no
+                visible character in title and text; names its id.
             IndexStateError: when the disk is full, or the index was closed.
         """
         if isinstance(passages, Passage | Mapping | str):
@@ -237,6 +238,11 @@ class LiveIndex:
         """Return a passage, or None."""
         _ = self._core.live
         return self._core.store.get([id]).get(id)
+
+    def existing(self, ids: Iterable[str]) -> set[str]:
+        """Return those of the ids that are passages here."""
+        _ = self._core.live
+        return self._core.store.existing(list(ids))
 
     def vectors(self, ids: Sequence[str]) -> Embeddings:
         """What the live generation stores for these passages, a row each; UsageError for an unknown id."""
@@ -298,10 +304,12 @@ class LiveIndex:
         qrels: Qrels,
         metrics: Sequence[str] = DEFAULT_METRICS,
         k: int | None = None,
+        *,
+        ignore_identical_ids: bool = False,
         **search: Any,
     ) -> Evaluation:
         """Search judged queries and measure; see `ultrarag.retrieve.evaluate`."""
-        return evaluate(self, queries, qrels, metrics, k, **search)
+        return evaluate(self, queries, qrels, metrics, k, ignore_identical_ids=ignore_identical_ids, **search)
 
     def generation(self, generation: int | Generation) -> Generation:
         """Return a generation as it is now."""
@@ -363,10 +371,12 @@ class LiveIndex:
             force: go live although the gate says no; this is recorded.
             metric: what the gate compares.
             note: is told what the gate measured, before it decides.
-            search: options of `search` for the gate, such as `weights`.
+            search: options of `evaluate` and `search` for the gate, such as `weights` and `ignore_identical_ids`.
 
         Raises:
-            GateError: when it is refused, with the numbers; nothing has changed then.
+            GateError: when it is refused, with the numbers, or when both generations measure 0; nothing has changed
+                then.
+            DataError: when none of the passages that the gate's qrels call relevant is in the index.
             IndexStateError: when the generation is not ready.
         """
         return swap(self._core, _id(generation), SwapTerms(gate, force, metric, search, note))
@@ -396,8 +406,8 @@ class LiveIndex:
             gate: True takes the queries of `eval_data`; or (queries, qrels), searched in the index; False for none.
             force: go live although the gate says no; this is recorded.
             metric: what the gate compares.
-            search: options of `search` for the gate, such as {"weights": {"dense": 1, "bm25": 0.5}}; default: the
-                dense head alone.
+            search: options of `evaluate` and `search` for the gate, such as {"weights": {"dense": 1, "bm25": 0.5}};
+                default: the dense head alone.
             finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`. Rows that the live model, or
                 one before it, was trained on are refused without `allow_seen_data=True`.
 

@@ -113,7 +113,15 @@ def _measure(core: Core, new: Serving, terms: SwapTerms) -> Verdict | None:
 
 
 def _decide(verdict: Verdict, generation: Generation, force: bool) -> None:
-    if verdict.worse and not force:
+    if force:
+        return
+    if verdict.judges_nothing:
+        raise GateError(
+            f"generation {generation.id} cannot be judged: {verdict.metric} is 0 for it and for the live one, so the "
+            f"gate's queries tell nothing about either; the live one stays (check the ids of the qrels, or give other "
+            f"queries; force=True swaps all the same)"
+        )
+    if verdict.worse:
         raise GateError(
             f"generation {generation.id} is significantly worse than the live one: {verdict}; the live one stays "
             f"(force=True swaps all the same)"
@@ -122,7 +130,7 @@ def _decide(verdict: Verdict, generation: Generation, force: bool) -> None:
 
 def _exchange(core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, force: bool) -> float:
     """Apply the last writes, then flip in one transaction and one assignment, while writers wait; return how long."""
-    forced = bool(force and verdict and verdict.worse)
+    forced = bool(force and verdict and (verdict.worse or verdict.judges_nothing))
     with core.writing:
         started = time.perf_counter()
         vectors.catch_up()

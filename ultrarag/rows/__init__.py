@@ -1,4 +1,4 @@
-"""The room of training rows: from files to checked rows, every fault said with file and line.
+"""The room of training rows: from files to checked rows, every fault named with file and line.
 
 Paths or rows in memory come in; checked rows, their keys and a count of what was left out go out. Nothing here knows
 what they are used for.
@@ -12,8 +12,7 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.rows.cache import ArrowRows, CheckedRows, cached_rows, write_rows
-    from ultrarag.rows.files import NO_IN_BATCH_NEG, DataFile, find_files
-    from ultrarag.rows.json_lines import BadJson, raw_rows
+    from ultrarag.rows.files import NO_IN_BATCH_NEG, BadJson, DataFile, find_files, raw_rows
     from ultrarag.rows.keys import row_key, text_key
     from ultrarag.rows.reader import (
         IN_MEMORY,

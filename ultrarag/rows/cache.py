@@ -159,8 +159,8 @@ def _remove_stale(folder: Path) -> None:
                 left.unlink()
 
 
-#: Counted up whenever what a row's columns mean changes: older caches are then built anew.
-SCHEMA_VERSION = 1
+#: Counted up whenever what a row's columns mean, or which rows are refused, changes: older caches are then built anew.
+SCHEMA_VERSION = 2
 
 _TEXTS = pa.list_(pa.string())
 _NUMBERS = pa.list_(pa.float64())
@@ -177,25 +177,25 @@ SCHEMA = pa.schema(
     ]
 )
 
-#: A record batch is closed at this many rows or characters, whichever comes first.
-_ROWS, _CHARACTERS = 1024, 1 << 24
+#: A record batch ends at this many rows or characters, whichever comes first.
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 1024, 1 << 24
 
 
 def write_rows(examples: Iterable[Example], sink: Any) -> None:
     """Write an Arrow IPC file to `sink` (anything pyarrow can write to), holding one record batch at a time."""
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        for rows in _grouped(examples):
+        for rows in _chunks(examples):
             columns = [pa.array([getattr(row, item.name) for row in rows], item.type) for item in SCHEMA]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
 
 
-def _grouped(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
     rows: list[Example] = []
     characters = 0
     for example in examples:
         rows.append(example)
         characters += len(example.query) + sum(map(len, example.pos)) + sum(map(len, example.neg))
-        if len(rows) == _ROWS or characters >= _CHARACTERS:
+        if len(rows) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
             yield rows
             rows, characters = [], 0
     if rows:

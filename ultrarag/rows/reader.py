@@ -12,8 +12,7 @@ from typing import Any
 
 from ultrarag.errors import DataError
 from ultrarag.io import progress_bar
-from ultrarag.rows.files import DataFile, find_files
-from ultrarag.rows.json_lines import BadJson, raw_rows
+from ultrarag.rows.files import BadJson, DataFile, find_files, raw_rows
 from ultrarag.rows.row import BadRow, Row, parse_row
 from ultrarag.types import Example
 
@@ -242,7 +241,7 @@ def file_paths(sources: Paths) -> list[str]:
     return [file.path for file in find_files(named)[0]]
 
 
-def _raw(paths: Sequence[str], skip: int, told: Callable[[int], Any]) -> Iterator[tuple[str, Any]]:
+def _raw(paths: Sequence[str], skip: int, on_bytes: Callable[[int], Any]) -> Iterator[tuple[str, Any]]:
     number = 0
     for path in paths:
         left = os.path.getsize(path)
@@ -252,8 +251,8 @@ def _raw(paths: Sequence[str], skip: int, told: Callable[[int], Any]) -> Iterato
             number += 1
             if isinstance(raw, bytes):
                 left -= len(raw)
-                told(len(raw))
-        told(left)
+                on_bytes(len(raw))
+        on_bytes(left)
 
 
 def checked_row(place: str, raw: Any, teacher: bool = False) -> Row:

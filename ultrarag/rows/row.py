@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ultrarag.errors import did_you_mean
-from ultrarag.rows.json_lines import BadJson
+from ultrarag.rows.files import BadJson
+from ultrarag.types import is_blank
 
 #: What kind of task a dataset is; it decides the group size and how passages are rendered (see `pools`).
 RowType = Literal["normal", "only_1neg", "symmetric_sts", "symmetric_class", "symmetric_clustering"]
 
 
 def _text(value: str) -> str:
-    if not value.strip():
+    if is_blank(value):
         raise ValueError("is empty")
     try:
         value.encode("utf-8")

@@ -214,13 +214,13 @@ from tests.finetune.batches.planning import train_data
 point = sys.argv[2]
 def die(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
 if point == "rows":
-    original = cache._grouped
+    original = cache._chunks
     def grouped(examples):
         for number, rows in enumerate(original(examples)):
             if number == 1: die()
             yield rows
-    cache._grouped = grouped
-    cache._ROWS = 2
+    cache._chunks = grouped
+    cache._CHUNK_ROWS = 2
 elif point == "sync": cache._sync = die
 elif point == "manifest": cache._write_manifest = die
 train_data(sys.argv[1])

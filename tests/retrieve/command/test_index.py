@@ -142,7 +142,7 @@ def test_a_file_of_queries_makes_a_run(full: str, tmp_path: Path, capsys: pytest
 def test_evaluate_and_compare(full: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "x.run"
     found = said(capsys, "evaluate", full, folder, "--heads", "bm25", "--run", run, "--metrics", "nDCG@3,MRR@3")
-    assert found == {"queries": 6, "metrics": {"nDCG@3": 1.0, "MRR@3": 1.0}}
+    assert found == {"queries": 6, "metrics": {"nDCG@3": 1.0, "MRR@3": 1.0}, "notes": []}
     run.write_text("".join(line for line in run.read_text().splitlines(True) if " p0 " not in line))
     words = ["evaluate", full, str(folder), "--heads", "bm25", "--compare", str(run), "--per-query"]
     found = said(capsys, *words)
@@ -154,6 +154,32 @@ def test_evaluate_and_compare(full: str, folder: Path, tmp_path: Path, capsys: p
     assert "6 queries" in out
     assert main(["evaluate", full, str(folder), "--split", "dev"]) == 1
     assert "the splits there are: test" in capsys.readouterr().err
+
+
+def test_evaluate_says_what_is_not_judged(full: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = [Passage(id, text) for id, text in (("p0", TEXTS[0]), ("p1#0", TEXTS[1]), ("p2#0", TEXTS[2]))]
+    qrels = {"p1": {"p0": 1, "p1#0": 1}}
+    write_beir(tmp_path / "part", corpus, {"p1": TEXTS[1]}, {"test": qrels, "none": {"p1": {"p1#0": 1}}})
+    words = ["evaluate", full, str(tmp_path / "part"), "--heads", "dense"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "note: 1 of 2 relevant passages are not in the index, 'p1#0' for one" in out
+    assert "note: 1 of 1 queries found the passage that has their own id" in out
+    found = said(capsys, *words, "--ignore-identical-ids")
+    assert "left out" in found["notes"][1]
+    assert main([*words, "--split", "none"]) == 1
+    assert "none of the 1 relevant passages is in the index" in capsys.readouterr().err
+
+
+def test_blank_passages_of_a_file_are_left_out_and_counted(kb: str, tmp_path: Path, capsys) -> None:
+    rows = [{"id": f"b{n}", "text": text} for n, text in enumerate(["", " \n", "\u200b"])]
+    rows += [{"id": "t", "text": "", "title": "a title"}, {"id": "x", "text": "a text"}]
+    (tmp_path / "some.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main(["add", kb, str(tmp_path / "some.jsonl")]) == 0
+    assert "2 added, 0 changed, 0 unchanged, 3 blank passages left out" in capsys.readouterr().out
+    (tmp_path / "void.jsonl").write_text(json.dumps(rows[0]))
+    assert main(["add", kb, str(tmp_path / "void.jsonl")]) == 1
+    assert "holds no passages but 1 blank ones" in capsys.readouterr().err
 
 
 def test_build_swap_rollback_vacuum(

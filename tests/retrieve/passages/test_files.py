@@ -102,6 +102,27 @@ def test_queries_as_jsonl_or_with_tabs(tmp_path: Path) -> None:
     assert read_queries(write(tmp_path / "q.tsv", "1\twhat is milvus?", "二\ta\tb")) == wanted
 
 
+@pytest.mark.parametrize("header", ["id\ttext", "query-id\tquery", "_id\tText", "qid\tquestion", "Query_ID\tQUERY"])
+def test_a_header_of_queries_is_no_query(tmp_path: Path, header: str) -> None:
+    assert read_queries(write(tmp_path / "q.tsv", header, "1\tquery")) == {"1": "query"}
+    assert read_queries(write(tmp_path / "q.tsv", "1\tquery", header)) == {"1": "query", header[: header.find("\t")]: (
+        header.partition("\t")[2])}  # fmt: skip
+    with pytest.raises(DataError, match="holds no queries"):
+        read_queries(write(tmp_path / "q.tsv", header))
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\u200b"])
+def test_blank_passages_of_a_file_are_left_out_and_counted(tmp_path: Path, blank: str) -> None:
+    rows = [{"id": "a", "text": blank}, {"id": "b", "text": blank, "title": "T"}, {"id": "c", "text": "x"}]
+    with passage_file(write(tmp_path / "p.jsonl", *rows)) as found:
+        assert ([passage.id for passage in found], found.count, found.blank) == (["b", "c"], 2, 1)
+    with (
+        pytest.raises(DataError, match="holds no passages but 1 blank ones"),
+        passage_file(write(tmp_path / "p.jsonl", rows[0])),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [("no tab", "not valid JSON"), ("1\t ", "'text' is empty"), ("\tx", "'id' is empty"), ("q\tx", "was there before")],

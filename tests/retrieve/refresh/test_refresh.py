@@ -143,6 +143,14 @@ def test_a_worse_model_is_refused_with_the_numbers_and_can_be_forced(corpus, aga
     assert report.lineage["fingerprint"] == refused.lineage["fingerprint"] == corpus.fingerprint
 
 
+def test_a_gate_about_some_other_passages_says_so_in_the_report(again, tmp_path):
+    queries, qrels = GATE
+    first = next(iter(qrels))
+    report = again(gate=(queries, {**qrels, first: {**qrels[first], "elsewhere#1": 1}}), force=True)
+    assert any("relevant passages are not in the index, 'elsewhere#1' for one" in note for note in report.notes)
+    assert "elsewhere#1" in (tmp_path / "out" / "refresh.html").read_text(encoding="utf-8")
+
+
 def test_other_arguments_in_the_same_folder_are_an_error_that_names_them(again):
     perfect_before = QUERIES, {query_id: {"p0": 1} for query_id in QUERIES}
     again(gate=perfect_before, force=True)
@@ -167,6 +175,9 @@ def test_an_unfinished_refresh_with_other_arguments_is_an_error(again, monkeypat
         ({"search": {"weights": {"dens": 1}}}, UsageError, "'dense'"),
         ({"rows": "nothing.jsonl"}, UsageError, "'nothing.jsonl' does not exist"),
         ({"eval_data": iter(ROWS)}, UltraragError, "eval_data|read more than once"),
+        ({"gate": ({"q": "x"}, {"q": {"elsewhere": 1}})}, DataError, "none of the 1 relevant passages is in the index"),
+        ({"gate": ({"q": "x"}, {"q": {IDS[TEXTS[0]]: 0}})}, DataError, "no passage is relevant"),
+        ({"gate": ({"q": "x"}, {"q": {IDS[TEXTS[0]]: 0.5}})}, UsageError, "for query 'q': 0.5 is not a whole number"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_written(changes, error, message, again, tmp_path):

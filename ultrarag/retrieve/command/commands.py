@@ -57,7 +57,8 @@ def add(arguments: argparse.Namespace) -> None:
             written = Written()
             for source in sources:
                 written += live.add(_counted(source, bar))
-            _show(arguments, {**asdict(written), "passages": len(live)}, printing.written)
+            blank = sum(source.blank for source in sources)
+            _show(arguments, {**asdict(written), "blank": blank, "passages": len(live)}, printing.written)
 
 
 def _counted(items: Iterable[_Item], bar: Any) -> Iterator[_Item]:
@@ -184,15 +185,19 @@ def _flip(flip: Any) -> dict[str, Any]:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print the metrics on a BEIR folder, and how they differ from those of a run."""
     judged: Collection = read_beir(arguments.folder, arguments.split)
-    other = evaluate_run(judged.qrels, read_run(arguments.compare), arguments.metrics) if arguments.compare else None
+    same = {"ignore_identical_ids": arguments.ignore_identical_ids}
+    compared = read_run(arguments.compare) if arguments.compare else None
+    other = None if compared is None else evaluate_run(judged.qrels, compared, arguments.metrics, **same)
     with _open(arguments) as live:
-        found = live.evaluate(judged.queries, judged.qrels, arguments.metrics, arguments.k, **_options(arguments))
+        options = {**_options(arguments), **same}
+        found = live.evaluate(judged.queries, judged.qrels, arguments.metrics, arguments.k, **options)
     if arguments.run:
         write_run(arguments.run, found.run)
-    report: dict[str, Any] = {"queries": len(found.per_query), "metrics": found.metrics}
+    report: dict[str, Any] = {"queries": len(found.per_query), "metrics": found.metrics, "notes": list(found.notes)}
     if other is not None:
         changes = {name: asdict(change) for name, change in differences(other, found).items()}
         report["compared"] = {"run": arguments.compare, "metrics": other.metrics, "change": changes}
+        report["notes"] += [f"{arguments.compare}: {note}" for note in other.notes]
     if arguments.per_query:
         report["per_query"] = found.per_query
     _show(arguments, report, printing.evaluation)
@@ -238,6 +243,7 @@ def _open(arguments: argparse.Namespace) -> LiveIndex:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The search options that were given."""
     names: Sequence[str] = ("weights", "heads", "fusion", "normalize", "filter", "candidates", "exact")
+    names = (*names, "ignore_identical_ids")  # of the gates
     return {name: value for name in names if (value := getattr(arguments, name, None)) not in (None, False)}
 
 

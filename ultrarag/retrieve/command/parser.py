@@ -136,6 +136,7 @@ def _swap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="of the gate's qrels (default: test)")
     parser.add_argument("--metric", default="nDCG@10", help="what the gate compares (default: nDCG@10)")
     parser.add_argument("--force", action="store_true", help="go live although the gate says no; this is recorded")
+    _identical(parser)
     _search_options(parser)
     _device(parser)
 
@@ -148,6 +149,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per_query", action="store_true", help="also print the metrics of each query")
     parser.add_argument("--compare", metavar="RUN", help="a TREC run to compare with, by paired bootstrap")
     parser.add_argument("--run", metavar="FILE", help="write the hits as a TREC run")
+    _identical(parser)
     _search_options(parser)
     _device(parser)
 
@@ -159,9 +161,18 @@ def _refresh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_gate", action="store_true", help="swap without comparing")
     parser.add_argument("--metric", default="nDCG@10", help="what the gate compares (default: nDCG@10)")
     parser.add_argument("--force", action="store_true", help="go live although the gate says no; this is recorded")
+    _identical(parser)
     _fusion_options(parser)
     _device(parser)
     parser.epilog = "All other flags are those of fine-tuning: see ultrarag finetune --help."
+
+
+def _identical(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore_identical_ids",
+        action="store_true",
+        help="leave out the passage with the query's own id, for queries that are passages (ArguAna, Quora)",
+    )
 
 
 def _search_options(parser: argparse.ArgumentParser) -> None:

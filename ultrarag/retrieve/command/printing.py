@@ -97,6 +97,8 @@ def written(found: Mapping[str, Any]) -> str:
     parts = [f"{found['added']} added", f"{found['changed']} changed", f"{found['unchanged']} unchanged"]
     if found["metadata"]:
         parts.insert(2, f"{found['metadata']} with other metadata")
+    if found["blank"]:
+        parts.append(f"{found['blank']} blank passages left out")
     return f"{', '.join(parts)}; the index holds {found['passages']} passages"
 
 
@@ -123,8 +125,10 @@ def flip(found: Mapping[str, Any]) -> str:
     if verdict := found["verdict"]:
         change = Significance(**verdict["change"])
         lines.append(f"gate: {verdict['metric']} {verdict['old']:.4f} -> {verdict['new']:.4f}: {change}")
+        lines += _notes(verdict)
     if found["new"]["forced"]:
-        lines.append("forced: it is significantly worse than the one before")
+        judged = verdict is None or verdict["old"] or verdict["new"]
+        lines.append(f"forced: {'it is significantly worse than the one before' if judged else 'nothing was judged'}")
     return "\n".join(lines)
 
 
@@ -137,11 +141,16 @@ def evaluation(found: Mapping[str, Any]) -> str:
     else:
         lines = [table(("metric", "mean"), [(name, f"{value:.4f}") for name, value in found["metrics"].items()])]
     lines.append(f"{found['queries']} queries")
+    lines += _notes(found)
     if per_query := found.get("per_query"):
         names = list(found["metrics"])
         values = [(id, *(f"{row[name]:.4f}" for name in names)) for id, row in per_query.items()]
         lines += ["", table(("query", *names), values)]
     return "\n".join(lines)
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    return [f"note: {note}" for note in found.get("notes", ())]
 
 
 def _compared(name: str, value: float, other: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,12 +15,16 @@ from ultrarag.errors import DataError, did_you_mean
 from ultrarag.io import standard_input
 from ultrarag.retrieve.passages.incoming import FIELDS, to_record
 from ultrarag.rows import BadJson, raw_rows
-from ultrarag.types import Passage
+from ultrarag.types import Passage, is_blank
 
 #: Bad lines that an error lists; the rest is counted.
 SHOWN = 20
 #: The name of stdin on the command line, and in errors.
 STDIN, STDIN_NAME = "-", "stdin"
+
+
+class TabSeparated(dict[str, str]):
+    """A line of id, tab, text; such a file may have a header."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,23 @@ class PassageFile:
     path: str
     #: how errors call it
     name: str
+    #: passages, blank ones not counted
     count: int
+    #: passages without a visible character in title and text: left out
+    blank: int = 0
 
     def __iter__(self) -> Iterator[Passage]:
         for place, row in _rows(self.path, self.name):
-            yield _passage(row, place)
+            passage = _passage(row, place)
+            if not passage.blank:
+                yield passage
 
 
 @contextmanager
 def passage_file(source: str | Path, stdin: BinaryIO | None = None) -> Iterator[PassageFile]:
     """Open and check passages: JSONL, or a JSON list, of `_id`/`id`, `text`/`contents`, `title`, `metadata`.
+
+    Blank ones, which collections have, are left out and counted in `blank`; one with a title only is none.
 
     Args:
         source: a file; a folder in BEIR's layout, which holds corpus.jsonl; or "-" for stdin.
@@ -49,26 +60,30 @@ def passage_file(source: str | Path, stdin: BinaryIO | None = None) -> Iterator[
         DataError: naming file and line of the first 20 rows that cannot be used, and how many there are.
     """
     if str(source) != STDIN:
-        path = _file_of(Path(source))
-        yield PassageFile(str(path), str(path), _check(str(path), str(path)))
+        path = str(_file_of(Path(source)))
+        yield PassageFile(path, path, *_check(path, path))
         return
     with tempfile.NamedTemporaryFile(prefix="ultrarag-", suffix=".jsonl") as spool:  # a pipe cannot be read twice
         shutil.copyfileobj(stdin or standard_input().buffer, spool)
         spool.flush()
-        yield PassageFile(spool.name, STDIN_NAME, _check(spool.name, STDIN_NAME))
+        yield PassageFile(spool.name, STDIN_NAME, *_check(spool.name, STDIN_NAME))
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
     """Read queries, id -> text: JSONL with `_id` (or `id`) and `text` (or `query`), or lines of id, tab, text.
 
+    The lines may begin with a header, such as `query-id`, tab, `query`.
+
     Raises:
         DataError: naming file and line of what cannot be used.
     """
     queries: dict[str, str] = {}
-    for place, row in _rows(str(path), str(path), tab_separated=True):
+    for number, (place, row) in enumerate(_rows(str(path), str(path), tab_separated=True)):
+        if not number and _is_header(row):
+            continue
         fields = _fields(row, place, {"id": ("id", "_id"), "text": ("text", "query")})
         id, text = _text(fields["id"], "id", place), _text(fields["text"], "text", place)
-        if not id or not text.strip():
+        if not id or is_blank(text):
             raise DataError(f"{place}: '{'text' if id else 'id'}' is empty")
         if id in queries:
             raise DataError(f"{place}: query '{id}' was there before; ids must differ")
@@ -76,6 +91,18 @@ def read_queries(path: str | Path) -> dict[str, str]:
     if not queries:
         raise DataError(f"'{path}' holds no queries")
     return queries
+
+
+#: What the columns of a table of queries are called in its first line, letters only.
+_ID_NAMES, _TEXT_NAMES = {"id", "qid", "queryid"}, {"text", "query", "question", "querytext"}
+
+
+def _is_header(row: Any) -> bool:
+    """Whether a line of id, tab, text names these two columns."""
+    if not isinstance(row, TabSeparated):
+        return False
+    id, text = ("".join(filter(str.isalpha, row[name].lower())) for name in ("id", "text"))
+    return id in _ID_NAMES and text in _TEXT_NAMES
 
 
 def _file_of(path: Path) -> Path:
@@ -86,10 +113,12 @@ def _file_of(path: Path) -> Path:
     return path / "corpus.jsonl"
 
 
-def _check(path: str, name: str) -> int:
-    """Return the number of passages; raise DataError when one of them cannot be used, or there are none."""
+def _check(path: str, name: str) -> tuple[int, int]:
+    """Return how many passages there are, and how many blank ones; raise DataError when one of them cannot be used,
+    or there are none.
+    """
     problems: list[str] = []
-    bad = count = 0
+    bad = count = blank = 0
     places: dict[str, str] = {}
     for place, row in _rows(path, name, lenient=True):
         count += 1
@@ -97,6 +126,7 @@ def _check(path: str, name: str) -> int:
             passage = _passage(row, place)
             if (before := places.setdefault(passage.id, place)) != place:
                 raise DataError(f"{place}: id '{passage.id}' was used before, at {before}")
+            blank += passage.blank
         except DataError as error:
             bad += 1
             problems += [str(error)] if bad <= SHOWN else []
@@ -104,9 +134,9 @@ def _check(path: str, name: str) -> int:
         more = [f"... and {bad - SHOWN} more"] if bad > SHOWN else []
         rows = "row" if bad == 1 else "rows"
         raise DataError("\n".join([f"{bad} of {count} {rows} cannot be used; nothing was added:", *problems, *more]))
-    if not count:
-        raise DataError(f"'{name}' holds no passages")
-    return count
+    if count == blank:
+        raise DataError(f"'{name}' holds no passages" + (f" but {blank} blank ones" if blank else ""))
+    return count - blank, blank
 
 
 def _rows(path: str, name: str, lenient: bool = False, tab_separated: bool = False) -> Iterator[tuple[str, Any]]:
@@ -131,7 +161,7 @@ def _value(raw: Any, place: str, tab_separated: bool) -> Any:
         line = raw.decode().rstrip("\r\n")
         if tab_separated and "\t" in line and not line.lstrip().startswith("{"):
             id, _, text = line.partition("\t")
-            return {"id": id, "text": text}
+            return TabSeparated(id=id, text=text)
         return json.loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 text (byte {error.start})") from error

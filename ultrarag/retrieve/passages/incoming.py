@@ -38,14 +38,21 @@ def records(passages: Iterable[Passage | Mapping[str, Any]]) -> Iterator[Record]
     """Check passages, or mappings with the same fields, one by one.
 
     A mapping has `id` (or `_id`), `text` (or `contents`), and may have `title` and `metadata`. NUL bytes, slashes and
-    any script are kept as they are; an empty text is allowed.
+    any script are kept as they are; the text may be empty where there is a title.
 
     Raises:
         DataError: for an id or text that is no text (a lone surrogate, another type), an empty id, unknown fields,
-            or metadata that is not JSON; names the passage.
+            metadata that is not JSON, or a passage without a visible character; names the passage.
     """
     for number, item in enumerate(passages, 1):
-        yield to_record(item if isinstance(item, Passage) else _from_mapping(item, number))
+        passage = item if isinstance(item, Passage) else _from_mapping(item, number)
+        record = to_record(passage)
+        if passage.blank:
+            raise DataError(
+                f"passage {passage.id!r} is blank: title and text have no visible character, and its vector would be "
+                "near every short query; leave it out"
+            )
+        yield record
 
 
 def to_record(passage: Passage) -> Record:

@@ -107,6 +107,16 @@ class Store:
                     found[row[0]] = self._passage(*row)
         return found
 
+    def existing(self, ids: Sequence[str]) -> set[str]:
+        """Return those of these ids that are passages; their texts are not read."""
+        found: set[str] = set()
+        with self.database.reading() as db:
+            for chunk in _chunks(ids, _VARIABLES):
+                marks = ",".join("?" * len(chunk))
+                query = f"SELECT id FROM passages WHERE id IN ({marks}) AND deleted = 0"
+                found.update(id for (id,) in db.execute(query, chunk))
+        return found
+
     def count(self) -> int:
         """The number of passages."""
         if self._count is None or self.database.read_only:

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.evaluation import DEFAULT_METRICS, Measured, Qrels, Verdict, passages_of
+from ultrarag.evaluation import (
+    DEFAULT_METRICS,
+    Measured,
+    Qrels,
+    Verdict,
+    checked_qrels,
+    checked_queries,
+    coverage,
+    passages_of,
+)
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.passages import Store
@@ -38,12 +47,13 @@ def questions(store: Store, gate: Any, eval_data: Any) -> Questions | None:
         gate: (queries, qrels); or True for those of `eval_data`; or False for none.
 
     Raises:
-        DataError: when `eval_data` cannot be used.
+        DataError: when `eval_data` cannot be used, or no relevant passage of the gate's is in the index.
     """
     if gate is False or (gate is True and eval_data is None):
         return None
     if gate is not True:
-        queries, qrels = gate
+        queries, qrels = checked_queries(gate[0]), checked_qrels(gate[1])
+        coverage(qrels, store.existing)  # DataError now, not after hours of training
         return Questions(queries, qrels)
     from ultrarag.finetune import read_evaluator
 
@@ -61,7 +71,13 @@ def _is_of(store: Store, corpus: Mapping[str, str], qrels: Qrels) -> bool:
 
 
 def compare_encoders(
-    old: Path, new: Path, asked: Questions, metric: str, precision: str, device: str | None
+    old: Path,
+    new: Path,
+    asked: Questions,
+    metric: str,
+    precision: str,
+    device: str | None,
+    ignore_identical_ids: bool = False,
 ) -> Verdict:
     """Search the questions' own corpus with both checkpoints, exactly: with the dense head, or the first there is."""
     from ultrarag.encoder import Encoder
@@ -69,7 +85,7 @@ def compare_encoders(
 
     assert asked.corpus is not None
     names = list(dict.fromkeys((metric, *DEFAULT_METRICS)))
-    evaluator = Evaluator(asked.corpus, asked.queries, asked.qrels)
+    evaluator = Evaluator(asked.corpus, asked.queries, asked.qrels, ignore_identical_ids=ignore_identical_ids)
     before, after = (
         evaluator.evaluate(encoder, encoder.heads, names)
         for encoder in (Encoder.load(folder, device=device, precision=precision) for folder in (old, new))

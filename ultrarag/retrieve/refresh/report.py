@@ -196,7 +196,7 @@ class RefreshReport:
             lineage=_lineage(state, folder),
             steps=trained["steps"],
             loss=trained["loss"],
-            notes=list(trained["notes"]),
+            notes=list(dict.fromkeys((*trained["notes"], *(shown.verdict.notes if shown else [])))),
             request=asdict(state.request),
             html=str(folder / HTML_FILE),
         )

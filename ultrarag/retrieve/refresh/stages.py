@@ -38,7 +38,7 @@ class RefreshTerms:
     gate: bool | Gate = True
     force: bool = False
     metric: str = "nDCG@10"
-    #: options of `LiveIndex.search` for the gate
+    #: options of `LiveIndex.evaluate` and `search` for the gate
     search: Mapping[str, Any] | None = None
 
 
@@ -192,8 +192,9 @@ class _Refresh:
 
     def _compare_encoders(self, asked: Questions) -> Verdict:
         precision, device = self.parent.precision, self.core.device
+        ignore = bool(self.search.get("ignore_identical_ids", False))
         return compare_encoders(
-            Path(self._parent_checkpoint()), self.output, asked, self.terms.metric, precision, device
+            Path(self._parent_checkpoint()), self.output, asked, self.terms.metric, precision, device, ignore
         )
 
     def _note(self, verdict: Verdict) -> None:
@@ -273,8 +274,9 @@ class _Refresh:
         if not options and len(self.parent.heads) > 1:
             options = {"heads": [self.parent.heads[0]]}
         if self.asked is not None and self.asked.corpus is None:
+            tried = {name: value for name, value in options.items() if name != "ignore_identical_ids"}
             with self.core.searching() as searcher:
-                searcher.search_many(["try"], k=1, **options)
+                searcher.search_many(["try"], k=1, **tried)
         return options
 
     def _for_finetune(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.types import head_weights
 
 Method = Literal["minmax", "raw", "rrf"]
 #: (passage id, score)
@@ -84,10 +85,10 @@ def check_weights(
             example = ", ".join(f"'{name}': 1" for name in names)
             raise UsageError(f"{len(names)} heads ({', '.join(names)}) need explicit weights, such as {{{example}}}")
         return dict.fromkeys(names, 1.0)
-    for name, weight in weights.items():
+    for name, weight in head_weights(weights).items():
         if name not in names:
             raise UsageError(f"weights: no head '{name}'{did_you_mean(name, names)}; known: {', '.join(names)}")
-        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        if weight < 0:
             raise UsageError(f"weights: '{name}' is {weight!r}; a weight is a number of at least 0")
     if missing := [name for name in names if name not in weights]:
         raise UsageError(f"weights: none for '{missing[0]}'; name every head (0 leaves it out)")

@@ -15,7 +15,7 @@ from ultrarag.retrieve.passages import Store
 from ultrarag.retrieve.ranking import check_k
 from ultrarag.retrieve.search.filters import Filter, parse
 from ultrarag.retrieve.search.fusion import Fused, Method, check_weights, fuse
-from ultrarag.types import Embeddings, Hit
+from ultrarag.types import Embeddings, Hit, head_weights, is_blank
 
 Fusion = Literal["weighted", "rrf"]
 Normalize = Literal["minmax", "raw"]
@@ -98,8 +98,10 @@ def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> SearchPla
 def _heads(options: SearchOptions, stored: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     """The heads named, else those that have a weight, else all that the encoder has."""
     named = [options.heads] if isinstance(options.heads, str) else options.heads
-    if named is None:
-        named = stored if options.weights is None else [head for head, weight in options.weights.items() if weight != 0]
+    if named is None and options.weights is None:
+        named = stored
+    elif named is None:
+        named = [head for head, weight in head_weights(options.weights).items() if weight != 0]
         if not named:
             raise UsageError("weights: all are 0; at least one head must count")
     for head in named:
@@ -114,7 +116,7 @@ def _chosen(weights: Mapping[str, float] | None, heads: tuple[str, ...]) -> Mapp
     """Leave out the weights of 0 for heads that are not searched."""
     if weights is None:
         return None
-    return {head: weight for head, weight in weights.items() if head in heads or weight != 0}
+    return {head: weight for head, weight in head_weights(weights).items() if head in heads or weight != 0}
 
 
 def _method(options: SearchOptions) -> Method:
@@ -141,7 +143,7 @@ class Searcher:
         """The hits of each query, in their order; an empty query has none."""
         chosen = self._plan(options)
         _check_queries(queries)
-        asked = [row for row, query in enumerate(queries) if query.strip()]
+        asked = [row for row, query in enumerate(queries) if not is_blank(query)]
         results: list[list[Hit]] = [[] for _ in queries]
         if not asked or not self._store.count():
             return results
@@ -151,6 +153,10 @@ class Searcher:
             one = None if embeddings is None else embeddings[position : position + 1]
             results[row] = self._search(chosen, one, texts[position])
         return results
+
+    def existing(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are passages."""
+        return self._store.existing(ids)
 
     def search_embeddings(self, embeddings: Embeddings, fingerprint: str, **options: Any) -> list[list[Hit]]:
         """The hits of queries that were encoded elsewhere, by the encoder with this fingerprint."""

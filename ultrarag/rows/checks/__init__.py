@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.rows.checks.leaks import LeakChecks
-    from ultrarag.rows.checks.lengths import Cost, Lengths, Sample, counter, estimate, measure, steps_of
-    from ultrarag.rows.checks.rows import SHOWN, Finding, RowChecks, described_scripts
+    from ultrarag.rows.checks.lengths import Cost, Lengths, Sample, estimate, measure, steps_of, token_counter
+    from ultrarag.rows.checks.rows import SHOWN, Finding, LeakChecks, RowChecks, described_scripts
     from ultrarag.rows.checks.texts import guessed_tokens, nearly_same, shingles
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

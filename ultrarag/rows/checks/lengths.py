@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 #: (texts, "query" or "passage") -> tokens of each, special ones included
-Counter = Callable[[Sequence[str], Any], list[int]]
+TokenCounter = Callable[[Sequence[str], Any], list[int]]
 
 #: Shares of cut texts from which it is worth a warning.
 _MANY_CUT = {"query": 0.05, "passage": 0.25, "pair": 0.25}
@@ -111,12 +111,12 @@ def _histogram(tokens: np.ndarray) -> list[tuple[int, int]]:
 
 
 def measure(
-    rows: Sequence[tuple[str, list[str]]], count: Counter | None, limits: dict[str, int], pairs: bool = False
+    rows: Sequence[tuple[str, list[str]]], count: TokenCounter | None, limits: dict[str, int], pairs: bool = False
 ) -> list[Lengths]:
     """Return the lengths of queries and passages, or of queries and pairs.
 
     Args:
-        count: the model's tokenizer (see `counter`); None: lengths are guessed.
+        count: the model's tokenizer (see `token_counter`); None: lengths are guessed.
         limits: tokens read of a "query", and of a "passage" or a "pair".
     """
     known = count or (lambda texts, kind: [guessed_tokens(text) for text in texts])
@@ -130,7 +130,7 @@ def measure(
     return [*found, Lengths.of("pair", both, limits["pair"], count is not None)]
 
 
-def counter(encoder: Encoder) -> Counter:
+def token_counter(encoder: Encoder) -> TokenCounter:
     """Return what counts tokens as the encoder reads texts, instruction included."""
 
     def count(texts: Sequence[str], kind: Kind) -> list[int]:
