@@ -1,4 +1,4 @@
-"""The room of the built-in adapters: plugins like any third party's, reached only through the registry.
+"""Built-in adapters: plugins like any third party's, reached only through the registry.
 
 `embedders` and `rerankers` hold the hooks and import nothing heavy; the models behind them are in the other files. The
 public names are for plugins and tests that build on ours.

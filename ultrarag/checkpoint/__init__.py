@@ -1,4 +1,4 @@
-"""The room of checkpoints: directories that every tool loads, published whole or not at all.
+"""Checkpoints: directories that every tool loads, published whole or not at all.
 
 A model's files come in; a manifest, a fingerprint of the content and a lineage go out. Nothing here knows how a
 model was trained.

@@ -1,4 +1,4 @@
-"""The room of encoding many texts to disk, resumably: by one process a device, by the ranks of torchrun, or on Ray.
+"""Encoding many texts to disk, resumably: by one process a device, by the ranks of torchrun, or on Ray.
 
 Numbered texts come in; blocks of vectors with done-marks go out. `blocks` is what all launchers share: the marks, the
 check that a rerun does the same work, the loop, the counted cuts and the progress.

@@ -1,4 +1,4 @@
-"""The room of the encoder: a model with its adapter, from texts to `Embeddings`.
+"""Encoder: a model with its adapter, from texts to `Embeddings`.
 
 Texts and pairs come in; vectors, scores and their counted cuts go out. Tokenizing, batches by tokens, precision, and
 the work on the devices stay inside.

@@ -1,4 +1,4 @@
-"""The room of judgement: ranking metrics, significance, and what was measured of one system or of two.
+"""Judgement: ranking metrics, significance, and what was measured of one system or of two.
 
 Runs and judgements (qrels) come in, from memory, BEIR folders or TREC files; metrics and verdicts go out.
 """

@@ -1,4 +1,4 @@
-"""The room of input and output: durable files, locks, child processes, vectors in files, commands and the terminal.
+"""Input and output: durable files, locks, child processes, vectors in files, commands and the terminal.
 
 Bytes, arrays and lines come in and go out; nothing here knows what they mean.
 """

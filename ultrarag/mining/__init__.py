@@ -1,4 +1,4 @@
-"""The room of hard negatives: candidates found by any head or BM25, chosen, vetoed, and accounted for.
+"""Hard negatives: candidates found by any head or BM25, chosen, vetoed, and accounted for.
 
 Rows and a pool of texts come in; rows with negatives and a report go out.
 """

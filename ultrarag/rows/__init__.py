@@ -1,4 +1,4 @@
-"""The room of training rows: from files to checked rows, every fault named with file and line.
+"""Training rows: from files to checked rows, every fault named with file and line.
 
 Paths or rows in memory come in; checked rows, their keys and a count of what was left out go out. Nothing here knows
 what they are used for.

@@ -1,4 +1,4 @@
-"""The room of encoding on a Ray cluster: read -> encode -> write, with a ledger of what was confirmed.
+"""Encoding on a Ray cluster: read -> encode -> write, with a ledger of what was confirmed.
 
 The passages of an index come in; vectors in a server come out. Only `pipeline` imports Ray.
 """

@@ -1,4 +1,4 @@
-"""The room of batches: which rows each rank sees at each step, as a pure function of (seed, epoch, index, rank).
+"""Batches: which rows each rank sees at each step, as a pure function of (seed, epoch, index, rank).
 
 Checked rows come in; padded features of whole batches go out.
 """

@@ -1,4 +1,4 @@
-"""The room of settings: every flag of a fine-tune, ours, transformers' and the peers' spellings.
+"""Settings: every flag of a fine-tune, ours, transformers' and the peers' spellings.
 
 A command line or keywords come in; one checked `FinetuneArguments` goes out, and its groups go on as they are.
 """

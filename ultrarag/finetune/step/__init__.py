@@ -1,4 +1,4 @@
-"""The room of the training step: one forward, one loss, gathered between ranks, saved atomically.
+"""Training step: one forward, one loss, gathered between ranks, saved atomically.
 
 Features come in; a trained model goes out. GradCache, sharding, LoRA and masks of false negatives work here.
 """

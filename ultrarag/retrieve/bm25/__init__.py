@@ -1,4 +1,4 @@
-"""The room of BM25: inverted lists over a corpus that changes, exact after every write.
+"""BM25: inverted lists over a corpus that changes, exact after every write.
 
 Texts come in; ids with scores go out.
 """

@@ -1,4 +1,4 @@
-"""The room of builds: the corpus encoded into a new generation, by a child process, by the ranks of torchrun or on Ray.
+"""Builds: the corpus encoded into a new generation, by a child process, by the ranks of torchrun or on Ray.
 
 An open index and a checkpoint come in; a generation that is ready to be swapped in goes out.
 """

@@ -1,4 +1,4 @@
-"""The room of `ultrarag index`: the command line, what each command does, and how results are shown.
+"""`ultrarag index`: the command line, what each command does, and how results are shown.
 
 Words come in; lines on stdout and an exit code go out.
 """

@@ -1,4 +1,4 @@
-"""The room of vector engines: each stores the Embeddings of one encoder, behind the protocol of `base`.
+"""Vector engines: each stores the Embeddings of one encoder, behind the protocol of `base`.
 
 Embeddings and facts come in; ids with scores go out. A folder holds each engine of more than one file.
 """

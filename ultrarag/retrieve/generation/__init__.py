@@ -1,4 +1,4 @@
-"""The room of a generation: (encoder, vectors) pairs, from a line in the catalog to a pair in service.
+"""Generation: (encoder, vectors) pairs, from a line in the catalog to a pair in service.
 
 A checkpoint's copy and the write log come in; a draft to be built, or a pair that answers searches, goes out.
 """

@@ -1,4 +1,4 @@
-"""The room of passages: the source of truth of an index, with the ordered log of every write.
+"""Passages: the source of truth of an index, with the ordered log of every write.
 
 Passages of files or of Python come in, checked; records, changes and counts go out.
 """

@@ -1,4 +1,4 @@
-"""The room of a refresh: fine-tune, build, gate and swap, in one call that a crash only interrupts.
+"""Refresh: fine-tune, build, gate and swap, in one call that a crash only interrupts.
 
 Rows of training data come in; a generation that is live, or refused with the numbers, and a report go out.
 """

@@ -1,4 +1,4 @@
-"""The room of one search: which heads, which filter, fused how, and reranked by what.
+"""One search: which heads, which filter, fused how, and reranked by what.
 
 A query's embeddings come in; hits go out.
 """

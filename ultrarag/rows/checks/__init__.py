@@ -1,4 +1,4 @@
-"""The room of checks on rows: duplicates, conflicts, cuts, leaks of evaluation data, and the cost of a run.
+"""Checks on rows: duplicates, conflicts, cuts, leaks of evaluation data, and the cost of a run.
 
 Rows come in; findings and estimates go out, each with its place in the files.
 """

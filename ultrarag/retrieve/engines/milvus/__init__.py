@@ -1,4 +1,4 @@
-"""The room of Milvus: a collection in its server.
+"""Milvus: a collection in its server.
 
 Embeddings come in as rows; ids with scores go out.
 """

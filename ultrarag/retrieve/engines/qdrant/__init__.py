@@ -1,4 +1,4 @@
-"""The room of Qdrant: embedded in this process, or as a server.
+"""Qdrant: embedded in this process, or as a server.
 
 Embeddings come in as points; ids with scores go out.
 """
