@@ -76,15 +76,15 @@ def _go_live(core: Core, generation: Generation, terms: SwapTerms) -> Flip:
     try:
         _approach(core, vectors)
         check_sound(new, core.store, vectors.applied)
-        if not terms.force:
-            check_encoded(new, old, core.store)
+        forced = _allowed(lambda: check_encoded(new, old, core.store), terms.force)
         verdict = _measure(core, new, terms)
         if verdict is not None:
             if terms.note is not None:
                 terms.note(verdict)
             _decide(verdict, generation, terms.force)
         _approach(core, vectors)
-        seconds = _exchange(core, new, vectors, verdict, terms.force)
+        forced |= bool(terms.force and verdict and (verdict.worse or verdict.judges_nothing))
+        seconds = _exchange(core, new, vectors, verdict, forced)
     except BaseException:
         if core.catalog.live().id != generation.id:
             core.let_go(new)
@@ -112,6 +112,17 @@ def _measure(core: Core, new: Serving, terms: SwapTerms) -> Verdict | None:
         return compare(live, Searcher(new, core.store, core.bm25), terms.gate, terms.metric, dict(terms.search))
 
 
+def _allowed(check: Callable[[], None], force: bool) -> bool:
+    """Check; whether it took force to go on."""
+    try:
+        check()
+    except GateError:
+        if not force:
+            raise
+        return True
+    return False
+
+
 def _decide(verdict: Verdict, generation: Generation, force: bool) -> None:
     if force:
         return
@@ -128,9 +139,8 @@ def _decide(verdict: Verdict, generation: Generation, force: bool) -> None:
         )
 
 
-def _exchange(core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, force: bool) -> float:
+def _exchange(core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, forced: bool) -> float:
     """Apply the last writes, then flip in one transaction and one assignment, while writers wait; return how long."""
-    forced = bool(force and verdict and (verdict.worse or verdict.judges_nothing))
     with core.writing:
         started = time.perf_counter()
         vectors.catch_up()

@@ -169,7 +169,7 @@ def test_a_model_that_fails_on_many_passages_does_not_go_live_unseen(tmp_path, m
         new = live.build(models / "first", progress=False)
         with pytest.raises(GateError, match=r"no vectors of 1 passages out of 3 .* 'b'"):
             live.swap(new)
-        live.swap(new, force=True)
+        assert live.swap(new, force=True).new.forced
 
 
 def test_the_commands_show_it(kb, capsys):
