@@ -56,8 +56,9 @@ def killed_when_published(monkeypatch):
             rename(targets)
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(output, "_rename", publish)
-            call()
+            with pytest.raises(KeyboardInterrupt):
+                call()
 
     return killed

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from ultrarag.errors import DataError
-from ultrarag.io.output import note_path, part_path, resumable
+from ultrarag.io.output import part_path, resumable
 
 
 def write(path, items, stop_before=None, made_by=None, **options):

@@ -1,8 +1,8 @@
 """Output: files that grow beside their names (NAME.part), resumable after any kill, and appear whole when done.
 
 A note beside the first file says what makes the output (inputs and arguments), how many input items are done and
-how long each part was then. A rerun cuts the parts to those lengths and goes on with the next item. The note goes last of
-all: where it is still there and the files have their names, a rerun has nothing to do but what comes after them.
+how long each part was then. A rerun cuts the parts to those lengths and goes on with the next item. The note is removed
+last of all: where it is there and the files have their names, a rerun does no more than what comes after them.
 """
 
 from __future__ import annotations
