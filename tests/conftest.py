@@ -42,3 +42,23 @@ def m3_encoder(tiny_m3):
     from ultrarag import Encoder
 
     return Encoder.load(tiny_m3, adapter="bgem3", device="cpu")
+
+
+@pytest.fixture
+def killed_when_published(monkeypatch):
+    """Return a function that makes a call which dies when its output has its name, before anything is cleaned up."""
+    from ultrarag.io import output
+
+    def killed(call):
+        rename = output._rename
+
+        def publish(targets):
+            rename(targets)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(output, "_rename", publish)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+
+    return killed

@@ -261,6 +261,16 @@ def test_a_stopped_conversion_goes_on_and_knows_the_passages_before(tmp_path, mo
     assert list(report.files.values()) == [7, 6, 13]
 
 
+def test_a_run_killed_when_it_had_published_is_done_by_the_same_call(tmp_path, killed_when_published):
+    path, out = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "beir"
+    killed_when_published(lambda: convert(path, out, target_format="beir", source_format="rows"))
+    before = {file: file.read_bytes() for file in out.rglob("*.*") if ".part" not in file.name}
+    report = convert(path, out, target_format="beir", source_format="rows")
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+    assert report.rows == len(ROWS)
+    assert all(report.files.values())
+
+
 def test_what_cannot_be_told_is_asked_for(tmp_path):
     path = write(tmp_path / "in.jsonl", *ROWS)
     with pytest.raises(UsageError, match=r"--from, one of rows, beir"):

@@ -82,3 +82,14 @@ def test_bad_values_are_refused(tmp_path):
         split(path, tmp_path / "out", by="length", length_list=[5, 1])
     with pytest.raises(UsageError, match="test_share"):
         split(path, tmp_path / "out", test_share=1.5)
+
+
+def test_a_run_killed_when_it_had_published_is_done_by_the_same_call(tmp_path, killed_when_published):
+    path, out = write(tmp_path / "rows.jsonl", *random_rows(2)), tmp_path / "out"
+    killed_when_published(lambda: split(path, out, by="length", length_list=[0, 500]))
+    empty = [file for file in out.iterdir() if not file.stat().st_size]
+    assert empty  # not removed yet
+    before = {file: file.read_bytes() for file in out.glob("*.jsonl") if file not in empty}
+    report = split(path, out, by="length", length_list=[0, 500])
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    assert sum(report.files.values()) == 2

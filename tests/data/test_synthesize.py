@@ -359,6 +359,24 @@ def test_a_baseline_asks_nobody(passages, tmp_path, capsys):
     }
 
 
+def test_a_run_killed_when_it_had_published_is_done_by_the_same_call(
+    stand_in, passages, tmp_path, killed_when_published
+):
+    server, output = stand_in(), tmp_path / "out.jsonl"
+    settings = SynthesisSettings(round_trip_k=1, weights={"bm25": 1.0})
+
+    def call():
+        return synthesize(passages, output, endpoint(server), settings)
+
+    killed_when_published(call)
+    before, asked = output.read_bytes(), server.asked.total()
+    assert (tmp_path / "out.jsonl.roundtrip").exists()
+    report = call()
+    assert (output.read_bytes(), server.asked.total()) == (before, asked)
+    assert (report.passages, report.tokens_in) == (5, 500)
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl", "out.jsonl.answers.jsonl"]
+
+
 def test_the_command_takes_its_key_from_a_variable(stand_in, passages, tmp_path, monkeypatch, capsys):
     server = stand_in()
     monkeypatch.setenv("MY_KEY", KEY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -156,3 +157,19 @@ def test_the_command(corpus, model, tmp_path, capsys):
     assert facts["dim"] == 32
     assert main([*words, "--output", str(tmp_path / "out"), "--devices", "cpu"]) == 1
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_overwriting_is_killed_and_done_by_the_same_call(corpus, model, tmp_path, monkeypatch):
+    encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))
+
+    def killed(path, *args, real=shutil.rmtree, **options):
+        if Path(path).name == "out":
+            raise KeyboardInterrupt
+        real(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",), overwrite=True)
+    assert len(encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",), overwrite=True)) == 50
+    assert len(encode_corpus(model, corpus, tmp_path / "out", devices=("cpu",))) == 50  # done already

@@ -203,7 +203,7 @@ def test_half_written_checkpoint_is_not_resumed(command, tmp_path):
 def test_resume_with_other_batches_is_refused(tiny_m3, tmp_path):
     options = {**QUICK, "adapter": "bgem3", "train_group_size": 1, "max_steps": 2}
     finetune(tiny_m3, ROWS, tmp_path / "out", **options)
-    with pytest.raises(UsageError, match=r"cannot be resumed with other data or batches \(seed: 42 then, 7 now\)"):
+    with pytest.raises(UsageError, match=r"cannot be resumed with other data or arguments \(seed: 42 then, 7 now\)"):
         finetune(tiny_m3, ROWS, tmp_path / "out", resume_from_checkpoint=True, seed=7, **options)
     with pytest.raises(UsageError, match="data: "):
         finetune(tiny_m3, ROWS[:-1], tmp_path / "out", resume_from_checkpoint=True, **options)
@@ -447,7 +447,7 @@ def test_a_dry_run_refuses_to_resume_with_other_batches(tiny_m3, tmp_path):
     finetune(tiny_m3, ROWS, tmp_path / "out", adapter="bgem3", **options)
     resumed = {**options, "resume_from_checkpoint": True}
     assert dry_run(from_keywords(tiny_m3, ROWS, tmp_path / "out", "bgem3", **resumed)).steps_per_epoch == 5
-    with pytest.raises(UsageError, match="cannot be resumed with other data or batches"):
+    with pytest.raises(UsageError, match="cannot be resumed with other data or arguments"):
         dry_run(from_keywords(tiny_m3, ROWS, tmp_path / "out", "bgem3", **resumed, seed=7))
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from ultrarag.errors import DataError
-from ultrarag.io.output import note_path, part_path, resumable
+from ultrarag.io.output import part_path, resumable
 
 
 def write(path, items, stop_before=None, made_by=None, **options):
@@ -110,7 +110,36 @@ def test_a_kill_between_two_renames_is_finished_by_the_next_run(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt), resumable(targets, {}) as out:
         out.write({"x": 1}, file=1)
     monkeypatch.undo()
-    with pytest.raises(DataError, match="exists"), resumable(targets, {}):
+    with pytest.raises(DataError, match="begun with another"), resumable(targets, {"k": 1}):
         pass
+    with resumable(targets, {}) as out:
+        assert out.finished
     assert targets[1].read_text() == '{"x": 1}\n'
-    assert not note_path(targets[0]).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_what_comes_after_the_names_is_done_by_the_next_run(tmp_path, killed_when_published):
+    path, calls = tmp_path / "out.jsonl", []
+
+    def call(**options):
+        with resumable(path, {"k": 1}, **options) as out:
+            out.afterwards(lambda: calls.append(out.finished))
+            if not out.finished:
+                out.write({"x": 1})
+                out.advance()
+
+    killed_when_published(call)
+    assert calls == []
+    call()
+    assert calls == [True]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+    with pytest.raises(DataError, match="exists"):  # that run was told that it is done
+        call()
+    killed_when_published(lambda: call(overwrite=True))
+    path.unlink()  # moved away: there is nothing left that could be finished
+    call()
+    assert calls == [True, False]
+    killed_when_published(lambda: call(overwrite=True))
+    path.write_text("something else")
+    with pytest.raises(DataError, match="exists"):
+        call()

@@ -266,6 +266,22 @@ def files(tmp_path):
 SETTINGS = MiningSettings(range=(0, 30), negatives=4, weights={"dense": 1.0, "bm25": 0.1})
 
 
+def test_a_run_killed_when_it_had_published_is_done_by_the_same_call(files, m3_encoder, killed_when_published):
+    rows, pool, output = files
+
+    def call():
+        return mine_in_files(rows, output, m3_encoder, SETTINGS, candidate_pool=pool)
+
+    killed_when_published(call)
+    (path_of(output, ".mining") / "mining.json").unlink()  # the kill came while the folder was removed
+    before = {name: path_of(output, name).read_bytes() for name in ("", ".counts.jsonl")}
+    report = call()
+    assert {name: path_of(output, name).read_bytes() for name in before} == before
+    assert json.loads(path_of(output, ".report.json").read_text()) == report.to_dict()
+    assert report.rows == len(ROWS)
+    assert len(list(output.parent.glob("mined*"))) == 3
+
+
 def test_a_stopped_run_goes_on_and_encodes_nothing_twice(files, m3_encoder, monkeypatch):
     rows, pool, output = files
     monkeypatch.setattr(pool_module, "CHUNK_TEXTS", 16)
@@ -312,7 +328,7 @@ def test_kill_9_while_the_pool_is_encoded(files, tiny_m3, m3_encoder, monkeypatc
     many = texts(1_500, words=30)
     write_lines(pool, [{"text": text} for text in many])
     small = "import sys; from ultrarag.mining import pool; pool.CHUNK_TEXTS = 8\n"
-    small += "from ultrarag.data.commands import run_mine; run_mine(sys.argv[1:])"
+    small += "from ultrarag.data.cli import main; main(['mine', *sys.argv[1:]])"
     flags = f"--input_file {rows} --output_file {output} --candidate_pool {pool} --range_for_sampling 0-30"
     flags += f" --model_name_or_path {tiny_m3} --adapter bgem3"
     child = subprocess.Popen([sys.executable, "-c", small, *flags.split()])

@@ -117,7 +117,7 @@ def _write(
         if count:
             report.files[str(target)] = count
         else:
-            target.unlink()  # an empty file is no dataset
+            target.unlink(missing_ok=True)  # an empty file is no dataset
     return report
 
 

@@ -138,6 +138,9 @@ def synthesize(
     output.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         out = stack.enter_context(resumable(output, {**made_by, **searched}, overwrite))
+        out.afterwards(lambda: shutil.rmtree(folder, ignore_errors=True))
+        if out.finished:
+            return SynthesisReport(**out.state)
         rows = _baseline_rows(source, maker, settings) if isinstance(maker, str) else None
         if rows is None:
             answers = output.with_name(f"{output.name}.answers.jsonl")
@@ -147,9 +150,7 @@ def synthesize(
         trip = None
         if settings.round_trip_k:
             trip = stack.enter_context(RoundTrip(folder, source, encoder, settings.weights, settings.round_trip_k))
-        report = _write(out, rows, trip, progress)
-    shutil.rmtree(folder, ignore_errors=True)
-    return report
+        return _write(out, rows, trip, progress)
 
 
 @dataclass(frozen=True)

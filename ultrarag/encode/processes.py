@@ -115,7 +115,7 @@ def _info(
 def _prepare(folder: Path, info: dict[str, Any], passages: PassageFile, overwrite: bool) -> None:
     """Make the folder, or check that it holds the same work."""
     if overwrite and (folder / INFO).is_file():
-        shutil.rmtree(folder)
+        _remove(folder)
     if same_work(folder / INFO, info, "name another folder, or give --overwrite"):
         return
     if folder.is_dir() and any(path.name != IDS for path in folder.iterdir()):
@@ -126,6 +126,14 @@ def _prepare(folder: Path, info: dict[str, Any], passages: PassageFile, overwrit
         file.flush()
         os.fsync(file.fileno())
     write_json(folder / INFO, {**info, "finished": False})
+
+
+def _remove(folder: Path) -> None:
+    """Remove an encoding; of what a kill leaves the same command makes a new one, for it still says what it is."""
+    for shard in folder.glob("shard-*"):
+        shutil.rmtree(shard)
+    (folder / INFO).unlink()
+    shutil.rmtree(folder)
 
 
 def encode_shard(

@@ -31,19 +31,6 @@ UNMERGED = "unmerged"
 #: What a run leaves beside its checkpoint, which is not to be taken for that of the next one.
 LEFT = (UNMERGED, "report.json", "report.html")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-#: Settings without which the order of batches, and so a resumed run, would be another.
-_ORDER = (
-    *(
-        "seed",
-        "data_seed",
-        "train_sampling_strategy",
-        "world_size",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-    ),
-    *("train_group_size", "dataloader_drop_last", "same_dataset_within_batch", "small_threshold", "drop_threshold"),
-    *("replay_ratio", "shuffle_ratio", "max_example_num_per_dataset", "no_in_batch_neg", "negatives_cross_device"),
-)
 #: Settings that may differ between a run that was stopped before merging and the one that goes on.
 _INCIDENTAL = ("overwrite_output_dir", "incremental")
 
@@ -140,35 +127,6 @@ def kept_in_output(output: Path) -> Callable[[str], bool]:
     if manifest:
         replaced |= {name.split("/")[0] for name in manifest.files}
     return lambda name: name not in replaced and not name.endswith(".tmp")
-
-
-def check_same_order(resume: Path, record: Training) -> None:
-    """A resumed run must see the batches that the first would have seen.
-
-    Raises:
-        UsageError: its data or settings are others (names them), or the checkpoint holds no record of its run.
-    """
-    manifest = read_manifest(resume)
-    earlier = manifest.training if manifest else None
-    if earlier is None:
-        raise UsageError(f"{resume} holds no record of its run (ultrarag.json), so it cannot be resumed")
-    then, now = _order(earlier), _order(record)
-    different = [f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]]
-    if different:
-        raise UsageError(
-            f"the run in {resume} cannot be resumed with other data or batches ({'; '.join(different)}); "
-            "give the same settings, or start anew in another output_dir"
-        )
-
-
-def _order(record: Training) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for value in [record.arguments, *record.arguments.values()]:
-        if isinstance(value, Mapping):
-            flat.update({name: item for name, item in value.items() if name in _ORDER})
-    flat["parent"] = record.parent[:12]
-    flat["data"] = sorted({item["sha256"][:12] for item in record.data})
-    return flat
 
 
 def find_trained(output: Path, record: Training) -> Training | None:

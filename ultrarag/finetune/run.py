@@ -33,7 +33,6 @@ from ultrarag.finetune.output import (
     Start,
     asked_to_resume,
     check_output_dir,
-    check_same_order,
     claim_output_dir,
     find_resume,
     find_trained,
@@ -43,6 +42,7 @@ from ultrarag.finetune.output import (
 )
 from ultrarag.finetune.preview import RenderedBatch, rendered_batch
 from ultrarag.finetune.report import HTML_FILE, FinetuneResult, read_history, write_report
+from ultrarag.finetune.resume import continued, total_steps
 from ultrarag.finetune.step import (
     EmbeddingTrainer,
     FalseNegatives,
@@ -181,12 +181,17 @@ class FinetuneRun:
         self.lora = add_lora(self.encoder, self.arguments.lora) if self.arguments.lora.use_lora else None
 
     def check(self) -> None:
-        """Look for faults in the rows; a resumed run must see the batches that the first would have seen."""
+        """Look for faults in the rows; a resumed run must take the steps that the first would have taken."""
         self.record = self._record()
         if self.resume:
-            check_same_order(self.resume, self.record)
+            self.record = continued(self.resume, self.record, self._steps(), self.notes.add)
         elif rank() == 0 and not self.arguments.skip_data_check:
             check_rows(self.arguments, self.data, self.encoder, self.measures.domain, self.notes.add)
+
+    def _steps(self) -> int:
+        training = self.arguments.training
+        limits = training.num_train_epochs, training.max_steps
+        return total_steps(self.plan.steps_per_epoch, training.gradient_accumulation_steps, *limits)
 
     def _record(self) -> Training:
         """What the manifest says of this run, as far as it is known before training."""

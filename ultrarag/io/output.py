@@ -1,7 +1,8 @@
 """Output: files that grow beside their names (NAME.part), resumable after any kill, and appear whole when done.
 
 A note beside the first file says what makes the output (inputs and arguments), how many input items are done and
-how long each part was then. A rerun cuts the parts to those lengths and goes on with the next item.
+how long each part was then. A rerun cuts the parts to those lengths and goes on with the next item. The note is removed
+last of all: where it is there and the files have their names, a rerun does no more than what comes after them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +29,7 @@ class Output:
     Attributes:
         done: input items that earlier runs have dealt with: skip them.
         state: JSON values (counts, say) that are saved and restored with the position.
+        finished: an earlier run has written everything, and was stopped before it could say so: write nothing.
     """
 
     def __init__(self, targets: Sequence[Path], made_by: Mapping[str, Any]) -> None:
@@ -35,6 +37,8 @@ class Output:
         self.made_by = json.loads(json.dumps(made_by))
         self.done = 0
         self.state: dict[str, Any] = {}
+        self.finished = False
+        self._after: list[Callable[[], object]] = []
         self._files: list[BinaryIO] = []
         self._saved = 0.0
         #: done, sizes and state when they last agreed: what a run that stops between two lines goes back to
@@ -52,6 +56,10 @@ class Output:
         self._position = self._now()
         if time.monotonic() - self._saved > COMMIT_SECONDS:
             self.commit()
+
+    def afterwards(self, action: Callable[[], object]) -> None:
+        """Do this when the files have their names; a run that is stopped in between does it when it is made again."""
+        self._after.append(action)
 
     def commit(self) -> None:
         """Make everything written so far survive a kill or a power cut."""
@@ -94,10 +102,14 @@ class Output:
         self.commit()
 
     def _finish(self) -> None:
-        self.commit()
-        self._note(True)
+        if not self.finished:
+            self.commit()
+            self._note(True)
         with _explained(self.targets[0]):
             _rename(self.targets)
+            for action in self._after:
+                action()
+            note_path(self.targets[0]).unlink(missing_ok=True)
 
     def _stop(self) -> None:
         """Keep what is done; leave nothing behind where that is nothing."""
@@ -130,6 +142,8 @@ def resumable(
 ) -> Iterator[Output]:
     """Open output files, new ones or where an earlier run stopped; they get their names when the block ends well.
 
+    Where an earlier run stopped between that and its end, the block runs with all input items done.
+
     Args:
         targets: a file, or several that are finished together.
         made_by: whatever decides the content, as JSON: arguments, and `identity(path)` of every input.
@@ -147,12 +161,13 @@ def resumable(
     named = [targets] if isinstance(targets, str | os.PathLike) else targets
     output = Output([Path(target) for target in named], made_by)
     note = None if overwrite else _begun(output)
-    if note and note["finished"]:  # killed between two renames
-        _rename(output.targets)
-        raise DataError(_exists(output.targets[0]))
     try:
-        output._open(note)
-        yield from _saved_when_stopped(output)
+        if note and note["finished"]:
+            output.done, output.state, output.finished = note["done"], note["state"], True
+            yield output
+        else:
+            output._open(note)
+            yield from _saved_when_stopped(output)
         output._finish()
     finally:
         output._close()
@@ -208,6 +223,8 @@ def _begun(output: Output) -> dict[str, Any] | None:
         same = begun and note["made_by"] == output.made_by and len(note["sizes"]) == len(output.targets)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"'{path}' is damaged; begin anew with --overwrite") from error
+    if begun and note["finished"] and not _complete(note, output.targets):
+        begun = same = False  # its files were moved away or replaced since
     if same:
         return note
     if begun:
@@ -223,6 +240,13 @@ def _begun(output: Output) -> dict[str, Any] | None:
     return None
 
 
+def _complete(note: Mapping[str, Any], targets: Sequence[Path]) -> bool:
+    """Whether all files of a finished run are there, under their names or not yet."""
+    found = [next((p for p in (part_path(target), target) if p.exists()), None) for target in targets]
+    sizes = [path.stat().st_size if path else 0 for path in found]  # an empty file may have been left out
+    return sizes == list(note["sizes"])
+
+
 def _exists(target: Path) -> str:
     return f"'{target}' exists: name another output, or replace it with --overwrite"
 
@@ -232,4 +256,3 @@ def _rename(targets: Sequence[Path]) -> None:
         if part_path(target).exists():
             os.replace(part_path(target), target)
             sync_directory(target.parent)
-    note_path(targets[0]).unlink(missing_ok=True)

@@ -140,6 +140,11 @@ def mine_files(
     pool = _pool_identity(candidate_pool, live, encoder, settings, paths)
     targets = [output, output.with_name(f"{output.name}.counts.jsonl")]
     with resumable(targets, {**pool, **_choices(settings, reranker, reranker_options)}, overwrite) as out:
+        out.afterwards(lambda: write_json(output.with_name(f"{output.name}.report.json"), out.state))
+        if not work_dir:
+            out.afterwards(lambda: shutil.rmtree(folder, ignore_errors=True))
+        if out.finished:
+            return MiningReport.from_dict(out.state)
         sources = MiningSources(lambda: _rows(paths), _pool_of(candidate_pool), live)
         with Miner(
             folder,
@@ -154,11 +159,8 @@ def mine_files(
             progress=progress,
         ) as miner:
             _mine(miner, paths, out, chunk_rows)
-            report = miner.report
-    write_json(output.with_name(f"{output.name}.report.json"), report.to_dict())
-    if not work_dir:
-        shutil.rmtree(folder, ignore_errors=True)
-    return report
+            out.state = miner.report.to_dict()
+            return miner.report
 
 
 def _checked(number: int, row: Any) -> Row:

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from ultrarag.errors import UsageError
 from ultrarag.finetune.flags.arguments import FinetuneArguments, from_keywords, parse_command_line
 from ultrarag.finetune.flags.command_line import named_adapter
+from ultrarag.finetune.flags.late import _REPORTERS
 from ultrarag.finetune.flags.transformers import training_flags
 from ultrarag.loss_arguments import LossArguments
 
@@ -369,6 +370,44 @@ def test_evaluation_keeps_the_best(
     assert (training.save_strategy, training.save_steps) == (save_strategy, save_steps)
     assert (training.metric_for_best_model, training.greater_is_better) == ("eval_ndcg@10", True)
     assert training.load_best_model_at_end
+
+
+@pytest.mark.parametrize("name", ["ndcg@10", "eval_nDCG@10", "Recall@10", "eval_mrr@10"])
+def test_the_best_is_chosen_by_any_metric_that_is_measured(parse: Any, rows: Path, name: str) -> None:
+    training = parse(f"--eval_data {rows} --metric_for_best_model {name}").training
+    assert training.metric_for_best_model == f"eval_{name.lower().removeprefix('eval_')}"
+    assert training.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--metric_for_best_model eval_loss", r"eval_loss: no loss is computed .*; measured are nDCG@10, Recall@10, M"),
+        ("--metric_for_best_model loss --dry_run", "model loss: no loss is computed"),
+        ("--metric_for_best_model nDCG@100", r"nDCG@100: it is not measured; measured are .*did you mean 'ndcg@10'"),
+        ("--greater_is_better False", "would keep the worst checkpoint"),
+        ("--report_to wandb", r"--report_to wandb needs the package wandb: pip install wandb, or leave it out"),
+        ("--report_to none,tensorboard --dry_run", "needs the package tensorboard: pip install tensorboard"),
+        ("--log_with mlflow", "--report_to mlflow needs the package mlflow"),
+        ("--report_to comet_ml", "needs the package comet-ml: pip install comet-ml"),
+        ("--report_to flyte", "pip install flytekit"),
+        ("--report_to azure_ml", "pip install azureml-sdk"),
+        ("--report_to kubeflow", "only inside of a job of Kubeflow's"),
+        ("--report_to tensorbord", "--report_to tensorbord is unknown; did you mean 'tensorboard'"),
+    ],
+)
+def test_what_would_fail_at_the_first_evaluation_or_log_is_refused_at_the_start(
+    parse: Any, rows: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)  # whatever this machine has
+    with pytest.raises(UsageError, match=message):
+        parse(f"--eval_data {rows} {words}")
+
+
+def test_every_place_that_transformers_reports_to_is_known() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(_REPORTERS) == set(INTEGRATION_TO_CALLBACK)
 
 
 def test_evaluation_without_checkpoints_says_what_is_lost(parse: Any, rows: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.finetune.test_run import QUICK, ROWS
 from ultrarag import Encoder
-from ultrarag.errors import CheckpointError, UsageError
+from ultrarag.errors import UsageError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
 from ultrarag.finetune.flags.groups import LoraArguments
@@ -66,7 +66,7 @@ def test_resumed_run_ends_with_the_weights_of_the_undisturbed_one(tiny_m3, tmp_p
     assert Encoder.load(first).heads == ("dense", "sparse", "colbert")  # each checkpoint is a merged model
     resumed = finetune(tiny_m3, ROWS, tmp_path / "resumed", resume_from_checkpoint=first, **options)
     assert resumed.fingerprint == whole.fingerprint
-    with pytest.raises(CheckpointError, match="holds other adapters than this run has; give the --lora_rank"):
+    with pytest.raises(UsageError, match=r"cannot be resumed .* \(lora_rank: 4 then, 2 now\)"):
         finetune(tiny_m3, ROWS, tmp_path / "x", resume_from_checkpoint=first, **{**options, "lora_rank": 2})
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import UsageError
 from ultrarag.finetune.flags.engines import engine_files, prepare_deepspeed
+from ultrarag.finetune.flags.late import BEST_METRIC, check_best_metric, check_reporters
 from ultrarag.finetune.flags.values import Flag, flags_of
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def build_training_arguments(settings: Mapping[str, Any], has_eval_data: bool, n
 
     values = {**DEFAULTS, "disable_tqdm": not sys.stderr.isatty(), **settings}
     _check_numbers(values)
+    check_reporters(values["report_to"])
+    check_best_metric(values)
     _keep_columns(values, notes)
     _move_logging_dir(values)
     _fit_precision(values, notes)
@@ -149,7 +152,7 @@ def _plan_evaluation(values: dict[str, Any], has_eval_data: bool, notes: list[st
     if strategy == "steps":
         every = values.setdefault("eval_steps", values.get("save_steps", 500))
         values.setdefault("save_steps", every)
-    values.setdefault("metric_for_best_model", "eval_ndcg@10")
+    values.setdefault("metric_for_best_model", BEST_METRIC)
     if values["save_strategy"] == "no":
         notes.append("save_strategy no: checkpoints are not saved, so that the best one cannot be kept")
     values.setdefault("load_best_model_at_end", values["save_strategy"] != "no")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
@@ -117,6 +118,15 @@ class EmbeddingTrainer(Trainer):
         output = super().train(*args, **kwargs)
         self.trained.finish()
         return output
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *checkpoint: Any
+    ) -> tuple[int, int]:
+        """As transformers does it, which in the middle of an epoch would make one step more than asked for."""
+        begin: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *checkpoint
+        )
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
 
     # ---- data
 
@@ -285,6 +295,8 @@ class EmbeddingTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with only_tensors(checkpoint or ""):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.lr_scheduler is not None:
+            _set_rates(getattr(self.lr_scheduler, "scheduler", self.lr_scheduler))  # accelerate wraps it
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with only_tensors(checkpoint or ""):
@@ -311,6 +323,16 @@ class EmbeddingTrainer(Trainer):
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model that is trained: {error}") from error
         self.trained.keep()
+
+
+def _set_rates(scheduler: Any) -> None:
+    """Let the next step have the rate of a schedule of the length given now; the optimizer was saved with another's."""
+    if isinstance(scheduler, LambdaLR):
+        lambdas = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        rates = [rate * share(scheduler.last_epoch) for rate, share in lambdas]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
 
 def _sides(batch: TrainingBatch) -> list[Features]:
