@@ -211,8 +211,8 @@ class Catalog:
                 raise IndexStateError(f"generation {id} was discarded meanwhile; the live one stays")
             db.execute("UPDATE generations SET state = 'previous' WHERE state = 'live'")
             db.execute("UPDATE generations SET state = 'live' WHERE id = ?", (id,))
-            if metrics is not None:
-                values = (int(forced), json.dumps(metrics), id)
+            if metrics is not None or forced:
+                values = (int(forced), json.dumps(metrics or {}), id)
                 db.execute("UPDATE generations SET forced = ?, metrics = ? WHERE id = ?", values)
 
 
