@@ -120,15 +120,15 @@ def render(report: dict[str, Any]) -> str:
     before = ", ".join(f"{size} after {second} s" for second, size in BEFORE.items())
     return "\n".join(
         [
-            f"{asked['threads']} threads, {asked['passages']} passages, {asked['engine']}; the machine was shared (load "
-            f"{report['load_average']}).",
+            f"{asked['threads']} threads, {asked['passages']} passages, {asked['engine']}; the machine was shared "
+            f"(load {report['load_average']}).",
             "",
             "| after | searches | resident, MiB | given out by the allocator, MiB |",
             "|---|---|---|---|",
             *rows,
             "",
-            f"Growth by thirds, MiB: {growth}. Before one thread ran the model: {before}, and still growing: each thread "
-            f"that ran it kept 5 to 9 MiB of buffers.",
+            f"Growth by thirds, MiB: {growth}. Before one thread ran the model: {before}, and still growing: each "
+            f"thread that ran it kept 5 to 9 MiB of buffers.",
         ]
     )
 

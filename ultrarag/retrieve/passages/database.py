@@ -224,7 +224,7 @@ def named_errors(path: Path) -> Iterator[None]:
 def _advice(error: sqlite3.Error) -> str:
     text = str(error)
     if "disk I/O" in text:
-        return "the disk fails or is full; what was acknowledged before is kept, nothing of this write is"
+        return "make room on the disk, or it fails; what was acknowledged before is kept, nothing of this write is"
     if "malformed" in text or "not a database" in text:
         return "the file is damaged: restore it from a copy (vectors can be rebuilt, passages cannot)"
     return "nothing of this call was written"

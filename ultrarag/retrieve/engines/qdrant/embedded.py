@@ -210,6 +210,7 @@ class QdrantEdge:
         before it serves.
         """
         with self._writing, self._named_errors():
+            check_room(self.directory, ROOM)
             self._open_shard().flush()
             self._give_away("is being optimised; search it afterwards")
             try:
