@@ -38,6 +38,13 @@ class IndexStateError(UltraragError):
     """A live index cannot do what was asked in the state it is in (locked, damaged, no such generation)."""
 
 
+class ResourceError(IndexStateError):
+    """The machine does not allow it now: a full disk, a folder that is read-only, too few descriptors; no damage."""
+
+    #: the system's number of the condition
+    errno = 0
+
+
 class GateError(UltraragError):
     """A new generation was refused because it is worse or fails a sanity check; carries the numbers."""
 

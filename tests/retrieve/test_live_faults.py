@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_during_a_build_leaves_the_live_generation_alone(
         patch.setattr(builder, "_behave", lambda threads: None)
         assert builder.main([str(live.path), str(generation.id)]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert told["kind"] == "IndexStateError"
+    assert told["kind"] == "ResourceError"
     assert "No space left" in told["message"]
     assert live.status()["live"]["id"] == 1
     assert_complete(live, 8)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from ultrarag.io import resource_error
 from ultrarag.types import Embeddings, Passage
 
 Encode = Callable[[Sequence[str]], Embeddings]
@@ -46,6 +48,8 @@ def _halved(passages: list[Passage], encode: Encode) -> Apart:
     try:
         return _finite(passages, encode([passage.content for passage in passages]))
     except Exception as error:
+        if resource_error(error, Path()):  # no passage is at fault
+            raise
         if len(passages) == 1:
             _check_encoder(encode, error)
             return Apart([], None, {passages[0].id: _reason(error)})

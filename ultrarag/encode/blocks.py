@@ -226,7 +226,7 @@ class Ledger(Blocks):
             size = int(found.pop("size"))
             pairs = (line.split(" ") for line in lines)
             confirmed = {int(block): int(passages) for block, passages in pairs}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return  # not there, or damaged: everything is encoded again
         if found == self._made_by:
             self.chunk_texts, self.confirmed = size, confirmed

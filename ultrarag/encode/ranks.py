@@ -25,7 +25,7 @@ import numpy as np
 from ultrarag.encode.apart import encode_apart
 from ultrarag.encode.blocks import Blocks, encode_blocks
 from ultrarag.errors import IndexStateError, UltraragError
-from ultrarag.io import padded_sparse, padded_tokens, write_bytes, write_json
+from ultrarag.io import padded_sparse, padded_tokens, resource_error, write_bytes, write_json
 from ultrarag.retrieve.passages import Store, content_hash
 from ultrarag.types import Embeddings, Passage, Sparse
 
@@ -151,6 +151,8 @@ class Encoded(Blocks):
                 found = dict(arrays)
             return [bytes(row) for row in found.pop("hashes")], _unflat(found)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            if condition := resource_error(error, path):
+                raise condition from error
             advice = "delete it: its passages are encoded again"
             raise IndexStateError(f"'{path}' is damaged ({error}); {advice}") from error
 

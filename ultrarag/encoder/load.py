@@ -30,12 +30,12 @@ def adapter_name(adapter: str | None, manifest: Manifest | None, folder: Path) -
         return manifest.adapter
     raise UsageError(
         f"{folder} is no checkpoint of ultrarag's (it has no ultrarag.json): name the adapter, "
-        f"for example adapter='{_likely(folder)}' "
+        f"for example adapter='{likely_adapter(folder)}' "
         f"(installed: {', '.join(registry().names())})"
     )
 
 
-def _likely(folder: Path) -> str:
+def likely_adapter(folder: Path) -> str:
     """The built-in adapter that a folder looks made for; only a suggestion."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

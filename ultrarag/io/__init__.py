@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.io.checksums import CHECKSUM_FILE, read_seal, remove_seal, seal, verify_seal
+    from ultrarag.io.checksums import CHECKSUM_FILE, copy_with_holes, read_seal, remove_seal, seal, verify_seal
     from ultrarag.io.child import end_with_parent, start_child, stop_child
     from ultrarag.io.command import print_error, print_result, run_command, standard_input
+    from ultrarag.io.conditions import UNWRITABLE, check_room, named_conditions, resource_error
     from ultrarag.io.durable import (
         publish_directory,
         replacing,

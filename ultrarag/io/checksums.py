@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -88,6 +89,21 @@ def _checksum(path: Path) -> int:
             if content != zeros[: len(content)]:
                 total = zlib.crc32(content, zlib.crc32(block.to_bytes(8, "little"), total))
     return total
+
+
+def copy_with_holes(source: Path, target: Path) -> None:
+    """Copy a directory; what is a hole in a file stays one in its copy."""
+    shutil.copytree(source, target, copy_function=_copy_file)
+
+
+def _copy_file(source: str, target: str) -> None:
+    size = os.path.getsize(source)
+    with open(source, "rb") as file, open(target, "wb") as copy:
+        for block in _blocks_with_data(file.fileno(), size):
+            file.seek(block * BLOCK_BYTES)
+            copy.seek(block * BLOCK_BYTES)
+            copy.write(file.read(BLOCK_BYTES))
+        copy.truncate(size)
 
 
 def _blocks_with_data(handle: int, size: int) -> Iterator[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -11,18 +10,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from ultrarag.errors import DataError, UltraragError, UsageError
+from ultrarag.io.conditions import REMEDIES
 from ultrarag.io.terminal import json_line, visible
 
-#: Conditions of the machine, which are nobody's mistake in a program: one line in place of a traceback.
-_CONDITIONS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENFILE,
-}
 _CLOSED = "standard output is closed: send it to a file, a pipe or /dev/null"
 
 
@@ -51,7 +41,7 @@ def run_command(run: Callable[[], int | None], interrupted: str = "", who: str =
     except BrokenPipeError:  # the reader of stderr, such as head, has seen enough
         return 1
     except OSError as error:
-        if error.errno not in _CONDITIONS:
+        if error.errno not in REMEDIES:  # nobody's mistake in a program: one line in place of a traceback
             raise
         return _failed(1, _condition(error), who)
     except KeyboardInterrupt as stop:

@@ -54,18 +54,23 @@ class OwnerLock:
     that inherited it has yet to end.
     """
 
-    def __init__(self, directory: Path, hint: str = "") -> None:
+    def __init__(self, directory: Path, hint: str = "", read_only: bool = False) -> None:
         """Acquire the lock.
 
         Args:
             hint: what else can be done while another owner holds it, for the error.
+            read_only: keep owners out, and let others in who read as well; nothing is written.
 
         Raises:
             IndexStateError: when another owner holds it; names process, host and since when.
         """
-        self._file: IO[str] | None = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+        self._file: IO[str] | None = None
+        self._read_only = read_only
+        if read_only and not (directory / LOCK_FILE).exists():  # a copy that never had an owner
+            return
+        self._file = open(directory / LOCK_FILE, "r" if read_only else "a+", encoding="utf-8")  # noqa: SIM115
         started = time.monotonic()
-        while not _lock(self._file):
+        while not _lock(self._file, read_only):
             holder = _holder(directory)
             if time.monotonic() - started >= (holder.patience() if holder else PATIENCE):
                 self._file.close()
@@ -74,7 +79,8 @@ class OwnerLock:
                     f"there first{f' ({hint})' if hint else ''}"
                 )
             time.sleep(0.02)
-        self._write(Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds")))
+        if not read_only:
+            self._write(Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds")))
 
     def descriptors(self) -> tuple[int, ...]:
         """What a child process inherits (`pass_fds`) to hold the lock as well."""
@@ -83,15 +89,19 @@ class OwnerLock:
     def release(self) -> None:
         """Let another owner in; releasing twice is harmless."""
         if self._file is not None:
-            self._file.truncate(0)
+            if not self._read_only:
+                self._file.truncate(0)
             self._file.close()
             self._file = None
 
     def _write(self, owner: Owner) -> None:
         assert self._file is not None
-        self._file.truncate(0)
-        self._file.write(json.dumps(asdict(owner)))
-        self._file.flush()
+        try:
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), json.dumps(asdict(owner)).encode())  # no buffer that fails again at the end
+        except BaseException:
+            self._file.close()
+            raise
 
 
 def read_owner(directory: Path) -> Owner | None:
@@ -110,11 +120,11 @@ def read_owner(directory: Path) -> Owner | None:
     return _holder(directory)
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[str], shared: bool) -> bool:
     if fcntl is None:
         return True
     try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
-from ultrarag.io import OwnerLock
+from ultrarag.io import UNWRITABLE, OwnerLock, named_conditions, resource_error
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import remove
 from ultrarag.retrieve.generation import (
@@ -45,12 +45,20 @@ class Core:
     """Store, BM25 and the live pair of an index that this process owns."""
 
     def __init__(
-        self, root: Path, encoder: Encoder | None, device: str | None, repair: bool, checkpoints: str | None = None
+        self,
+        root: Path,
+        encoder: Encoder | None,
+        device: str | None,
+        repair: bool,
+        checkpoints: str | None = None,
+        reading: str = "",
     ) -> None:
-        """Take the index, bring it up to date with its log, or leave everything as it was."""
-        if not root.is_dir():
-            raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
-        self.layout, self.device = IndexLayout(root), device
+        """Take the index, bring it up to date with its log, or leave everything as it was.
+
+        Args:
+            reading: why nothing can be written: then the index is opened as it is, for searches alone.
+        """
+        self.layout, self.device, self.reading = IndexLayout(root), device, reading
         self.writing = threading.RLock()
         #: held for a build, and for what replaces or removes generations: one at a time each
         self.building, self.flipping = threading.Lock(), threading.Lock()
@@ -58,9 +66,11 @@ class Core:
         self.builder: subprocess.Popen[str] | None = None
         self._lingering: list[Serving] = []
         with ExitStack() as undo:
-            lock = OwnerLock(root, "status and passages can be read meanwhile: ultrarag.retrieve.read_status")
+            undo.enter_context(named_conditions(root))
+            hint = "status and passages can be read meanwhile: ultrarag.retrieve.read_status"
+            lock = OwnerLock(root, hint, read_only=bool(reading))
             undo.callback(lock.release)
-            self.store = Store.open(root)
+            self.store = Store.open(root, read_only=bool(reading))
             undo.callback(self.store.close)
             self.catalog = Catalog(self.store)
             self.link = self._linked(repair, checkpoints)
@@ -68,18 +78,22 @@ class Core:
                 undo.callback(self.link.close)
                 self.link.sync()
                 self.link.fetch_generation(self.catalog.live())
-            words = open_words(self.layout, self.store)
+            words = open_words(self.layout, self.store, bool(reading))
             self.bm25: BM25 | None = words[0] if words else None
             self.words: Follower | None = words[1] if words else None
             if self.bm25 is not None:
                 undo.callback(self.bm25.close)
             live = self.catalog.live()
-            serving, vectors = open_serving(self.layout, self.store, live, encoder, device, repair, self._check)
+            serving, vectors = open_serving(
+                self.layout, self.store, live, encoder, device, repair, self._check, bool(reading)
+            )
             undo.callback(serving.retire)
             self.device = str(serving.encoder.device)
             self._live: Serving | None = serving
             self.vectors: Follower = vectors
-            if self.link is None:  # else the vectors are the business of whoever writes
+            if reading:
+                self._tell_behind()
+            elif self.link is None:  # else the vectors are the business of whoever writes
                 self.catch_up()
                 self._check_count(repair)
                 self.flush()
@@ -91,6 +105,37 @@ class Core:
                 self.watcher = Watcher(self, self.link)
             undo.pop_all()
 
+    @classmethod
+    def open(
+        cls, root: Path, encoder: Encoder | None, device: str | None, repair: bool, checkpoints: str | None = None
+    ) -> Core:
+        """Take the index; where nothing can be written, such as on a full disk, open it for reading and say so."""
+        if not root.is_dir():
+            raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
+        try:
+            return cls(root, encoder, device, repair, checkpoints)
+        except IndexStateError as error:
+            found = resource_error(error, root)
+            if found is None or repair or found.errno not in UNWRITABLE:
+                raise
+            reason = str(found)
+        core = cls(root, encoder, device, repair, checkpoints, reading=reason)
+        logger.warning("%s; '%s' is opened for reading: it can be searched, and writes are refused", reason, root)
+        return core
+
+    def _tell_behind(self) -> None:
+        """Say what of the log cannot be found, for nothing can be written."""
+        behind = {"vectors": self.vectors.applied, **({"words": self.words.applied} if self.words else {})}
+        for name, applied in behind.items():
+            if (missing := self.store.last_seq() - applied) > 0:
+                logger.warning(
+                    "'%s': %d writes are not in the %s yet, and cannot be put there now: `get` and `passages` give "
+                    "what was written, searches may not find it",
+                    self.layout.root,
+                    missing,
+                    name,
+                )
+
     def _check(self) -> None:
         """Before each write to the vectors; LeaseError where another process took over meanwhile."""
         if self.link is not None:
@@ -99,6 +144,8 @@ class Core:
     def _linked(self, repair: bool, checkpoints: str | None) -> Link | None:
         if not (uri := self.store.get_meta(URI)):
             return None
+        if self.reading:
+            raise IndexStateError(f"the mirror of the shared index '{uri}' must be written to be used: {self.reading}")
         if repair:
             raise UsageError(
                 f"'{self.layout.root}' mirrors the shared index '{uri}', whose vectors no one process repairs: build "
@@ -159,17 +206,27 @@ class Core:
         Raises:
             LeaseError: when another process is writing, and does not finish.
         """
-        if self.link is None:
-            yield
-            return
-        with self.writing:
-            _ = self.live
-            if self.link.acquire():
-                self.arrive()
-        try:
-            yield
-        finally:
-            self.link.release()
+        self.check_writable()
+        with named_conditions(self.layout.root):
+            if self.link is None:
+                yield
+                return
+            with self.writing:
+                _ = self.live
+                if self.link.acquire():
+                    self.arrive()
+            try:
+                yield
+            finally:
+                self.link.release()
+
+    def check_writable(self) -> None:
+        """Raise IndexStateError where the index was opened for reading."""
+        if self.reading:
+            raise IndexStateError(
+                f"'{self.layout.root}' is open for reading, for nothing could be written when it was opened "
+                f"({self.reading}); open it again when that is settled"
+            )
 
     def arrive(self) -> None:
         """Go on where the process that wrote before has stopped."""
@@ -266,7 +323,7 @@ class Core:
         with self.writing:
             if self._live is None:
                 return
-            with ExitStack() as parts:  # each is closed even when another cannot be
+            with named_conditions(self.layout.root), ExitStack() as parts:  # each is closed even when another cannot be
                 parts.callback(self._lock.release)
                 parts.callback(self.store.close)
                 if self.link is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
-from ultrarag.io import publish_directory, staged_directory
+from ultrarag.io import named_conditions, publish_directory, staged_directory
 from ultrarag.retrieve.build import build_generation, end_build
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.gate import Gate
@@ -109,17 +109,30 @@ class LiveIndex:
                 f"'{root}' is not empty; open the index with LiveIndex.open, or name another directory"
             )
         chosen = stored_heads(encoder.heads, heads)
+        with named_conditions(root):
+            cls._create(root, encoder, backend, chosen, bm25, uri, checkpoints)
+        return cls.open(root, encoder)
+
+    @staticmethod
+    def _create(
+        root: Path,
+        encoder: Encoder,
+        backend: str | None,
+        heads: tuple[str, ...],
+        bm25: bool,
+        uri: str | None,
+        checkpoints: str | os.PathLike[str] | None,
+    ) -> None:
         if uri is not None:
             if backend is not None:
                 raise UsageError("backend is for an index of this process alone; the uri says where a shared one is")
-            create_shared(root, encoder, uri, _text(checkpoints), chosen, bm25)
-            return cls.open(root, encoder)
+            create_shared(root, encoder, uri, _text(checkpoints), heads, bm25)
+            return
         if checkpoints is not None:
             raise UsageError("checkpoints is for shared indexes: give a uri, or leave it out")
         with staged_directory(root) as stage:
-            lay_out(stage, encoder, backend, chosen, bm25)
+            lay_out(stage, encoder, backend, heads, bm25)
             publish_directory(stage, root)
-        return cls.open(root, encoder)
 
     @classmethod
     def open(
@@ -134,6 +147,9 @@ class LiveIndex:
     ) -> LiveIndex:
         """Open an index; writes that a crash kept from the vectors are applied first.
 
+        Where nothing can be written (a read-only folder, a full disk) it is opened for reading, with a warning: it
+        answers searches, and refuses writes. Several processes may read so; an owner is not let in meanwhile.
+
         Args:
             path: its directory; with `uri` a missing one is made, and it may be left out.
             uri: of a shared index, of which the directory is, or becomes, this process's mirror.
@@ -143,6 +159,8 @@ class LiveIndex:
             repair: where the vectors are damaged, encode all passages again.
 
         Raises:
+            ResourceError: when the machine does not allow it now: too few file descriptors, or files this user may not
+                read; nothing is damaged then.
             IndexStateError: when there is no index, another process owns it (named), or a file is damaged (named).
             FingerprintError: when `encoder` is not the live generation's.
             CheckpointError: when the copy of the checkpoint is damaged.
@@ -155,7 +173,7 @@ class LiveIndex:
                 check_mirror(root, uri)
             else:
                 create_mirror(root, uri, _text(checkpoints))
-        return cls(Core(root, encoder, device, repair, _text(checkpoints)))
+        return cls(Core.open(root, encoder, device, repair, _text(checkpoints)))
 
     def __enter__(self) -> LiveIndex:
         return self
@@ -335,7 +353,7 @@ class LiveIndex:
 
         Args:
             checkpoint: a checkpoint folder, or an Encoder; it is copied into the index.
-            adapter: needed for a folder that is no checkpoint of ultrarag's.
+            adapter: of a folder that is no checkpoint of ultrarag's; default: the live generation's.
             backend, heads: default: the live generation's engine, and all heads of the encoder.
             device: default: that of the live encoder.
             threads: of the builder; default: half of the cores.
@@ -418,6 +436,7 @@ class LiveIndex:
         """
         from ultrarag.retrieve.refresh import RefreshTerms, refresh
 
+        self._core.check_writable()  # before the training
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
@@ -449,9 +468,13 @@ class LiveIndex:
             self._core.vacuum()
 
     def status(self) -> dict[str, Any]:
-        """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk."""
+        """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk.
+
+        `read_only` says why nothing can be written, where that is so.
+        """
         _ = self._core.live
         found = describe(self._core.layout, self._core.store)
+        found["read_only"] = self._core.reading or None
         if (link := self._core.link) is not None and (watcher := self._core.watcher) is not None:
             found["shared"] = {**link.describe(), "error": watcher.error}
         return found

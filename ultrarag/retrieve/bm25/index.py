@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import OwnerLock, read_seal, remove_seal, seal, verify_seal
+from ultrarag.io import OwnerLock, read_seal, remove_seal, resource_error, seal, verify_seal
 from ultrarag.retrieve.bm25.store import Bm25File
 from ultrarag.retrieve.bm25.terms import tokenize
 from ultrarag.retrieve.ranking import Scored, check_ids, check_k, ranked, top
@@ -46,10 +46,11 @@ class Term(NamedTuple):
 class BM25:
     """A BM25 index over one directory; writes are seen at once, and durable once `flush` has returned."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, read_only: bool = False) -> None:
+        self.directory, self.read_only = directory, read_only
         self._mutex = threading.RLock()
-        self._lock = OwnerLock(directory)
+        with _named(directory):
+            self._lock = OwnerLock(directory, read_only=read_only)
         self._store: Bm25File | None = None
         self._sums: dict[str, Any] = {}
         self._dirty = True
@@ -71,23 +72,28 @@ class BM25:
         return cls(directory)._start(lambda path: Bm25File.create(path, k1, b))
 
     @classmethod
-    def open(cls, directory: str | Path, verify: bool = True) -> BM25:
+    def open(cls, directory: str | Path, verify: bool = True, read_only: bool = False) -> BM25:
         """Open an index; `verify` compares its file with the checksum written when it was closed.
 
+        Args:
+            read_only: for searches alone; nothing in the directory changes.
+
         Raises:
+            ResourceError: when the machine does not allow it now; nothing is damaged then.
             IndexStateError: when there is none, it is in use by another owner, or damaged.
         """
         directory = Path(directory)
         if not (directory / Bm25File.FILE).is_file():
             raise IndexStateError(f"'{directory}' holds no BM25 index: '{Bm25File.FILE}' is missing")
-        index = cls(directory)
+        index = cls(directory, read_only)
         try:
-            index._sums = verify_seal(directory) if verify else read_seal(directory)
+            with _named(directory):
+                index._sums = verify_seal(directory) if verify else read_seal(directory)
         except BaseException:
             index._lock.release()
             raise
         index._dirty = not index._sums
-        return index._start(Bm25File.open)
+        return index._start(lambda path: Bm25File.open(path, read_only))
 
     def upsert(self, ids: Sequence[str], texts: Sequence[str], payloads: Sequence[Mapping[str, Any]]) -> None:
         """Insert passages, or replace those with the same id; of an id twice in one call the last wins."""
@@ -152,18 +158,21 @@ class BM25:
         with self._mutex:
             if self._store is None:
                 return
-            self.flush()
+            if not self.read_only:
+                self.flush()
             self._store.close()
             self._store = None
             try:
-                seal(self.directory, known=None if self._dirty else self._sums)
+                if not self.read_only:
+                    seal(self.directory, known=None if self._dirty else self._sums)
             finally:
                 self._lock.release()
 
     def _start(self, load: Any) -> BM25:
         try:
             with _named(self.directory):
-                remove_seal(self.directory)  # first: SQLite changes its files as it likes from here on
+                if not self.read_only:
+                    remove_seal(self.directory)  # first: SQLite changes its files as it likes from here on
                 self._store = load(self.directory / Bm25File.FILE)
         except BaseException:
             self._lock.release()
@@ -180,6 +189,8 @@ class BM25:
     @contextmanager
     def _writing(self) -> Iterator[Bm25File]:
         """Undo everything since the last flush when a write fails, so that memory and file agree."""
+        if self.read_only:
+            raise IndexStateError(f"'{self.directory}' is open for reading")
         with self._reading() as store:
             self._dirty = True
             try:
@@ -268,6 +279,8 @@ def _named(directory: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
+        if found := resource_error(error, directory / Bm25File.FILE):
+            raise found from error
         raise IndexStateError(
             f"'{directory / Bm25File.FILE}': {error}; nothing that was flushed is lost unless the file is damaged, "
             f"and then it can be rebuilt from the passages"

@@ -14,6 +14,7 @@ import numpy as np
 
 from ultrarag.errors import IndexStateError
 from ultrarag.retrieve.bm25.terms import MOST_FREQUENT, Entry, Postings, entries, grouped, segment, unpack_forward
+from ultrarag.retrieve.passages import connect_for_reading
 
 #: Changes when the tokens of a text or the layout change: an older file is then rebuilt from its passages.
 FORMAT = 1
@@ -39,11 +40,9 @@ class Bm25File:
 
     FILE = "bm25.sqlite"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read_only: bool = False) -> None:
         self._path = path
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, cached_statements=32)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
+        self._db = connect_for_reading(path) if read_only else _connect(path)
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KB}")
 
     @classmethod
@@ -58,9 +57,9 @@ class Bm25File:
         return store
 
     @classmethod
-    def open(cls, path: Path) -> Bm25File:
+    def open(cls, path: Path, read_only: bool = False) -> Bm25File:
         """Open the file."""
-        store = cls(path)
+        store = cls(path, read_only)
         try:
             store._load()
         except BaseException:
@@ -246,6 +245,17 @@ class Bm25File:
         if key in self._buffer or not parts:
             parts.append(self._buffer.get(key))
         return np.concatenate([rows for rows, _ in parts]), np.concatenate([values for _, values in parts])
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, cached_statements=32)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def _lists(db: sqlite3.Connection, table: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

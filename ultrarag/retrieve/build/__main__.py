@@ -19,7 +19,7 @@ from ultrarag.encode import Encoded, Rank
 from ultrarag.errors import IndexStateError
 from ultrarag.io import print_error, print_result, read_owner, run_command
 from ultrarag.retrieve.command import built
-from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, stored_heads
+from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, inherited_adapter, stored_heads
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages import Store
 
@@ -32,7 +32,8 @@ def encode_share(
 
     store = Store.open(root, read_only=True)
     try:
-        precision = Catalog(store).live().precision
+        live = Catalog(store).live()
+        adapter, precision = adapter or inherited_adapter(checkpoint, IndexLayout(root), live), live.precision
         encoder = Encoder.load(checkpoint, adapter, device=device, precision=precision)
         chosen = stored_heads(encoder.heads, heads)
         if _is_built(store, encoder.fingerprint, chosen):
@@ -112,7 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("index", metavar="INDEX", help="the index directory")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint to encode the passages with")
-    parser.add_argument("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME",
+        help="the kind of model; default: what the checkpoint says, else the live generation's",
+    )
     parser.add_argument("--heads", type=lambda text: tuple(text.split(",")), metavar="A,B", help="default: all")
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--device", help="default: the GPU of the process's local rank, or the CPU")

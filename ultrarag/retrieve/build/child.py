@@ -20,7 +20,7 @@ from typing import Protocol
 
 from ultrarag.encode import Encoded, Known
 from ultrarag.errors import UltraragError, kind_of
-from ultrarag.io import end_with_parent, progress_bar
+from ultrarag.io import end_with_parent, named_conditions, progress_bar
 from ultrarag.retrieve.generation import (
     Catalog,
     Draft,
@@ -157,10 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
     _behave(asked.threads)
     wanted = {"auto": None, "always": True, "never": False}[asked.progress]
     try:
-        store = Store.open(asked.index, read_only=True)
-        generation = Catalog(store).get(asked.generation)
-        store.close()
-        Build(asked.index, generation, asked.device, _strategy(asked)).run(wanted)
+        with named_conditions(asked.index):
+            store = Store.open(asked.index, read_only=True)
+            generation = Catalog(store).get(asked.generation)
+            store.close()
+            Build(asked.index, generation, asked.device, _strategy(asked)).run(wanted)
     except (UltraragError, OSError) as error:
         print(json.dumps({"kind": kind_of(error), "message": str(error)}))
         return 1

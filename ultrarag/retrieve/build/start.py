@@ -18,7 +18,17 @@ from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import start_child, stop_child
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.generation import Generation, Progress, Source, Unencoded, prepare, stored_heads
+from ultrarag.retrieve.generation import (
+    Generation,
+    IndexLayout,
+    Progress,
+    Source,
+    Unencoded,
+    inherited_adapter,
+    inherited_source,
+    prepare,
+    stored_heads,
+)
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -44,8 +54,10 @@ def build_generation(
         raise IndexStateError("a build is running already; wait for it to finish")
     try:
         with core.leading():
-            job = RayJob.of(ray, checkpoint, adapter, backend or core.live.generation.backend) if ray else None
-            generation = _prepared(core, Source(checkpoint, adapter, core.live.generation.precision), backend, heads)
+            live = core.live.generation
+            source = _source(core.layout, live, checkpoint, adapter)
+            job = RayJob.of(ray, checkpoint, source.adapter, backend or live.backend) if ray else None
+            generation = _prepared(core, source, backend, heads)
             if generation.state == "ready":
                 return generation
             if not core.layout.final(generation.id).exists():
@@ -62,6 +74,16 @@ def build_generation(
     finally:
         core.builder = None
         core.building.release()
+
+
+def _source(
+    layout: IndexLayout, live: Generation, checkpoint: str | os.PathLike[str] | Encoder, adapter: str | None
+) -> Source:
+    """The encoder to build with; a folder that does not name its adapter is read with the live generation's."""
+    inherited = None if adapter else inherited_adapter(checkpoint, layout, live)
+    if inherited is None or not isinstance(checkpoint, str | os.PathLike):
+        return Source(checkpoint, adapter, live.precision)
+    return inherited_source(checkpoint, inherited, live)
 
 
 def end_build(core: Core) -> None:

@@ -116,7 +116,11 @@ def _status(parser: argparse.ArgumentParser) -> None:
 
 def _build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint to encode the passages with")
-    parser.add_argument("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME",
+        help="the kind of model; default: what the checkpoint says, else the live generation's",
+    )
     parser.add_argument("--heads", type=_names, metavar="A,B", help="the heads to store; default: all of the model's")
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--threads", type=int, metavar="N", help="of the builder; default: half of the cores")

@@ -77,7 +77,7 @@ class Backend(Protocol):
         ...
 
     @classmethod
-    def open(cls, directory: Path, schema: Schema, verify: bool = True) -> Backend:
+    def open(cls, directory: Path, schema: Schema, verify: bool = True, read_only: bool = False) -> Backend:
         """Open an engine; see `ultrarag.retrieve.engines.open_backend`."""
         ...
 

@@ -53,10 +53,10 @@ def _locked(method: _Method) -> _Method:
 class NumpyBackend:
     """Exact search over arrays in memory."""
 
-    def __init__(self, directory: Path, schema: Schema) -> None:
-        self.directory, self.schema = directory, schema
+    def __init__(self, directory: Path, schema: Schema, read_only: bool = False) -> None:
+        self.directory, self.schema, self._read_only = directory, schema, read_only
         self._mutex = threading.RLock()
-        self._lock = OwnerLock(directory)
+        self._lock = OwnerLock(directory, read_only=read_only)
         self._closed, self._dirty, self._number = False, True, 0
         self._clear()
 
@@ -69,9 +69,9 @@ class NumpyBackend:
         return backend
 
     @classmethod
-    def open(cls, directory: Path, schema: Schema, verify: bool = True) -> NumpyBackend:
+    def open(cls, directory: Path, schema: Schema, verify: bool = True, read_only: bool = False) -> NumpyBackend:
         """Read what the last flush wrote."""
-        backend = cls(directory, schema)
+        backend = cls(directory, schema, read_only)
         try:
             backend._read(verify)
         except BaseException:
@@ -165,6 +165,8 @@ class NumpyBackend:
         """Write all rows to new files, and let the checksums point to them."""
         if not self._dirty:
             return
+        if self._read_only:
+            raise IndexStateError(f"'{self.directory}' is open for reading")
         self._compact()
         number = self._number + 1
         written = [self.directory / f"passages-{number}.json", self.directory / f"vectors-{number}.npz"]

@@ -60,10 +60,16 @@ def create(directory: str | Path, schema: Schema, backend: str | None = None) ->
     return _load(name).create(Path(directory), schema)
 
 
-def open_backend(directory: str | Path, fingerprint: str | None = None, verify: bool = True) -> Backend:
+def open_backend(
+    directory: str | Path, fingerprint: str | None = None, verify: bool = True, read_only: bool = False
+) -> Backend:
     """Open the engine that a directory holds; `verify` compares its files with their checksums first.
 
+    Args:
+        read_only: for searches alone; nothing in the directory changes, and others may read it as well.
+
     Raises:
+        ResourceError: when the machine does not allow it now; nothing is damaged then.
         IndexStateError: when the directory holds no engine, is in use by another owner, or has a damaged file; when
             the server does not answer, or has lost the collection.
         FingerprintError: when its vectors were made by an encoder with another fingerprint.
@@ -71,9 +77,9 @@ def open_backend(directory: str | Path, fingerprint: str | None = None, verify: 
     name, schema = read_schema(Path(directory))
     schema.check_fingerprint(fingerprint, Path(directory))
     if is_uri(name):
-        opened: Backend = _server(name).open_at(Path(directory), schema, name)
+        opened: Backend = _server(name).open_at(Path(directory), schema, name, read_only)
         return opened
-    return _load(name).open(Path(directory), schema, verify)
+    return _load(name).open(Path(directory), schema, verify, read_only)
 
 
 def remove(directory: str | Path) -> None:

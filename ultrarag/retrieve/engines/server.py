@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ultrarag.errors import IndexStateError
-from ultrarag.io import OwnerLock, write_bytes
+from ultrarag.io import OwnerLock, resource_error, write_bytes
 from ultrarag.retrieve.engines.address import Address, parse_uri
 from ultrarag.retrieve.engines.base import Schema, write_schema
 
@@ -164,9 +164,11 @@ class Connection:
 class ServerBackend(Connection):
     """The local half of an engine in a server: directory, owner, connection; subclasses speak to the server."""
 
-    def __init__(self, directory: Path, schema: Schema, address: Address, collection: str) -> None:
+    def __init__(
+        self, directory: Path, schema: Schema, address: Address, collection: str, read_only: bool = False
+    ) -> None:
         self.directory, self.schema = directory, schema
-        self._lock = OwnerLock(directory)
+        self._lock = OwnerLock(directory, read_only=read_only)
         try:
             super().__init__(address, collection, str(directory))
         except BaseException:
@@ -186,9 +188,9 @@ class ServerBackend(Connection):
         return backend
 
     @classmethod
-    def open_at(cls, directory: Path, schema: Schema, uri: str) -> Any:
+    def open_at(cls, directory: Path, schema: Schema, uri: str, read_only: bool = False) -> Any:
         """Connect to the collection that a directory names."""
-        backend = cls(directory, schema, parse_uri(uri), collection_of(directory))
+        backend = cls(directory, schema, parse_uri(uri), collection_of(directory), read_only)
         with backend._released_on_error():
             if not backend._exists():
                 raise IndexStateError(
@@ -260,5 +262,7 @@ def collection_of(directory: Path) -> str:
     try:
         name = json.loads(path.read_bytes())["collection"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if found := resource_error(error, path):
+            raise found from error
         raise IndexStateError(f"'{path}' is missing or damaged ({error}); rebuild the vectors") from None
     return str(name)

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.generation.open import REPAIR, lay_out, open_serving, open_words
     from ultrarag.retrieve.generation.replay import Follower, GenerationVectors
     from ultrarag.retrieve.generation.serving import Serving
-    from ultrarag.retrieve.generation.source import Source, load_encoder, prepare, stored_heads
+    from ultrarag.retrieve.generation.source import (
+        Source,
+        inherited_adapter,
+        inherited_source,
+        load_encoder,
+        prepare,
+        stored_heads,
+    )
     from ultrarag.retrieve.generation.unencoded import Unencoded
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

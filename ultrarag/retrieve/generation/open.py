@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrarag.errors import FingerprintError, IndexStateError
-from ultrarag.io import OwnerLock
+from ultrarag.io import OwnerLock, resource_error
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import Backend, ServerError, default_backend, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Catalog, Generation, IndexLayout
@@ -53,11 +53,13 @@ def open_serving(
     device: str | None = None,
     repair: bool = False,
     check: Callable[[], object] = lambda: None,
+    read_only: bool = False,
 ) -> tuple[Serving, Follower]:
     """Open the encoder and the vectors of a generation, and what keeps them up to date.
 
     Args:
         check: called before each write to the vectors, and may refuse it.
+        read_only: change nothing on the disk.
 
     Raises:
         FingerprintError: when another encoder is given than the one that made the vectors.
@@ -72,7 +74,7 @@ def open_serving(
             f"{generation.fingerprint[:12]}, not by the one given ({encoder.fingerprint[:12]}): open the index without "
             f"an encoder to use its own copy, and `build` and `swap` to change it"
         )
-    backend, emptied = _vectors(layout.vectors(directory), generation, encoder, repair)
+    backend, emptied = _vectors(layout.vectors(directory), generation, encoder, repair, read_only)
     try:
         serving = Serving(generation, encoder, backend, Unencoded(store, generation.id))
         catalog = Catalog(store)
@@ -90,14 +92,20 @@ def open_serving(
     return serving, follower
 
 
-def _vectors(directory: Path, generation: Generation, encoder: Encoder, repair: bool) -> tuple[Backend, bool]:
+def _vectors(
+    directory: Path, generation: Generation, encoder: Encoder, repair: bool, read_only: bool
+) -> tuple[Backend, bool]:
     """Open the vectors; to repair means to begin anew where they are damaged."""
     try:
-        directory.mkdir(exist_ok=True)
-        return open_backend(directory, generation.fingerprint), False
+        if not read_only:
+            directory.mkdir(exist_ok=True)
+        return open_backend(directory, generation.fingerprint, read_only=read_only), False
     except ServerError:  # it is away, or refuses us: nothing is known to be damaged
         raise
     except IndexStateError as error:
+        _refuse_resources(error, directory)
+        if read_only:
+            raise
         OwnerLock(directory).release()  # it may be in use and not damaged: that raises here, before anything is removed
         if not repair:
             raise IndexStateError(f"{error} ({REPAIR})") from error
@@ -106,14 +114,23 @@ def _vectors(directory: Path, generation: Generation, encoder: Encoder, repair: 
         return create_vectors(encoder, generation, directory), True
 
 
-def open_words(layout: IndexLayout, store: Store) -> tuple[BM25, Follower] | None:
-    """Open BM25, where the index has it; a damaged one is made anew from the passages."""
+def _refuse_resources(error: IndexStateError, path: Path) -> None:
+    """Raise the error that names a condition of the machine, if there is one: nothing is known to be damaged then."""
+    if found := resource_error(error, path):
+        raise found from error
+
+
+def open_words(layout: IndexLayout, store: Store, read_only: bool = False) -> tuple[BM25, Follower] | None:
+    """Open BM25, where the index has it; a damaged one is made anew from the passages, unless it is only read."""
     if store.get_meta("bm25") != "1":
         return None
     emptied = False
     try:
-        bm25 = BM25.open(layout.bm25)
+        bm25 = BM25.open(layout.bm25, read_only=read_only)
     except IndexStateError as error:
+        _refuse_resources(error, layout.bm25)
+        if read_only:
+            raise
         if layout.bm25.exists():
             OwnerLock(layout.bm25).release()
         logger.warning("%s; indexing the words of all passages again", error)
@@ -121,6 +138,8 @@ def open_words(layout: IndexLayout, store: Store) -> tuple[BM25, Follower] | Non
         bm25, emptied = BM25.create(layout.bm25), True
     applied = int(store.get_meta("bm25_seq", "0"))
     follower = Follower(store, Words(bm25), applied, lambda seq: store.set_meta(bm25_seq=str(seq)))
+    if read_only:
+        return bm25, follower
     try:
         if not emptied:
             follower.catch_up()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultrarag.checkpoint import Manifest, copy_checkpoint, read_manifest
-from ultrarag.errors import CheckpointError, UsageError, did_you_mean
+from ultrarag.checkpoint import Manifest, copy_checkpoint, local_folder, read_manifest
+from ultrarag.errors import CheckpointError, UltraragError, UsageError, did_you_mean
 from ultrarag.retrieve.generation.catalog import Generation, IndexLayout
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+
+#: What a folder looks made for that looks made for nothing else: it says nothing against another adapter.
+USUAL = "bge"
+
+logger = logging.getLogger("ultrarag")
 
 #: The heads that an index can store.
 STORED = ("dense", "sparse", "colbert")
@@ -37,6 +43,54 @@ def stored_heads(available: Sequence[str], wanted: Sequence[str] | None) -> tupl
     return tuple(head for head in STORED if head in chosen)
 
 
+def inherited_adapter(
+    checkpoint: str | os.PathLike[str] | Encoder, layout: IndexLayout, live: Generation
+) -> str | None:
+    """The live generation's adapter, for a model folder that does not name its own; None for one that does.
+
+    Raises:
+        UsageError: when the folder looks made for another one; names both.
+    """
+    if not isinstance(checkpoint, str | os.PathLike):
+        return None
+    folder = local_folder(str(checkpoint))
+    if read_manifest(folder) is not None:
+        return None
+    from ultrarag.encoder import likely_adapter
+
+    held = read_manifest(layout.checkpoint(layout.directory(live.id)))
+    if held is None:
+        return None
+    if (likely := likely_adapter(folder)) not in (held.adapter, USUAL):
+        raise _other_adapter(folder, held.adapter, f"it looks made for '{likely}'")
+    logger.warning(
+        "'%s' has no ultrarag.json: it is read with '%s', the adapter of the live generation", folder, held.adapter
+    )
+    return held.adapter
+
+
+def inherited_source(folder: str | os.PathLike[str], adapter: str, live: Generation) -> Source:
+    """The encoder in a folder, with the live generation's adapter.
+
+    Raises:
+        UsageError: when the adapter cannot load it, or without a head that the live generation has.
+    """
+    try:
+        found = Source(folder, adapter, live.precision)
+    except UltraragError as error:
+        raise _other_adapter(folder, adapter, str(error)) from error
+    if missing := [head for head in live.heads if head not in found.heads]:
+        raise _other_adapter(folder, adapter, f"read so it has no head '{missing[0]}', which the live generation has")
+    return found
+
+
+def _other_adapter(folder: str | os.PathLike[str], adapter: str, why: str) -> UsageError:
+    return UsageError(
+        f"'{folder}' has no ultrarag.json, and '{adapter}', the adapter of the live generation, does not fit: {why}; "
+        f"name its adapter (adapter=, --adapter)"
+    )
+
+
 class Source:
     """The encoder that a generation is to have: a checkpoint of ours, or one that is loaded."""
 
@@ -47,6 +101,8 @@ class Source:
         self._folder: Path | None = None
         self._encoder: Encoder | None = None
         self._manifest: Manifest | None = None
+        #: named, where the checkpoint does not name its own
+        self.adapter = adapter
         self.precision = precision
         if isinstance(checkpoint, str | os.PathLike):
             self._read(Path(checkpoint).expanduser(), str(checkpoint), adapter)

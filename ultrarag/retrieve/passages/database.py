@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ultrarag.errors import IndexStateError
+from ultrarag.io import resource_error
 
 FORMAT = 1
+#: Seconds that a connection waits for another one's write.
+TIMEOUT = 10
+#: Connections that are kept for the next reader: each has memory of its own, and a new one takes 0.2 ms.
+IDLE = 8
+#: KiB that a reader remembers of the file, which the system remembers as well; SQLite's default is 2,000.
+CACHE_KB = 256
+#: SQLite cannot create the index of its write-ahead log.
+_NO_LOG_INDEX = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL}
+
+logger = logging.getLogger("ultrarag")
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -118,10 +131,11 @@ class Database:
                 db = self._idle.pop()
             except IndexError:
                 db = self._connect()
+                db.execute(f"PRAGMA cache_size=-{CACHE_KB}")
             try:
                 yield db
             finally:
-                if self._closed:
+                if self._closed or len(self._idle) >= IDLE:
                     db.close()
                 else:
                     self._idle.append(db)
@@ -131,7 +145,17 @@ class Database:
         with self.lock, named_errors(self.path):
             db = self._writing()
             db.execute("VACUUM")
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.execute("PRAGMA busy_timeout=0")  # whoever reads in another process may do so for long
+            try:
+                busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                db.execute(f"PRAGMA busy_timeout={TIMEOUT * 1000}")
+        if busy:
+            logger.warning(
+                "'%s' is compacted, but another process or thread is reading it: its old pages are given back when "
+                "the last reader has left, at the next write, vacuum or close",
+                self.path,
+            )
 
     def close(self) -> None:
         """Close all connections; closing twice is harmless."""
@@ -149,13 +173,41 @@ class Database:
         return self._writer
 
     def _connect(self) -> sqlite3.Connection:
-        mode = "ro" if self.read_only else "rwc"
-        uri = f"{self.path.absolute().as_uri()}?mode={mode}"
-        db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=10)
-        if not self.read_only:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-        return db
+        if self.read_only:
+            return connect_for_reading(self.path)
+        return connect(self.path, "mode=rwc", "PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
+
+
+def connect_for_reading(path: Path) -> sqlite3.Connection:
+    """Connect to a file that is only read, also where nothing can be written beside it.
+
+    SQLite shares the index of the write-ahead log between processes, in a file that it creates. Where it cannot,
+    this process makes an index of its own in memory; and where there is no log, all is in the file. Both suppose that
+    nobody writes meanwhile.
+    """
+    try:
+        return connect(path, "mode=ro")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in _NO_LOG_INDEX:
+            raise
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and log.stat().st_size:
+        vfs = "win32-none" if os.name == "nt" else "unix-none"
+        return connect(path, f"mode=ro&vfs={vfs}", "PRAGMA locking_mode=EXCLUSIVE")
+    return connect(path, "mode=ro&immutable=1")
+
+
+def connect(path: Path, options: str, *settings: str) -> sqlite3.Connection:
+    """Connect to a file, for any thread, and look into it; `options` are those of SQLite's URIs."""
+    uri = f"{path.absolute().as_uri()}?{options}"
+    db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=TIMEOUT)
+    try:
+        for statement in (*settings, "PRAGMA schema_version"):
+            db.execute(statement).fetchall()
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 @contextmanager
@@ -164,13 +216,15 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
+        if found := resource_error(error, path):
+            raise found from error
         raise IndexStateError(f"'{path}': {error}; {_advice(error)}") from error
 
 
 def _advice(error: sqlite3.Error) -> str:
     text = str(error)
-    if "full" in text or "disk I/O" in text:
-        return "make room on the disk; what was acknowledged before is kept, nothing of this write is"
+    if "disk I/O" in text:
+        return "make room on the disk, or it fails; what was acknowledged before is kept, nothing of this write is"
     if "malformed" in text or "not a database" in text:
         return "the file is damaged: restore it from a copy (vectors can be rebuilt, passages cannot)"
     return "nothing of this call was written"

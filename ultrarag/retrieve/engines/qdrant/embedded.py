@@ -7,6 +7,7 @@ form, clear errors, checksums while it is closed, and an optimisation that leave
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,17 @@ from typing import Any
 import numpy as np
 import qdrant_edge as qdrant
 
-from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import OwnerLock, read_seal, remove_seal, seal, verify_seal
+from ultrarag.errors import IndexStateError, UltraragError, UsageError
+from ultrarag.io import (
+    OwnerLock,
+    check_room,
+    copy_with_holes,
+    read_seal,
+    remove_seal,
+    resource_error,
+    seal,
+    verify_seal,
+)
 from ultrarag.retrieve.engines.arrays import (
     assemble,
     dense_query,
@@ -46,6 +56,9 @@ HNSW_M, HNSW_EF_CONSTRUCT = 16, 128
 #: Segments of fewer vectors than these kilobytes hold get no graph: an exact scan is faster there (0.5 ms against
 #: 0.8 ms at 10,000 x 384, one core).
 HNSW_FROM_KB = 20_000
+#: Bytes that must be free for the engine to be used: where it finds the disk full it takes the process with it (a file
+#: that is mapped into memory cannot grow, SIGBUS).
+ROOM = 32 << 20
 
 _ONLY_ID = qdrant.PayloadSelector.Include(["id"])
 _EXACT = qdrant.SearchParams(exact=True)
@@ -54,9 +67,10 @@ _EXACT = qdrant.SearchParams(exact=True)
 class QdrantEdge:
     """A shard of the Qdrant engine in this process."""
 
-    def __init__(self, directory: Path, schema: Schema) -> None:
-        self.directory, self.schema = directory, schema
-        self._lock = OwnerLock(directory)
+    def __init__(self, directory: Path, schema: Schema, read_only: bool = False) -> None:
+        self.directory, self.schema, self._read_only = directory, schema, read_only
+        self._lock = OwnerLock(directory, read_only=read_only)
+        self._copy: tempfile.TemporaryDirectory[str] | None = None  # of what is only read
         self._writing = threading.RLock()
         self._shard: qdrant.EdgeShard | None = None
         self._away = "was closed; open it again"  # why there is no shard
@@ -70,6 +84,7 @@ class QdrantEdge:
         write_schema(directory, "qdrant-edge", schema)
         backend = cls(directory, schema)
         with backend._releasing(), backend._named_errors():
+            check_room(directory, ROOM)
             (directory / SHARD).mkdir()
             backend._shard = qdrant.EdgeShard.create(str(directory / SHARD), config(schema))
             index = qdrant.UpdateOperation.create_field_index(FACTS, qdrant.KeywordIndexParams())
@@ -77,16 +92,21 @@ class QdrantEdge:
         return backend
 
     @classmethod
-    def open(cls, directory: Path, schema: Schema, verify: bool = True) -> QdrantEdge:
+    def open(cls, directory: Path, schema: Schema, verify: bool = True, read_only: bool = False) -> QdrantEdge:
         """Load the shard; after a crash the engine replays its write-ahead log, and there are no checksums.
 
         They are removed before the engine sees its files, for it consumes some while it loads: after a kill at
-        that moment they would say that files are missing.
+        that moment they would say that files are missing. As the engine writes while it loads, what is only read is
+        loaded from a copy in the system's folder for temporary files (TMPDIR).
         """
-        backend = cls(directory, schema)
+        backend = cls(directory, schema, read_only)
         with backend._releasing(), backend._named_errors():
             backend._sums = verify_seal(directory) if verify else read_seal(directory)
-            remove_seal(directory)
+            if read_only:
+                backend._copy = copied(directory / SHARD)
+            else:
+                check_room(directory, ROOM)
+                remove_seal(directory)
             backend._load()
             backend._dirty = not backend._sums
         return backend
@@ -192,6 +212,7 @@ class QdrantEdge:
         before it serves.
         """
         with self._writing, self._named_errors():
+            check_room(self.directory, ROOM)
             self._open_shard().flush()
             self._detach("is being optimised; search it afterwards")
             try:
@@ -209,9 +230,10 @@ class QdrantEdge:
             self._shard.flush()
             self._detach("was closed; open it again")
             try:
-                seal(self.directory, known=None if self._dirty else self._sums)
+                if not self._read_only:
+                    seal(self.directory, known=None if self._dirty else self._sums)
             finally:
-                self._lock.release()
+                self._release()
 
     def _search(
         self, query: Any, head: str, k: int, filter: Filter, params: qdrant.SearchParams | None
@@ -254,7 +276,10 @@ class QdrantEdge:
             self._number_indexes.add(name)
 
     def _update(self, operation: qdrant.UpdateOperation) -> None:
+        if self._read_only:
+            raise IndexStateError(f"'{self.directory}' is open for reading")
         with self._named_errors():
+            check_room(self.directory, ROOM)
             self._dirty = True
             self._open_shard().update(operation)
 
@@ -264,7 +289,8 @@ class QdrantEdge:
         return self._shard
 
     def _load(self) -> None:
-        self._shard = qdrant.EdgeShard.load(str(self.directory / SHARD))
+        folder = Path(self._copy.name) if self._copy else self.directory
+        self._shard = qdrant.EdgeShard.load(str(folder / SHARD))
         self._number_indexes = set(self._shard.info().payload_schema) - {FACTS}
 
     def _detach(self, why: str) -> None:
@@ -277,11 +303,13 @@ class QdrantEdge:
         """Say which directory an error of the engine, or of the file system, is about."""
         try:
             yield
-        except (ValueError, TypeError, OSError) as error:
-            if isinstance(error, OSError):
-                raise IndexStateError(f"'{self.directory}': {error}") from error
+        except UltraragError:
             raise
         except Exception as error:
+            if found := resource_error(error, self.directory):
+                raise found from error
+            if isinstance(error, OSError):
+                raise IndexStateError(f"'{self.directory}': {error}") from error
             if type(error) is not Exception:  # the engine raises nothing more specific
                 raise
             raise IndexStateError(f"'{self.directory}': the vector engine says: {error}") from error
@@ -293,8 +321,32 @@ class QdrantEdge:
             yield
         except BaseException:
             self._shard = None
-            self._lock.release()
+            self._release()
             raise
+
+    def _release(self) -> None:
+        """Let another owner in, and remove the copy that was only read."""
+        self._lock.release()
+        if self._copy is not None:
+            self._copy.cleanup()
+
+
+def copied(shard: Path) -> tempfile.TemporaryDirectory[str]:
+    """Copy a shard to where something can be written; ResourceError where nothing can."""
+    copy = tempfile.TemporaryDirectory(prefix="ultrarag-")
+    try:
+        check_room(Path(copy.name), ROOM + _occupied(shard))
+        copy_with_holes(shard, Path(copy.name) / shard.name)
+    except BaseException:
+        copy.cleanup()
+        raise
+    return copy
+
+
+def _occupied(folder: Path) -> int:
+    """Bytes of the files below a folder, without their holes."""
+    found = (path.stat() for path in folder.rglob("*"))
+    return sum(getattr(status, "st_blocks", status.st_size // 512) * 512 for status in found)
 
 
 def config(schema: Schema) -> qdrant.EdgeConfig:
