@@ -14,6 +14,7 @@ import pytest
 from tests.retrieve.test_live import assert_complete, corpus
 from ultrarag.errors import IndexStateError
 from ultrarag.retrieve.build import start
+from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.generation import Source, prepare
 from ultrarag.retrieve.live import LiveIndex
 
@@ -73,8 +74,14 @@ def test_an_orphan_is_named_and_waited_for(
                 live.build(checkpoint)
         threading.Timer(0.5, os.kill, (orphan, signal.SIGCONT)).start()
     beside: list[bool] = []
-    begin = start.start_child
-    monkeypatch.setattr(start, "start_child", lambda *a, **o: (beside.append(runs(orphan)), begin(*a, **o))[1])
+
+    def begin(*_: object, **__: object) -> subprocess.Popen[str]:
+        """The builder's work in this process, without the seconds that another one takes to import torch."""
+        beside.append(runs(orphan))
+        Build(live.path, generation, "cpu").run(False)
+        return subprocess.Popen([sys.executable, "-S", "-c", ""], stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(start, "start_child", begin)
     live.swap(live.build(checkpoint))
     assert beside == [False]
     assert_complete(live, 4)
