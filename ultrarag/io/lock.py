@@ -54,12 +54,13 @@ class OwnerLock:
     that inherited it has yet to end.
     """
 
-    def __init__(self, directory: Path, hint: str = "", read_only: bool = False) -> None:
+    def __init__(self, directory: Path, hint: str = "", read_only: bool = False, patience: float = PATIENCE) -> None:
         """Acquire the lock.
 
         Args:
             hint: what else can be done while another owner holds it, for the error.
             read_only: keep owners out, and let others in who read as well; nothing is written.
+            patience: seconds to wait for another owner, at least.
 
         Raises:
             IndexStateError: when another owner holds it; names process, host and since when.
@@ -72,7 +73,7 @@ class OwnerLock:
         started = time.monotonic()
         while not _lock(self._file, read_only):
             holder = _holder(directory)
-            if time.monotonic() - started >= (holder.patience() if holder else PATIENCE):
+            if time.monotonic() - started >= max(patience, holder.patience() if holder else PATIENCE):
                 self._file.close()
                 raise IndexStateError(
                     f"'{directory}' is in use by {holder or 'another process'}; it has one owner at a time: close it "
@@ -80,11 +81,15 @@ class OwnerLock:
                 )
             time.sleep(0.02)
         if not read_only:
-            self._write(Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds")))
+            self.name(os.getpid())
 
     def descriptors(self) -> tuple[int, ...]:
         """What a child process inherits (`pass_fds`) to hold the lock as well."""
         return () if fcntl is None or self._file is None else (self._file.fileno(),)
+
+    def name(self, process: int) -> None:
+        """Say who holds the lock: this process, or a child that inherited it and may outlive this one."""
+        self._write(Owner(process, socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds")))
 
     def release(self) -> None:
         """Let another owner in; releasing twice is harmless."""

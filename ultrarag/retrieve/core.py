@@ -199,9 +199,17 @@ class Core:
                 ) from error
         return result
 
+    def settle(self) -> None:
+        """Bring a shared index in step with all that its server has, where no other process is writing."""
+        with self.leading(patience=0.0), self.writing:
+            self.catch_up()
+
     @contextmanager
-    def leading(self) -> Iterator[None]:
+    def leading(self, patience: float | None = None) -> Iterator[None]:
         """Be the one process that writes to the index; of one that is not shared it is anyway.
+
+        Args:
+            patience: seconds to wait for another process to finish; default: that of the link.
 
         Raises:
             LeaseError: when another process is writing, and does not finish.
@@ -213,7 +221,7 @@ class Core:
                 return
             with self.writing:
                 _ = self.live
-                if self.link.acquire():
+                if self.link.acquire(patience):
                     self.arrive()
             try:
                 yield

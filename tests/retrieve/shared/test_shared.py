@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -706,6 +707,132 @@ def test_nothing_is_lost_when_a_writer_is_killed(
     with closing(LiveIndex.open(tmp_path / "x")) as again:
         assert everything(again) == held
     remove_shared(uri)
+
+
+DYING = """
+import os, sys
+from tests.retrieve.test_live import text_of
+from ultrarag.retrieve.live import LiveIndex
+
+def dying(real, share):  # does a part of what it is asked, and the process is killed
+    def call(*arguments):
+        real(*(each[: int(len(each) * share)] if isinstance(each, list) else each for each in arguments))
+        os.kill(os.getpid(), 9)
+    return call
+
+def write(folder, uri, moment):
+    core = LiveIndex.open(folder, uri=uri)._core
+    link, target = core.link, core.vectors._target
+    if moment == "half of the passages":
+        link.passages.put = dying(link.passages.put, 0.5)
+    elif moment == "the log":
+        link.lease.write = dying(link.lease.write, 1)
+    else:
+        real = core.live.backend.upsert
+        core.live.backend.upsert = lambda ids, vectors, metadata: dying(
+            lambda rows: real([ids[row] for row in rows], vectors[rows], [metadata[row] for row in rows]), 0.5
+        )(list(range(len(ids))))
+    changed = [{"id": f"p{number}", "text": text_of(number + 100)} for number in range(30)]
+    core.write(lambda: core.store.write(list(records(changed))))
+
+from ultrarag.retrieve.passages.incoming import records
+for folder, uri, moment in zip(*[iter(sys.argv[1:])] * 3):
+    if (child := os.fork()) == 0:
+        write(folder, uri, moment)
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+MOMENTS = ("half of the passages", "the log", "half of the vectors")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+def test_followers_settle_what_a_killed_writer_left(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody writes any more, and yet each passage comes to be served with its own vector, everywhere alike."""
+    if reason := servers.missing("milvus_lite"):
+        pytest.skip(reason)
+    monkeypatch.setattr(link_module, "IDLE_SECONDS", 0.0)
+    base = request.getfixturevalue("milvus_lite").uri
+    uris = [base.replace(f"/{servers.NAME}", f"/{servers.NAME}dying{number}") for number in range(len(MOMENTS))]
+    words = []
+    for number, (uri, moment) in enumerate(zip(uris, MOMENTS, strict=True)):
+        with closing(LiveIndex.create(tmp_path / f"w{number}", tiny, uri=uri)) as live:
+            live.add(corpus(42))
+        with closing(LiveIndex.open(tmp_path / f"f{number}", tiny, uri=uri)):
+            pass  # a mirror that has what was there before
+        words += [str(tmp_path / f"x{number}"), uri, moment]
+    done = subprocess.run([sys.executable, "-c", DYING, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["-9"] * len(MOMENTS), done.stderr
+    for number, (uri, moment) in enumerate(zip(uris, MOMENTS, strict=True)):
+        with (
+            closing(LiveIndex.open(tmp_path / f"f{number}", tiny)) as follower,
+            closing(LiveIndex.open(tmp_path / f"g{number}", tiny, uri=uri)) as late,
+        ):
+            for live in (follower, late):
+                live._core.link.lease.seconds = 0.3
+            servers.wait_for(lambda: settled(follower, late), 10)
+            assert everything(follower) == everything(late), moment
+            assert_pairs(follower)
+            changed = sum(passage.text == text_of(int(id[1:]) + 100) for id, passage in everything(late).items())
+            assert changed == (15 if moment == "half of the passages" else 30)
+        remove_shared(uri)
+
+
+def settled(*indexes: LiveIndex) -> bool:
+    """Whether the lease is free, and nothing is left over for any of the processes."""
+    poll(*indexes)
+    links = [live._core.link for live in indexes]
+    return all(link.state.released and not link.lease.held and not link.left_over() for link in links)
+
+
+def assert_pairs(live: LiveIndex) -> None:
+    """Each passage is stored with the vector that the encoder gives its text."""
+    held = everything(live)
+    wanted = live.encoder.encode([passage.content for passage in held.values()], "passage")
+    assert abs(live.vectors(list(held)).dense - wanted.dense).max() < 1e-5
+
+
+def test_a_writer_whose_vectors_failed_takes_them_up_by_itself(
+    writer: LiveIndex, reader: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add(corpus(5))
+    poll(reader)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._core.live.backend, "upsert", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            writer.add([Passage("p1", text_of(33))])
+    release(writer)
+    poll(reader)  # it is the first to see that the vectors are behind
+    poll(reader)
+    assert reader.get("p1").text == text_of(33)
+    assert_pairs(reader)
+    release(reader)
+    poll(writer)
+    assert not writer._core.link.lease.held  # nothing is left to settle
+    assert everything(writer) == everything(reader)
+
+
+def test_what_is_in_doubt_is_settled_when_the_writer_closes(
+    writer: LiveIndex, uri: str, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add(corpus(5))
+    put = writer._core.link.passages.put
+
+    def half(documents) -> None:
+        put(documents[:2])
+        raise IndexStateError("the server went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._core.link.passages, "put", half)
+        with pytest.raises(IndexStateError, match="went away"):
+            writer.add([Passage(f"p{number}", text_of(number + 100)) for number in range(5)])
+    writer.close()
+    with closing(LiveIndex.open(tmp_path / "late", tiny, uri=uri)) as late:
+        assert len(late) == 5
+        poll(late)
+        assert [late.get(f"p{number}").text == text_of(number + 100) for number in range(3)] == [True, True, False]
+        assert_pairs(late)
 
 
 def succeeds(work: Callable[[], object]) -> bool:

@@ -11,12 +11,12 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import start_child, stop_child
+from ultrarag.io import OwnerLock, start_child, stop_child
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
     Generation,
@@ -144,7 +144,11 @@ def run_builder(
 ) -> None:
     """Run the builder process to its end; on Ctrl-C it is ended, and can be taken up again later.
 
+    The builder inherits a lock on the directory that it writes to: one whose parent was killed while it began is
+    waited for, so that never two write there.
+
     Raises:
+        IndexStateError: when such a builder goes on; names its process.
         UltraragError: of the kind that stopped the builder.
     """
     threads = threads or max(1, (os.cpu_count() or 2) // 2)
@@ -152,8 +156,27 @@ def run_builder(
     words = [str(root), str(generation.id)]
     words += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
     words += ["--ray", ray.to_json()] if ray else []
+    layout = IndexLayout(root)
+    lock = OwnerLock(layout.building(generation.id), "a builder whose parent was killed; end that process", patience=PATIENCE)
+    try:
+        if layout.final(generation.id).exists():  # it was built while we waited
+            return
+        _run(lock, generation, words, threads, started)
+    finally:
+        lock.release()
+
+
+def _run(
+    lock: OwnerLock,
+    generation: Generation,
+    words: list[str],
+    threads: int,
+    started: Callable[[subprocess.Popen[str]], None],
+) -> None:
     limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    with start_child("ultrarag.retrieve.build.child", *words, env=limits, stdout=subprocess.PIPE, text=True) as child:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "pass_fds": lock.descriptors()}
+    with start_child("ultrarag.retrieve.build.child", *words, env=limits, **pipes) as child:
+        lock.name(child.pid)
         started(child)
         try:
             output, _ = child.communicate()

@@ -57,6 +57,11 @@ class Lease:
             raise LeaseError(f"'{self._address.uri}': this process does not hold the lease; nothing was written")
         return self._state
 
+    def is_free(self, state: SharedState) -> bool:
+        """Whether a state that was just read belongs to no process: it was released, or its lease has expired."""
+        with self._mutex:
+            return self._free(state, self._numbers()[-1])
+
     def acquire(self, patience: float) -> SharedState:
         """Return the state under a lease of this process; waits for another holder to finish, or its lease to expire.
 
@@ -170,7 +175,7 @@ class Lease:
     def _try_acquire(self) -> SharedState | str:
         """Acquire the lease where it is free or has expired; else say who holds it."""
         state, top = self.read(), self._numbers()[-1]
-        if not (state.epoch == top and state.released) and not self._expired(top, state):
+        if not self._free(state, top):
             return state.holder
         if not self._claim(top + 1) or self._numbers()[-1] != top + 1:
             return state.holder
@@ -180,6 +185,9 @@ class Lease:
         self._write(inherited.model_copy(update=fresh))
         self._prune(top)
         return self.state
+
+    def _free(self, state: SharedState, top: int) -> bool:
+        return (state.epoch == top and state.released) or self._expired(top, state)
 
     def _expired(self, top: int, state: SharedState) -> bool:
         """Whether the state has been the same for too long, by this process's own clock."""

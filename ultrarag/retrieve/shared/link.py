@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,13 +85,25 @@ class Link:
             self._apply_state(state)
             return True
 
-    def acquire(self) -> bool:
-        """Hold the lease, in step with all that the server has; True where another process may have written before."""
+    def left_over(self) -> bool:
+        """Whether nobody writes, and the last process that did has ended before passages and vectors were in step."""
+        with self._lock:
+            state = self.state
+            if state is None or self.lease.held or (state.released and state.live.applied_seq >= state.committed):
+                return False
+            return self.lease.is_free(state)
+
+    def acquire(self, patience: float | None = None) -> bool:
+        """Hold the lease, in step with all that the server has; True where another process may have written before.
+
+        Args:
+            patience: seconds to wait for another process to finish; default: `WAIT_SECONDS`.
+        """
         with self._lock:
             known = self._still_held()
             if not known:
                 try:
-                    state = self.lease.acquire(WAIT_SECONDS)
+                    state = self.lease.acquire(WAIT_SECONDS if patience is None else patience)
                 finally:
                     self.in_doubt = self.in_doubt or self.lease.held  # until everything below is done
                 self._pull(None)
@@ -128,13 +140,18 @@ class Link:
             return False
         return not self.in_doubt
 
+    def _settle_doubt(self) -> None:
+        """Before the lease is released: what the server has beyond the last commit is committed, for all to see."""
+        if self.in_doubt:
+            self.acquire(0.0)
+            self.release()
+
     def _release_lease(self) -> None:
         """Say how far the vectors are, and let another process have the lease."""
-        if not self.in_doubt:
-            self.flush_vectors()
-            with self.store.database.reading() as db:
-                rows = self._rows(Catalog.read(db))
-            self.lease.write(lambda state: state.model_copy(update={"generations": rows}))
+        self.flush_vectors()
+        with self.store.database.reading() as db:
+            rows = self._rows(Catalog.read(db))
+        self.lease.write(lambda state: state.model_copy(update={"generations": rows}))
         self.lease.release()
 
     def close(self) -> None:
@@ -142,6 +159,7 @@ class Link:
         self.store.database.before_commit = self.store.database.after_rollback = None
         try:
             if self.lease.held:
+                self._settle_doubt()
                 self._release_lease()
         except IndexStateError:
             self.lease.abandon()
@@ -275,8 +293,8 @@ def _without_progress(rows: list[SharedRow]) -> list[SharedRow]:
 class Followed(Protocol):
     """The index of this process: `ultrarag.retrieve.core.Core`, which imports this file."""
 
-    def leading(self) -> AbstractContextManager[None]:
-        """Be the one process that writes, for a block."""
+    def settle(self) -> None:
+        """Finish what was begun and not finished, by this process or another; LeaseError where another one writes."""
         ...
 
     def keep_up(self) -> None:
@@ -302,13 +320,17 @@ class Watcher:
 
     def poll(self) -> None:
         """Follow what other processes wrote and swapped; while this one writes, show that it is alive."""
-        if self._link.in_doubt and not self._link.users:
-            with self._core.leading():
-                pass
+        self._settle()
         if self._link.lease.held:
             self._link.heartbeat()
         elif self._link.sync():
             self._core.keep_up()
+
+    def _settle(self) -> None:
+        """Without this a write that was cut off would wait, half done, for the next write of somebody."""
+        if (self._link.in_doubt and not self._link.users) or self._link.left_over():
+            with suppress(LeaseError):  # another process writes, or was quicker to settle it
+                self._core.settle()
 
     def _run(self) -> None:
         while not self._stop.wait(min(POLL_SECONDS, self._link.lease.seconds / 9)):
