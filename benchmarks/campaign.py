@@ -49,6 +49,17 @@ SHOWN = 40
 _PR_SET_CHILD_SUBREAPER = 36
 
 
+class Server(MilvusLite):
+    """Started again it has the port that it had before, for mirrors know its address."""
+
+    def start(self) -> None:
+        """Start on the remembered port."""
+        memory = self.folder.with_suffix(".port")
+        self.port = int(memory.read_text()) if memory.exists() else self.port
+        memory.write_text(str(self.port))
+        super().start()
+
+
 def main() -> int:
     """Run the rounds; the exit status is 1 when anything but zeros was counted."""
     asked = _parser().parse_args()
@@ -56,7 +67,7 @@ def main() -> int:
         folder = (asked.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # so that what loses its parent becomes our child
-        server = MilvusLite(folder / "server") if "shared" in asked.engine else None
+        server = Server(folder / "server") if "shared" in asked.engine else None
         try:
             import_all()
             report = campaign(folder, asked, server)
@@ -91,7 +102,7 @@ def import_all() -> None:
             continue
 
 
-def campaign(folder: Path, asked: argparse.Namespace, server: MilvusLite | None) -> dict[str, Any]:
+def campaign(folder: Path, asked: argparse.Namespace, server: Server | None) -> dict[str, Any]:
     """Rounds until there are enough, or the time is up; the result is written every 50 rounds and at the end."""
     others = {server.process.pid} if server and server.process else set()
     memory, begun = folder / "rounds.jsonl", time.monotonic()
@@ -115,7 +126,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def _uri(server: MilvusLite | None) -> str:
+def _uri(server: Server | None) -> str:
     """Two seconds for a request, so that the lease of a killed writer lasts six."""
     assert server is not None
     return f"milvus://127.0.0.1:{server.port}/kb?timeout=2"

@@ -30,6 +30,8 @@ SHARES = {
     "open": 12, "work": 20, "create": 6, "add": 12, "delete": 8, "search": 6, "status": 3, "build": 8, "builder": 1.5,
     "swap": 8, "rollback": 8, "evaluate": 4, "retry": 4, "vacuum": 6, "refresh": 0.5,
 }  # fmt: skip
+#: Seconds that a command takes, until it was seen to end; of `work`, for which it is let go on.
+FIRST_GUESS = {"work": 2.0, "builder": 8.0, "refresh": 4.0}
 #: Seconds after which a process that got a signal hangs, and after which a builder without a parent is an orphan.
 PATIENCE, GRACE = 60.0, 10.0
 
@@ -190,9 +192,9 @@ def _interrupt(
     """Send the signal at a random moment of the usual duration; return the exit status (None: it hung), and whether
     the process was still there to be sent it.
     """
-    usual, begun = seconds.get(op, 2.5 if op == "work" else 1.0), time.monotonic()
-    if (status := _wait(child, chance.uniform(0, usual))) is not None:
-        seconds[op] = 0.5 * usual + 0.5 * (time.monotonic() - begun)
+    usual, begun = seconds.get(op, FIRST_GUESS.get(op, 0.4)), time.monotonic()
+    if (status := _wait(child, chance.uniform(0, 1.2 * usual))) is not None:
+        seconds[op] = 0.3 * usual + 0.7 * (time.monotonic() - begun)
         return status, False
     os.kill(child, number)
     status = _wait(child, PATIENCE)
