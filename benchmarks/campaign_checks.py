@@ -17,7 +17,7 @@ from ultrarag.retrieve.command import main as command
 #: Passages whose texts are searched for after each round.
 ASKED = 5
 #: The folder of a build that can be taken up.
-BUILDING = re.compile(r"generations/\d+\.tmp")
+BUILDING = re.compile(r".*generations/\d+\.tmp")
 
 
 def check_index(paths: list[Path], events: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
@@ -120,9 +120,9 @@ def left_over(folder: Path) -> list[str]:
 
 def _is_rest(name: str) -> bool:
     last = name.rsplit("/", 1)[-1]
-    if name.startswith("tmp/") or last.startswith((".atomicwrite", ".tmp")):
-        return True
-    return last.endswith((".tmp", ".part", ".partial")) and not BUILDING.search(name[-len("generations/") - 12 :])
+    if last.startswith(".atomicwrite"):
+        return not BUILDING.match(name)  # a build that goes on, or is given up whole
+    return name.startswith("tmp/") or (last.endswith((".tmp", ".part", ".partial")) and not BUILDING.fullmatch(name))
 
 
 def children(process: int) -> set[int]:

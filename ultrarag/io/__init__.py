@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ultrarag.io.command import print_error, print_result, run_command, standard_input
     from ultrarag.io.durable import (
         publish_directory,
+        remove_left_over,
         replacing,
         sha256_of,
         staged_directory,

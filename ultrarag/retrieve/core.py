@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
-from ultrarag.io import OwnerLock
+from ultrarag.io import OwnerLock, remove_left_over
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import remove
 from ultrarag.retrieve.generation import (
@@ -60,6 +60,7 @@ class Core:
         with ExitStack() as undo:
             lock = OwnerLock(root, "status and passages can be read meanwhile: ultrarag.retrieve.read_status")
             undo.callback(lock.release)
+            remove_left_over(root, working=self.layout.is_building)
             self.store = Store.open(root)
             undo.callback(self.store.close)
             self.catalog = Catalog(self.store)
