@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -164,6 +165,7 @@ def _act(ground: Ground, op: str, words: list[str], journal: Journal, seed: floa
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _redirect(ground.folder)
+    faulthandler.register(signal.SIGUSR1)
     try:
         with nullcontext() if op == "builder" else building_here():
             if words:
@@ -200,6 +202,8 @@ def _interrupt(
     status = _wait(child, PATIENCE)
     took = time.monotonic() - begun
     if status is None:
+        os.kill(child, signal.SIGUSR1)  # it shows where its threads are
+        time.sleep(0.5)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     elif op != "work":  # it was not done yet: it may take longer than was thought
@@ -232,7 +236,7 @@ def _bad_end(folder: Path, status: int | None, number: int) -> list[str]:
     for name in ("stdout", "stderr"):
         (folder / name).unlink(missing_ok=True)
     if status is None:
-        return ["hung"]
+        return [f"hung: {shown[-6000:]}"]
     right = {0, -number, *([130] if number == signal.SIGINT else [])}
     if status in right and "\nTraceback" not in f"\n{shown}":
         return []
