@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def import_all() -> None:
     import ultrarag.retrieve.command.commands  # noqa: F401
 
     Encoder.load(MODEL, adapter="bgem3", device="cpu")
-    for name in ("qdrant_edge", "pymilvus"):
+    for name in ("qdrant.embedded", "milvus", "milvus.server", "numpy_engine"):
         try:
-            __import__(name)
+            import_module(f"ultrarag.retrieve.engines.{name}")
         except ImportError:
             continue
 
