@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_an_index_that_does_not_open_is_counted(checks, filled: LiveIndex) -> No
     for path in (filled.path / "generations" / "1" / "checkpoint").glob("*.safetensors"):
         path.write_bytes(b"damage")
     assert "CheckpointError" in checks.check_index([filled.path], [], {"passages": PASSAGES, "live": 1})["closed"][0]
+
+
+def test_opening_an_index_removes_what_killed_processes_left(checks, filled: LiveIndex) -> None:
+    filled.close()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    vectors = filled.path / "generations" / "1" / "vectors"
+    (vectors / f".checksums.json.{socket.gethostname()}.{child.pid}.tmp").write_text("half")
+    (vectors / ".atomicwriteX1").mkdir()
+    assert len(checks.left_over(filled.path)) == 2
+    LiveIndex.open(filled.path, device="cpu").close()
+    assert checks.left_over(filled.path) == []
 
 
 @pytest.mark.parametrize(
