@@ -20,45 +20,27 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import numpy as np
 import torch
+from faults import (
+    MODEL,
+    Journal,
+    State,
+    building_here,
+    check_derived,
+    explain,
+    fork,
+    noted,
+    outcomes,
+    run_or_raise,
+    write_on,
+)
 
 from ultrarag import Encoder
 from ultrarag.retrieve import LiveIndex
-from ultrarag.retrieve.build import start
-from ultrarag.retrieve.build.child import Build
-from ultrarag.retrieve.generation.catalog import Catalog, Generation
-
-MODEL = Path(__file__).parents[1] / "tests" / "fixtures" / "peer" / "model"
-WORDS = "river stone cloud ember violet marble harbor meadow copper lantern willow thunder saffron anchor".split()  # noqa: SIM905
-IDS = [f"p/{n}" for n in range(40)]
-
-State = dict[str, tuple[str, dict[str, Any]]]
-
-
-class Journal:
-    """A file of JSON lines, each written with one system call, so that a killed writer leaves whole lines."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-
-    def note(self, **event: Any) -> None:
-        """Append an event."""
-        os.write(self._file, json.dumps(event).encode() + b"\n")
-
-    def events(self) -> list[dict[str, Any]]:
-        """All events so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+from ultrarag.retrieve.generation.catalog import Catalog
 
 
 def main() -> int:
@@ -97,20 +79,6 @@ def set_up(folder: Path, backend: str) -> None:
         live.swap(live.build(folder / "a"))
 
 
-@contextmanager
-def building_here() -> Iterator[None]:
-    """Build in this process, without the seconds that a new one takes to import torch."""
-
-    def run(root: Path, generation: Generation, **options: Any) -> None:
-        Build(root, generation, "cpu").run(False)
-
-    real, start.run_builder = start.run_builder, run
-    try:
-        yield
-    finally:
-        start.run_builder = real
-
-
 def one_round(folder: Path, number: int, seed: int, build: bool, expected: State) -> str:
     """Let a process work, kill it, and check; `expected` is brought up to date."""
     chance = random.Random(seed)
@@ -140,20 +108,7 @@ def work(folder: Path, journal: Journal, seed: int, build: bool) -> None:
     journal.note(what="opened", op="open", live=live.status()["live"]["id"])
     if build:
         threading.Thread(target=build_and_swap, args=(live, folder, journal), daemon=True).start()
-    chance = random.Random(seed)
-    for number in range(1_000_000):
-        op = chance.choices(["add", "delete", "rollback", "vacuum"], [10, 4, 0 if build else 3, 0 if build else 1])[0]
-        if op == "add":
-            rows = [row(chance) for _ in range(chance.randint(1, 6))]
-            noted(journal, op, number, lambda rows=rows: live.add(rows), rows=rows)
-        elif op == "delete":
-            ids = chance.sample(IDS, chance.randint(1, 4))
-            noted(journal, op, number, lambda ids=ids: live.delete(ids), ids=ids)
-        elif op == "rollback":
-            target = live.status()["previous"]["id"]
-            noted(journal, op, number, live.rollback, live=target)
-        else:
-            noted(journal, op, number, live.vacuum)
+    write_on(live, journal, seed, flips=not build)
 
 
 def build_and_swap(live: LiveIndex, folder: Path, journal: Journal) -> None:
@@ -165,71 +120,18 @@ def build_and_swap(live: LiveIndex, folder: Path, journal: Journal) -> None:
         noted(journal, "swap", -number - 1, lambda b=built: live.swap(b[0]), live=built[0].id)
 
 
-def row(chance: random.Random) -> dict[str, Any]:
-    """A passage with random words, under one of few ids."""
-    text = " ".join(chance.choices(WORDS, k=chance.randint(3, 12)))
-    return {"id": chance.choice(IDS), "text": text, "metadata": {"n": chance.randint(0, 9)}}
-
-
-def noted(journal: Journal, op: str, number: int, act: Callable[[], Any], **more: Any) -> None:
-    """Do something between two notes."""
-    journal.note(what="begin", op=op, number=number, **more)
-    act()
-    journal.note(what="done", op=op, number=number)
-
-
 def check(folder: Path, events: list[dict[str, Any]], expected: State) -> None:
     """Open the index and compare it with what the journal says."""
-    done = {(event["op"], event["number"]) for event in events if event["what"] == "done"}
-    before, after = dict(expected), dict(expected)
-    live_before = live_after = events[0]["live"]
-    for event in events:
-        if event["what"] != "begin":
-            continue
-        acknowledged = (event["op"], event["number"]) in done
-        apply(event, after)
-        live_after = event.get("live", live_after)
-        if acknowledged:
-            apply(event, before)
-            live_before = event.get("live", live_before)
+    before, after, lives = outcomes(events, expected, events[0]["live"])
     with LiveIndex.open(folder / "kb", device="cpu") as live:
         found: State = {p.id: (p.text, dict(p.metadata)) for p in live.passages()}
         assert found in (before, after), explain(found, before, after)
         states = [generation.state for generation in Catalog(live._core.store).all()]
         assert states.count("live") == 1, states
         number = live.status()["live"]["id"]
-        assert number in (live_before, live_after), (number, live_before, live_after)
+        assert number in lives, (number, lives)
         check_derived(live, found)
         (folder / "state.json").write_text(json.dumps({"passages": found, "live": number}))
-
-
-def apply(event: dict[str, Any], state: State) -> None:
-    """Do to a dictionary what a write does to the index."""
-    for row in event.get("rows", ()):
-        state[row["id"]] = (row["text"], row["metadata"])
-    for id in event.get("ids", ()):
-        state.pop(id, None)
-
-
-def check_derived(live: LiveIndex, found: State) -> None:
-    """Vectors and words are those of the passages."""
-    backend, bm25, ids = live._core.live.backend, live._core.bm25, list(found)
-    assert sorted(backend.ids()) == sorted(ids)
-    assert bm25 is not None
-    assert sorted(bm25.ids()) == sorted(ids)
-    if not ids:
-        return
-    fresh = live.encoder.encode([found[id][0] for id in ids], progress=False)
-    held = backend.vectors(ids)
-    np.testing.assert_allclose(held.dense, fresh.dense, atol=1e-4)
-    assert held.sparse is not None
-    assert [set(row) for row in held.sparse.to_dicts()] == [set(row) for row in fresh.sparse.to_dicts()]
-    for id in ids[:5]:
-        text, metadata = found[id]
-        for head in ("bm25", "dense"):
-            hits = live.search(text, k=len(ids), heads=[head], filter={"n": metadata["n"]})
-            assert id in {hit.id for hit in hits}, (id, head)
-            assert all(hit.passage.metadata["n"] == metadata["n"] for hit in hits)
 
 
 def finish(folder: Path) -> None:
@@ -241,37 +143,6 @@ def finish(folder: Path) -> None:
         live.rollback()
         check_derived(live, passages)
         live.vacuum()
-
-
-def explain(found: State, before: State, after: State) -> str:
-    """Which passages are wrong."""
-    lost = [id for id in before if found.get(id) not in (before[id], after.get(id))]
-    extra = [id for id in found if found[id] not in (before.get(id), after.get(id))]
-    return f"lost or wrong: {lost}; unexpected: {extra}"
-
-
-def fork(act: Callable[[], None]) -> int:
-    """Run `act` in a child process; imports are done already, engines and models are not there yet."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        act()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def run_or_raise(act: Callable[[], None]) -> None:
-    """Run `act` in a child process to its end."""
-    _, status = os.waitpid(fork(act), 0)
-    if status:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ SUITE = {
     "live_index": ["live_index.py"],
     "live_index_cost": ["live_index_cost.py"],
     "live_faults": ["live_faults.py", "--rounds", "50"],
+    "campaign": ["campaign.py"],
     "gpu": ["gpu.py"],
     "page": ["page.py"],
 }

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ultrarag.io import replacing, staged_directory, sync_directory, write_bytes, write_json
+from ultrarag.io import (
+    CHECKSUM_FILE,
+    read_seal,
+    remove_left_over,
+    replacing,
+    seal,
+    staged_directory,
+    sync_directory,
+    verify_seal,
+    write_bytes,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -44,3 +57,32 @@ def test_no_directory_is_opened_on_windows(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "open", lambda *given: pytest.fail("cannot be opened there"))
     monkeypatch.setattr("ultrarag.io.durable.os.name", "nt")
     sync_directory(tmp_path)
+
+
+def test_stages_of_ended_processes_are_removed_everywhere_below_a_folder(tmp_path: Path) -> None:
+    host, ended = socket.gethostname(), _ended_process()
+    gone = [f"a/.x.json.{host}.{ended}.tmp", "a/b/.atomicwriteX1", f"2.tmp/.x.{host}.{ended}.tmp"]
+    kept = [f"a/.y.json.{host}.{os.getpid()}.tmp", f"a/.z.elsewhere.{ended}.tmp", "2.tmp/.atomicwriteX2", "a/b.tmp"]
+    for name in gone + kept:
+        (tmp_path / name).mkdir(parents=True)
+    remove_left_over(tmp_path, working=lambda path: path.name == "2.tmp")
+    assert [name for name in gone if (tmp_path / name).exists()] == []
+    assert [name for name in kept if not (tmp_path / name).exists()] == []
+
+
+def _ended_process() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_a_seal_does_not_depend_on_what_is_left_over(tmp_path: Path) -> None:
+    (tmp_path / "lasting").write_text("x")
+    (tmp_path / ".atomicwrite1").mkdir()
+    for name in (".atomicwrite1/half", ".checksums.json.host.1.tmp"):
+        (tmp_path / name).write_text("x")
+    seal(tmp_path)
+    assert list(read_seal(tmp_path)) == ["lasting"]
+    entry = json.loads((tmp_path / CHECKSUM_FILE).read_text())["lasting"]
+    (tmp_path / CHECKSUM_FILE).write_text(json.dumps({"lasting": entry, ".atomicwrite1/gone": entry}))
+    verify_seal(tmp_path)  # of an earlier version

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ultrarag.io.conditions import UNWRITABLE, check_room, named_conditions, resource_error
     from ultrarag.io.durable import (
         publish_directory,
+        remove_left_over,
         replacing,
         sha256_of,
         staged_directory,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import IndexStateError
-from ultrarag.io.durable import sync_directory, write_bytes
+from ultrarag.io.durable import left_over, sync_directory, write_bytes
 from ultrarag.io.lock import LOCK_FILE
 
 CHECKSUM_FILE = "checksums.json"
@@ -41,7 +41,8 @@ def verify_seal(directory: Path) -> dict[str, Any]:
         IndexStateError: naming every file that is missing, truncated or changed.
     """
     sums = read_seal(directory)
-    damages = [(directory / name, _damage(directory / name, entry)) for name, entry in sums.items()]
+    lasting = {name: entry for name, entry in sums.items() if not left_over(name)}  # earlier versions sealed all files
+    damages = [(directory / name, _damage(directory / name, entry)) for name, entry in lasting.items()]
     if details := "; ".join(f"'{path}' {damage}" for path, damage in damages if damage):
         raise IndexStateError(f"damaged index: {details}; rebuild the vectors from the passages")
     return sums
@@ -125,5 +126,5 @@ def _files(directory: Path) -> Iterator[Path]:
     """Yield the files to be sealed; the write-ahead log of the engine checks itself."""
     for path in sorted(directory.rglob("*")):
         below = path.relative_to(directory).parts
-        if path.is_file() and below[0] not in (LOCK_FILE, CHECKSUM_FILE, "wal"):
+        if path.is_file() and below[0] not in (LOCK_FILE, CHECKSUM_FILE, "wal") and not left_over("/".join(below)):
             yield path

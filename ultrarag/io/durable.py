@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 from ultrarag.io.child import process_exists
 
+#: Folders in which the embedded vector engine writes a file before it takes its place.
+ENGINE_STAGE = ".atomicwrite"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -98,6 +100,33 @@ def remove_stale_stages(target: Path) -> None:
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         if not _in_use(left.name.removeprefix(f".{target.name}.").removesuffix(".tmp")):
             _remove(left)
+
+
+def left_over(name: str) -> bool:
+    """Whether a relative path is, or lies in, a stage of ours or of the engine: nothing that lasts."""
+    parts = name.split("/")
+    return any(part.startswith(ENGINE_STAGE) or (part.startswith(".") and part.endswith(".tmp")) for part in parts)
+
+
+def remove_left_over(folder: Path, working: Callable[[Path], bool] = lambda path: False) -> None:
+    """Remove the stages that killed processes of this machine left anywhere below a folder that this process owns.
+
+    Args:
+        working: whether a folder may be another process's, whose engine writes there now; its own stages are known by
+            the number of its process.
+    """
+    for place, folders, files in os.walk(folder):
+        engine = not working(Path(place))
+        for name in [*folders, *files]:
+            if (engine and name.startswith(ENGINE_STAGE)) or _is_stale_stage(name):
+                _remove(Path(place, name))
+
+
+def _is_stale_stage(name: str) -> bool:
+    """Whether a name is that of a stage whose process of this machine has ended."""
+    rest, _, owner = name[1:].removesuffix(".tmp").rpartition(".")
+    ours = name.startswith(".") and name.endswith(".tmp") and rest.endswith(f".{socket.gethostname()}")
+    return ours and owner.isdigit() and not process_exists(int(owner))
 
 
 def _in_use(mark: str) -> bool:

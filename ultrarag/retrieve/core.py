@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
-from ultrarag.io import UNWRITABLE, OwnerLock, named_conditions, resource_error
+from ultrarag.io import UNWRITABLE, OwnerLock, named_conditions, remove_left_over, resource_error
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import remove
 from ultrarag.retrieve.generation import (
@@ -70,6 +70,8 @@ class Core:
             hint = "status and passages can be read meanwhile: ultrarag.retrieve.read_status"
             lock = OwnerLock(root, hint, read_only=bool(reading))
             undo.callback(lock.release)
+            if not reading:
+                remove_left_over(root, working=self.layout.is_building)
             self.store = Store.open(root, read_only=bool(reading))
             undo.callback(self.store.close)
             self.catalog = Catalog(self.store)

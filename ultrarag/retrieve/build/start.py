@@ -157,7 +157,9 @@ def run_builder(
     words += ["--threads", str(threads), "--progress", wish, *(["--device", device] if device else [])]
     words += ["--ray", ray.to_json()] if ray else []
     layout = IndexLayout(root)
-    lock = OwnerLock(layout.building(generation.id), "a builder whose parent was killed; end that process", patience=PATIENCE)
+    lock = OwnerLock(
+        layout.building(generation.id), "a builder whose parent was killed; end that process", patience=PATIENCE
+    )
     try:
         if layout.final(generation.id).exists():  # it was built while we waited
             return

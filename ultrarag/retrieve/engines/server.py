@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -87,6 +88,32 @@ def retrying(work: Callable[[], _Result], pause_after: Callable[[Exception], flo
             pause = min(LONGEST_PAUSE, 2 * pause)
 
 
+def uninterrupted(work: Callable[[], _Result], patience: float) -> _Result:
+    """Return what `work` does; the main thread has another one do it, which Ctrl-C does not reach.
+
+    A KeyboardInterrupt within grpc leaves one of its locks held: every later request of the process, such as that which
+    releases the lease, then waits for ever. The request in flight ends before the interrupt goes on, so that nothing of
+    it arrives later.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    outcome: Future[_Result] = Future()
+    thread = threading.Thread(target=_into, args=(outcome, work), daemon=True)
+    try:
+        thread.start()
+        return outcome.result()
+    finally:
+        with suppress(RuntimeError):  # it was interrupted before it began
+            thread.join(patience)
+
+
+def _into(outcome: Future[_Result], work: Callable[[], _Result]) -> None:
+    try:
+        outcome.set_result(work())
+    except BaseException as error:
+        outcome.set_exception(error)
+
+
 def requests(items: Sequence[_Item], floats: Callable[[_Item], int]) -> Iterator[list[_Item]]:
     """Cut what is to be sent into requests of bounded size; an item alone may be larger."""
     part: list[_Item] = []
@@ -145,11 +172,15 @@ class Connection:
         """Ask the server, with retries; an error names it."""
         client = self._open()
         try:
-            return retrying(lambda: work(client), self._pause_after, self.address.timeout)
+            return self._run(lambda: retrying(lambda: work(client), self._pause_after, self.address.timeout))
         except Exception as error:
             if (named := self._named(error)) is not error:
                 raise named from error
             raise
+
+    def _run(self, work: Callable[[], _Result]) -> _Result:
+        """Do what speaks to the server."""
+        return work()
 
     def _say(self, error: object) -> ServerError:
         return ServerError(f"'{self.address.uri}', collection '{self.collection}': {str(error).strip()[:500]}")

@@ -61,6 +61,11 @@ class IndexLayout:
         """The directory of one that is being built."""
         return self.generations / f"{generation}.tmp"
 
+    def is_building(self, path: Path) -> bool:
+        """Whether a path lies in a generation that is being built, maybe by another process."""
+        below = path.relative_to(self.root).parts
+        return len(below) > 1 and below[0] == self.generations.name and below[1].endswith(".tmp")
+
     def directory(self, generation: int) -> Path:
         """Where a generation lies now."""
         final = self.final(generation)

@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 from base64 import urlsafe_b64encode
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from grpc import RpcError
@@ -24,7 +24,7 @@ from ultrarag.retrieve.engines.address import Address
 from ultrarag.retrieve.engines.arrays import sparse_rows, token_rows
 from ultrarag.retrieve.engines.base import Schema
 from ultrarag.retrieve.engines.qdrant import covering, key, prefixes
-from ultrarag.retrieve.engines.server import Clients, Connection
+from ultrarag.retrieve.engines.server import Clients, Connection, uninterrupted
 from ultrarag.retrieve.search import AllOf, AnyOf, HasFact, Node, Not, facts
 from ultrarag.types import Embeddings
 
@@ -34,6 +34,8 @@ _AWAY = ("UNAVAILABLE", "Connection refused", "server unavailable", "StatusCode.
 _NOT_LOADED = 101
 #: Every read sees every write before it.
 STRONG: dict[str, Any] = {"consistency_level": "Strong"}
+
+_Result = TypeVar("_Result")
 
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error, with its trace, before raising it
 
@@ -59,6 +61,9 @@ class MilvusConnection(Connection):
     def _time(self) -> dict[str, float]:
         """What a single try may take; pymilvus tries again by itself within it."""
         return {"timeout": self.address.timeout}
+
+    def _run(self, work: Callable[[], _Result]) -> _Result:
+        return uninterrupted(work, 2 * self.address.timeout)
 
     def _load(self) -> None:
         self._call(lambda client: client.load_collection(self.collection, **self._time))
