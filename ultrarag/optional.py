@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 #: as constraints.txt pins them, which a test compares
 TESTED = {
     "deepspeed": "0.19.8",
@@ -29,3 +31,15 @@ def install(*packages: str) -> str:
 def _quoted(requirement: str) -> str:
     """As a shell takes it: brackets are patterns to it."""
     return f"'{requirement}'" if "[" in requirement else requirement
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed silent where there is no GPU: left to find that out, it warns on standard output.
+
+    Call it before a model is loaded or saved: accelerate, and with it transformers, imports DeepSpeed where it is
+    installed.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

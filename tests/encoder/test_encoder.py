@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -233,3 +235,11 @@ def test_a_compiled_encoder_gives_the_same_vectors_and_is_the_same_model(minilm)
     assert not any("_orig_mod" in key for key in encoder.model.state_dict())
     del encoder.__dict__["fingerprint"]
     assert encoder.fingerprint == name
+
+
+def test_loading_and_saving_print_nothing(tiny_m3, tmp_path):
+    """transformers imports DeepSpeed where it is installed, which warns on standard output where there is no GPU."""
+    code = "import sys; from ultrarag import Encoder; Encoder.load(sys.argv[1], 'bgem3').save(sys.argv[2])"
+    command = [sys.executable, "-c", code, tiny_m3, str(tmp_path / "saved")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -61,3 +61,11 @@ def test_room_that_is_not_there_is_said_in_numbers(tmp_path: Path) -> None:
     check_room(tmp_path, 1)
     with pytest.raises(ResourceError, match=rf"'{tmp_path}'.* MiB are free, {1 << 40} are needed\); make room"):
         check_room(tmp_path, 1 << 60)
+
+
+def test_errors_that_are_each_others_context_end(tmp_path):
+    first, second = ValueError("one"), ValueError("two")
+    first.__context__, second.__context__ = second, first
+    assert resource_error(first, tmp_path) is None
+    second.__context__ = OSError(errno.ENOSPC, "full")
+    assert resource_error(first, tmp_path).errno == errno.ENOSPC

@@ -21,6 +21,7 @@ from ultrarag.encoder.tokens import Cuts, tokenized_windows
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
+from ultrarag.optional import quiet_deepspeed
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
 from ultrarag.types import Embeddings, Kind, Tokens, head_weights
@@ -83,6 +84,7 @@ class Encoder(TokenEncoder):
             options = declared_options(options, manifest.settings)
         else:
             manifest = None
+        quiet_deepspeed()
         with quiet_progress():
             model = plugin.load(str(folder), options)
         found = settings_of(model, plugin, options, manifest)

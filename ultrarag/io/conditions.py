@@ -47,7 +47,9 @@ def resource_error(error: BaseException | None, path: Path) -> ResourceError | N
     Args:
         path: what could not be used, where the error does not say it.
     """
-    while error is not None:
+    seen: set[int] = set()  # an error that was raised again in another thread can be its own context
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, ResourceError):
             return error
         number = _number(error, path)

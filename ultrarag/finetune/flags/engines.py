@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ultrarag.errors import UsageError
-from ultrarag.optional import install
+from ultrarag.optional import install, quiet_deepspeed
 
 _RESOURCES = Path(__file__).parents[2] / "resources"
 
@@ -29,16 +29,9 @@ def prepare_deepspeed(trains: bool) -> None:
     """
     if trains and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(f"--deepspeed needs the package deepspeed: {install('deepspeed')}")
-    if not _has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # left to find that out, it warns on standard output
-        if trains:
-            _reduce_over_gloo()
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
+    quiet_deepspeed()
+    if trains and os.environ.get("DS_ACCELERATOR") == "cpu":
+        _reduce_over_gloo()
 
 
 def _reduce_over_gloo() -> None:
