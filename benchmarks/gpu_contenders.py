@@ -26,6 +26,8 @@ PACKAGES = {
 }
 #: Ids of the made-up tokenizer: <s> <pad> </s> <unk> come first, <mask> last, and the word "w17" is id 17.
 BEGIN, PAD, END, SPECIAL = 0, 1, 2, 4
+#: Of contenders that are called otherwise than what pip installs.
+DISTRIBUTIONS = {"ultrarag": "ultrarag-retrieval"}
 TEMPERATURE = 0.02
 #: Vectors that are handed over, to see that all contenders did the same work.
 SHOWN = 8
@@ -37,7 +39,12 @@ def main() -> None:
     import torch
 
     torch.manual_seed(0)
-    say({"device": device_name(plan["device"]), "versions": {n: version(n) for n in ("torch", "transformers", name)}})
+    say(
+        {
+            "device": device_name(plan["device"]),
+            "versions": {n: version(DISTRIBUTIONS.get(n, n)) for n in ("torch", "transformers", name)},
+        }
+    )
     for task in plan["tasks"]:
         if name in task["contenders"]:
             say({"task": task["name"], **attempt(name, task, plan)})
