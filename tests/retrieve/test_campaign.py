@@ -43,13 +43,15 @@ def check(checks, live: LiveIndex, passages=PASSAGES, events=()):
 def test_rounds_count_nothing(tmp_path: Path) -> None:
     seed = str(os.getpid())
     engines = ["numpy", *(["qdrant-edge"] if importlib.util.find_spec("qdrant_edge") else [])]
-    command = ["--rounds", "15", "--engine", *engines, "--folder", str(tmp_path / "work"), "--seed", seed]
+    command = ["--rounds", "8", "--engine", *engines, "--folder", str(tmp_path / "work"), "--seed", seed]
     command += ["--output", str(tmp_path / "result.json")]
     done = subprocess.run([sys.executable, str(HERE / "campaign.py"), *command], capture_output=True, text=True)
-    assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
     report = json.loads((tmp_path / "result.json").read_text())
-    assert report["rounds"] == 15
-    assert sum(report["rounds per command"].values()) == 15
+    # how a command ends is not asked here: Ctrl-C before its first line, or in a callback of Python, ends it badly
+    never = ("acknowledged writes lost", "indexes that do not open", "wrong answers", "orphans", "files left over")
+    assert {name: report[name] for name in never} == dict.fromkeys(never, 0), f"seed {seed}: {done.stdout}{done.stderr}"
+    assert report["rounds"] == 8
+    assert sum(report["rounds per command"].values()) == 8
 
 
 def test_a_sound_index_is_sound(checks, filled: LiveIndex) -> None:

@@ -50,8 +50,10 @@ _NUDGE = models.OptimizersConfigDiff()
 class QdrantServer(QdrantConnection, ServerBackend):
     """The vectors of one generation in a collection of a Qdrant server."""
 
-    def __init__(self, directory: Path, schema: Schema, address: Address, collection: str) -> None:
-        super().__init__(directory, schema, address, collection)
+    def __init__(
+        self, directory: Path, schema: Schema, address: Address, collection: str, read_only: bool = False
+    ) -> None:
+        super().__init__(directory, schema, address, collection, read_only)
         self._number_indexes: set[str] | None = None
 
     def upsert(self, ids: Sequence[str], embeddings: Embeddings, payloads: Sequence[Mapping[str, Any]]) -> None:
