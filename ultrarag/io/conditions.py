@@ -89,6 +89,8 @@ def _number(error: BaseException, path: Path) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
     if isinstance(error, sqlite3.Error):
+        if "disk is full" in str(error):  # also where the error carries no code
+            return errno.ENOSPC
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest is detail
         return _look(path) if code in _SQLITE_UNCLEAR else _SQLITE.get(code, 0)
     return _told(str(error))
