@@ -35,7 +35,7 @@ logger = logging.getLogger("ultrarag")
 
 #: Our attention's name in transformers' AttentionInterface; never written to a saved config.
 NAME = "ultrarag_packed"
-#: Attribute of a module that stands for another (ultrarag.encoder.precision), whose verdict is its own
+#: Attribute of a module that stands for another (ultrarag.encoder.device), whose verdict is its own
 ORIGINAL = "_ultrarag_original"
 #: What a backbone is given; everything else in the features is for the heads.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")

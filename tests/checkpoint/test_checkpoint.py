@@ -70,7 +70,7 @@ def test_settings_are_part_of_the_identity(tiny_m3, m3_encoder, setting):
 
 def test_a_setting_of_a_later_release_changes_no_identity_while_it_is_unset(m3_encoder):
     """Only what differs from the default is hashed."""
-    from ultrarag.checkpoint.identity import _declared
+    from ultrarag.checkpoint.manifest import _declared
 
     assert "query_format" not in _declared(m3_encoder.settings)
     assert _declared(m3_encoder.settings)["pooling"] == "cls"

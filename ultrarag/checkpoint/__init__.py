@@ -11,10 +11,23 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.checkpoint.copy import copy_checkpoint
-    from ultrarag.checkpoint.identity import fingerprint, tokenizer_content
     from ultrarag.checkpoint.lineage import checkpoint_log, lineage_text
-    from ultrarag.checkpoint.manifest import MANIFEST, Manifest, Training, changed_files, local_folder, read_manifest
-    from ultrarag.checkpoint.publishing import largest_difference, probe_vectors, publish, write_checkpoint
+    from ultrarag.checkpoint.manifest import (
+        MANIFEST,
+        Manifest,
+        Training,
+        changed_files,
+        fingerprint,
+        local_folder,
+        read_manifest,
+        tokenizer_content,
+    )
+    from ultrarag.checkpoint.publishing import (
+        copy_checkpoint,
+        largest_difference,
+        probe_vectors,
+        publish,
+        write_checkpoint,
+    )
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ultrarag.checkpoint.card import model_card
-from ultrarag.checkpoint.manifest import Manifest, Training, write_manifest
+from ultrarag.checkpoint.manifest import MANIFEST, Manifest, Training, changed_files, write_manifest
 from ultrarag.errors import CheckpointError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import publish_directory, quiet_progress, staged_directory
@@ -162,3 +163,23 @@ def _compare(encoder: Publishable, reloaded: Publishable, folder: Path) -> None:
                 f"differs by {difference:.3g} (at most {TOLERANCE:g}); nothing was published. "
                 f"Something is lost between the hooks 'save' and 'load' of {encoder.adapter.describe()}"
             )
+
+
+def copy_checkpoint(source: Path, manifest: Manifest, target: Path) -> None:
+    """Copy the files that a manifest lists, compare them with their checksums, and publish them in one step.
+
+    Not hard links: a later training run may write into the same files.
+
+    Raises:
+        CheckpointError: when a file is not what the manifest says; nothing is at `target` then.
+    """
+    with staged_directory(target) as stage:
+        for name in (*manifest.files, MANIFEST):
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, stage / name)
+        if damaged := changed_files(stage, manifest):
+            raise CheckpointError(
+                f"'{source / damaged[0]}' is not what the checkpoint's manifest says (checksum; {len(damaged)} such "
+                f"files): it is damaged, or was changed; save the checkpoint again"
+            )
+        publish_directory(stage, target)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.encode.apart import Encode, encode_apart
-    from ultrarag.encode.blocks import CHUNK_TEXTS, Ledger, encode_rest, same_work
+    from ultrarag.encode.blocks import CHUNK_TEXTS, Encode, Ledger, encode_apart, encode_rest, same_work
     from ultrarag.encode.corpus import FORMATS, Compression, EncodedCorpus
     from ultrarag.encode.processes import ModelChoice, encode_corpus
     from ultrarag.encode.ranks import Encoded, Known, Rank, passages_of

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.encode.apart import encode_apart
-from ultrarag.encode.blocks import Blocks, encode_blocks
+from ultrarag.encode.blocks import Blocks, encode_apart, encode_blocks
 from ultrarag.errors import IndexStateError, UltraragError
 from ultrarag.io import padded_sparse, padded_tokens, resource_error, write_bytes, write_json
 from ultrarag.retrieve.passages import Store, content_hash

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ultrarag.checkpoint import Manifest
-from ultrarag.encoder.device import map_side_by_side, one_ahead, side_by_side
+from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
 from ultrarag.encoder.load import PRECISIONS, checked_precision
-from ultrarag.encoder.precision import Casts
 from ultrarag.encoder.tokens import (
     Cuts,
     batches_by_tokens,

@@ -10,25 +10,38 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.io.checksums import CHECKSUM_FILE, copy_with_holes, read_seal, remove_seal, seal, verify_seal
     from ultrarag.io.child import end_with_parent, start_child, stop_child
     from ultrarag.io.command import print_error, print_result, run_command, standard_input
     from ultrarag.io.conditions import UNWRITABLE, check_room, named_conditions, resource_error
     from ultrarag.io.durable import (
+        CHECKSUM_FILE,
+        copy_with_holes,
         publish_directory,
+        read_seal,
         remove_left_over,
+        remove_seal,
         replacing,
+        seal,
         sha256_of,
         staged_directory,
         sync_directory,
         sync_tree,
+        verify_seal,
         write_bytes,
         write_json,
     )
     from ultrarag.io.lock import OwnerLock, read_owner
     from ultrarag.io.output import Output, identity, resumable
-    from ultrarag.io.secrets import secret_in, without_secret
-    from ultrarag.io.terminal import json_line, progress_bar, quiet_progress, table, visible, width
+    from ultrarag.io.terminal import (
+        json_line,
+        progress_bar,
+        quiet_progress,
+        secret_in,
+        table,
+        visible,
+        width,
+        without_secret,
+    )
     from ultrarag.io.vectors import CHUNK_TEXTS, Column, Vectors, only, padded_sparse, padded_tokens
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
 
 #: What a terminal would act upon in place of showing it: control characters (C0, DEL, C1), separators of lines, and
 #: embeddings, overrides and isolates that reorder what stands beside them; and halves of characters, which no
@@ -79,3 +80,29 @@ def _number(value: object) -> bool:
 def _fit(text: str, size: int, right: bool) -> str:
     blanks = " " * (size - width(text))
     return blanks + text if right else text + blanks
+
+
+#: Names of query parameters that hold a secret, without case, dashes and underscores.
+_SECRET = re.compile(
+    r"(api|access|auth|secret|private)?(key|token|secret|password|passwd|pwd|credential|signature|sig)s?"
+)
+
+
+def secret_in(url: str) -> str | None:
+    """Name the part of a URL that holds a secret ("a password", "the parameter 'api-key'"); None where none does."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        return "a user or password"
+    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+        if _SECRET.fullmatch(re.sub(r"[-_.]", "", name.lower())):
+            return f"the parameter '{name}'"
+    return None
+
+
+def without_secret(text: str, secret: str | None) -> str:
+    """A text with `***` where it repeats the secret, also as JSON or in a URL, or broken by white space."""
+    if not secret:
+        return text
+    for form in dict.fromkeys((secret, json.dumps(secret)[1:-1], secret.replace("/", r"\/"), quote(secret, safe=""))):
+        text = re.sub(r"\s*".join(re.escape(character) for character in form), "***", text)
+    return text

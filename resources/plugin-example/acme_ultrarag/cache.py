@@ -55,7 +55,7 @@ class DiskCache:
 
     def _identity(self, model):
         """The model's fingerprint, computed anew when a weight changed (its sum and version are quick to compare)."""
-        from ultrarag.checkpoint.identity import fingerprint
+        from ultrarag.checkpoint.manifest import fingerprint
         from ultrarag.types import EncoderSettings
 
         settings = getattr(model, "settings", None) or EncoderSettings()

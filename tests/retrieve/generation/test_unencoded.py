@@ -11,7 +11,7 @@ import torch
 from ultrarag import Encoder, Passage
 from ultrarag.checkpoint import publishing
 from ultrarag.cli import main
-from ultrarag.encode.apart import PROBES, encode_apart
+from ultrarag.encode.blocks import PROBES, encode_apart
 from ultrarag.errors import GateError
 from ultrarag.retrieve import LiveIndex
 from ultrarag.types import Embeddings
