@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from tests.test_constraints import pins
-from ultrarag.finetune.flags.engines import engine_files
+from ultrarag.finetune.flags.transformers import engine_files
 from ultrarag.optional import TESTED, install
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +77,6 @@ def test_the_documented_paths_lead_to_the_packaged_files() -> None:
 
 
 def test_importing_deepspeed_prints_nothing() -> None:
-    code = "from ultrarag.finetune.flags.engines import prepare_deepspeed; prepare_deepspeed(trains=True)"
+    code = "from ultrarag.finetune.flags.transformers import prepare_deepspeed; prepare_deepspeed(trains=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -20,13 +20,12 @@ from ultrarag.retrieve.build import start
 from ultrarag.retrieve.build.child import Build, EncodeHere
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.engines.numpy_engine import NumpyBackend
-from ultrarag.retrieve.generation import draft as drafts
 from ultrarag.retrieve.generation import open as opening
 from ultrarag.retrieve.generation import replay as followers
 from ultrarag.retrieve.generation.catalog import Catalog
-from ultrarag.retrieve.generation.draft import Draft
 from ultrarag.retrieve.generation.replay import GenerationVectors
 from ultrarag.retrieve.generation.serving import Serving
+from ultrarag.retrieve.generation.source import Draft
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages.database import Database
 from ultrarag.retrieve.passages.store import Store
@@ -80,7 +79,7 @@ def _pauses(patch: pytest.MonkeyPatch, turns: Interleaving) -> None:
         *turns.points(NumpyBackend, "search_dense"),
         *turns.points(Serving, "encode_queries", "encode_passages"),
         *turns.points(Draft, "commit"),
-        *turns.points(drafts, "sync_tree"),
+        *turns.points(source, "sync_tree"),
         *turns.points(swapping, "check_count", "check_sound"),
     ]
     for owner, name, function in points:

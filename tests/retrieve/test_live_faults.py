@@ -22,7 +22,7 @@ from ultrarag.retrieve.build import child as builder
 from ultrarag.retrieve.build.child import Build, EncodeHere
 from ultrarag.retrieve.build.start import enter
 from ultrarag.retrieve.engines.registry import open_backend
-from ultrarag.retrieve.generation import draft as drafts
+from ultrarag.retrieve.generation import source
 from ultrarag.retrieve.generation.catalog import Generation, Progress
 from ultrarag.retrieve.generation.replay import GenerationVectors
 from ultrarag.retrieve.generation.source import Source, prepare
@@ -101,7 +101,7 @@ def test_a_build_killed_at_its_end_is_recognised(
     generation = entry(live, other)
     with monkeypatch.context() as patch:
         if moment == "finished":
-            patch.setattr(drafts, "sync_tree", raise_killed)
+            patch.setattr(source, "sync_tree", raise_killed)
             with pytest.raises(Killed):
                 Build(live.path, generation, "cpu").run(False)
         else:

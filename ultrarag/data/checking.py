@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.data.flags import Parser
+from ultrarag.data.cli import Parser
 from ultrarag.errors import UsageError
 from ultrarag.finetune import SAMPLE, DataReport, assembled
 from ultrarag.io import print_result

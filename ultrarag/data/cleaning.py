@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ultrarag.data.flags import Parser
+from ultrarag.data.cli import Parser
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io import identity, print_result, resumable, table
 from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.data.flags import (
+from ultrarag.data.cli import (
     RERANKERS,
     Parser,
     add_embedder,

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ultrarag.data.cli import Parser
 from ultrarag.data.converting_beir import BeirLines, is_beir, read_beir_rows
 from ultrarag.data.converting_columns import (
     LAYOUTS,
@@ -21,7 +22,6 @@ from ultrarag.data.converting_columns import (
     grouped,
     read_column_rows,
 )
-from ultrarag.data.flags import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.io import identity, print_result, resumable
 from ultrarag.rows import Counts, Paths, Row, as_json, checked_object, checked_row, file_paths, reading

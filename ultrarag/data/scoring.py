@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.data.flags import (
+from ultrarag.data.cli import (
     RERANKERS,
     Parser,
     add_embedder,

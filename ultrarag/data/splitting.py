@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ultrarag.data.flags import Parser
+from ultrarag.data.cli import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.io import identity, print_result, resumable, table
 from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading, text_key

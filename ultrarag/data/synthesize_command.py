@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.data.flags import Parser, add_embedder, add_machine, load_embedder, weights
+from ultrarag.data.cli import Parser, add_embedder, add_machine, load_embedder, weights
 from ultrarag.errors import UsageError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ultrarag.io import print_result, run_command
 
 if TYPE_CHECKING:
+    from ultrarag.finetune.check import RenderedBatch
     from ultrarag.finetune.flags import FinetuneArguments
-    from ultrarag.finetune.preview import RenderedBatch
     from ultrarag.finetune.report import FinetuneResult
 
 

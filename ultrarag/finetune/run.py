@@ -23,7 +23,7 @@ from ultrarag.finetune.batches import (
     make_plan,
     read_data,
 )
-from ultrarag.finetune.check import check_rows
+from ultrarag.finetune.check import RenderedBatch, check_rows, rendered_batch
 from ultrarag.finetune.evaluate import Measures
 from ultrarag.finetune.flags import FinetuneArguments, refuse_unsupported
 from ultrarag.finetune.incremental import Other, merge_weights, read_other, record_of, warn_of_seen_rows
@@ -40,7 +40,6 @@ from ultrarag.finetune.output import (
     remove_left,
     write_finished,
 )
-from ultrarag.finetune.preview import RenderedBatch, rendered_batch
 from ultrarag.finetune.report import HTML_FILE, FinetuneResult, read_history, write_report
 from ultrarag.finetune.resume import continued, total_steps
 from ultrarag.finetune.step import (

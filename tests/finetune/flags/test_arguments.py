@@ -16,8 +16,7 @@ from transformers import TrainingArguments
 from ultrarag.errors import UsageError
 from ultrarag.finetune.flags.arguments import FinetuneArguments, from_keywords, parse_command_line
 from ultrarag.finetune.flags.command_line import named_adapter
-from ultrarag.finetune.flags.late import _REPORTERS
-from ultrarag.finetune.flags.transformers import training_flags
+from ultrarag.finetune.flags.transformers import _REPORTERS, training_flags
 from ultrarag.loss_arguments import LossArguments
 
 #: what transformers 4.57.6 had in TrainingArguments and 5.23 has not

@@ -20,7 +20,7 @@ from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.checkpoint.publishing import largest_difference
 from ultrarag.errors import UsageError
 from ultrarag.finetune import finetune
-from ultrarag.finetune.flags.engines import engine_files
+from ultrarag.finetune.flags.transformers import engine_files
 
 LONG = os.environ.get("ULTRARAG_LONG_TESTS") == "1"
 #: Largest difference of any component of the final vectors after four steps of AdamW at 1e-3; they move by 1e-2.

@@ -11,11 +11,11 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.generation.catalog import COLUMNS, Catalog, Generation, IndexLayout, Progress
-    from ultrarag.retrieve.generation.draft import Draft
     from ultrarag.retrieve.generation.open import REPAIR, lay_out, open_serving, open_words
-    from ultrarag.retrieve.generation.replay import Follower, GenerationVectors
+    from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Unencoded
     from ultrarag.retrieve.generation.serving import Serving
     from ultrarag.retrieve.generation.source import (
+        Draft,
         Source,
         inherited_adapter,
         inherited_source,
@@ -23,6 +23,5 @@ if TYPE_CHECKING:
         prepare,
         stored_heads,
     )
-    from ultrarag.retrieve.generation.unencoded import Unencoded
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -13,11 +13,9 @@ from ultrarag.io import OwnerLock, resource_error
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import Backend, ServerError, default_backend, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Catalog, Generation, IndexLayout
-from ultrarag.retrieve.generation.draft import create_vectors
-from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Words
+from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Unencoded, Words
 from ultrarag.retrieve.generation.serving import Serving
-from ultrarag.retrieve.generation.source import Source, load_encoder, prepare
-from ultrarag.retrieve.generation.unencoded import Unencoded
+from ultrarag.retrieve.generation.source import Source, create_vectors, load_encoder, prepare
 from ultrarag.retrieve.passages import Store
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ultrarag.encoder import Cuts
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation.catalog import Generation
-from ultrarag.retrieve.generation.unencoded import Unencoded
+from ultrarag.retrieve.generation.replay import Unencoded
 from ultrarag.types import Embeddings, Kind
 
 if TYPE_CHECKING:
