@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Mine once."""
     from ultrarag import Encoder
     from ultrarag.mining import mine_files as mine
-    from ultrarag.mining.settings import MiningSettings
+    from ultrarag.mining.choice import MiningSettings
 
     pool, rows = folder / "pool.jsonl", folder / "train.jsonl"
     write(pool, ({"text": text} for text in islice(made_up(corpora(options), options.words), options.passages)))

@@ -20,7 +20,7 @@ from ultrarag.io import print_result, run_command
 #: Module with `main`, the words of a command, and what that command calls.
 ENTRIES: dict[str, tuple[str, list[str], str]] = {
     "ultrarag": ("ultrarag.cli", ["plugins"], "ultrarag.plugins.registry"),
-    "checkpoint": ("ultrarag.cli", ["checkpoint", "log", "x"], "ultrarag.checkpoint.lineage.checkpoint_log"),
+    "checkpoint": ("ultrarag.cli", ["checkpoint", "log", "x"], "ultrarag.checkpoint.manifest.checkpoint_log"),
     "plugins check": ("ultrarag.cli", ["plugins", "check", "x"], "ultrarag.testing.check_adapter"),
     "data": ("ultrarag.cli", ["data", "check"], "ultrarag.data.checking.main"),
     "index": ("ultrarag.cli", ["index", "status", "x"], "ultrarag.retrieve.command.commands.status"),

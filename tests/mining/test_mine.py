@@ -17,8 +17,8 @@ from ultrarag.io.vectors import Vectors
 from ultrarag.mining import miner as miner_module
 from ultrarag.mining import pool as pool_module
 from ultrarag.mining import search
+from ultrarag.mining.choice import MiningSettings
 from ultrarag.mining.miner import mine_files as mine_in_files
-from ultrarag.mining.settings import MiningSettings
 from ultrarag.retrieve import mine
 from ultrarag.retrieve.bm25.index import BM25
 from ultrarag.rows.row import parse_row

@@ -22,6 +22,7 @@ from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.engines.numpy_engine import NumpyBackend
 from ultrarag.retrieve.generation import open as opening
 from ultrarag.retrieve.generation import replay as followers
+from ultrarag.retrieve.generation import source
 from ultrarag.retrieve.generation.catalog import Catalog
 from ultrarag.retrieve.generation.replay import GenerationVectors
 from ultrarag.retrieve.generation.serving import Serving

@@ -27,7 +27,7 @@ from ultrarag.retrieve.generation.catalog import Generation, Progress
 from ultrarag.retrieve.generation.replay import GenerationVectors
 from ultrarag.retrieve.generation.source import Source, prepare
 from ultrarag.retrieve.live import LiveIndex
-from ultrarag.retrieve.passages.incoming import records
+from ultrarag.retrieve.passages.files import records
 from ultrarag.retrieve.passages.store import Store
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "live_faults.py"

@@ -24,7 +24,7 @@ from ultrarag.errors import IndexStateError, ResourceError, UsageError
 from ultrarag.retrieve import read_passages, read_status
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages.database import IDLE, TIMEOUT, Database
-from ultrarag.retrieve.passages.incoming import records
+from ultrarag.retrieve.passages.files import records
 from ultrarag.retrieve.passages.store import Store
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts, and limits of descriptors, are Linux's")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.checkpoint.lineage import checkpoint_log, lineage_text
     from ultrarag.checkpoint.manifest import (
         MANIFEST,
         Manifest,
         Training,
         changed_files,
+        checkpoint_log,
         fingerprint,
+        lineage_text,
         local_folder,
         read_manifest,
         tokenizer_content,

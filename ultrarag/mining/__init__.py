@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.mining.choice import MiningSettings
     from ultrarag.mining.miner import checked_weights, mine, mine_files
     from ultrarag.mining.pool import MiningSources, pool_file, prepare, read_pool
     from ultrarag.mining.search import BM25_HEAD, Asked, MiningSearch, candidate_heads
-    from ultrarag.mining.settings import MiningSettings
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

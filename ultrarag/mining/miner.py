@@ -15,11 +15,10 @@ import numpy as np
 
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.io import Output, identity, progress_bar, resumable, write_json
-from ultrarag.mining.choice import Job, RerankerVeto, choose, fill
+from ultrarag.mining.choice import Job, MiningSettings, RerankerVeto, choose, fill
 from ultrarag.mining.pool import MiningSources, pool_file, prepare, read_pool, say_blank
 from ultrarag.mining.report import MiningReport
 from ultrarag.mining.search import BM25_HEAD, Asked, Found, MiningSearch, candidate_heads
-from ultrarag.mining.settings import MiningSettings
 from ultrarag.rows import BadRow, Paths, Row, checked_row, file_paths, parse_row, raw_rows, reading, text_key
 from ultrarag.types import is_blank
 

@@ -15,13 +15,12 @@ from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
 from ultrarag.retrieve.build import build_generation, end_build
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.gate import Gate
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
 from ultrarag.retrieve.ranking import check_ids
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.retrieve.status import describe
-from ultrarag.retrieve.swap import Flip, Note, SwapTerms, rollback, swap
+from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
 from ultrarag.types import Embeddings, Hit, Passage
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.rows.cache import ArrowRows, CheckedRows, cached_rows, write_rows
     from ultrarag.rows.files import NO_IN_BATCH_NEG, BadJson, DataFile, find_files, raw_rows
-    from ultrarag.rows.keys import row_key, text_key
     from ultrarag.rows.reader import (
         IN_MEMORY,
         Counts,
@@ -30,6 +29,6 @@ if TYPE_CHECKING:
         reading,
         rows_given,
     )
-    from ultrarag.rows.row import BadRow, Row, parse_row
+    from ultrarag.rows.row import BadRow, Row, parse_row, row_key, text_key
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

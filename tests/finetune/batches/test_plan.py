@@ -15,9 +15,8 @@ import pytest
 
 from tests.finetune.batches.planning import batch_plan, train_data
 from ultrarag.errors import DataError, UsageError
-from ultrarag.finetune.batches.draws import Draws
 from ultrarag.finetune.batches.plan import Batch, BatchPlan
-from ultrarag.finetune.batches.train_data import TrainData
+from ultrarag.finetune.batches.train_data import Draws, TrainData
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from ultrarag.finetune.step.gradcache import cached_step
 from ultrarag.finetune.step.masking import score_mask, spare, text_keys, text_mask
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.losses import embedding_loss
-from ultrarag.rows.keys import text_key
+from ultrarag.rows.row import text_key
 from ultrarag.types import Embeddings, Sparse
 
 ROOT = Path(__file__).parents[3]

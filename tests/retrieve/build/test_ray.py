@@ -22,10 +22,10 @@ from tests.retrieve import servers
 from tests.retrieve.test_live import assert_complete, corpus
 from ultrarag.encode.blocks import Ledger
 from ultrarag.encode.ray import driver as driver_module
-from ultrarag.encode.ray import pool as pool_module
+from ultrarag.encode.ray import pipeline
 from ultrarag.encode.ray import worker as worker_module
 from ultrarag.encode.ray.driver import LEDGER_FILE, Driver, EncodeOnRay
-from ultrarag.encode.ray.pool import RayJob
+from ultrarag.encode.ray.pipeline import RayJob
 from ultrarag.encode.ray.worker import Attempts, Order, Worker, read_block
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError
 from ultrarag.retrieve import remove_shared
@@ -44,7 +44,7 @@ BLOCK = 16
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray is there, or seems to be."""
-    monkeypatch.setattr(pool_module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_an_encoder_in_memory_is_refused(live, other, installed) -> None:
 
 
 def test_ray_that_is_not_installed_is_named(live, checkpoint, monkeypatch) -> None:
-    monkeypatch.setattr(pool_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'ray\[data\]==\d"):
         live.build(checkpoint, backend="milvus://127.0.0.1:1", ray=RayPool())
 

@@ -95,7 +95,7 @@ def test_vectors_joined_are_those_of_an_ordinary_build(filled, checkpoint, tiny,
 
 
 def test_vectors_are_found_by_text_and_order_is_kept() -> None:
-    from ultrarag.retrieve.passages.incoming import content_hash
+    from ultrarag.retrieve.passages.files import content_hash
 
     held = Known([([content_hash("a"), content_hash("b")], Embeddings(dense=np.array([[1.0], [2.0]])))])
     found = held.fill(["b", "new", "a"], lambda texts: Embeddings(dense=np.full((len(texts), 1), 9.0)))

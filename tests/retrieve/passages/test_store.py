@@ -12,7 +12,7 @@ import pytest
 
 from ultrarag.errors import DataError, IndexStateError
 from ultrarag.retrieve.generation.catalog import Catalog
-from ultrarag.retrieve.passages.incoming import records
+from ultrarag.retrieve.passages.files import records
 from ultrarag.retrieve.passages.store import DATABASE_FILE, Store, Written
 from ultrarag.types import Passage
 
@@ -211,7 +211,7 @@ FULL_DISK = """
     import resource, sys
     from pathlib import Path
     from ultrarag.errors import IndexStateError
-    from ultrarag.retrieve.passages.incoming import records
+    from ultrarag.retrieve.passages.files import records
     from ultrarag.retrieve.passages.store import Store
     from ultrarag.types import Passage
 

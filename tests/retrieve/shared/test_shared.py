@@ -362,7 +362,7 @@ def test_words_and_vectors_hold_what_a_dead_writer_stored(writer: LiveIndex, rea
     link = writer._core.link
     with writer._core.leading():
         writer._core.store.write([])
-        from ultrarag.retrieve.passages.incoming import records
+        from ultrarag.retrieve.passages.files import records
 
         writer._core.store.write(list(records(corpus(8))))
     link.lease.abandon()
@@ -735,7 +735,7 @@ def write(folder, uri, moment):
     changed = [{"id": f"p{number}", "text": text_of(number + 100)} for number in range(30)]
     core.write(lambda: core.store.write(list(records(changed))))
 
-from ultrarag.retrieve.passages.incoming import records
+from ultrarag.retrieve.passages.files import records
 for folder, uri, moment in zip(*[iter(sys.argv[1:])] * 3):
     if (child := os.fork()) == 0:
         write(folder, uri, moment)

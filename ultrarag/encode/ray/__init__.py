@@ -11,6 +11,6 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.encode.ray.driver import EncodeOnRay
-    from ultrarag.encode.ray.pool import RayJob, RayPool
+    from ultrarag.encode.ray.pipeline import RayJob, RayPool
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ultrarag import errors
 from ultrarag.encode import Ledger
-from ultrarag.encode.ray.pool import RayJob
+from ultrarag.encode.ray.pipeline import RayJob
 from ultrarag.encode.ray.worker import Order
 from ultrarag.errors import IndexStateError, UltraragError
 from ultrarag.io import progress_bar

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ultrarag.errors import DataError
-from ultrarag.finetune.batches.draws import Draws
 from ultrarag.finetune.batches.pools import Pool, Schedule, check_groups, draw_candidates, make_pools, remarks
-from ultrarag.finetune.batches.train_data import TrainData, read_data
+from ultrarag.finetune.batches.train_data import Draws, TrainData, read_data
 
 if TYPE_CHECKING:
     from ultrarag.finetune.flags import FinetuneArguments

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ultrarag.errors import DataError, UsageError
-from ultrarag.finetune.batches.draws import Draws
-from ultrarag.finetune.batches.train_data import DatasetInfo, TrainData
+from ultrarag.finetune.batches.train_data import DatasetInfo, Draws, TrainData
 from ultrarag.types import Example
 
 if TYPE_CHECKING:

@@ -75,8 +75,6 @@ class Noted:
         self._held.update(failed)
 
 
-logger = logging.getLogger("ultrarag")
-
 #: Entries of the log applied at a time.
 STRETCH = 512
 #: A flush may cost this share of the work since the last one.

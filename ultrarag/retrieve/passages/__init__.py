@@ -11,8 +11,7 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.passages.database import FORMAT, Database, connect_for_reading
-    from ultrarag.retrieve.passages.files import STDIN, PassageFile, passage_file, read_queries
-    from ultrarag.retrieve.passages.incoming import content_hash, records
+    from ultrarag.retrieve.passages.files import STDIN, PassageFile, content_hash, passage_file, read_queries, records
     from ultrarag.retrieve.passages.store import URI, Changes, Store, Written
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ultrarag.errors import IndexStateError
 from ultrarag.retrieve.passages.database import UNENCODED, Database
-from ultrarag.retrieve.passages.incoming import Record, content_hash
+from ultrarag.retrieve.passages.files import Record, content_hash
 from ultrarag.types import Passage
 
 DATABASE_FILE = "passages.sqlite"

@@ -17,11 +17,10 @@ from ultrarag.evaluation import Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.gate import Gate
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured, questions
 from ultrarag.retrieve.refresh.report import JSON_FILE, STATE_FILE, RefreshReport, RefreshState, Request, write_report
-from ultrarag.retrieve.swap import SwapTerms, swap
+from ultrarag.retrieve.swap import Gate, SwapTerms, swap
 
 #: Arguments of `finetune` that a refresh decides itself.
 _OWN = ("model_name_or_path", "model", "adapter", "resume_from_checkpoint")

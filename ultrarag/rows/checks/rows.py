@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ultrarag.rows.checks.texts import leak_key, nearly_same, script, shingles
-from ultrarag.rows.keys import text_key
+from ultrarag.rows.row import text_key
 
 #: Places named per finding.
 SHOWN = 5

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection
 
-from ultrarag.rows.keys import normalized, text_key
+from ultrarag.rows.row import normalized, text_key
 
 #: Share of common shingles from which two texts count as nearly the same.
 NEAR = 0.8
