@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrarag.neighbours import refuse_shared_files
+from ultrarag.packages import refuse_shared_files
 
 PACKAGE = Path(__file__).parents[1] / "ultrarag"
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from tests.test_constraints import pins
 from ultrarag.finetune.flags.transformers import engine_files
-from ultrarag.optional import TESTED, install
+from ultrarag.packages import TESTED, install
 
 ROOT = Path(__file__).parents[1]
 SETUP = configparser.ConfigParser()
@@ -51,7 +51,7 @@ def test_versions_that_are_named_are_those_that_are_tested() -> None:
     tested = pins()
     for name, version in TESTED.items():
         assert tested[Requirement(name).name] == version, name
-    shared = [path for path in texts() if path.parent.name not in ("peer", "findings") and path.name != "optional.py"]
+    shared = [path for path in texts() if path.parent.name not in ("peer", "findings") and path.name != "packages.py"]
     for path in shared:
         for name, version in re.findall(r"\b([a-z0-9][a-z0-9-]+)(?:\[\w+\])?==(\d[\w.]*\w)", said(path)):
             assert tested.get(name, version) == version, f"{path}: {name}=={version}"

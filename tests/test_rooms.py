@@ -17,8 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "ultrarag"
 
 #: Rooms, and files that belong to none, from the bottom up: each may import from its own line and those below it.
 ORDER = [
-    {"neighbours"},
-    {"errors", "types", "lazy", "loss_arguments", "optional", "tokenizer_limits", "untrusted"},
+    {"errors", "types", "lazy", "loss_arguments", "packages", "tokenizer_limits", "untrusted"},
     {"io", "scores", "losses", "evaluation"},
     {"hookspecs", "transfer", "packing", "packed_attention"},
     {"adapters"},

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from ultrarag.neighbours import refuse_shared_files
+from ultrarag.packages import refuse_shared_files
 
 # Every room imports this file first, also where another distribution has put its own __init__ into the place of ours.
 refuse_shared_files(os.path.dirname(os.path.dirname(__file__)))

@@ -14,8 +14,7 @@ from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
 from ultrarag.finetune.check import DataReport, note_findings
 from ultrarag.rows.checks.lengths import Lengths, Sample, measure, steps_of
-from ultrarag.rows.checks.rows import Finding, LeakChecks, RowChecks
-from ultrarag.rows.checks.texts import guessed_tokens, nearly_same, script, shingles
+from ultrarag.rows.checks.rows import Finding, LeakChecks, RowChecks, guessed_tokens, nearly_same, script, shingles
 
 LONG = "The oven is hot, and the dough rises once under the steam before the crust sets for a long time tonight."
 CHINESE = "面包在热烤箱里发酵之前需要揉面并且静置很长时间才能成功地烤出金黄色的外壳"

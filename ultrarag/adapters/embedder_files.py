@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ultrarag.adapters.embedder import HEAD_FILES, Embedder
-from ultrarag.adapters.pooling import METHODS
+from ultrarag.adapters.embedder import HEAD_FILES, METHODS, Embedder
 from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, read_declaration, write_declaration
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
 from ultrarag.types import EncoderSettings

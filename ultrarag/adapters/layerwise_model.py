@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ultrarag.adapters.embedder_files import load_tokenizer
 from ultrarag.adapters.llm_reranker_model import PairReader, at_last_token, part_of, refuse_pooling
-from ultrarag.adapters.minicpm_config import granite_config
-from ultrarag.adapters.minicpm_model import load_granite
+from ultrarag.adapters.minicpm_model import granite_config, load_granite
 from ultrarag.adapters.pair_format import fast_backend, save_tokenizer, token_ids
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.losses import cross_encoder_loss

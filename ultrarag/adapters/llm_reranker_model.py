@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ultrarag.adapters.embedder import last_token
 from ultrarag.adapters.embedder_files import load_tokenizer, without_loading_report
 from ultrarag.adapters.pair_format import fast_backend, save_tokenizer, shortest, token_ids
-from ultrarag.adapters.pooling import last_token
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.packing import hidden_states
 from ultrarag.types import Embeddings, EncoderSettings, Tokens

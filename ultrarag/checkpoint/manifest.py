@@ -1,4 +1,4 @@
-"""Checkpoints: a directory every tool loads, with a manifest, published whole or not at all.
+"""A checkpoint's manifest: adapter, settings, files with checksums, identity by content, and descent.
 
 `ultrarag.json`, the manifest, says which adapter wrote it, its settings, its fingerprint, its parent, the data
 it was trained on and the digest of every file.

@@ -1,4 +1,4 @@
-"""Publishing a checkpoint: write beside, reload, compare on probe texts, then appear in one step."""
+"""Publishing a checkpoint, or a copy of one: written beside, loaded again, compared on probes, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of training data, `ultrarag data COMMAND ...`: a table of commands, imported when they are run."""
+"""The command line of training data, `ultrarag data COMMAND ...`: commands and flags, imported when they run."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ultrarag.errors import UltraragError, UsageError
 from ultrarag.io import secret_in, without_secret
-from ultrarag.optional import install
+from ultrarag.packages import install
 from ultrarag.types import Passage
 
 logger = logging.getLogger("ultrarag")

@@ -19,7 +19,7 @@ from ultrarag.demo.corpus import DemoData, build_demo, comparison, example
 from ultrarag.errors import UsageError
 from ultrarag.evaluation import Collection, read_beir, significance
 from ultrarag.io import print_error, run_command, visible
-from ultrarag.optional import install
+from ultrarag.packages import install
 
 if TYPE_CHECKING:
     from ultrarag.retrieve import Evaluation, LiveIndex, RefreshReport

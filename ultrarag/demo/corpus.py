@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ultrarag.errors import DataError
 from ultrarag.evaluation import Collection, Evaluation, Run, write_beir
-from ultrarag.optional import install
+from ultrarag.packages import install
 from ultrarag.types import Passage
 
 #: what to read of each package: its folder, or some of its sub-folders ("." for the files beside them)

@@ -1,4 +1,4 @@
-"""Many texts encoded to disk block by block, resumably: what all launchers share.
+"""Many texts encoded to disk block by block, resumably; one that cannot be encoded stops no other.
 
 A block is `chunk_texts` neighbouring texts. It is encoded, written, and only then marked as done; a mark survives
 `kill -9` and a power cut, so that a process that is started again encodes the blocks without one. The mark is the rows

@@ -1,4 +1,4 @@
-"""Working ahead: the next item is begun before the last one's result is waited for."""
+"""The device: its fastest precision, casts, and work begun ahead before the last result is waited for."""
 
 from __future__ import annotations
 

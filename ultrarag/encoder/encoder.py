@@ -21,7 +21,7 @@ from ultrarag.encoder.tokens import Cuts, tokenized_windows
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
-from ultrarag.optional import quiet_deepspeed
+from ultrarag.packages import quiet_deepspeed
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
 from ultrarag.types import Embeddings, Kind, Tokens, head_weights

@@ -1,4 +1,4 @@
-"""DataReport: what is known about training data before a run, and the check that every fine-tune makes."""
+"""DataReport: what is known about training data before a run, with a preview of how rows become batches."""
 
 from __future__ import annotations
 

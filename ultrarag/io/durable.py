@@ -1,4 +1,4 @@
-"""Durable files: write beside, fsync, then rename, so that a reader sees all of it or nothing."""
+"""Durable files: write beside, fsync, then rename; checksums that tell a whole folder from a damaged one."""
 
 from __future__ import annotations
 

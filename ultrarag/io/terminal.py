@@ -1,4 +1,4 @@
-"""What people see on a terminal: progress bars, aligned tables, and texts whose control characters are harmless."""
+"""What people see on a terminal: progress bars, aligned tables, texts made harmless, and secrets taken out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing negatives: which candidates may be one, in what order they are drawn, and why the others are not."""
+"""Choosing negatives: the settings, which candidates may be one, in what order, and why others are not."""
 
 from __future__ import annotations
 

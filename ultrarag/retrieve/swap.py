@@ -1,4 +1,4 @@
-"""Making a generation the live one: bring it up to date, check it, compare it, and exchange one pointer."""
+"""Making a generation the live one: brought up to date, checked, compared by the gate, one pointer exchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row: one row of training data as it stands in a file, checked; every fault is said in the words of the row."""
+"""Row: one row of training data as it stands in a file, checked in its own words; keys that tell texts apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks on what `encode` gives: shapes, and that a text's vector depends on nothing but the text."""
+"""Checks on what `encode` gives, and that saving and loading changes none of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray itself: a session, and the pipeline read -> encode and write -> confirm."""
+"""Ray itself: its pool and session, and the pipeline read -> encode and write -> confirm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 from ultrarag.encode import Ledger
 from ultrarag.encode.ray.worker import Attempts, Order, Worker, read_block
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.optional import install
+from ultrarag.packages import install
 from ultrarag.retrieve.engines import is_uri, parse_uri
 
 #: Blocks that are read at a time.

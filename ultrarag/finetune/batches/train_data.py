@@ -1,4 +1,4 @@
-"""TrainData: the checked rows of a run by number, and the datasets that they belong to."""
+"""TrainData: the checked rows of a run by number, their datasets, and draws that every machine repeats."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.evaluation import DEFAULT_METRICS, MAIN_METRIC
 from ultrarag.finetune.flags.values import Flag, flags_of
-from ultrarag.optional import install, quiet_deepspeed
+from ultrarag.packages import install, quiet_deepspeed
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.flags import LoraArguments
-from ultrarag.optional import install
+from ultrarag.packages import install
 
 #: Where a checkpoint holds the low-rank matrices, as peft reads them.
 FOLDER = "adapter"

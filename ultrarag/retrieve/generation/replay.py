@@ -1,4 +1,4 @@
-"""What follows the write log: the vectors of a generation, and BM25; each knows how far it has come."""
+"""What follows the write log: vectors, passages that could not be encoded, and BM25; each knows how far it has come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder of a generation: where it comes from, its copy in the index, and loading that."""
+"""The encoder of a generation, its copy in the index, and the draft of its vectors while they are built."""
 
 from __future__ import annotations
 

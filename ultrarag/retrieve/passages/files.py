@@ -1,4 +1,4 @@
-"""Files of passages and of queries: read line by line, checked whole before anything is done with them."""
+"""Passages and queries as they come in, from files or objects: checked whole before anything is done with them."""
 
 from __future__ import annotations
 

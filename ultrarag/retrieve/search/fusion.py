@@ -1,4 +1,4 @@
-"""One ranking out of several heads': a weighted sum of their scores, or reciprocal rank fusion."""
+"""One ranking out of several heads': weighted sums or reciprocal ranks, and a reranker's order on top."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.optional import install
+from ultrarag.packages import install
 from ultrarag.retrieve.engines import CLIENTS, Address, parse_uri
 
 #: Of the state document.

@@ -11,7 +11,15 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.rows.checks.lengths import Cost, Lengths, Sample, estimate, measure, steps_of, token_counter
-    from ultrarag.rows.checks.rows import SHOWN, Finding, LeakChecks, RowChecks, described_scripts
-    from ultrarag.rows.checks.texts import guessed_tokens, nearly_same, shingles
+    from ultrarag.rows.checks.rows import (
+        SHOWN,
+        Finding,
+        LeakChecks,
+        RowChecks,
+        described_scripts,
+        guessed_tokens,
+        nearly_same,
+        shingles,
+    )
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

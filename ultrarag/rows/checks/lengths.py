@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.rows.checks.rows import Finding
-from ultrarag.rows.checks.texts import guessed_tokens
+from ultrarag.rows.checks.rows import Finding, guessed_tokens
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
