@@ -50,6 +50,24 @@ def write_keys(path: Path, passages: Iterable[Passage]) -> None:
         os.fsync(file.fileno())
 
 
+class KeyIndex:
+    """Values by keys, of which several may be equal."""
+
+    def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """Sort what belongs together: keys and values, each (n,) int64."""
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._values = keys[order], values[order]
+
+    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs (place in `keys`, value), each (pairs,) int64, in order of place, then as the values were given."""
+        keys = np.asarray(keys, np.int64)
+        first, last = (np.searchsorted(self._keys, keys, side) for side in ("left", "right"))
+        counts = last - first
+        places = np.repeat(np.arange(len(keys)), counts)
+        within = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return places, self._values[np.repeat(first, counts) + within]
+
+
 class CorpusVectors:
     """The vectors of passages 0, 1, 2, ..., read by row number.
 
@@ -58,7 +76,6 @@ class CorpusVectors:
         ids: (n,) the passages' ids.
         keys: (n, 2) int64, see `passage_keys`.
         heads: the heads that are stored.
-        dim: width of the dense vectors; None without them.
 
     Example:
         >>> vectors = CorpusVectors.open("encoded")
@@ -89,7 +106,6 @@ class CorpusVectors:
         self.fingerprint, self.ids, self.keys = fingerprint, ids, keys
         self.heads = tuple(head for head in HEADS if head in heads)
         self._dense, self._others = dense, others
-        self.dim = None if dense is None else int(dense.shape[1])
         lengths = {len(ids), len(keys), *([] if dense is None else [len(dense)])}
         if len(lengths) != 1 or keys.ndim != 2 or keys.shape[1] != 2:
             raise DataError(f"vectors of a corpus: {len(ids)} ids, keys of shape {keys.shape}, {lengths} rows in all")
@@ -97,7 +113,7 @@ class CorpusVectors:
             raise DataError("vectors of a corpus: there are no passages")
         if others is None and (dense is None or self.heads != ("dense",)):
             raise DataError(f"vectors of a corpus: nothing reads the heads {', '.join(self.heads)}")
-        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        self._index: KeyIndex | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> CorpusVectors:
@@ -185,19 +201,12 @@ class CorpusVectors:
         Args:
             keys: (n,) int64, of `text_key`.
         """
-        if self._sorted is None:
-            flat = self.keys.reshape(-1)  # a row's two keys are neighbours
-            order = np.argsort(flat, kind="stable")
-            self._sorted = flat[order], order // 2
-        held, rows = self._sorted
-        keys = np.asarray(keys, np.int64)
-        first, last = (np.searchsorted(held, keys, side) for side in ("left", "right"))
-        counts = last - first
-        places = np.repeat(np.arange(len(keys)), counts)
-        within = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
-        pairs = np.stack([places, rows[np.repeat(first, counts) + within]], axis=1)
-        found = np.unique(pairs, axis=0) if len(pairs) else pairs
-        return found[:, 0].astype(np.int64), found[:, 1].astype(np.int64)
+        if self._index is None:
+            flat = np.asarray(self.keys).reshape(-1)  # a row's two keys are neighbours
+            self._index = KeyIndex(flat, np.arange(len(flat)) // 2)
+        places, rows = self._index.find(keys)
+        pairs = np.unique(np.stack([places, rows], axis=1), axis=0)
+        return pairs[:, 0], pairs[:, 1]
 
 
 def passage_identity(encoder: Encoder) -> str:
