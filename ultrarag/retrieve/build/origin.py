@@ -17,7 +17,9 @@ from ultrarag.io import progress_bar
 from ultrarag.maps import LinearMap
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
+    Catalog,
     Generation,
+    IndexLayout,
     Origin,
     Source,
     encoded_of,
@@ -31,25 +33,32 @@ _DONORS = ("live", "ready", "previous")
 
 
 def origin_of(
-    core: Core, source: Source, backend: str, heads: Sequence[str] | None, share: bool | None
+    layout: IndexLayout,
+    catalog: Catalog,
+    source: Source,
+    backend: str | None,
+    heads: Sequence[str] | None,
+    share: bool | None,
 ) -> tuple[Origin, tuple[str, ...]]:
     """Decide where the vectors of a new generation come from, and which heads it has.
 
     Args:
+        backend: None: the live generation's.
         heads: those asked for; None: those whose vectors are shared or mapped, else all of the encoder's.
         share: True: encode no stored passage; False: encode all of them; None: encode them where it must be.
 
     Raises:
         UsageError: `share` is True and the passages must be encoded; says why.
     """
-    all_heads, live = stored_heads(source.heads, heads), core.live.generation
-    rest = further_maps(source.identity, identity_of(core.layout, live))
+    all_heads, live = stored_heads(source.heads, heads), catalog.live()
+    backend = backend or live.backend
     encoded = Origin(source.identity.passage), all_heads
     if share is False or source.fingerprint == live.fingerprint:
         if share:
             raise UsageError(f"generation {live.id} is live with this very encoder: building it again encodes all passages")
         return encoded
-    donors = [found for state in _DONORS for found in core.catalog.in_state(state)]
+    rest = further_maps(source.identity, identity_of(layout, live))
+    donors = [found for state in _DONORS for found in catalog.in_state(state)]
     for donor in donors:
         asked = stored_heads(source.heads, donor.heads if heads is None else heads) if _has(source, donor) else ()
         made_alike = (donor.backend, donor.precision, donor.heads) == (backend, source.precision, asked)

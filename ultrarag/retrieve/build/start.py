@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from ultrarag.retrieve.build.origin import map_stored, origin_of
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+
+logger = logging.getLogger("ultrarag")
 
 #: Seconds to wait for a build to end by itself.
 PATIENCE = 20.0
@@ -76,7 +79,9 @@ def build_generation(
                     ray=job if generation.encodes else None,
                     started=lambda child: _started(core, child),
                 )
-            return finish(core, generation)
+            done = finish(core, generation)
+            logger.info("%s", done.how_built())
+            return done
     finally:
         core.builder = None
         core.building.release()
@@ -122,10 +127,9 @@ def enter(
     """
     if core.link is not None and backend not in (None, core.link.uri):
         raise UsageError(f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out")
-    engine = backend or core.live.generation.backend
     with core.writing:  # else a vacuum could forget the log entries that follow, or remove the vectors to be shared
-        origin, chosen = origin_of(core, source, engine, heads, share)
-        wanted = (source.fingerprint, engine, chosen, source.precision)
+        origin, chosen = origin_of(core.layout, core.catalog, source, backend, heads, share)
+        wanted = (source.fingerprint, backend or core.live.generation.backend, chosen, source.precision)
         for found in core.catalog.all():
             same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
             if same and (found.state == "building" or share is not None):

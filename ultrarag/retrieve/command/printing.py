@@ -113,7 +113,7 @@ def deleted(found: Mapping[str, Any]) -> str:
 
 def built(found: Mapping[str, Any]) -> str:
     """What `build` made."""
-    return (
+    return f"{found['built']}\n" + (
         f"generation {found['id']} is {found['state']} (encoder {found['fingerprint'][:12]}, "
         f"heads {', '.join(found['heads'])}); ultrarag index swap makes it live"
     )
