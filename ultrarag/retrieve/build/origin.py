@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from ultrarag.checkpoint import Identity
 from ultrarag.encode import passages_of
+from ultrarag.encoder import read_passage_maps
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import progress_bar
 from ultrarag.maps import LinearMap
@@ -55,7 +56,9 @@ def origin_of(
     encoded = Origin(source.identity.passage), all_heads
     if share is False or source.fingerprint == live.fingerprint:
         if share:
-            raise UsageError(f"generation {live.id} is live with this very encoder: building it again encodes all passages")
+            raise UsageError(
+                f"generation {live.id} is live with this very encoder: building it again encodes all passages"
+            )
         return encoded
     rest = further_maps(source.identity, identity_of(layout, live))
     donors = [found for state in _DONORS for found in catalog.in_state(state)]
@@ -69,7 +72,9 @@ def origin_of(
         if set(asked) <= set(live.heads):
             return Origin(source.identity.passage, mapped_from=live.vectors_of), asked
     if share:
-        raise UsageError(f"the passages must be encoded: {_why(source, live, backend, all_heads, rest)}; leave share out")
+        raise UsageError(
+            f"the passages must be encoded: {_why(source, live, backend, all_heads, rest)}; leave share out"
+        )
     return encoded
 
 
@@ -85,9 +90,7 @@ def further_maps(new: Identity, old: Identity) -> tuple[str, ...] | None:
     return new.passage_maps[begun:]
 
 
-def _why(
-    source: Source, live: Generation, backend: str, heads: tuple[str, ...], rest: tuple[str, ...] | None
-) -> str:
+def _why(source: Source, live: Generation, backend: str, heads: tuple[str, ...], rest: tuple[str, ...] | None) -> str:
     """Why the live generation's vectors are of no use for an encoder."""
     if rest is None:
         return (
@@ -110,7 +113,7 @@ def map_stored(core: Core, generation: Generation, progress: bool | None) -> Non
     Raises:
         IndexStateError: another generation went live meanwhile.
     """
-    maps = passage_maps(core.layout.checkpoint(core.layout.directory(generation.id)))
+    maps = read_passage_maps(core.layout.checkpoint(core.layout.directory(generation.id)))
     rest = maps[len(identity_of(core.layout, core.live.generation).passage_maps) :]
     ahead = encoded_of(core.layout.root, generation, core.store.last_row())
     ahead.begin()
@@ -124,9 +127,7 @@ def map_stored(core: Core, generation: Generation, progress: bool | None) -> Non
             bar.update(ahead.chunk_texts)
 
 
-def _stored(
-    core: Core, generation: Generation, after: int, last: int
-) -> tuple[list[Passage], Embeddings | None]:
+def _stored(core: Core, generation: Generation, after: int, last: int) -> tuple[list[Passage], Embeddings | None]:
     """The passages of some rows that have vectors, and these, by the heads of the new generation."""
     with core.writing:
         live = core.live
