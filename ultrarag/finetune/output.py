@@ -14,7 +14,6 @@ from typing import Any
 from ultrarag.checkpoint import (
     MANIFEST,
     Training,
-    fingerprint,
     largest_difference,
     probe_vectors,
     publish,
@@ -170,7 +169,7 @@ def write_finished(trainer: EmbeddingTrainer, encoder: Encoder, start: Start, re
     more = merge_adapters(trainer)
     identity = ""
     if rank() == 0:
-        identity = fingerprint(encoder.model, encoder.adapter.name, encoder.settings)
+        identity = encoder.identity().fingerprint
         _check_moved(encoder, start, identity)
         publish(encoder, output, encoder.model.state_dict(), record, keep=kept_in_output(output), more=more)
     trainer.wait()

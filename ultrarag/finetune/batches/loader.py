@@ -5,7 +5,7 @@ Which rows a batch holds is a function of (seed, epoch, index, rank), so that a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from ultrarag.encoder import in_background, pad, read_pairs, tokenize
 from ultrarag.finetune.batches.plan import AnyPlan, Batch
 from ultrarag.hookspecs import Features
-from ultrarag.types import EncoderSettings
+from ultrarag.types import KINDS, EncoderSettings, Kind
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -45,19 +45,27 @@ class TrainingBatch(TypedDict):
 class Collator:
     """Renders, tokenizes and pads as `Encoder` does."""
 
-    tokenizer: Any
+    tokenizers: Mapping[Kind, Any]
     settings: EncoderSettings
     #: lengths in tokens: `query_max_len`, `passage_max_len`, `pad_to_multiple_of`
     data: DataArguments
     #: gives what finding false negatives needs of a batch's texts
     masking: Callable[[Batch], dict[str, Any]] | None = None
 
+    @classmethod
+    def of(
+        cls, encoder: Encoder, data: DataArguments, masking: Callable[[Batch], dict[str, Any]] | None = None
+    ) -> Collator:
+        """Read texts as this encoder does."""
+        return cls({kind: encoder.reader(kind).tokenizer for kind in KINDS}, encoder.settings, data, masking)
+
     def __call__(self, batches: list[Batch]) -> TrainingBatch:
         (batch,) = batches
         queries = [self.settings.render(t, "query", p) for t, p in zip(batch.queries, batch.prompts, strict=True)]
+        kinds: tuple[Kind, Kind] = ("text", "text") if batch.passages_as_queries else ("query", "passage")
         return TrainingBatch(
-            queries=self._features(queries, self.data.query_max_len),
-            passages=self._features(self.passages(batch), self.data.passage_max_len),
+            queries=self._features(queries, self.data.query_max_len, kinds[0]),
+            passages=self._features(self.passages(batch), self.data.passage_max_len, kinds[1]),
             teacher=None if batch.teacher is None else torch.tensor(batch.teacher, dtype=torch.float32),
             group_size=batch.group_size,
             in_batch_negatives=batch.in_batch_negatives,
@@ -73,9 +81,10 @@ class Collator:
         prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
         return [self.settings.render(t, "query", p) for t, p in zip(batch.passages, prompts, strict=True)]
 
-    def _features(self, texts: list[str], max_length: int) -> Features:
-        ids = tokenize(self.tokenizer, texts, max_length).ids
-        return pad(ids, self.tokenizer.pad_token_id, self.tokenizer.padding_side, self.data.pad_to_multiple_of)
+    def _features(self, texts: list[str], max_length: int, kind: Kind) -> Features:
+        tokenizer = self.tokenizers[kind]
+        ids = tokenize(tokenizer, texts, max_length).ids
+        return pad(ids, tokenizer.pad_token_id, tokenizer.padding_side, self.data.pad_to_multiple_of, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ def make_collator(
     """What makes features of a batch, for an embedding model or a cross-encoder."""
     if encoder.adapter.declared.pair_input:
         return PairCollator(encoder, PairLengths.of(data), data.pad_to_multiple_of)
-    return Collator(encoder.tokenizer, encoder.settings, data, masking)
+    return Collator.of(encoder, data, masking)
 
 
 class PlannedBatches(Dataset[Batch]):
