@@ -9,6 +9,8 @@ import pytest
 
 from tests.retrieve import stand_in
 from tests.retrieve.stand_in import MODELS, StandIn, score
+from tests.retrieve.test_live import assert_complete, corpus
+from ultrarag import Encoder
 from ultrarag.encode.ranks import FOLDER, Encoded
 from ultrarag.errors import FingerprintError, GateError, IndexStateError, UsageError
 from ultrarag.maps import LinearMap
@@ -261,3 +263,35 @@ def test_maps_are_of_heads() -> None:
     found = mapped(Embeddings(dense=np.ones((1, 2)), colbert=tokens, mask=np.array([[1, 0]])), [turn])
     assert found.colbert.tolist() == [[[0.5, 1.5], [0.0, 0.0]]]  # padding stays zero
     assert found.dense.tolist() == [[1, 1]]
+
+
+@pytest.fixture(params=["query side", "map"])
+def child_of_tiny(request, tiny, other, tmp_path: Path) -> Path:
+    """A checkpoint whose passage side is that of the tiny model, or that with a map behind it."""
+    maps = []
+    if request.param == "map":
+        chance = np.random.default_rng(0)
+        weight = np.eye(tiny.dim) + 0.1 * chance.standard_normal((tiny.dim, tiny.dim))
+        maps = [LinearMap(weight, 0.1 * chance.standard_normal(tiny.dim))]
+    return Encoder.of_sides(tiny, other, passage_maps=maps).save(tmp_path / "child")
+
+
+def test_a_real_encoder_with_every_head(live: LiveIndex, tiny, other, child_of_tiny, quick_builds, monkeypatch) -> None:
+    passages = corpus(9)
+    live.add(passages)
+    monkeypatch.setattr(child.Build, "encode", lambda self, texts: pytest.fail("a passage was encoded"))
+    generation = live.build(child_of_tiny)
+    assert not generation.encodes
+    live.swap(generation)
+    assert_complete(live, 9)
+    fresh = live.encoder.encode([p.content for p in passages], "passage")
+    held = live.vectors([p.id for p in passages])
+    np.testing.assert_allclose(held.dense, fresh.dense, atol=1e-5)
+    np.testing.assert_allclose(held.colbert, fresh.colbert, atol=1e-5)
+    query = other.encode(["red apple"], "query")
+    hits = live.search("red apple", k=9, heads=["dense"])
+    wanted = np.sort(query.dense @ fresh.dense.T)[0][::-1]
+    np.testing.assert_allclose([hit.score for hit in hits], wanted, atol=1e-5)
+    live.add(corpus(2, 9))
+    live.rollback()
+    assert_complete(live, 11)
