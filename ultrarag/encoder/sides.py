@@ -292,6 +292,17 @@ def read_sides(folder: Path) -> dict[str, DeclaredSide]:
     return found
 
 
+def read_passage_maps(folder: Path) -> tuple[LinearMap, ...]:
+    """The maps of a checkpoint's passage side, in the order in which they are applied; no weights are read.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    if not (folder / SIDES).is_file():
+        return ()
+    return tuple(LinearMap.load(folder / name) for name in read_sides(folder)["passage"].maps)
+
+
 # ---- putting sides together
 
 

@@ -26,6 +26,7 @@ from ultrarag.retrieve.generation import (
     Generation,
     IndexLayout,
     Serving,
+    encoded_of,
     open_serving,
     open_words,
 )
@@ -285,7 +286,9 @@ class Core:
             self.let_go(serving)
         if self.link is not None:
             self.link.fetch_generation(generation)
-        return open_serving(self.layout, self.store, generation, device=self.device, check=self._check)
+        return open_serving(
+            self.layout, self.store, generation, device=self.device, check=self._check, beside=self.live
+        )
 
     def replace(self, new: Serving, vectors: Follower) -> None:
         """Let searches use another pair from now on."""
@@ -314,12 +317,19 @@ class Core:
             folders = list(self.layout.generations.iterdir())  # first: a build is in the catalog before it has a folder
             kept = [generation for generation in self.catalog.all() if generation.state != "retired"]
             names = {path.name for g in kept for path in (self.layout.final(g.id), self.layout.building(g.id))}
+            shared = {self.layout.final(g.vectors_of).name for g in kept}  # maybe of a generation that is retired
             for folder in folders:
-                if folder.name not in names:
+                if folder.name in shared - names:
+                    shutil.rmtree(self.layout.checkpoint(folder), ignore_errors=True)
+                elif folder.name not in names:
                     if self.link is None:
                         remove(self.layout.vectors(folder))
                     shutil.rmtree(folder)
-            needed = [g.base_seq if g.state == "building" else g.applied_seq for g in kept]
+            encoders = {g.fingerprint for g in kept}
+            for generation in self.catalog.in_state("retired"):
+                if generation.mapped_from is not None and generation.fingerprint not in encoders:
+                    encoded_of(self.layout.root, generation).remove()  # given up before its builder took them
+            needed = [g.base_seq if g.state == "building" and not g.shares else g.applied_seq for g in kept]
             self.store.forget(min([*needed, *([self.words.flushed] if self.words else [])]))
             if self.bm25 is not None:
                 self.bm25.vacuum()

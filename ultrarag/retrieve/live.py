@@ -343,8 +343,13 @@ class LiveIndex:
         threads: int | None = None,
         progress: bool | None = None,
         ray: RayPool | None = None,
+        share: bool | None = None,
     ) -> Generation:
-        """Encode all passages with another encoder into a new generation, while searches and writes go on.
+        """Make a new generation with another encoder, while searches and writes go on.
+
+        Its passages are encoded, unless the vectors that are there are the new encoder's too (a model of which the
+        query side alone was tuned): then it shares them, and is built at once. Where its passage side is the live one
+        with linear maps behind it, the stored vectors are mapped. `Generation.how_built` says which it was.
 
         The work is done by a process at low priority, committed chunk by chunk. After a crash, Ctrl-C or `close`,
         building the same encoder again goes on after the last committed chunk; building another one gives that up.
@@ -353,17 +358,24 @@ class LiveIndex:
         Args:
             checkpoint: a checkpoint folder, or an Encoder; it is copied into the index.
             adapter: of a folder that is no checkpoint of ultrarag's; default: the live generation's.
-            backend, heads: default: the live generation's engine, and all heads of the encoder.
+            backend, heads: default: the live generation's engine, and all heads of the encoder; of vectors that are
+                shared or mapped, those that are stored.
             device: default: that of the live encoder.
             threads: of the builder; default: half of the cores.
             progress: a bar on stderr; default: on a terminal.
             ray: encode by the workers of a Ray cluster, which write to a server (docs/distributed.md); the checkpoint
                 is then a folder that all nodes see.
+            share: True: refuse where stored passages would have to be encoded; False: encode them all; default: encode
+                them where it must be.
 
         Returns:
             the generation, "ready", for `swap`.
+
+        Raises:
+            UsageError: there are no vectors to share or map, and `share` is True; says why.
         """
         wishes: dict[str, Any] = {"adapter": adapter, "backend": backend, "heads": heads, "device": device}
+        wishes["share"] = share
         return build_generation(self._core, checkpoint, **wishes, threads=threads, progress=progress, ray=ray)
 
     def swap(

@@ -59,7 +59,7 @@ def _describe(layout: IndexLayout, store: Store, generation: Generation, last: i
     directory = layout.directory(generation.id)
     entry = {**asdict(generation), "heads": list(generation.heads), "behind": last - generation.applied_seq}
     entry["bytes"] = _bytes(directory)
-    entry["unencoded"] = store.unencoded(generation.id)
+    entry["unencoded"] = store.unencoded(generation.vectors_of)
     if generation.state == "building":
         entry["progress"] = _progress(directory)
     return entry
