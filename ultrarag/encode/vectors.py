@@ -7,7 +7,6 @@ training row's passage is found by the key of its text. The vectors come from a 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice

@@ -420,6 +420,7 @@ class LiveIndex:
         force: bool = False,
         metric: str = "nDCG@10",
         search: Mapping[str, Any] | None = None,
+        effort: str = "full",
         **finetune_arguments: Any,
     ) -> RefreshReport:
         """Fine-tune the live encoder, build a generation with it, and swap if the gate lets it; searches go on.
@@ -437,6 +438,10 @@ class LiveIndex:
             metric: what the gate compares.
             search: options of `evaluate` and `search` for the gate, such as {"weights": {"dense": 1, "bm25": 0.5}};
                 default: the dense head alone.
+            effort: what learns. "query-map" (a matrix on the query's vector), "query" (the query side) and
+                "passage-map" (the query side, and a matrix on the passages' vectors) encode no passage again; "full"
+                trains both sides and encodes all; "auto" climbs from the cheapest to the first that is enough, by
+                the held-out queries (docs/refresh.md).
             finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`. Rows that the live model, or
                 one before it, was trained on are refused without `allow_seen_data=True`.
 
@@ -451,7 +456,7 @@ class LiveIndex:
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
-            terms = RefreshTerms(gate, force, metric, search)
+            terms = RefreshTerms(gate, force, metric, search, effort)
             return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
         finally:
             self._refreshing.release()

@@ -214,6 +214,7 @@ def refresh(arguments: argparse.Namespace) -> None:
             force=arguments.force,
             metric=arguments.metric,
             search=_options(arguments) or None,
+            effort=arguments.effort,
             **arguments.finetune,
         )
     _show(arguments, report.to_dict(), lambda found: str(report))

@@ -180,6 +180,12 @@ def _refresh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_data", required=True, nargs="+", metavar="PATH", help="JSONL files or directories")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the new checkpoint goes")
     parser.add_argument("--eval_data", metavar="PATH", help="held-out data, also the gate's: JSONL, or a BEIR folder")
+    parser.add_argument(
+        "--effort",
+        default="full",
+        choices=("auto", "query-map", "query", "passage-map", "full"),
+        help="what learns: all but full encode no passage again; auto takes the first that is enough (default: full)",
+    )
     parser.add_argument("--no_gate", action="store_true", help="swap without comparing")
     parser.add_argument("--metric", default="nDCG@10", help="what the gate compares (default: nDCG@10)")
     parser.add_argument("--force", action="store_true", help="go live although the gate says no; this is recorded")

@@ -19,8 +19,9 @@ from ultrarag.errors import DataError, IndexStateError
 from ultrarag.evaluation import Measured
 from ultrarag.finetune import read_history, write_text
 from ultrarag.io import sha256_of, write_json
-from ultrarag.report import Page, render
+from ultrarag.report import Page, Rung, render
 from ultrarag.retrieve.generation import Generation
+from ultrarag.retrieve.refresh.ladder import Comparison, Step
 
 STATE_FILE, JSON_FILE, HTML_FILE = "refresh.state.json", "refresh.json", "refresh.html"
 #: Of the state file.
@@ -60,6 +61,8 @@ class RefreshState:
     parent_generation: int
     #: result of the fine-tuning: fingerprint, steps, loss, metrics, notes
     trained: dict[str, Any] | None = None
+    #: the rungs of the ladder that were tried, where the effort is auto
+    ladder: list[Step] = field(default_factory=list)
     #: the generation built from it
     generation: int | None = None
     #: what was measured before the swap; see `ultrarag.evaluation.results`
@@ -84,7 +87,8 @@ class RefreshState:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") > FORMAT:
                 raise IndexStateError(f"'{path}' was written by a newer ultrarag: upgrade ultrarag to go on with it")
-            return cls(**{**values, "request": Request(**values["request"])})
+            tried = [Step.from_dict(step) for step in values.get("ladder", [])]
+            return cls(**{**values, "request": Request(**values["request"]), "ladder": tried})
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,6 +162,8 @@ class RefreshReport:
     #: mean training loss
     loss: float | None
     notes: list[str]
+    #: the rungs of the ladder that were tried: gain, guard, seconds, passages encoded, and what was decided
+    ladder: list[dict[str, Any]]
     #: what was asked for, by content
     request: dict[str, Any]
     #: the page for people
@@ -197,6 +203,7 @@ class RefreshReport:
             steps=trained["steps"],
             loss=trained["loss"],
             notes=list(dict.fromkeys((*trained["notes"], *(shown.verdict.notes if shown else [])))),
+            ladder=[_without_values(step) for step in state.ladder],
             request=asdict(state.request),
             html=str(folder / HTML_FILE),
         )
@@ -210,6 +217,7 @@ class RefreshReport:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = {"ladder": [], **values}  # of a report that was written before there were rungs
             return cls(**{item.name: values[item.name] for item in fields(cls)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IndexStateError(f"'{path}' cannot be read ({type(error).__name__}: {error})") from error
@@ -226,8 +234,13 @@ class RefreshReport:
         ]
         for name, before in self.metrics.get("before", {}).items():
             lines.append(f"{name:<11} {before:.4f} -> {self.metrics['after'][name]:.4f}")
+        lines += [f"{step['rung']:<11} {step['decision']} ({step['seconds']:.0f} s)" for step in self.ladder]
         lines.append("seconds     " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))
         return "\n".join([*lines, f"report      {self.html}"])
+
+
+def _without_values(step: Step) -> dict[str, Any]:
+    return {name: value for name, value in step.to_dict().items() if name not in ("values", "trained")}
 
 
 def write_report(report: RefreshReport, measured: Measured | None, folder: Path) -> None:
@@ -241,6 +254,7 @@ def write_report(report: RefreshReport, measured: Measured | None, folder: Path)
         measured=measured,
         facts=_facts(report),
         notes=report.notes,
+        ladder=[_rung(step) for step in report.ladder],
     )
     write_text(folder / HTML_FILE, render(page))
     write_json(folder / JSON_FILE, report.to_dict())
@@ -276,6 +290,19 @@ def _outcome(report: RefreshReport) -> str:
         f"{verdict['metric']} {verdict['old']:.4f} → {verdict['new']:.4f} (p = {verdict['change']['p_value']:.4f})"
     )
     return f"{'Forced, against the gate' if report.forced else 'Swapped'}: {told}; {numbers}, {report.measured_on}"
+
+
+def _rung(step: dict[str, Any]) -> Rung:
+    gain, guard = (None if step[name] is None else Comparison(**step[name]) for name in ("gain", "guard"))
+    return Rung(
+        step["rung"],
+        None if gain is None else gain.significance,
+        None if guard is None else guard.significance,
+        step["seconds"],
+        step["encoded"],
+        step["taken"],
+        step["decision"],
+    )
 
 
 def _facts(report: RefreshReport) -> list[tuple[str, str]]:
