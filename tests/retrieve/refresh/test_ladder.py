@@ -92,7 +92,7 @@ def test_a_judge_maps_the_stored_vectors(corpus, asked) -> None:
 
 def test_a_pilot_encodes_what_the_old_vectors_propose(corpus, asked) -> None:
     judge = judge_of(corpus, asked)
-    found, encoded = judge.promised(FakeEncoder(corpus, 0.3), Work(corpus, {}).texts)  # type: ignore[arg-type]
+    found, encoded = judge.promised(FakeEncoder(corpus, 0.1), Work(corpus, {}).texts)  # type: ignore[arg-type]
     assert 0 < encoded <= PASSAGES
     assert len(found.per_query) == PASSAGES
     assert found.metrics["nDCG@10"] > 0.9
