@@ -190,31 +190,29 @@ class Encoder(TokenEncoder):
             return None
         return int(self.encode(["dimension"], heads=("dense",), progress=False).dense.shape[1])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The model's identity, computed from its content; a warning where the manifest says otherwise."""
-        return self._identity.fingerprint
+        found = self._identity.fingerprint if self.asymmetric else self.identity().fingerprint
+        if self.manifest and self.manifest.fingerprint not in ("", found) and self.manifest.settings == self.settings:
+            logger.warning(
+                "the model's content changed since its manifest was written: its identity is now %s", found[:12]
+            )
+        return found
 
     @property
     def query_fingerprint(self) -> str:
         """The identity of what queries are encoded by; of a symmetric model, `fingerprint`."""
-        return self._identity.query
+        return self._identity.query if self.asymmetric else self.fingerprint
 
     @property
     def passage_fingerprint(self) -> str:
         """The identity of what passages are encoded by; of a symmetric model, `fingerprint`."""
-        return self._identity.passage
+        return self._identity.passage if self.asymmetric else self.fingerprint
 
     @cached_property
     def _identity(self) -> Identity:
-        found = self.identity()
-        before = self.manifest.fingerprint if self.manifest else ""
-        if self.manifest and before not in ("", found.fingerprint) and self.manifest.settings == self.settings:
-            logger.warning(
-                "the model's content changed since its manifest was written: its identity is now %s",
-                found.fingerprint[:12],
-            )
-        return found
+        return self.identity()
 
     def identity(self) -> Identity:
         """The model's identity and its sides', computed anew."""
