@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
 from ultrarag.io import UNWRITABLE, OwnerLock, named_conditions, remove_left_over, resource_error
@@ -40,6 +40,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ultrarag")
 
 _Result = TypeVar("_Result")
+
+
+class Bridging(Protocol):
+    """What stands over the live generation's vectors."""
+
+    serving: Serving
+    folder: Path
+
+    def close(self) -> None:
+        """End it after the searches that are inside."""
 
 
 class Core:
@@ -93,6 +103,9 @@ class Core:
             undo.callback(serving.retire)
             self.device = str(serving.encoder.device)
             self._live: Serving | None = serving
+            #: the encoder of a generation that is not built yet, over the live one's vectors; see `retrieve.bridge`
+            self.bridge: Bridging | None = None
+            self._ended: Bridging | None = None
             self.vectors: Follower = vectors
             if reading:
                 self._tell_behind()
@@ -172,13 +185,19 @@ class Core:
     def searching(self) -> Iterator[Searcher]:
         """Lend the live pair for a search; it stays whole until the search is done, whatever is swapped."""
         while True:
-            serving = self.live
+            serving = self.serving
             if serving.enter():
                 break
         try:
             yield Searcher(serving, self.store, self.bm25)
         finally:
             serving.leave()
+
+    @property
+    def serving(self) -> Serving:
+        """The pair that searches use: the live one, or that of a bridge over it."""
+        bridge = self.bridge
+        return self.live if bridge is None else bridge.serving
 
     @property
     def live(self) -> Serving:
@@ -291,17 +310,26 @@ class Core:
         )
 
     def replace(self, new: Serving, vectors: Follower) -> None:
-        """Let searches use another pair from now on."""
+        """Let searches use another pair from now on; a bridge over the old one ends."""
         with self.writing:
             self._live, self.vectors = new, vectors
+            if self.bridge is not None:  # closed by `let_go`, for which no writer waits
+                self._ended, self.bridge = self.bridge, None
 
     def let_go(self, serving: Serving) -> None:
         """Close a pair that is not live; one that cannot write now is closed later: the log has what it lacks."""
+        self._end_bridge()
         try:
             serving.retire()
         except (UltraragError, OSError) as error:
             logger.warning("generation %d cannot be closed yet: %s", serving.generation.id, error)
             self._lingering.append(serving)
+
+    def _end_bridge(self) -> None:
+        bridge, self._ended = self._ended, None
+        if bridge is not None:
+            bridge.close()
+            shutil.rmtree(bridge.folder, ignore_errors=True)
 
     def retry(self) -> dict[str, str]:
         """Encode the passages again that the live generation could not encode; return those that still fail."""
@@ -343,6 +371,10 @@ class Core:
         with self.writing:
             if self._live is None:
                 return
+            self._end_bridge()
+            bridge, self.bridge = self.bridge, None
+            if bridge is not None:  # it is there again when the index is opened
+                bridge.close()
             with named_conditions(self.layout.root), ExitStack() as parts:  # each is closed even when another cannot be
                 parts.callback(self._lock.release)
                 parts.callback(self.store.close)

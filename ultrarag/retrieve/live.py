@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
+from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
 from ultrarag.retrieve.build import build_generation, end_build
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
@@ -172,7 +173,13 @@ class LiveIndex:
                 check_mirror(root, uri)
             else:
                 create_mirror(root, uri, _text(checkpoints))
-        return cls(Core.open(root, encoder, device, repair, _text(checkpoints)))
+        core = Core.open(root, encoder, device, repair, _text(checkpoints))
+        try:
+            resume(core)
+        except BaseException:
+            core.close()
+            raise
+        return cls(core)
 
     def __enter__(self) -> LiveIndex:
         return self
@@ -193,13 +200,13 @@ class LiveIndex:
 
     @property
     def encoder(self) -> Encoder:
-        """The live generation's encoder."""
-        return self._core.live.encoder
+        """The encoder of the searches: the live generation's, or that of a bridge over it."""
+        return self._core.serving.encoder
 
     @property
     def fingerprint(self) -> str:
-        """The live encoder's fingerprint."""
-        return self._core.live.fingerprint
+        """Of `encoder`."""
+        return self._core.serving.fingerprint
 
     def __len__(self) -> int:
         """The number of passages."""
@@ -344,6 +351,7 @@ class LiveIndex:
         progress: bool | None = None,
         ray: RayPool | None = None,
         share: bool | None = None,
+        bridge: BridgeTerms | None = None,
     ) -> Generation:
         """Make a new generation with another encoder, while searches and writes go on.
 
@@ -367,6 +375,8 @@ class LiveIndex:
                 is then a folder that all nodes see.
             share: True: refuse where stored passages would have to be encoded; False: encode them all; default: encode
                 them where it must be.
+            bridge: before the passages are encoded, let the new encoder serve from the old vectors, if it is
+                significantly better so on these queries (docs/bridge.md). It serves until the swap, or `rollback`.
 
         Returns:
             the generation, "ready", for `swap`.
@@ -375,7 +385,7 @@ class LiveIndex:
             UsageError: there are no vectors to share or map, and `share` is True; says why.
         """
         wishes: dict[str, Any] = {"adapter": adapter, "backend": backend, "heads": heads, "device": device}
-        wishes["share"] = share
+        wishes |= {"share": share, "bridge": bridge}
         return build_generation(self._core, checkpoint, **wishes, threads=threads, progress=progress, ray=ray)
 
     def swap(
@@ -464,10 +474,15 @@ class LiveIndex:
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.
 
+        While a bridge serves, its end is all that is rolled back.
+
         Raises:
             IndexStateError: when there is none.
             GateError: when it is not sound; nothing has changed then.
         """
+        bridged = self._core.serving.generation
+        if drop(self._core):
+            return Flip(self._core.catalog.get(bridged.id), self._core.live.generation, None, 0.0)
         return rollback(self._core)
 
     def discard(self, generation: int | Generation) -> None:
@@ -477,6 +492,8 @@ class LiveIndex:
             if not self._core.catalog.set_state(found.id, "retired", only_from=("building", "ready")):
                 now = self.generation(found.id)
                 raise IndexStateError(f"generation {now.id} is {now.state}; only one not yet live can be discarded")
+            if self._core.serving.generation.id == found.id:
+                drop(self._core)
 
     def vacuum(self) -> None:
         """Remove the files of retired generations, old log entries and tombstones, and compact the databases."""

@@ -19,6 +19,7 @@ from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, start_child, stop_child
 from ultrarag.retrieve.build.origin import map_stored, origin_of
+from ultrarag.retrieve.bridge import BridgeTerms, cross, drop
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
     Generation,
@@ -53,6 +54,7 @@ def build_generation(
     progress: bool | None = None,
     ray: RayPool | None = None,
     share: bool | None = None,
+    bridge: BridgeTerms | None = None,
 ) -> Generation:
     """Build, or go on building, a generation of an open index; see `LiveIndex.build`."""
     if not core.building.acquire(blocking=False):
@@ -63,8 +65,12 @@ def build_generation(
             source = _source(core.layout, live, checkpoint, adapter)
             job = RayJob.of(ray, checkpoint, source.adapter, backend or live.backend) if ray else None
             generation = _prepared(core, source, backend, heads, share)
+            if core.serving.generation.id != generation.id:
+                drop(core)  # a bridge to a generation that was given up for this one
             if generation.state == "ready":
                 return generation
+            if bridge is not None and generation.encodes and core.bridge is None:
+                cross(core, generation, bridge)
             if generation.shares:
                 publish(core.layout, generation)
             elif not core.layout.final(generation.id).exists():
