@@ -149,7 +149,7 @@ class CorpusVectors:
         vectors = encoder.encode([passage.content for passage in passages], "passage", heads=chosen)
         ids = [passage.id for passage in passages]
         return cls(
-            passage_identity(encoder),
+            encoder.passage_fingerprint,
             ids,
             passage_keys(passages),
             vectors.dense,
@@ -166,7 +166,7 @@ class CorpusVectors:
         Raises:
             FingerprintError, UsageError: see above.
         """
-        mine = passage_identity(encoder)
+        mine = encoder.passage_fingerprint
         if self.fingerprint != mine:
             raise FingerprintError(
                 f"the corpus' vectors were made by passage side {self.fingerprint[:12]}, and the model to train has "
@@ -206,11 +206,6 @@ class CorpusVectors:
         places, rows = self._index.find(keys)
         pairs = np.unique(np.stack([places, rows], axis=1), axis=0)
         return pairs[:, 0], pairs[:, 1]
-
-
-def passage_identity(encoder: Encoder) -> str:
-    """The identity of an encoder's passage side."""
-    return str(getattr(encoder, "passage_fingerprint", encoder.fingerprint))
 
 
 def _kept(embeddings: Embeddings, heads: Sequence[str]) -> Embeddings:

@@ -11,19 +11,9 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.finetune.corpus.bank import (
-        Bank,
-        Columns,
-        CorpusBatch,
-        Known,
-        Nearest,
-        Opponents,
-        draw_columns,
-        mask_of_columns,
-        mask_of_groups,
-        nearest_rows,
-    )
+    from ultrarag.finetune.corpus.bank import Bank, Known, Nearest, keys_of
     from ultrarag.finetune.corpus.held_out import document_groups, hold_out
-    from ultrarag.finetune.corpus.maps import Choice, MapData, Maps, MapSettings, ResidualMap, choose_settings, learn
+    from ultrarag.finetune.corpus.maps import Choice, MapData, MapSettings, choose_settings, learned_map
+    from ultrarag.finetune.corpus.negatives import CorpusNegatives, FrozenQueries, encode_asked
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -59,10 +59,12 @@ class Bank:
         distinct = {text_key(text): text for text in reversed(list(texts))}  # of equal keys the first text counts
         keys = np.array(list(reversed(distinct)), np.int64)
         found = np.zeros(len(keys), bool)
-        found[self.vectors.rows_of(keys)[0]] = True
+        found[self.rows_of(keys)[0]] = True
         missing = keys[~found]
         if len(missing):
-            self._more, self._more_keys = encode([distinct[key] for key in missing.tolist()]), missing
+            encoded = encode([distinct[key] for key in missing.tolist()])
+            self._more = encoded if self._more is None else Embeddings.cat([self._more, encoded])
+            self._more_keys, self._everything = np.concatenate([self._more_keys, missing]), None
         return len(missing)
 
     def rows_of(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,15 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultrarag.finetune.batches import Draws
+from ultrarag.finetune.corpus.bank import Columns, draw_columns
+from ultrarag.io import progress_bar
 from ultrarag.losses import hide
 
 #: Says that a stream of draws is this one: see the first numbers of the others in `plan.py`.
 _MAPS = 5
 #: What is tried, in this order; the first of equal worth is taken.
-RATES = (1e-3, 3e-3)
-STRENGTHS = (0.1, 0.01, 0.001)
+RATES = (3e-3, 1e-3)
+STRENGTHS = (0.01, 0.1, 0.001)
 #: Queries of a step, and steps between two looks at the held-out queries.
 BATCH, LOOK = 128, 50
+#: Passages that stand for the corpus at a step, weighted for all of them; the step's positives are always there.
+COLUMNS = 2048
 #: What the held-out metric must gain: less is not worth another model.
 LEAST_GAIN = 0.002
 
@@ -93,12 +97,17 @@ class MapData:
     def __post_init__(self) -> None:
         self.starts = np.searchsorted(self.positives[:, 0], np.arange(len(self.queries) + 1))
 
+    def pairs_of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The positives of some queries: pairs (place in `queries`, passage), each (pairs,) int64."""
+        counts = self.starts[queries + 1] - self.starts[queries]
+        owner = np.repeat(np.arange(len(queries)), counts)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return owner, self.positives[self.starts[queries][owner] + within, 1]
+
     def of(self, queries: np.ndarray) -> MapData:
         """The same passages with some of the queries."""
-        places = np.concatenate([np.arange(self.starts[q], self.starts[q + 1]) for q in queries] or [np.zeros(0, int)])
-        owner = np.repeat(np.arange(len(queries)), self.starts[queries + 1] - self.starts[queries])
-        chosen = np.stack([owner, self.positives[places.astype(np.int64), 1]], axis=1)
-        return MapData(self.queries[torch.as_tensor(queries)], self.passages, chosen)
+        chosen = self.queries[torch.as_tensor(queries, device=self.queries.device)]
+        return MapData(chosen, self.passages, np.stack(self.pairs_of(queries), axis=1))
 
 
 @dataclass
@@ -139,21 +148,31 @@ class Maps:
         return left @ right.T
 
 
-def map_loss(maps: Maps, data: MapData, queries: np.ndarray, chosen: np.ndarray, settings: MapSettings) -> Tensor:
-    """InfoNCE of some queries against all passages, plus what holds the maps to the identity.
+def map_loss(
+    maps: Maps, data: MapData, queries: np.ndarray, chosen: np.ndarray, settings: MapSettings, step: int
+) -> Tensor:
+    """InfoNCE of some queries against the corpus, plus what holds the maps to the identity.
 
     Args:
         queries: (batch,) their numbers.
         chosen: (batch,) the row of the positive of each; a query's other positives are no negatives.
+        step: draws which passages stand for the corpus.
     """
     device = data.passages.device
-    scores = maps.scores(data.queries[torch.as_tensor(queries, device=device)], data.passages) / settings.temperature
-    mask = torch.zeros(scores.shape, dtype=torch.bool)
-    for row, query in enumerate(queries.tolist()):
-        mask[row, torch.as_tensor(data.positives[data.starts[query] : data.starts[query + 1], 1])] = True
-    mask[torch.arange(len(queries)), torch.as_tensor(chosen)] = False
-    scores = hide(scores, mask.to(device))
-    loss = F.cross_entropy(scores, torch.as_tensor(chosen, device=device))
+    columns = Columns(np.arange(len(data.passages)))
+    if len(data.passages) > COLUMNS:
+        columns = draw_columns(len(data.passages), COLUMNS, chosen, settings.seed, step)
+    passages = data.passages if columns.offsets is None else data.passages[torch.as_tensor(columns.rows, device=device)]
+    scores = maps.scores(data.queries[torch.as_tensor(queries, device=device)], passages) / settings.temperature
+    if columns.offsets is not None:
+        scores = scores + torch.as_tensor(columns.offsets, device=device)
+    owner, rows = data.pairs_of(queries)
+    there, at = columns.places(rows)
+    mask = np.zeros(tuple(scores.shape), bool)
+    mask[owner[there], at] = True
+    target = np.searchsorted(columns.rows, chosen)
+    mask[np.arange(len(queries)), target] = False
+    loss = F.cross_entropy(hide(scores, torch.from_numpy(mask).to(device)), torch.as_tensor(target, device=device))
     return loss + settings.strength * sum(part.distance() for part in maps.parts)
 
 
@@ -171,9 +190,27 @@ def learn(maps: Maps, data: MapData, settings: MapSettings) -> Iterator[int]:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.steps)
         optimizer.zero_grad()
-        map_loss(maps, data, queries, chosen, settings).backward()
+        map_loss(maps, data, queries, chosen, settings, step).backward()
         optimizer.step()
         yield step + 1
+
+
+def learned_map(
+    data: MapData, sides: tuple[bool, bool], settings: MapSettings, device: torch.device
+) -> tuple[Maps, float]:
+    """The maps after `settings.steps` steps, and the loss of the last batch without what holds them back.
+
+    Args:
+        sides: whether the query side and the passage side have a map.
+    """
+    maps = Maps.identity(data.queries.shape[1], *sides, settings, device)
+    with progress_bar(settings.steps, "learn the map", "step") as bar:
+        for _ in learn(maps, data, settings):
+            bar.update()
+    queries = np.arange(min(BATCH, len(data.queries)))
+    with torch.no_grad():
+        chosen = data.positives[data.starts[queries], 1]
+        return maps, float(map_loss(maps, data, queries, chosen, replace(settings, strength=0.0), settings.steps))
 
 
 def _batches(count: int, settings: MapSettings) -> Iterator[np.ndarray]:
