@@ -104,7 +104,7 @@ def _info(
     ends = [passages.count * (number + 1) // shards for number in range(shards)]
     size, digest = os.path.getsize(passages.path), sha256_of(Path(passages.path))
     return {
-        "fingerprint": encoder.fingerprint,
+        "fingerprint": encoder.passage_fingerprint,
         "corpus": {"bytes": size, "passages": passages.count, "sha256": digest},
         "heads": list(heads),
         "dim": compression.truncate_dim or encoder.dim if "dense" in heads else None,

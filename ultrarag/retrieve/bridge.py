@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.errors import IndexStateError, UltraragError, UsageError
+from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import Qrels, Verdict
 from ultrarag.io import write_json
 from ultrarag.maps import LinearMap, fit_ridge
@@ -130,7 +130,7 @@ class Kept:
 
 
 class BridgedVectors:
-    """The old generation's engine, seen through a map by the new encoder's queries. Read only: writes go to the old one."""
+    """The old generation's engine, seen through a map by the new encoder's queries; writes go to the old one."""
 
     def __init__(self, old: VectorSet, item: LinearMap, kept: Kept, store: Store, fingerprint: str) -> None:
         """Use vectors that were joined; `close` leaves them."""
@@ -324,9 +324,7 @@ def cross(core: Core, generation: Generation, terms: BridgeTerms) -> BridgeRepor
         found["encoded"] = _measure_encoded(core, bridge, terms)
         mode = _chosen(found)
         measured = {name: verdict.to_dict() for name, verdict in found.items()}
-        report = BridgeReport(
-            generation.id, mode, measured, len(bridge.kept), 0.0, fit.error, fit.identity_error
-        )
+        report = BridgeReport(generation.id, mode, measured, len(bridge.kept), 0.0, fit.error, fit.identity_error)
     except BaseException:
         bridge.close()
         raise
@@ -352,7 +350,11 @@ def described(report: BridgeReport) -> str:
         f"{name} {verdict['metric']} {verdict['old']:.4f} -> {verdict['new']:.4f} (p = {verdict['change']['p_value']:.4f})"
         for name, verdict in report.measured.items()
     ]
-    serves = "the old encoder serves on" if report.mode is None else f"its encoder serves from the old vectors, {report.mode}"
+    serves = (
+        "the old encoder serves on"
+        if report.mode is None
+        else f"its encoder serves from the old vectors, {report.mode}"
+    )
     return f"bridge to generation {report.generation}: {serves}; {', '.join(parts)}"
 
 

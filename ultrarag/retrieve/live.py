@@ -14,7 +14,7 @@ from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
 from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
-from ultrarag.retrieve.build import build_generation, end_build
+from ultrarag.retrieve.build import build_generation, corpus_vectors, end_build
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
@@ -25,6 +25,7 @@ from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
 from ultrarag.types import Embeddings, Hit, Passage
 
 if TYPE_CHECKING:
+    from ultrarag.encode import CorpusVectors
     from ultrarag.encode.ray import RayPool
     from ultrarag.encoder import Encoder
     from ultrarag.retrieve.refresh import RefreshReport
@@ -470,6 +471,17 @@ class LiveIndex:
             return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
         finally:
             self._refreshing.release()
+
+    def corpus_vectors(self, folder: str | os.PathLike[str], heads: Sequence[str] | None = None) -> CorpusVectors:
+        """Write the stored vectors into a folder, for `finetune(..., train_side="query", corpus=folder)`.
+
+        Args:
+            heads: default: all that are stored.
+
+        Raises:
+            UsageError: a head that is not stored.
+        """
+        return corpus_vectors(self._core, Path(folder), heads)
 
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.

@@ -7,14 +7,15 @@ mapped block by block into files below the index, which the builder takes as it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ultrarag.checkpoint import Identity
-from ultrarag.encode import passages_of
+from ultrarag.encode import CHUNK_TEXTS, INFO, CorpusVectors, passages_of, write_vectors
 from ultrarag.encoder import read_passage_maps
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import progress_bar
+from ultrarag.io import only, progress_bar
 from ultrarag.maps import LinearMap
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
@@ -147,6 +148,40 @@ def _stored(core: Core, generation: Generation, after: int, last: int) -> tuple[
             mask=held.mask if "colbert" in generation.heads else None,
         )
     return found, held
+
+
+def corpus_vectors(core: Core, folder: Path, heads: Sequence[str] | None = None) -> CorpusVectors:
+    """Write the live generation's vectors into a folder for training, unless it holds them; see `CorpusVectors`.
+
+    Each vector is that of its passage's text; passages that could not be encoded are left out. A folder of another
+    encoder's vectors is replaced. Writes that come later are not in it.
+
+    Raises:
+        UsageError: a head that is not stored.
+    """
+    live = core.live.generation
+    chosen = stored_heads(live.heads, heads)
+    if (folder / INFO).is_file():
+        found = CorpusVectors.open(folder)
+        if found.fingerprint == live.passage_fingerprint and set(chosen) <= set(found.heads):
+            return found
+    return write_vectors(folder, live.passage_fingerprint, _blocks(core, chosen))
+
+
+def _blocks(core: Core, heads: tuple[str, ...]) -> Iterator[tuple[list[Passage], Embeddings]]:
+    row = 0
+    while True:
+        with core.writing:
+            core.catch_up()
+            without = core.live.unencoded.all()
+            rows = core.store.scan(row, CHUNK_TEXTS)
+            passages = [passage for _, passage in rows if passage.id not in without]
+            held = core.live.backend.vectors([passage.id for passage in passages]) if passages else None
+        if held is not None:
+            yield passages, only(held, heads)
+        if not rows:
+            return
+        row = rows[-1][0]
 
 
 def mapped(embeddings: Embeddings, maps: Sequence[LinearMap]) -> Embeddings:

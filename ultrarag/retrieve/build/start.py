@@ -18,8 +18,8 @@ from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, start_child, stop_child
-from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.bridge import BridgeTerms, cross, drop
+from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
     Generation,

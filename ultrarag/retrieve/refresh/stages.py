@@ -18,7 +18,7 @@ from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
 from ultrarag.evaluation import MAIN_METRIC, Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.io import link_tree, publish_directory, staged_directory
-from ultrarag.retrieve.build import build_generation
+from ultrarag.retrieve.build import build_generation, corpus_vectors
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured, questions
