@@ -347,14 +347,10 @@ def cross(core: Core, generation: Generation, terms: BridgeTerms) -> BridgeRepor
 def described(report: BridgeReport) -> str:
     """One line for people."""
     parts = [
-        f"{name} {verdict['metric']} {verdict['old']:.4f} -> {verdict['new']:.4f} (p = {verdict['change']['p_value']:.4f})"
-        for name, verdict in report.measured.items()
+        f"{name} {found['metric']} {found['old']:.4f} -> {found['new']:.4f} (p = {found['change']['p_value']:.4f})"
+        for name, found in report.measured.items()
     ]
-    serves = (
-        "the old encoder serves on"
-        if report.mode is None
-        else f"its encoder serves from the old vectors, {report.mode}"
-    )
+    serves = "the old encoder serves on" if report.mode is None else f"it serves from the old vectors, {report.mode}"
     return f"bridge to generation {report.generation}: {serves}; {', '.join(parts)}"
 
 
