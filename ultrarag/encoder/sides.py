@@ -289,7 +289,7 @@ def read_sides(folder: Path) -> dict[str, DeclaredSide]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] > 1:
             raise CheckpointError(f"{path} was written by a newer ultrarag: upgrade ultrarag to read it")
-        found = {
+        found: dict[str, DeclaredSide] = {
             kind: DeclaredSide(
                 str(values[kind]["model"]),
                 tuple(map(str, values[kind]["maps"])),
@@ -306,6 +306,17 @@ def read_sides(folder: Path) -> dict[str, DeclaredSide]:
             f"{path} cannot be read: low-rank matrices are of the query side, and of the passages' model"
         )
     return found
+
+
+def read_passage_maps(folder: Path) -> tuple[LinearMap, ...]:
+    """The maps of a checkpoint's passage side, in order, without its models; none of a symmetric checkpoint.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if not (folder / SIDES).is_file():
+        return ()
+    return tuple(LinearMap.load(folder / name) for name in read_sides(folder)["passage"].maps)
 
 
 # ---- putting sides together
