@@ -159,8 +159,9 @@ class LowRankSide:
         from sentence_transformers.base.modules import Transformer
         from sentence_transformers.util import load_dir_path
 
-        hub = {name: options.get(name) for name in ("token", "cache_folder", "revision", "local_files_only")}
-        folder = Path(load_dir_path(model_name_or_path=model_name_or_path, subfolder=subfolder, **hub))
+        hub: dict[str, Any] = {name: options.get(name) for name in ("token", "cache_folder", "revision")}
+        hub["local_files_only"] = bool(options.get("local_files_only"))
+        folder = Path(str(load_dir_path(model_name_or_path=model_name_or_path, subfolder=subfolder, **hub)))
         base = json.loads((folder / "config.json").read_text(encoding="utf-8"))["transformer"]
         module = Transformer.load(model_name_or_path, subfolder=base, **options)
         changes = LowRank.load(folder)

@@ -289,7 +289,7 @@ def read_sides(folder: Path) -> dict[str, DeclaredSide]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] > 1:
             raise CheckpointError(f"{path} was written by a newer ultrarag: upgrade ultrarag to read it")
-        found = {
+        found: dict[str, DeclaredSide] = {
             kind: DeclaredSide(
                 str(values[kind]["model"]),
                 tuple(map(str, values[kind]["maps"])),
@@ -309,10 +309,10 @@ def read_sides(folder: Path) -> dict[str, DeclaredSide]:
 
 
 def read_passage_maps(folder: Path) -> tuple[LinearMap, ...]:
-    """The maps of a checkpoint's passage side, in the order in which they are applied; no weights are read.
+    """The maps of a checkpoint's passage side, in order, without its models; none of a symmetric checkpoint.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is damaged.
     """
     if not (folder / SIDES).is_file():
         return ()
