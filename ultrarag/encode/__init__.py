@@ -15,5 +15,6 @@ if TYPE_CHECKING:
     from ultrarag.encode.corpus import FORMATS, Compression, EncodedCorpus
     from ultrarag.encode.processes import ModelChoice, encode_corpus
     from ultrarag.encode.ranks import Encoded, Known, Rank, passages_of
+    from ultrarag.encode.vectors import CorpusVectors, KeyIndex, passage_keys
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

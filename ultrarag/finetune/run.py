@@ -7,12 +7,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ultrarag.checkpoint import Training
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
+from ultrarag.finetune.against import Against, two_sides
 from ultrarag.finetune.batches import (
     AnyPlan,
     DatasetInfo,
@@ -92,6 +94,8 @@ class FinetuneRun:
     data: TrainData
     measures: Measures
     # load
+    #: the model as it is before training; the same object as `encoder`, unless one side is trained
+    parent: Encoder
     encoder: Encoder
     heads: tuple[str, ...]
     # plan_batches
@@ -101,6 +105,7 @@ class FinetuneRun:
     other: Other | None
     masking: FalseNegatives | None
     lora: Lora | None
+    against: Against | None
     # check
     record: Training
     # train
@@ -119,6 +124,7 @@ class FinetuneRun:
         """Carry the run through; the result on the first rank, None on the others."""
         self.prepare()
         self.begin()
+        self.stand()
         self.measure("before")
         self.train()
         self.measure("after")
@@ -159,9 +165,10 @@ class FinetuneRun:
 
     def load(self) -> None:
         """Load the model, as it is before training."""
-        self.encoder = load_encoder(self.arguments, self.notes.add)
-        self.heads = choose_heads(self.encoder, self.arguments.loss.unified_finetuning)
-        warn_of_seen_rows(self.data, self.encoder, self.arguments.incremental, self.notes.add)
+        self.parent = load_encoder(self.arguments, self.notes.add)
+        self.heads = choose_heads(self.parent, self.arguments.loss.unified_finetuning)
+        self.encoder = two_sides(self.parent, self.arguments)
+        warn_of_seen_rows(self.data, self.parent, self.arguments.incremental, self.notes.add)
 
     def plan_batches(self) -> None:
         """Choose the sizes that are left open, and which batch comes when."""
@@ -173,11 +180,16 @@ class FinetuneRun:
     def set_up(self) -> None:
         """Choose what of the model is trained, and what it is compared with."""
         model = self.arguments.model
-        freeze(self.encoder, self.heads, model.fix_encoder, model.fix_position_embedding)
-        self.start = Start.of(self.encoder)
+        sides, trained = self.arguments.sides, self.arguments.sides.train_side
+        frozen = {"query": "passage", "passage": "query"}.get(trained) if not sides.maps_alone else None
+        freeze(self.encoder, self.heads, model.fix_encoder, model.fix_position_embedding, frozen)
+        self.start = Start.of(self.parent)
         self.other = read_other(self.arguments, self.encoder, self.notes.add)
         self.masking = FalseNegatives.of(self.arguments, self.encoder, self.heads)
-        self.lora = add_lora(self.encoder, self.arguments.lora) if self.arguments.lora.use_lora else None
+        side = None if frozen is None else trained
+        self.lora = add_lora(self.encoder, self.arguments.lora, side) if self.arguments.lora.use_lora else None
+        parts = [self.data, self.plan.old.data] if isinstance(self.plan, ReplayPlan) else [self.data]
+        self.against = Against.of(self.arguments, self.parent, self.heads, parts, self.notes.add)
 
     def check(self) -> None:
         """Look for faults in the rows; a resumed run must take the steps that the first would have taken."""
@@ -199,7 +211,9 @@ class FinetuneRun:
             old = self.plan.old.data
             rows += [{**_data_record(item, old), "replay": True} for item in old.datasets]
         described = {**self.arguments.to_dict(), "world_size": world_size()}
-        ancestors = self.encoder.manifest.lineage() if self.encoder.manifest else []
+        if self.against:
+            described["sides"] = self.against.describe()
+        ancestors = self.parent.manifest.lineage() if self.parent.manifest else []
         name = self.arguments.model.model_name_or_path
         return Training(self.start.fingerprint, name, rows, described, ancestors=ancestors)
 
@@ -216,16 +230,37 @@ class FinetuneRun:
         parts = [self.data, self.plan.old.data] if isinstance(self.plan, ReplayPlan) else [self.data]
         self.record = replace(self.record, seen=record_of(parts))
 
+    def stand(self) -> None:
+        """Encode once what a frozen side has to, and choose a map's settings; without either there is nothing to do."""
+        if self.against is None:
+            return
+        try:
+            self.against.prepare(self.encoder, self.resume)
+        except KeyboardInterrupt as stop:
+            raise Interrupted("stopped before the first step; the same command begins anew") from stop
+        described = {**self.record.arguments, "sides": self.against.describe()}
+        self.record = replace(self.record, arguments=described)
+        if self.against.keeps_passages:
+            self.measures.keep_passages(self.against.stored)
+
     def measure(self, stage: str) -> None:
         """Evaluate the model as it is now."""
         self.measures.take(stage, self.encoder, self.heads)
 
     def train(self) -> None:
         """Train, or take the weights of the same run, which was stopped when it was about to merge them."""
+        if self.arguments.sides.maps_alone:
+            self._learn_maps()
+            return
         masks = self.masking.features if self.masking else None
-        collator = make_collator(self.arguments.data, self.encoder, masks)
+        negatives = self.against.negatives if self.against else None
+        collator = make_collator(self.arguments.data, self.encoder, masks, negatives)
         loader = make_loader(self.plan, collator, rank(), self.arguments.training)
         learner = Learner(self.encoder, self.heads, self.lora, self.masking)
+        if self.against and negatives:
+            learner.corpus = negatives
+            learner.mine = partial(self.against.mine, self.encoder)
+            learner.map_rate = self.against.map_rate
         self.trainer = EmbeddingTrainer(learner, self.arguments, loader, self.record, self.measures.domain)
         merging = self.other is not None and asked_to_resume(self.arguments)
         earlier = find_trained(self.output, self.record) if merging else None
@@ -235,6 +270,18 @@ class FinetuneRun:
             self.trained = Trained(earlier.steps, earlier.loss, restored=True)
         else:
             self.trained = _train(self.trainer, self.resume)
+
+    def _learn_maps(self) -> None:
+        """Learn maps of stored vectors, on the first rank: it takes seconds, and a run that is killed begins anew."""
+        assert self.against is not None
+        started = time.perf_counter()
+        try:
+            self.encoder, loss = self.against.learn_maps()
+        except KeyboardInterrupt as stop:
+            raise Interrupted("stopped while a map was learned; the same command begins anew") from stop
+        choice = self.against.choice
+        steps = choice.settings.steps if choice else 0
+        self.trained = Trained(steps, loss, time.perf_counter() - started)
 
     def merge(self) -> None:
         """Average the trained weights with the other model's, where there is one; as trained they are kept beside."""
@@ -279,7 +326,8 @@ class FinetuneRun:
             loss=self.trained.loss,
             merge=self.merged,
         )
-        return write_finished(self.trainer, self.encoder, self.start, record, folder), record
+        trainer = None if self.arguments.sides.maps_alone else self.trainer
+        return write_finished(trainer, self.encoder, self.start, record, folder), record
 
 
 def _data_record(item: DatasetInfo, data: TrainData) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ultrarag.finetune.flags.groups import (
     LoraArguments,
     ModelArguments,
 )
+from ultrarag.finetune.flags.sides import SideArguments, refuse_sides
 from ultrarag.finetune.flags.transformers import (
     build_training_arguments,
     described,
@@ -50,6 +51,7 @@ _OWN = {
     "Low-rank adapters": LoraArguments,
     "Evaluation": EvaluationArguments,
     "Incremental fine-tuning": IncrementalArguments,
+    "One side, or a map": SideArguments,
 }
 
 _RUN = {
@@ -98,6 +100,7 @@ class FinetuneArguments:
     training: TrainingArguments
     false_negatives: FalseNegativeArguments = field(default_factory=FalseNegativeArguments)
     incremental: IncrementalArguments = field(default_factory=IncrementalArguments)
+    sides: SideArguments = field(default_factory=SideArguments)
     #: write into an output directory that holds a model or checkpoints
     overwrite_output_dir: bool = False
     #: do not look for faults in the rows before training
@@ -121,6 +124,7 @@ class FinetuneArguments:
             "evaluation": _without_secrets(self.evaluation, "eval_data"),
             "false_negatives": asdict(self.false_negatives),
             "incremental": _without_secrets(self.incremental, "replay_data", "guard_data"),
+            "sides": self.sides.to_dict(),
             "training": described(self.training),
         }
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
@@ -220,7 +224,7 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     notes += _without_effect(loss, values)
     run = {name: values.pop(name, False) for name in ("overwrite_output_dir", "skip_data_check", "dry_run")}
     masks = FalseNegativeArguments(**own[FalseNegativeArguments])
-    incremental = IncrementalArguments(**own[IncrementalArguments])
+    incremental, sides = IncrementalArguments(**own[IncrementalArguments]), SideArguments(**own[SideArguments])
     _check_merge(incremental, evaluation.eval_data, values)
     ours = {name for chosen in own.values() for name in chosen}
     rest = {name: value for name, value in values.items() if name not in ours}
@@ -228,7 +232,7 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
         run["auto_batch_size"] = bool(rest.pop("per_device_train_batch_size"))
     training = build_training_arguments(rest, evaluation.eval_data is not None, notes)
     return FinetuneArguments(
-        adapter, model, data, loss, lora, evaluation, training, masks, incremental, **run, notes=notes
+        adapter, model, data, loss, lora, evaluation, training, masks, incremental, sides, **run, notes=notes
     )
 
 
@@ -290,6 +294,7 @@ def refuse_unsupported(arguments: FinetuneArguments, pairs: bool) -> None:
     if arguments.lora.use_lora:
         _refuse_with_lora(arguments)
     refuse_unsupported_training(arguments.training)
+    refuse_sides(arguments, pairs)
     (_refuse_for_pairs if pairs else _refuse_without_pairs)(arguments)
 
 
