@@ -97,7 +97,9 @@ def _mixed(live: LiveIndex, text: str) -> list[str]:
     query = live.encoder.encode([text], "query", progress=False).dense[0]
     passages = live.encoder.encode([hit.passage.text for hit in hits], progress=False).dense
     scores = zip(hits, passages @ query, strict=True)
-    return [f"{hit.id}: score {hit.score:.4f} instead of {own:.4f}" for hit, own in scores if abs(hit.score - own) > 1e-3]
+    return [
+        f"{hit.id}: score {hit.score:.4f} instead of {own:.4f}" for hit, own in scores if abs(hit.score - own) > 1e-3
+    ]
 
 
 def underived(live: LiveIndex, found: State) -> list[str]:

@@ -42,7 +42,7 @@ ORDER = [
     {"encode/ray"},
     {"retrieve/shared"},
     {"retrieve/core"},
-    {"retrieve/build", "retrieve/gate", "retrieve/status"},
+    {"retrieve/build", "retrieve/export", "retrieve/gate", "retrieve/status"},
     {"retrieve/swap"},
     {"retrieve/refresh"},
     {"retrieve/live"},

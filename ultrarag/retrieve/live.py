@@ -15,6 +15,7 @@ from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
 from ultrarag.retrieve.build import build_generation, end_build
 from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
 from ultrarag.retrieve.ranking import check_ids
@@ -24,6 +25,7 @@ from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
 from ultrarag.types import Embeddings, Hit, Passage
 
 if TYPE_CHECKING:
+    from ultrarag.encode import CorpusVectors
     from ultrarag.encode.ray import RayPool
     from ultrarag.encoder import Encoder
     from ultrarag.retrieve.refresh import RefreshReport
@@ -264,6 +266,23 @@ class LiveIndex:
     def vectors(self, ids: Sequence[str]) -> Embeddings:
         """What the live generation stores for these passages, a row each; UsageError for an unknown id."""
         return self._core.live.backend.vectors(ids)
+
+    def corpus_vectors(
+        self, folder: str | os.PathLike[str] | None = None, heads: Sequence[str] | None = None
+    ) -> CorpusVectors:
+        """Read the vectors of all passages that have some, for training against them; writes and searches go on.
+
+        Args:
+            folder: where they are written, in the form of `ultrarag data encode`, and mapped from; a new one. It
+                appears whole or not at all. Default: they are held in memory.
+            heads: default: all that are stored.
+
+        Raises:
+            UsageError: for a head that is not stored.
+            DataError: there are no passages.
+            IndexStateError: other vectors went live meanwhile.
+        """
+        return corpus_vectors(self._core, None if folder is None else Path(folder), heads)
 
     def passages(self) -> Iterator[Passage]:
         """Iterate over all passages, in the order in which they were first added; writes may go on."""

@@ -18,6 +18,7 @@ from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, start_child, stop_child
+from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
     Generation,
@@ -30,7 +31,6 @@ from ultrarag.retrieve.generation import (
     prepare,
     publish,
 )
-from ultrarag.retrieve.build.origin import map_stored, origin_of
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder

@@ -207,7 +207,7 @@ class Catalog:
         precision: str,
         state: str,
         base_seq: int,
-        origin: Origin = Origin(),  # noqa: B008 - it is frozen
+        origin: Origin = Origin(),
     ) -> Generation:
         """Enter a new generation; one that shares vectors has applied what they have."""
         created = datetime.now(UTC).isoformat(timespec="seconds")
