@@ -55,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine", default="qdrant-edge")
-    parser.add_argument(
-        "--folder", type=Path, help="keep the index here (3 GB a million), and go on with what is there"
-    )
+    parser.add_argument("--folder", type=Path, help="keep the index here (3 GB a million), and use what is there")
     parser.add_argument("--output", type=Path, default=RESULT)
     return parser
 

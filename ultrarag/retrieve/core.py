@@ -325,8 +325,8 @@ class Core:
             live = self.live
             if live.generation.vectors_of != vectors_of:
                 raise IndexStateError(
-                    f"generation {live.generation.id} went live while the vectors of generation {vectors_of} were read; "
-                    f"begin again"
+                    f"generation {live.generation.id} went live while the vectors of generation {vectors_of} were "
+                    f"read; begin again"
                 )
             applied = self.vectors.applied
             found = passages_of(self.store, after, last, applied if up_to_seq is None else min(applied, up_to_seq))

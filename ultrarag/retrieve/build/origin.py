@@ -1,4 +1,4 @@
-"""Where the vectors of a new generation come from: shared with another generation, mapped from the live one, or encoded.
+"""Where the vectors of a new generation come from: shared with another one, mapped from the live one, or encoded.
 
 Passages need no encoding where the passage side of the new encoder is the one that made the vectors which are there:
 then the new generation uses them as they are. Where it is that one with linear maps behind it, the stored vectors are
