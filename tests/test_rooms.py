@@ -44,7 +44,7 @@ ORDER = [
     {"retrieve/core"},
     {"retrieve/swap"},
     {"retrieve/bridge"},
-    {"retrieve/build", "retrieve/status"},
+    {"retrieve/build", "retrieve/export", "retrieve/status"},
     {"retrieve/refresh"},
     {"retrieve/live"},
     {"mining"},

@@ -7,11 +7,8 @@ training row's passage is found by the key of its text. The vectors come from a 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultrarag.encode.blocks import CHUNK_TEXTS
-from ultrarag.encode.corpus import IDS, INFO, Compression, EncodedCorpus, Shard
+from ultrarag.encode.corpus import EncodedCorpus
 from ultrarag.errors import DataError, FingerprintError, UsageError
-from ultrarag.io import Vectors, publish_directory, staged_directory, write_json
+from ultrarag.io import Vectors
 from ultrarag.rows import text_key
 from ultrarag.types import HEADS, Embeddings, Passage
 
@@ -50,43 +47,6 @@ def write_keys(path: Path, passages: Iterable[Passage]) -> None:
             file.write(passage_keys(part).astype("<i8").tobytes())
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_vectors(
-    folder: Path, fingerprint: str, blocks: Iterable[tuple[Sequence[Passage], Embeddings]]
-) -> CorpusVectors:
-    """Write passages' vectors into a new folder, as `ultrarag data encode` does; it appears when it is whole.
-
-    Args:
-        fingerprint: of the passage side that made the vectors.
-        blocks: passages with their vectors, one row each; all blocks have the same heads.
-
-    Raises:
-        DataError: there are no passages.
-    """
-    with staged_directory(folder) as stage:
-        info: dict[str, Any] = {}
-        rows = 0
-        with ExitStack() as files:
-            shard: Shard | None = None
-            ids = files.enter_context(open(stage / IDS, "w", encoding="utf-8"))
-            keys = files.enter_context(open(stage / KEYS, "wb"))
-            for passages, vectors in blocks:
-                if shard is None:
-                    dim = None if vectors.dense is None else int(vectors.dense.shape[1])
-                    info = {"heads": list(vectors.heads), "dim": dim, "compression": asdict(Compression())}
-                    shard = files.enter_context(Shard(stage, info, 0))
-                ids.writelines(json.dumps(passage.id, ensure_ascii=False) + "\n" for passage in passages)
-                keys.write(passage_keys(passages).astype("<i8").tobytes())
-                shard.append(vectors)
-                rows += len(passages)
-            if shard is None:
-                raise DataError("there are no passages whose vectors could be written")
-            shard.commit()
-        about = {"fingerprint": fingerprint, "corpus": {"passages": rows}, "shards": [[0, rows]], "finished": True}
-        write_json(stage / INFO, {**info, **about})
-        publish_directory(stage, folder)
-    return CorpusVectors.open(folder)
 
 
 class KeyIndex:

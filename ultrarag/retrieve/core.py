@@ -10,13 +10,14 @@ import logging
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from ultrarag.encode import passages_of
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
-from ultrarag.io import UNWRITABLE, OwnerLock, named_conditions, remove_left_over, resource_error
+from ultrarag.io import UNWRITABLE, OwnerLock, named_conditions, only, remove_left_over, resource_error
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import remove
 from ultrarag.retrieve.generation import (
@@ -33,6 +34,7 @@ from ultrarag.retrieve.generation import (
 from ultrarag.retrieve.passages import URI, Store
 from ultrarag.retrieve.search import Searcher
 from ultrarag.retrieve.shared import Link, Watcher
+from ultrarag.types import Embeddings, Passage
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -330,6 +332,35 @@ class Core:
         if bridge is not None:
             bridge.close()
             shutil.rmtree(bridge.folder, ignore_errors=True)
+
+    def stored(
+        self, after: int, last: int, vectors_of: int, heads: Sequence[str], up_to_seq: int | None = None
+    ) -> tuple[list[Passage], Embeddings | None]:
+        """The passages of some rows that have vectors, and these: None without any.
+
+        They are read while no write is under way, so that each vector is that of its text.
+
+        Args:
+            after, last: the rows after the first, up to the second.
+            vectors_of: whose vectors are meant.
+            heads: which of them.
+            up_to_seq: leave out what was written after this entry of the log.
+
+        Raises:
+            IndexStateError: others are live now.
+        """
+        with self.writing:
+            live = self.live
+            if live.generation.vectors_of != vectors_of:
+                raise IndexStateError(
+                    f"generation {live.generation.id} went live while the vectors of generation {vectors_of} were "
+                    f"read; begin again"
+                )
+            applied = self.vectors.applied
+            found = passages_of(self.store, after, last, applied if up_to_seq is None else min(applied, up_to_seq))
+            found = [passage for passage in found if passage.id not in live.unencoded.all()]
+            held = live.backend.vectors([passage.id for passage in found]) if found else None
+        return found, None if held is None else only(held, heads)
 
     def retry(self) -> dict[str, str]:
         """Encode the passages again that the live generation could not encode; return those that still fail."""

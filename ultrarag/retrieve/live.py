@@ -14,8 +14,9 @@ from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
 from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
-from ultrarag.retrieve.build import build_generation, corpus_vectors, end_build
+from ultrarag.retrieve.build import build_generation, end_build
 from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
 from ultrarag.retrieve.ranking import check_ids
@@ -273,6 +274,23 @@ class LiveIndex:
         """What the live generation stores for these passages, a row each; UsageError for an unknown id."""
         return self._core.live.backend.vectors(ids)
 
+    def corpus_vectors(
+        self, folder: str | os.PathLike[str] | None = None, heads: Sequence[str] | None = None
+    ) -> CorpusVectors:
+        """Read the vectors of all passages that have some, for training against them; writes and searches go on.
+
+        Args:
+            folder: where they are written, in the form of `ultrarag data encode`, and mapped from; a new one. It
+                appears whole or not at all. Default: they are held in memory.
+            heads: default: all that are stored.
+
+        Raises:
+            UsageError: for a head that is not stored.
+            DataError: there are no passages.
+            IndexStateError: other vectors went live meanwhile.
+        """
+        return corpus_vectors(self._core, None if folder is None else Path(folder), heads)
+
     def passages(self) -> Iterator[Passage]:
         """Iterate over all passages, in the order in which they were first added; writes may go on."""
         _ = self._core.live
@@ -471,17 +489,6 @@ class LiveIndex:
             return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
         finally:
             self._refreshing.release()
-
-    def corpus_vectors(self, folder: str | os.PathLike[str], heads: Sequence[str] | None = None) -> CorpusVectors:
-        """Write the stored vectors into a folder, for `finetune(..., train_side="query", corpus=folder)`.
-
-        Args:
-            heads: default: all that are stored.
-
-        Raises:
-            UsageError: a head that is not stored.
-        """
-        return corpus_vectors(self._core, Path(folder), heads)
 
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.build.origin import corpus_vectors
     from ultrarag.retrieve.build.start import build_generation, end_build
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

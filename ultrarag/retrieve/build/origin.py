@@ -1,4 +1,4 @@
-"""Where the vectors of a new generation come from: shared with another generation, mapped from the live one, or encoded.
+"""Where the vectors of a new generation come from: shared with another one, mapped from the live one, or encoded.
 
 Passages need no encoding where the passage side of the new encoder is the one that made the vectors which are there:
 then the new generation uses them as they are. Where it is that one with linear maps behind it, the stored vectors are
@@ -7,15 +7,13 @@ mapped block by block into files below the index, which the builder takes as it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ultrarag.checkpoint import Identity
-from ultrarag.encode import CHUNK_TEXTS, INFO, CorpusVectors, passages_of, write_vectors
 from ultrarag.encoder import read_passage_maps
-from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import only, progress_bar
+from ultrarag.errors import UsageError
+from ultrarag.io import progress_bar
 from ultrarag.maps import LinearMap
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
@@ -28,7 +26,7 @@ from ultrarag.retrieve.generation import (
     identity_of,
     stored_heads,
 )
-from ultrarag.types import Embeddings, Passage
+from ultrarag.types import Embeddings
 
 #: The generations whose vectors may be shared, the best first.
 _DONORS = ("live", "ready", "previous")
@@ -108,12 +106,12 @@ def _why(source: Source, live: Generation, backend: str, heads: tuple[str, ...],
 def map_stored(core: Core, generation: Generation, progress: bool | None) -> None:
     """Map the stored vectors of the live generation into blocks for the builder; those that are there are kept.
 
-    A block is read while no write is under way, so that each vector is that of its text; what was written since the
-    build began is left to the builder, which replays the log.
+    What was written since the build began is left to the builder, which replays the log.
 
     Raises:
-        IndexStateError: another generation went live meanwhile.
+        IndexStateError: other vectors are live now.
     """
+    assert generation.mapped_from is not None
     maps = read_passage_maps(core.layout.checkpoint(core.layout.directory(generation.id)))
     rest = maps[len(identity_of(core.layout, core.live.generation).passage_maps) :]
     ahead = encoded_of(core.layout.root, generation, core.store.last_row())
@@ -122,66 +120,11 @@ def map_stored(core: Core, generation: Generation, progress: bool | None) -> Non
     label = f"map vectors for generation {generation.id}"
     with progress_bar(len(blocks) * ahead.chunk_texts, label, "passage", progress) as bar:
         for block in blocks:
-            passages, held = _stored(core, generation, *ahead.rows_of(block))
+            after, last = ahead.rows_of(block)
+            passages, held = core.stored(after, last, generation.mapped_from, generation.heads, generation.base_seq)
             found = None if held is None else mapped(held, rest)
             ahead.write(block, [passage.content for passage in passages], found)
             bar.update(ahead.chunk_texts)
-
-
-def _stored(core: Core, generation: Generation, after: int, last: int) -> tuple[list[Passage], Embeddings | None]:
-    """The passages of some rows that have vectors, and these, by the heads of the new generation."""
-    with core.writing:
-        live = core.live
-        if live.generation.vectors_of != generation.mapped_from:
-            raise IndexStateError(
-                f"generation {live.generation.id} went live while the vectors of generation {generation.mapped_from} "
-                f"were mapped; build the checkpoint again"
-            )
-        core.vectors.catch_up()
-        without = live.unencoded.all()
-        found = passages_of(core.store, after, last, generation.base_seq)
-        found = [passage for passage in found if passage.id not in without]
-        held = live.backend.vectors([passage.id for passage in found]) if found else None
-    if held is not None:
-        held = Embeddings(
-            **{head: getattr(held, head) for head in generation.heads},
-            mask=held.mask if "colbert" in generation.heads else None,
-        )
-    return found, held
-
-
-def corpus_vectors(core: Core, folder: Path, heads: Sequence[str] | None = None) -> CorpusVectors:
-    """Write the live generation's vectors into a folder for training, unless it holds them; see `CorpusVectors`.
-
-    Each vector is that of its passage's text; passages that could not be encoded are left out. A folder of another
-    encoder's vectors is replaced. Writes that come later are not in it.
-
-    Raises:
-        UsageError: a head that is not stored.
-    """
-    live = core.live.generation
-    chosen = stored_heads(live.heads, heads)
-    if (folder / INFO).is_file():
-        found = CorpusVectors.open(folder)
-        if found.fingerprint == live.passage_fingerprint and set(chosen) <= set(found.heads):
-            return found
-    return write_vectors(folder, live.passage_fingerprint, _blocks(core, chosen))
-
-
-def _blocks(core: Core, heads: tuple[str, ...]) -> Iterator[tuple[list[Passage], Embeddings]]:
-    row = 0
-    while True:
-        with core.writing:
-            core.catch_up()
-            without = core.live.unencoded.all()
-            rows = core.store.scan(row, CHUNK_TEXTS)
-            passages = [passage for _, passage in rows if passage.id not in without]
-            held = core.live.backend.vectors([passage.id for passage in passages]) if passages else None
-        if held is not None:
-            yield passages, only(held, heads)
-        if not rows:
-            return
-        row = rows[-1][0]
 
 
 def mapped(embeddings: Embeddings, maps: Sequence[LinearMap]) -> Embeddings:

@@ -18,8 +18,9 @@ from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
 from ultrarag.evaluation import MAIN_METRIC, Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.io import link_tree, publish_directory, staged_directory
-from ultrarag.retrieve.build import build_generation, corpus_vectors
+from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb
@@ -249,7 +250,12 @@ class _Refresh:
 
     def _corpus(self) -> CorpusVectors:
         """The live generation's vectors, written into a folder once."""
-        return corpus_vectors(self.core, self.ladder / "corpus", ("dense",))
+        from ultrarag.encode import INFO, CorpusVectors
+
+        folder = self.ladder / "corpus"
+        if (folder / INFO).is_file():
+            return CorpusVectors.open(folder)
+        return corpus_vectors(self.core, folder, ("dense",))
 
     def load(self, folder: Path) -> Encoder:
         """Load a checkpoint as the live one is loaded."""
