@@ -62,7 +62,7 @@ def two_sides(parent: Encoder, arguments: FinetuneArguments) -> Encoder:
 def _dim(parent: Encoder) -> int:
     if parent.dim is None:
         raise UsageError(
-            f"a linear map is of dense vectors, and the model has the heads {', '.join(parent.heads)}: leave the map out"
+            f"a linear map is of dense vectors, and the model has {', '.join(parent.heads)}: leave the map out"
         )
     return parent.dim
 
@@ -328,7 +328,8 @@ class Against:
 
     def _put_map(self, encoder: Encoder) -> None:
         """Have the encoder's last passage map trained, unless a map gained nothing on held-out documents."""
-        assert self.negatives is not None and self.choice is not None
+        assert self.negatives is not None
+        assert self.choice is not None
         layer = cast(Any, encoder.model).passage_maps[-1]
         if not self.choice.gains:
             self.note("the passage map gains nothing on held-out documents: it stays the identity")
@@ -373,4 +374,4 @@ def _found(resume: Path) -> Choice | None:
     found = dict(manifest.training.arguments.get("sides", {})).get("found")
     if found is None:
         return None
-    return Choice(MapSettings(**found["settings"]), found["before"], found["after"], found["tried"])
+    return Choice(MapSettings(**found["settings"]), found["before"], found["after"], found["error"], found["tried"])

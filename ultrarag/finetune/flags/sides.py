@@ -41,7 +41,7 @@ class SideArguments:
         "it gains nothing there.",
         choices=LINEAR,
     )
-    corpus: Any = flag(
+    corpus: Any = flag(  # noqa: RUF009 - a field
         None,
         "The stored vectors of all passages, which are then the negatives of every query: a folder that `ultrarag data "
         "encode` wrote with the model as it is before training (in Python also CorpusVectors).",
