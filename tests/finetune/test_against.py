@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,7 +121,7 @@ def test_passage_map_is_trained_beside_the_query_side(base, corpus, tmp_path):
     given = {"train_side": "query", "passage_map": "linear", "corpus": corpus, "map_steps": 60}
     child = Encoder.load(finetune(base, ROWS, tmp_path / "out", **given, **QUICK).checkpoint, device="cpu")
     (found,) = child.passage_maps
-    assert 0.01 < np.abs(found.weight - np.eye(32)).max()
+    assert np.abs(found.weight - np.eye(32)).max() > 0.01
     assert child.query_maps == ()
     parent = Encoder.load(base, device="cpu")
     assert child.manifest.unmapped_passage_fingerprint == parent.passage_fingerprint
@@ -173,6 +175,31 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(base, corpus, tmp_pat
             finetune(base, ROWS, tmp_path / "broken", num_train_epochs=2, **given)
     broken = finetune(base, ROWS, tmp_path / "broken", num_train_epochs=2, resume_from_checkpoint=True, **given)
     assert broken.fingerprint == whole.fingerprint
+
+
+def test_two_processes_give_the_weights_of_one(base, corpus, tmp_path):
+    """Sampled negatives, the nearest among them, are the same ones on all ranks; a map's gradient is shared."""
+    flags = {"model_name_or_path": base, "train_data": tmp_path / "train.jsonl", "cache_path": tmp_path / "cache"}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags |= {"train_side": "query", "passage_map": "linear", "corpus": corpus, "corpus_negatives": 60}
+    flags |= {"map_learning_rate": 1e-3, "map_regularization": 0.01, "map_steps": 20, "max_steps": 4}
+    flags |= {**QUICK, "optim": "sgd", "max_grad_norm": 0}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    words += ["--adapter", "bge", "--output_dir"]
+    for name, size, processes in (("one", 16, []), ("two", 8, ["2"])):
+        python = [sys.executable, "-m"]
+        if processes:
+            python += ["torch.distributed.run", "--standalone", "--nproc_per_node", *processes, "-m"]
+        command = [*python, "ultrarag.finetune", *words, str(tmp_path / name)]
+        command[command.index("--per_device_train_batch_size") + 1] = str(size)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (Encoder.load(tmp_path / name, device="cpu").model.state_dict() for name in ("one", "two"))
+    moved = Encoder.load(base, device="cpu").model.state_dict()
+    assert max((one[f"query.{name}"] - tensor).abs().max() for name, tensor in moved.items()) > 1e-4
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=0, atol=1e-6), name
 
 
 def test_vectors_of_another_model_are_refused(base, corpus, tmp_path):

@@ -19,6 +19,8 @@ from ultrarag.encoder import Encoder
 from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune.batches import TrainData
 from ultrarag.finetune.corpus import (
+    RATES,
+    STRENGTHS,
     Bank,
     Choice,
     CorpusNegatives,
@@ -312,13 +314,14 @@ class Against:
             self.choice = earlier
             return
         wanted = self.map_settings()
-        rates = {} if sides.map_learning_rate is None else {"rates": (wanted.learning_rate,)}
-        strengths = {} if sides.map_regularization is None else {"strengths": (wanted.strength,)}
+        rates = RATES if sides.map_learning_rate is None else (wanted.learning_rate,)
+        strengths = STRENGTHS if sides.map_regularization is None else (wanted.strength,)
         # with an encoder in training, a map of its queries stands for it
         which = (sides.train_side == "query", sides.passage_map is not None)
         data = self._data.of(np.flatnonzero(~held)), self._data.of(np.flatnonzero(held))
-        with progress_bar(wanted.steps, "choose the map", "step") as bar:
-            self.choice = choose_settings(*data, which, wanted, look=lambda step: bar.refresh(), **rates, **strengths)
+        trials = wanted.steps * (len(rates) + len(strengths) - 1)
+        with progress_bar(trials, "choose the map", "step") as bar:
+            self.choice = choose_settings(*data, which, wanted, rates, strengths, bar.update)
         found = self.choice
         self.note(
             f"map: nDCG@10 on {int(held.sum())} held-out queries of other documents {found.before:.4f} -> "

@@ -275,7 +275,7 @@ def choose_settings(
     Args:
         data: what is trained on; shares no document with `held_out`.
         sides: whether the query side and the passage side have a map.
-        look: told the steps done, after each look at the held-out queries.
+        look: told, at each look at the held-out queries, the steps since the last one.
     """
     dim, device = data.queries.shape[1], data.queries.device
     identity = Maps.identity(dim, False, False, settings, device)
@@ -295,7 +295,7 @@ def choose_settings(
                 found.after, found.settings = value, replace(trial, steps=step)
                 found.error = float((each - without).std() / len(each) ** 0.5)
             if look:
-                look(step)
+                look((step - 1) % LOOK + 1)
 
     for rate in rates:
         attempt(rate, strengths[0])

@@ -135,7 +135,7 @@ def refuse_sides(arguments: FinetuneArguments, pairs: bool) -> None:
             f"{name} is for models that encode query and passage by themselves, and '{arguments.adapter}' reads pairs: "
             "a cross-encoder has no side that could stay, and no vectors are stored for it"
         )
-    refused = {
+    refused: dict[str, tuple[object, str]] = {
         "fsdp": (arguments.training.fsdp, "the side that stays would be sharded too; plain DDP (torchrun) works"),
         "deepspeed": (arguments.training.deepspeed, "the side that stays would be sharded too; plain DDP works"),
         "no_in_batch_neg": (arguments.data.no_in_batch_neg, "all passages of the corpus are negatives"),
