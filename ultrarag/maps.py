@@ -25,6 +25,8 @@ _PENALTIES = tuple(float(10.0**power) for power in np.arange(-4, 5.01, 0.5))
 #: Of every so many pairs one is held out.
 _FOLD = 5
 _WEIGHTS = "model.safetensors"
+#: In a map's folder: the module of sentence-transformers that brings vectors to unit length.
+NORMALIZE = "normalize"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +114,9 @@ class LinearMap:
             "activation_function": "torch.nn.modules.linear.Identity",
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if self.normalize:
+            (folder / NORMALIZE).mkdir()
+            (folder / NORMALIZE / "config.json").write_text("{}", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> LinearMap:

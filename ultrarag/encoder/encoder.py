@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from ultrarag.untrusted import check_folder
 if TYPE_CHECKING:
     from os import PathLike
 
+    from ultrarag.encoder.low_rank import LowRank
     from ultrarag.maps import LinearMap
 
 logger = logging.getLogger("ultrarag")
@@ -104,6 +105,7 @@ class Encoder(TokenEncoder):
         *,
         query_maps: Sequence[LinearMap] = (),
         passage_maps: Sequence[LinearMap] = (),
+        low_rank: LowRank | None = None,
     ) -> Encoder:
         """An asymmetric encoder: the passage side of one, the query side of another, and maps behind each.
 
@@ -112,6 +114,8 @@ class Encoder(TokenEncoder):
 
         Args:
             query: default: the same as `passage`, so that maps alone tell the sides apart.
+            low_rank: what LoRA made of the passages' model for queries, in place of the model of `query`: a checkpoint
+                then holds one model, and these matrices.
 
         Raises:
             UsageError: the sides cannot be compared (adapters, heads, tokenizers or dimensions), or read pairs.
@@ -124,10 +128,17 @@ class Encoder(TokenEncoder):
                 f"of '{adapter.name}'"
             )
         left, right = (sides_of(item.model, item.settings) for item in (passage, query))
-        model = join(left, right, query_maps, passage_maps)
+        model = join(left, right, query_maps, passage_maps, low_rank)
         found = cls(adapter, model, replace(model.settings), None, passage.device, passage.precision)
         found.check_widths()
         return found
+
+    def side(self, kind: Literal["query", "passage"]) -> Encoder:
+        """One side by itself, a symmetric encoder, without the side's maps; it shares the model."""
+        if not isinstance(self.model, Sides):
+            return self
+        plain = cast(SidedAdapter, self.adapter).plain
+        return Encoder(plain, self.model.side(kind), self.model.side_settings(kind), None, self.device, self.precision)
 
     def around(self, model: nn.Module) -> Encoder:
         """An encoder of the same adapter, settings and device around another model, such as this one loaded again."""
@@ -190,31 +201,29 @@ class Encoder(TokenEncoder):
             return None
         return int(self.encode(["dimension"], heads=("dense",), progress=False).dense.shape[1])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The model's identity, computed from its content; a warning where the manifest says otherwise."""
-        return self._identity.fingerprint
+        found = self._identity.fingerprint if self.asymmetric else self.identity().fingerprint
+        if self.manifest and self.manifest.fingerprint not in ("", found) and self.manifest.settings == self.settings:
+            logger.warning(
+                "the model's content changed since its manifest was written: its identity is now %s", found[:12]
+            )
+        return found
 
     @property
     def query_fingerprint(self) -> str:
         """The identity of what queries are encoded by; of a symmetric model, `fingerprint`."""
-        return self._identity.query
+        return self._identity.query if self.asymmetric else self.fingerprint
 
     @property
     def passage_fingerprint(self) -> str:
         """The identity of what passages are encoded by; of a symmetric model, `fingerprint`."""
-        return self._identity.passage
+        return self._identity.passage if self.asymmetric else self.fingerprint
 
     @cached_property
     def _identity(self) -> Identity:
-        found = self.identity()
-        before = self.manifest.fingerprint if self.manifest else ""
-        if self.manifest and before not in ("", found.fingerprint) and self.manifest.settings == self.settings:
-            logger.warning(
-                "the model's content changed since its manifest was written: its identity is now %s",
-                found.fingerprint[:12],
-            )
-        return found
+        return self.identity()
 
     def identity(self) -> Identity:
         """The model's identity and its sides', computed anew."""

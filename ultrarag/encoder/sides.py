@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ultrarag.checkpoint import Identity, fingerprint
 from ultrarag.encoder.load import settings_of
+from ultrarag.encoder.low_rank import LowRank
+from ultrarag.encoder.router import DeclaredSide, write_router
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.io import write_json
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 #: The file that says what the sides of a checkpoint consist of.
 SIDES = "sides.json"
 #: Folders of models in an asymmetric checkpoint.
-PASSAGE, QUERY = "passage", "query"
+PASSAGE, QUERY, LOW_RANK = "passage", "query", "query_low_rank"
 _Side = Literal["query", "passage"]
 _SIDES: tuple[_Side, _Side] = ("query", "passage")
 #: What of an encoder's settings one side has a say in.
@@ -79,9 +81,17 @@ class Sides(nn.Module):
         *,
         query_settings: EncoderSettings,
         passage_settings: EncoderSettings,
+        low_rank: LowRank | None = None,
     ) -> None:
-        """Put two models together; `query` None, or the same: both sides share the passages' model."""
+        """Put two models together; `query` None, or the same: both sides share the passages' model.
+
+        Args:
+            low_rank: in place of `query`: the changes that make the passages' model the queries'.
+        """
         super().__init__()
+        if low_rank:
+            query = low_rank.applied_to(passage)
+        self.low_rank = low_rank
         self.passage = passage
         self.query = None if query is passage else query
         self.query_maps = nn.ModuleList(MapLayer(item) for item in query_maps)
@@ -205,19 +215,23 @@ class SidedAdapter(Adapter):
 
 def _save(plugin: Adapter, model: Sides, folder: Path, state_dict: Mapping[str, Any]) -> None:
     declared = {kind: _declaration(model, kind) for kind in _SIDES}
-    for kind in _SIDES if model.query is not None else _SIDES[1:]:
+    for kind in dict.fromkeys(side["model"] for side in declared.values()):
         (folder / kind).mkdir()
         plugin.save(model.side(kind), str(folder / kind), _part(state_dict, f"{kind}."))
+    if model.low_rank:
+        model.low_rank.save(folder / LOW_RANK)
     for kind, side in declared.items():
         for number, (layer, name) in enumerate(zip(model.maps(kind), side["maps"], strict=True)):
             layer.to_map(_part(state_dict, f"{kind}_maps.{number}.")).save(folder / name)
     write_json(folder / SIDES, {"format": 1, **declared})
+    write_router(folder, read_sides(folder), model.settings)
 
 
 def _declaration(model: Sides, kind: _Side) -> dict[str, Any]:
     """What `sides.json` says of one side."""
     return {
-        "model": QUERY if kind == "query" and model.query is not None else PASSAGE,
+        "model": QUERY if kind == "query" and model.query is not None and not model.low_rank else PASSAGE,
+        "low_rank": LOW_RANK if kind == "query" and model.low_rank else None,
         "maps": [f"{kind}_map_{number}" for number in range(len(model.maps(kind)))],
         "settings": model.side_settings(kind).to_dict(),
     }
@@ -244,9 +258,15 @@ def _load(plugin: Adapter, folder: Path, options: LoadOptions) -> Sides:
     for side in {side.model: side for side in (query, passage)}.values():
         models[side.model] = _load_model(plugin, folder / side.model, options, side.settings)
     maps = [[LinearMap.load(folder / name) for name in side.maps] for side in (query, passage)]
+    low_rank = LowRank.load(folder / query.low_rank) if query.low_rank else None
     settings = [replace(side.settings, heads=models[side.model].settings.heads) for side in (query, passage)]
     return Sides(
-        models[passage.model], models[query.model], *maps, query_settings=settings[0], passage_settings=settings[1]
+        models[passage.model],
+        models[query.model],
+        *maps,
+        query_settings=settings[0],
+        passage_settings=settings[1],
+        low_rank=low_rank,
     )
 
 
@@ -256,15 +276,6 @@ def _load_model(plugin: Adapter, folder: Path, options: LoadOptions, settings: E
     model = plugin.load(str(folder), options)
     model.settings = replace(settings, heads=settings_of(model, plugin, options, None).heads)  # type: ignore[assignment]
     return model
-
-
-@dataclass(frozen=True)
-class DeclaredSide:
-    """One side of a checkpoint: the folder of its model, those of its maps in order, and its settings."""
-
-    model: str
-    maps: tuple[str, ...]
-    settings: EncoderSettings
 
 
 def read_sides(folder: Path) -> dict[str, DeclaredSide]:
@@ -278,18 +289,34 @@ def read_sides(folder: Path) -> dict[str, DeclaredSide]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] > 1:
             raise CheckpointError(f"{path} was written by a newer ultrarag: upgrade ultrarag to read it")
-        found = {
+        found: dict[str, DeclaredSide] = {
             kind: DeclaredSide(
                 str(values[kind]["model"]),
                 tuple(map(str, values[kind]["maps"])),
                 EncoderSettings.from_dict(values[kind]["settings"]),
+                values[kind]["low_rank"],
             )
-            for kind in ("query", "passage")
+            for kind in _SIDES
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    refuse_outside(folder, [name for side in found.values() for name in (side.model, *side.maps)], path)
+    refuse_outside(folder, [name for side in found.values() for name in side.folders], path)
+    if found["passage"].low_rank or (found["query"].low_rank and found["query"].model != found["passage"].model):
+        raise CheckpointError(
+            f"{path} cannot be read: low-rank matrices are of the query side, and of the passages' model"
+        )
     return found
+
+
+def read_passage_maps(folder: Path) -> tuple[LinearMap, ...]:
+    """The maps of a checkpoint's passage side, in order, without its models; none of a symmetric checkpoint.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if not (folder / SIDES).is_file():
+        return ()
+    return tuple(LinearMap.load(folder / name) for name in read_sides(folder)["passage"].maps)
 
 
 # ---- putting sides together
@@ -301,9 +328,16 @@ def sides_of(model: nn.Module, settings: EncoderSettings) -> Sides:
 
 
 def join(
-    passage: Sides, query: Sides, query_maps: Sequence[LinearMap] = (), passage_maps: Sequence[LinearMap] = ()
+    passage: Sides,
+    query: Sides,
+    query_maps: Sequence[LinearMap] = (),
+    passage_maps: Sequence[LinearMap] = (),
+    low_rank: LowRank | None = None,
 ) -> Sides:
     """A model of one's passage side and another's query side, with further maps behind those that they have.
+
+    Args:
+        low_rank: what makes the passages' model the queries'; default: what does it already, where it does.
 
     Raises:
         UsageError: the sides cannot be compared: other heads, or lexical weights over other token ids.
@@ -318,6 +352,8 @@ def join(
     left, right = cast("tuple[Any, Any]", (query.side("query"), passage.side("passage")))
     if left is not right and "sparse" in heads[0] and left.tokenizer.get_vocab() != right.tokenizer.get_vocab():
         raise UsageError("the sides' tokenizers differ, so that their lexical weights are of different tokens")
+    if low_rank is None and query.low_rank and query.passage is right:
+        low_rank = query.low_rank
     return Sides(
         right,
         left,
@@ -325,4 +361,5 @@ def join(
         [*passage.maps_of("passage"), *passage_maps],
         query_settings=settings[0],
         passage_settings=settings[1],
+        low_rank=low_rank,
     )
