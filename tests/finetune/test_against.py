@@ -129,6 +129,18 @@ def test_passage_map_is_trained_beside_the_query_side(base, corpus, tmp_path):
     assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
 
 
+def test_low_rank_query_side_is_kept_beside_its_parents_weights(base, corpus, tmp_path):
+    given = {"train_side": "query", "corpus": corpus, "use_lora": True, "lora_rank": 4, "num_train_epochs": 3}
+    result = finetune(base, ROWS, tmp_path / "out", **given, **{**QUICK, "learning_rate": 1e-2})
+    parent, child = Encoder.load(base, device="cpu"), Encoder.load(result.checkpoint, device="cpu")
+    assert child.fingerprint == result.fingerprint
+    assert child.passage_fingerprint == parent.passage_fingerprint
+    texts = [item.text for item in PASSAGES]
+    assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
+    models = [path for path in (tmp_path / "out").glob("*/model.safetensors")]
+    assert [path.parent.name for path in models] == ["passage"]  # no second model
+
+
 @pytest.mark.parametrize("side", ["both", "passage"])
 def test_stale_vectors_stand_beside_the_batch(base, corpus, tmp_path, side):
     parent = Encoder.load(base, device="cpu")
