@@ -137,7 +137,7 @@ def test_low_rank_query_side_is_kept_beside_its_parents_weights(base, corpus, tm
     assert child.passage_fingerprint == parent.passage_fingerprint
     texts = [item.text for item in PASSAGES]
     assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
-    models = [path for path in (tmp_path / "out").glob("*/model.safetensors")]
+    models = list((tmp_path / "out").glob("*/model.safetensors"))
     assert [path.parent.name for path in models] == ["passage"]  # no second model
 
 

@@ -152,7 +152,7 @@ def rotated(count=300, dim=8):
 def test_map_finds_the_way_back_and_is_the_same_each_time():
     data = rotated()
     train, held = data.of(np.arange(200)), data.of(np.arange(200, 300))
-    choice = choose_settings(train, held, (True, False), MapSettings(steps=100))
+    choice = choose_settings(train, held, (True, False), MapSettings(steps=50), (3e-2,), (0.001,))
     assert choice.gains
     assert choice.after > choice.before + 0.1
     one, two = (learned_map(train, (True, False), choice.settings, CPU)[0].query.weights() for _ in range(2))
@@ -163,20 +163,22 @@ def test_map_of_noise_gains_nothing():
     data = rotated()
     shuffled = np.stack([np.arange(300), np.random.default_rng(1).permutation(300)], axis=1)
     data = MapData(data.queries, data.passages, shuffled)
-    choice = choose_settings(data.of(np.arange(150)), data.of(np.arange(150, 300)), (True, True), MapSettings(steps=50))
+    choice = choose_settings(
+        data.of(np.arange(150)), data.of(np.arange(150, 300)), (True, True), MapSettings(steps=50), (1e-2,)
+    )
     assert not choice.gains
 
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_strength_holds_a_map_to_the_identity(rank):
-    data, settings = rotated(), MapSettings(steps=60, rank=rank, learning_rate=1e-2)
+    data, settings = rotated(), MapSettings(steps=30, rank=rank, learning_rate=1e-2)
     free, held = (
         learned_map(data, (False, True), replace(settings, strength=strength), CPU)[0].passage
         for strength in (0.0, 10.0)
     )
-    assert float(held.distance()) < 0.1 * float(free.distance())
+    assert held.distance().item() < 0.2 * free.distance().item()
     if rank:
-        assert np.linalg.matrix_rank(free.weights()[0] - np.eye(8)) <= rank
+        assert np.linalg.matrix_rank(free.weights()[0] - np.eye(8), tol=1e-4) <= rank
 
 
 def test_fresh_map_is_the_identity():
@@ -189,10 +191,11 @@ def test_sampled_loss_of_a_map_is_near_the_full_one(monkeypatch):
     from ultrarag.finetune.corpus import maps
 
     data, chosen = rotated(), np.arange(64)
-    full = float(map_loss(Maps(), data, chosen, chosen, MapSettings(), 0))
+    settings = MapSettings(temperature=1.0)
+    full = float(map_loss(Maps(), data, chosen, chosen, settings, 0))
     monkeypatch.setattr(maps, "COLUMNS", 150)
-    sampled = [float(map_loss(Maps(), data, chosen, chosen, MapSettings(), step)) for step in range(20)]
-    assert np.mean(sampled) == pytest.approx(full, rel=0.02)
+    sampled = [float(map_loss(Maps(), data, chosen, chosen, settings, step)) for step in range(10)]
+    assert np.mean(sampled) == pytest.approx(full, rel=0.005)
 
 
 # ---- held-out documents
