@@ -18,14 +18,14 @@ from ultrarag.finetune import read_measured
 from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import Generation
-from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured, questions
+from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
 from ultrarag.retrieve.refresh.report import JSON_FILE, STATE_FILE, RefreshReport, RefreshState, Request, write_report
 from ultrarag.retrieve.swap import Gate, SwapTerms, swap
 
 #: Arguments of `finetune` that a refresh decides itself.
 _OWN = ("model_name_or_path", "model", "adapter", "resume_from_checkpoint")
 #: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
-_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data")
+_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data", "shared_eval_data")
 
 logger = logging.getLogger("ultrarag")
 
@@ -118,10 +118,13 @@ class _Refresh:
         overwrite = found is not None or bool(self.arguments.get("overwrite_output_dir"))
         if overwrite or not (self.output / MANIFEST).exists():  # else the folder is the first thing to say
             self._refuse_seen()
+            overlap = self._look_for_leaks()
+        else:
+            overlap = None
         claim_output_dir(self.output, overwrite, logger.info)
         for name in (JSON_FILE, STATE_FILE):
             (self.output / name).unlink(missing_ok=True)
-        self.state = RefreshState(self.request, self.parent.fingerprint, self.parent.id)
+        self.state = RefreshState(self.request, self.parent.fingerprint, self.parent.id, overlap=overlap)
         self._save()
 
     def _refuse_seen(self) -> None:
@@ -143,6 +146,22 @@ class _Refresh:
                 "allow_seen_data=True (--allow_seen_data)"
             )
 
+    def _look_for_leaks(self) -> dict[str, Any] | None:
+        """Count what the rows share with the gate's queries, their answers and the documents of these.
+
+        Raises:
+            DataError: it is too much, and `shared_eval_data="refuse"` is given.
+        """
+        if self.asked is None:
+            return None
+        from ultrarag.finetune import looked_for, read_data, refuse_shared
+
+        overlap = looked_for(leak_checks(self.asked, self.core.store), read_data(self.settings))
+        refuse_shared(overlap, self.settings)
+        if overlap.too_much:
+            logger.warning("training and evaluation are not apart: %s", overlap)
+        return overlap.to_dict()
+
     def train(self) -> None:
         """Fine-tune the live generation's own copy of its checkpoint; a run that was cut off goes on."""
         if self.state.trained is not None:
@@ -153,6 +172,7 @@ class _Refresh:
             result = finetune(self._parent_checkpoint(), self.train_data, self.output, **self._for_finetune())
         self.state.trained = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics")}
         self.state.trained["notes"] = list(result.notes)
+        self.state.trained["overlap"] = result.overlap
         self._save()
 
     def build(self) -> None:
