@@ -243,6 +243,12 @@ def test_a_run_notes_what_is_wrong_with_its_rows(tiny_m3, tmp_path):
     (note,) = [note for note in result.notes if note.startswith("data check")]
     assert {"duplicate_rows", "eval_queries_in_train", "passage_cut"} <= set(note.split())
     assert "2 of 2 evaluation queries" in note
+    assert (result.overlap["split"], result.overlap["share"], result.overlap["checked"]) == ("no split", 1, 22)
+    assert "split       no split: 100.0% of 2 evaluation queries" in str(result)
+    assert "evaluation split" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(DataError, match=r"--shared_eval_data refuse: no split: 100.0%.*\n  <rows>:1: the query, "):
+        finetune(tiny_m3, rows, tmp_path / "no", eval_data=ROWS[:2], shared_eval_data="refuse", **run)
+    assert not (tmp_path / "no").exists()
     quiet = finetune(tiny_m3, rows, tmp_path / "quiet", skip_data_check=True, **run)
     assert not [note for note in quiet.notes if note.startswith("data check")]
 

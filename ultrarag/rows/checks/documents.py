@@ -26,7 +26,7 @@ EVIDENCE = ("id", "document", "source", "title", "near")
 #: Keys of a row or of metadata that name a document -> the kind of evidence.
 NAMED_BY = {"document": "document", "document_id": "document", "doc_id": "document", "source": "source"}
 #: Keys of a row that hold ids of its positives.
-_IDS = ("pos_id", "pos_ids")
+_IDS = ("pos_id", "pos_ids", "passage_id")
 #: A longer first line is no title.
 _TITLE = 300
 
