@@ -25,7 +25,7 @@ from ultrarag.finetune.batches import (
     make_plan,
     read_data,
 )
-from ultrarag.finetune.check import RenderedBatch, check_rows, rendered_batch
+from ultrarag.finetune.check import RenderedBatch, check_rows, looked_for, refuse_shared, rendered_batch
 from ultrarag.finetune.evaluate import Measures
 from ultrarag.finetune.flags import FinetuneArguments, refuse_unsupported
 from ultrarag.finetune.incremental import Other, merge_weights, read_other, record_of, warn_of_seen_rows
@@ -58,6 +58,7 @@ from ultrarag.finetune.step import (
     world_size,
 )
 from ultrarag.plugins import registry
+from ultrarag.rows.checks import LeakChecks, Overlap
 
 
 def run(arguments: FinetuneArguments) -> FinetuneResult | None:
@@ -107,6 +108,7 @@ class FinetuneRun:
     lora: Lora | None
     against: Against | None
     # check
+    overlap: Overlap | None
     record: Training
     # train
     trainer: EmbeddingTrainer
@@ -194,10 +196,22 @@ class FinetuneRun:
     def check(self) -> None:
         """Look for faults in the rows; a resumed run must take the steps that the first would have taken."""
         self.record = self._record()
+        leaks = self._look_for_leaks()
         if self.resume:
             self.record = continued(self.resume, self.record, self._steps(), self.notes.add)
         elif rank() == 0 and not self.arguments.skip_data_check:
-            check_rows(self.arguments, self.data, self.encoder, self.measures.domain, self.notes.add)
+            check_rows(self.arguments, self.data, self.encoder, leaks, self.notes.add)
+
+    def _look_for_leaks(self) -> LeakChecks | None:
+        """Look for the evaluation data in the rows; a resumed run does so too, for its report."""
+        self.overlap, domain = None, self.measures.domain
+        asked = self.arguments.evaluation.shared_eval_data == "refuse"
+        if domain is None or rank() != 0 or (self.arguments.skip_data_check and not asked):
+            return None
+        leaks = LeakChecks.of(domain, "warning")
+        self.overlap = looked_for(leaks, self.data)
+        refuse_shared(self.overlap, self.arguments)
+        return leaks
 
     def _steps(self) -> int:
         training = self.arguments.training
@@ -315,6 +329,7 @@ class FinetuneRun:
             self.notes.lines,
             self.merged,
             str(self.output / HTML_FILE),
+            self.overlap.to_dict() if self.overlap else None,
         )
         domain, found = self.measures.domain, self.measures.found
         measured = domain.measured(found["before"], found["after"]) if domain else None

@@ -22,6 +22,7 @@ from ultrarag.io import sha256_of, write_json
 from ultrarag.report import Page, Rung, render
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.ladder import Comparison, Step
+from ultrarag.rows.checks import described
 
 STATE_FILE, JSON_FILE, HTML_FILE = "refresh.state.json", "refresh.json", "refresh.html"
 #: Of the state file.
@@ -69,6 +70,8 @@ class RefreshState:
     measured: dict[str, Any] | None = None
     #: stage -> seconds
     seconds: dict[str, float] = field(default_factory=dict)
+    #: what training and evaluation share; see `ultrarag.rows.checks.Overlap`
+    overlap: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         """Write the state durably."""
@@ -168,6 +171,9 @@ class RefreshReport:
     request: dict[str, Any]
     #: the page for people
     html: str
+    #: by which split it was judged, and what training and evaluation share (`ultrarag.rows.checks.Overlap`): "split" is
+    #: "by document", "by query", "no split" or "unknown"; None where nothing was judged
+    overlap: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -202,10 +208,13 @@ class RefreshReport:
             lineage=_lineage(state, folder),
             steps=trained["steps"],
             loss=trained["loss"],
-            notes=list(dict.fromkeys((*trained["notes"], *(shown.verdict.notes if shown else [])))),
+            notes=list(
+                dict.fromkeys((*trained["notes"], *_shared(state.overlap), *(shown.verdict.notes if shown else [])))
+            ),
             ladder=[_without_values(step) for step in state.ladder],
             request=asdict(state.request),
             html=str(folder / HTML_FILE),
+            overlap=state.overlap or trained.get("overlap"),
         )
 
     @classmethod
@@ -217,8 +226,9 @@ class RefreshReport:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            values = {"ladder": [], **values}  # of a report that was written before there were rungs
-            return cls(**{item.name: values[item.name] for item in fields(cls)})
+            values = {"ladder": [], **values}  # an earlier version knew no rungs
+            # a report of an earlier version does not say what was shared
+            return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IndexStateError(f"'{path}' cannot be read ({type(error).__name__}: {error})") from error
 
@@ -235,12 +245,25 @@ class RefreshReport:
         for name, before in self.metrics.get("before", {}).items():
             lines.append(f"{name:<11} {before:.4f} -> {self.metrics['after'][name]:.4f}")
         lines += [f"{step['rung']:<11} {step['decision']} ({step['seconds']:.0f} s)" for step in self.ladder]
+        if self.overlap:
+            lines.append(f"split       {described(self.overlap)}")
         lines.append("seconds     " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))
         return "\n".join([*lines, f"report      {self.html}"])
 
 
 def _without_values(step: Step) -> dict[str, Any]:
     return {name: value for name, value in step.to_dict().items() if name not in ("values", "trained")}
+
+
+def _shared(overlap: Mapping[str, Any] | None) -> list[str]:
+    """A warning where the numbers promise too much."""
+    if not overlap or overlap["split"] not in ("by query", "no split"):
+        return []
+    examples = "; ".join(overlap["examples"][:3])
+    return [
+        f"training and evaluation are not apart, so the gain promises too much: {described(overlap)} ({examples}); "
+        "evaluate on other documents (ultrarag data split --by document)"
+    ]
 
 
 def write_report(report: RefreshReport, measured: Measured | None, folder: Path) -> None:
@@ -314,6 +337,7 @@ def _facts(report: RefreshReport) -> list[tuple[str, str]]:
         ("parent's fingerprint", lineage["parent"]),
         *[(f"data: {item['name']}", f"{item['rows']} rows, sha256 {item['sha256']}") for item in lineage["train_data"]],
         *([("evaluation data", f"sha256 {lineage['eval_sha256']}")] if lineage["eval_sha256"] else []),
+        *([("evaluation split", described(report.overlap))] if report.overlap else []),
         ("steps", str(report.steps)),
         *([("mean training loss", f"{report.loss:.4f}")] if report.loss is not None else []),
         *[(f"seconds: {stage}", f"{value:.1f}") for stage, value in report.seconds.items()],

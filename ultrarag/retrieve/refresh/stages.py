@@ -22,7 +22,7 @@ from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
-from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured, questions
+from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb
 from ultrarag.retrieve.refresh.report import JSON_FILE, STATE_FILE, RefreshReport, RefreshState, Request, write_report
 from ultrarag.retrieve.swap import Gate, SwapTerms, swap
@@ -38,12 +38,12 @@ _OWN = (
     *("train_side", "query_map", "passage_map", "corpus"),
 )
 #: Arguments of `finetune` about measuring, which is done here for all rungs but the last.
-#: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
 _EVALUATION = (
     *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "metric_for_best_model"),
     *("load_best_model_at_end", "greater_is_better"),
 )
-_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data")
+#: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
+_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data", "shared_eval_data")
 
 logger = logging.getLogger("ultrarag")
 
@@ -142,10 +142,13 @@ class _Refresh:
         overwrite = found is not None or bool(self.arguments.get("overwrite_output_dir"))
         if overwrite or not (self.output / MANIFEST).exists():  # else the folder is the first thing to say
             self._refuse_seen()
+            overlap = self._look_for_leaks()
+        else:
+            overlap = None
         claim_output_dir(self.output, overwrite, logger.info)
         for name in (JSON_FILE, STATE_FILE):
             (self.output / name).unlink(missing_ok=True)
-        self.state = RefreshState(self.request, self.parent.fingerprint, self.parent.id)
+        self.state = RefreshState(self.request, self.parent.fingerprint, self.parent.id, overlap=overlap)
         self.save()
 
     def _refuse_seen(self) -> None:
@@ -167,6 +170,22 @@ class _Refresh:
                 "allow_seen_data=True (--allow_seen_data)"
             )
 
+    def _look_for_leaks(self) -> dict[str, Any] | None:
+        """Count what the rows share with the gate's queries, their answers and the documents of these.
+
+        Raises:
+            DataError: it is too much, and `shared_eval_data="refuse"` is given.
+        """
+        if self.asked is None:
+            return None
+        from ultrarag.finetune import looked_for, read_data, refuse_shared
+
+        overlap = looked_for(leak_checks(self.asked, self.core.store), read_data(self.settings))
+        refuse_shared(overlap, self.settings)
+        if overlap.too_much:
+            logger.warning("training and evaluation are not apart: %s", overlap)
+        return overlap.to_dict()
+
     def learn(self) -> None:
         """Fine-tune the live generation's own copy of its checkpoint as the effort says; what was cut off goes on."""
         if self.state.trained is not None:
@@ -177,14 +196,15 @@ class _Refresh:
             else:
                 self.state.trained = self.train(self.effort, self.output, None)
         self.save()
-        shutil.rmtree(self.ladder, ignore_errors=True)
 
     def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
         """Fine-tune by one rung of the ladder into a folder, for so many steps at most."""
         from ultrarag.finetune import finetune
 
+        if rung != FULL:
+            self._corpus()
         result = finetune(self._parent_checkpoint(), self.train_data, folder, **self._for_finetune(rung, folder, steps))
-        found = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics")}
+        found = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics", "overlap")}
         return {**found, "notes": list(result.notes)}
 
     def _climb(self) -> dict[str, Any]:
@@ -293,6 +313,7 @@ class _Refresh:
         write_report(report, self._shown(), self.output)
         if refused is not None:
             raise GateError(f"{refused}; see '{report.html}'") from refused
+        shutil.rmtree(self.ladder, ignore_errors=True)
         (self.output / STATE_FILE).unlink(missing_ok=True)
         return report
 
