@@ -15,19 +15,19 @@ def vectors(rows: int, dim: int = 8) -> np.ndarray:
     return unit_length(RANDOM.normal(size=(rows, dim)))
 
 
-def test_the_right_map_is_found_and_the_penalty_falls_with_the_noise():
-    old, wanted = (
-        vectors(400),
-        LinearMap(np.eye(8) + 0.3 * RANDOM.normal(size=(8, 8)), 0.1 * RANDOM.normal(size=8), False),
+def test_the_right_map_is_found_and_the_penalty_grows_with_the_noise():
+    random = np.random.default_rng(1)
+    old = unit_length(random.normal(size=(400, 8)))
+    wanted = LinearMap(np.eye(8) + 0.3 * random.normal(size=(8, 8)), 0.1 * random.normal(size=8), False)
+    clean, noisy, nothing = (
+        fit_ridge(old[:rows], wanted.apply(old)[:rows] + noise * random.normal(size=(rows, 8)), normalize=False)
+        for rows, noise in ((400, 0), (400, 0.3), (20, 30))
     )
-    clean = fit_ridge(old, wanted.apply(old), normalize=False)
-    noisy = fit_ridge(old, wanted.apply(old) + 0.3 * RANDOM.normal(size=old.shape), normalize=False)
     assert np.abs(clean.map.weight - wanted.weight).max() < 1e-2
     assert np.abs(clean.map.bias - wanted.bias).max() < 1e-2
     assert clean.error < 1e-5 < 0.05 < clean.identity_error
-    assert clean.penalty < noisy.penalty
-    noise = fit_ridge(old[:40], old[:40] + RANDOM.normal(size=(40, 8)), normalize=False)
-    assert np.abs(noise.map.weight - np.eye(8)).max() < 0.5  # pulled towards the identity where there is no map to find
+    assert clean.penalty < noisy.penalty < nothing.penalty
+    assert np.abs(nothing.map.weight - np.eye(8)).max() < 0.1  # there is no map to find: the identity
 
 
 def test_the_transposed_map_ranks_old_passages_as_the_map_ranks_new_ones():
