@@ -19,6 +19,8 @@ from ultrarag.encoder import Encoder
 from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune.batches import TrainData
 from ultrarag.finetune.corpus import (
+    RATES,
+    STRENGTHS,
     Bank,
     Choice,
     CorpusNegatives,
@@ -62,7 +64,7 @@ def two_sides(parent: Encoder, arguments: FinetuneArguments) -> Encoder:
 def _dim(parent: Encoder) -> int:
     if parent.dim is None:
         raise UsageError(
-            f"a linear map is of dense vectors, and the model has the heads {', '.join(parent.heads)}: leave the map out"
+            f"a linear map is of dense vectors, and the model has {', '.join(parent.heads)}: leave the map out"
         )
     return parent.dim
 
@@ -312,13 +314,14 @@ class Against:
             self.choice = earlier
             return
         wanted = self.map_settings()
-        rates = {} if sides.map_learning_rate is None else {"rates": (wanted.learning_rate,)}
-        strengths = {} if sides.map_regularization is None else {"strengths": (wanted.strength,)}
+        rates = RATES if sides.map_learning_rate is None else (wanted.learning_rate,)
+        strengths = STRENGTHS if sides.map_regularization is None else (wanted.strength,)
         # with an encoder in training, a map of its queries stands for it
         which = (sides.train_side == "query", sides.passage_map is not None)
         data = self._data.of(np.flatnonzero(~held)), self._data.of(np.flatnonzero(held))
-        with progress_bar(wanted.steps, "choose the map", "step") as bar:
-            self.choice = choose_settings(*data, which, wanted, look=lambda step: bar.refresh(), **rates, **strengths)
+        trials = wanted.steps * (len(rates) + len(strengths) - 1)
+        with progress_bar(trials, "choose the map", "step") as bar:
+            self.choice = choose_settings(*data, which, wanted, rates, strengths, bar.update)
         found = self.choice
         self.note(
             f"map: nDCG@10 on {int(held.sum())} held-out queries of other documents {found.before:.4f} -> "
@@ -328,7 +331,8 @@ class Against:
 
     def _put_map(self, encoder: Encoder) -> None:
         """Have the encoder's last passage map trained, unless a map gained nothing on held-out documents."""
-        assert self.negatives is not None and self.choice is not None
+        assert self.negatives is not None
+        assert self.choice is not None
         layer = cast(Any, encoder.model).passage_maps[-1]
         if not self.choice.gains:
             self.note("the passage map gains nothing on held-out documents: it stays the identity")
@@ -373,4 +377,4 @@ def _found(resume: Path) -> Choice | None:
     found = dict(manifest.training.arguments.get("sides", {})).get("found")
     if found is None:
         return None
-    return Choice(MapSettings(**found["settings"]), found["before"], found["after"], found["tried"])
+    return Choice(MapSettings(**found["settings"]), found["before"], found["after"], found["error"], found["tried"])

@@ -237,6 +237,7 @@ def rendered_batch(encoder: Encoder, plan: AnyPlan, collator: Collator | PairCol
     """Render batch 0 of epoch 0, by the run's own plan and collator."""
     batch = plan.batch(0, 0, 0)
     made = collator([batch])
+    assert made["passages"] is not None  # only training leaves out a frozen side
     passages = _texts(encoder, made["passages"], _uncut(encoder, collator, batch), batch.passages)
     queries: list[RenderedText | None] = [None] * len(batch.queries)
     if made["queries"] is not None:
@@ -275,7 +276,9 @@ def _uncut(encoder: Encoder, collator: Collator | PairCollator, batch: Batch) ->
     if isinstance(collator, Collator):
         return _lengths(encoder, collator.passages(batch))
     unlimited = PairCollator(encoder, PairLengths(1 << 20, None, 1 << 21))
-    return [int(mask.sum()) for mask in unlimited([batch])["passages"]["attention_mask"]]
+    pairs = unlimited([batch])["passages"]
+    assert pairs is not None
+    return [int(mask.sum()) for mask in pairs["attention_mask"]]
 
 
 def _lengths(encoder: Encoder, texts: list[str]) -> list[int]:

@@ -286,6 +286,10 @@ class FinetuneRun:
     def merge(self) -> None:
         """Average the trained weights with the other model's, where there is one; as trained they are kept beside."""
         self.merged, incremental = None, self.arguments.incremental
+        if self.lora and self.arguments.sides.train_side == "query" and not self.parent.asymmetric:
+            low_rank = self.lora.low_rank()
+            merge_adapters(self.trainer)
+            self.encoder = Encoder.of_sides(self.parent, low_rank=low_rank)
         if self.other:
             if not self.trained.restored:
                 self._write(self.output / UNMERGED)

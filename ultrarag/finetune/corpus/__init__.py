@@ -13,7 +13,15 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.finetune.corpus.bank import Bank, Known, Nearest, keys_of
     from ultrarag.finetune.corpus.held_out import document_groups, hold_out
-    from ultrarag.finetune.corpus.maps import Choice, MapData, MapSettings, choose_settings, learned_map
+    from ultrarag.finetune.corpus.maps import (
+        RATES,
+        STRENGTHS,
+        Choice,
+        MapData,
+        MapSettings,
+        choose_settings,
+        learned_map,
+    )
     from ultrarag.finetune.corpus.negatives import CorpusNegatives, FrozenQueries, encode_asked
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -224,8 +224,8 @@ def _batches(count: int, settings: MapSettings) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def ndcg(maps: Maps, data: MapData, k: int = 10) -> float:
-    """Mean nDCG@k of the queries among all passages."""
+def ndcg(maps: Maps, data: MapData, k: int = 10) -> np.ndarray:
+    """nDCG@k of each query among all passages, (queries,)."""
     found = []
     for start in range(0, len(data.queries), 256):
         scores = maps.scores(data.queries[start : start + 256], data.passages)
@@ -235,7 +235,7 @@ def ndcg(maps: Maps, data: MapData, k: int = 10) -> float:
             gains = np.isin(hits, relevant) / np.log2(np.arange(2, len(hits) + 2))
             ideal = (1 / np.log2(np.arange(2, min(k, len(relevant)) + 2))).sum()
             found.append(gains.sum() / ideal)
-    return float(np.mean(found))
+    return np.array(found)
 
 
 @dataclass
@@ -246,13 +246,15 @@ class Choice:
     #: the metric of the held-out queries without maps, and with the best
     before: float
     after: float
+    #: standard error of the difference, over queries
+    error: float = 0.0
     #: each that was tried: learning_rate, strength, steps, metric
     tried: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def gains(self) -> bool:
-        """Whether maps are worth having."""
-        return self.after >= self.before + LEAST_GAIN
+        """Whether maps are worth having: a difference above twice its error, since the best of many was taken."""
+        return self.after - self.before >= max(LEAST_GAIN, 2 * self.error)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -273,12 +275,12 @@ def choose_settings(
     Args:
         data: what is trained on; shares no document with `held_out`.
         sides: whether the query side and the passage side have a map.
-        look: told the steps done, after each look at the held-out queries.
+        look: told, at each look at the held-out queries, the steps since the last one.
     """
     dim, device = data.queries.shape[1], data.queries.device
     identity = Maps.identity(dim, False, False, settings, device)
-    found = Choice(replace(settings, steps=0), ndcg(identity, held_out), -1.0)
-    found.after = found.before
+    without = ndcg(identity, held_out)
+    found = Choice(replace(settings, steps=0), float(without.mean()), float(without.mean()))
 
     def attempt(rate: float, strength: float) -> None:
         trial = replace(settings, learning_rate=rate, strength=strength)
@@ -286,12 +288,14 @@ def choose_settings(
         for step in learn(maps, data, trial):
             if step % LOOK and step < trial.steps:
                 continue
-            value = ndcg(maps, held_out)
+            each = ndcg(maps, held_out)
+            value = float(each.mean())
             found.tried.append({"learning_rate": rate, "strength": strength, "steps": step, "metric": value})
             if value > found.after:
                 found.after, found.settings = value, replace(trial, steps=step)
+                found.error = float((each - without).std() / len(each) ** 0.5)
             if look:
-                look(step)
+                look((step - 1) % LOOK + 1)
 
     for rate in rates:
         attempt(rate, strengths[0])

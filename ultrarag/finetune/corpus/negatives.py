@@ -158,8 +158,7 @@ class CorpusNegatives:
         groups = mask_of_groups(batch, keys, group_size, whole, alone=fresh is None)
         corpus = mask_of_columns(self.bank, batch, columns, group_size)
         if fresh is not None:  # what the batch holds fresh is left out of the stale ones
-            there, at = columns.places(self.bank.rows_of(keys)[1])
-            corpus[:, at] = True
+            corpus[:, columns.places(self.bank.rows_of(keys)[1])[1]] = True
         first = own if fresh is None else fresh
         assert first is not None
         mask = torch.from_numpy(np.concatenate([groups, corpus], axis=1)).to(self.bank.device)
@@ -213,8 +212,8 @@ class CorpusNegatives:
             self.nearest = Nearest.load(path)
         elif step % every:
             raise TrainingError(
-                f"'{path}', the hard negatives with which this epoch began, is gone, so that the run cannot go on as it "
-                "would have: start it anew in another output_dir"
+                f"'{path}', the hard negatives with which this epoch began, is gone, so that the run cannot go on as "
+                "it would have: start it anew in another output_dir"
             )
         else:
             self.nearest = mine()

@@ -30,7 +30,7 @@ from ultrarag.finetune.flags.groups import (
     LoraArguments,
     ModelArguments,
 )
-from ultrarag.finetune.flags.sides import SideArguments, refuse_sides
+from ultrarag.finetune.flags.sides import SideArguments
 from ultrarag.finetune.flags.transformers import (
     build_training_arguments,
     described,
@@ -294,7 +294,7 @@ def refuse_unsupported(arguments: FinetuneArguments, pairs: bool) -> None:
     if arguments.lora.use_lora:
         _refuse_with_lora(arguments)
     refuse_unsupported_training(arguments.training)
-    refuse_sides(arguments, pairs)
+    _refuse_sides(arguments, pairs)
     (_refuse_for_pairs if pairs else _refuse_without_pairs)(arguments)
 
 
@@ -304,6 +304,48 @@ def _refuse_with_lora(arguments: FinetuneArguments) -> None:
         raise UsageError("--use_lora adapts the backbone that --fix_encoder freezes; leave one of them out")
     if arguments.training.fsdp or arguments.training.deepspeed:
         raise UsageError("--use_lora does not work with --fsdp or --deepspeed; leave them out (plain DDP works)")
+
+
+def _refuse_sides(arguments: FinetuneArguments, pairs: bool) -> None:
+    """Refuse what does not go together with the training of one side, or against a corpus.
+
+    Raises:
+        UsageError: names the first of it.
+    """
+    sides = arguments.sides
+    if not sides.used:
+        if sides.corpus_negatives is not None:
+            raise UsageError("corpus_negatives has no effect without --corpus")
+        return
+    name = f"--train_side {sides.train_side}" if sides.train_side != "both" else "--corpus"
+    if pairs:
+        raise UsageError(
+            f"{name} is for models that encode query and passage by themselves, and '{arguments.adapter}' reads pairs: "
+            "a cross-encoder has no side that could stay, and no vectors are stored for it"
+        )
+    refused: dict[str, tuple[object, str]] = {
+        "fsdp": (arguments.training.fsdp, "the side that stays would be sharded too; plain DDP (torchrun) works"),
+        "deepspeed": (arguments.training.deepspeed, "the side that stays would be sharded too; plain DDP works"),
+        "no_in_batch_neg": (arguments.data.no_in_batch_neg, "all passages of the corpus are negatives"),
+        "false_negative_mask guide": (
+            arguments.false_negatives.false_negative_mask == "guide",
+            "the guide has no vectors of the corpus; duplicates and known positives are left out anyway",
+        ),
+    }
+    if sides.train_side != "both":
+        alone = "two models of different sides have no average"
+        refused["merge_with"] = (arguments.incremental.merge_with, alone)
+    if sides.train_side == "query":
+        refused["shuffle_ratio"] = (arguments.data.shuffle_ratio, "the passages are not encoded again")
+    if sides.maps_alone:
+        refused["use_lora"] = (arguments.lora.use_lora, "no encoder is trained, the map alone")
+        refused["unified_finetuning"] = (arguments.loss.unified_finetuning, "a map is of the dense vectors alone")
+        refused["knowledge_distillation"] = (arguments.loss.knowledge_distillation, "a map learns from positives")
+    if sides.passage_map and arguments.lora.use_lora:
+        refused["use_lora"] = (True, "the adapters' run would not train the map; leave --passage_map out")
+    for flag_name, (given, why) in refused.items():
+        if given:
+            raise UsageError(f"{name} does not go with --{flag_name}: {why}; leave one of them out")
 
 
 def _refuse_for_pairs(arguments: FinetuneArguments) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ultrarag.errors import UsageError
 from ultrarag.loss_arguments import flag
-
-if TYPE_CHECKING:
-    from ultrarag.finetune.flags.arguments import FinetuneArguments
 
 SIDES = ("both", "query", "passage")
 LINEAR = ("linear",)
@@ -41,11 +38,11 @@ class SideArguments:
         "it gains nothing there.",
         choices=LINEAR,
     )
-    corpus: Any = flag(
+    corpus: Any = flag(  # noqa: RUF009 - a field
         None,
         "The stored vectors of all passages, which are then the negatives of every query: a folder that `ultrarag data "
         "encode` wrote with the model as it is before training (in Python also CorpusVectors).",
-        kind="object",
+        kind="path_or_object",
         metavar="DIR",
         shown_default="with a frozen passage side, the passages of the training rows",
     )
@@ -116,45 +113,3 @@ class SideArguments:
         values = dict(vars(self))
         values["corpus"] = self.corpus if isinstance(self.corpus, str | None) else "given"
         return values
-
-
-def refuse_sides(arguments: FinetuneArguments, pairs: bool) -> None:
-    """Refuse what does not go together with the training of one side, or against a corpus.
-
-    Raises:
-        UsageError: names the first of it.
-    """
-    sides = arguments.sides
-    if not sides.used:
-        if sides.corpus_negatives is not None:
-            raise UsageError("corpus_negatives has no effect without --corpus")
-        return
-    name = f"--train_side {sides.train_side}" if sides.train_side != "both" else "--corpus"
-    if pairs:
-        raise UsageError(
-            f"{name} is for models that encode query and passage by themselves, and '{arguments.adapter}' reads pairs: "
-            "a cross-encoder has no side that could stay, and no vectors are stored for it"
-        )
-    refused = {
-        "fsdp": (arguments.training.fsdp, "the side that stays would be sharded too; plain DDP (torchrun) works"),
-        "deepspeed": (arguments.training.deepspeed, "the side that stays would be sharded too; plain DDP works"),
-        "no_in_batch_neg": (arguments.data.no_in_batch_neg, "all passages of the corpus are negatives"),
-        "false_negative_mask guide": (
-            arguments.false_negatives.false_negative_mask == "guide",
-            "the guide has no vectors of the corpus; duplicates and known positives are left out anyway",
-        ),
-    }
-    if sides.train_side != "both":
-        alone = "two models of different sides have no average"
-        refused["merge_with"] = (arguments.incremental.merge_with, alone)
-    if sides.train_side == "query":
-        refused["shuffle_ratio"] = (arguments.data.shuffle_ratio, "the passages are not encoded again")
-    if sides.maps_alone:
-        refused["use_lora"] = (arguments.lora.use_lora, "no encoder is trained, the map alone")
-        refused["unified_finetuning"] = (arguments.loss.unified_finetuning, "a map is of the dense vectors alone")
-        refused["knowledge_distillation"] = (arguments.loss.knowledge_distillation, "a map learns from positives")
-    if sides.passage_map and arguments.lora.use_lora:
-        refused["use_lora"] = (True, "the adapters' run would not train the map; leave --passage_map out")
-    for flag_name, (given, why) in refused.items():
-        if given:
-            raise UsageError(f"{name} does not go with --{flag_name}: {why}; leave one of them out")

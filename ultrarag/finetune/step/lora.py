@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultrarag.encoder import Encoder
+from ultrarag.encoder import Encoder, LowRank
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.flags import LoraArguments
 from ultrarag.packages import install
@@ -105,6 +105,16 @@ class Lora:
             for name, parameter in self.whole.named_parameters():
                 if name in merged and parameter.requires_grad:
                     parameter.copy_(merged[name])
+
+    def low_rank(self) -> LowRank:
+        """The matrices, and what was trained besides them, as what a query side keeps beside its parent's weights."""
+        others = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and not _low_rank(name)
+        }
+        root = "" if self.root is self.model else "backbone."
+        return LowRank.of_peft(self.matrices(), self.config.lora_alpha / self.config.r, root, others)
 
     def remove(self) -> None:
         """Merge the adapters into the weights for good: the model is then of plain layers again."""
