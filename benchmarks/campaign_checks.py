@@ -138,8 +138,8 @@ def left_over(folder: Path) -> list[str]:
 
 
 def _is_rest(name: str) -> bool:
-    last = name.rsplit("/", 1)[-1]
-    if last.startswith(".atomicwrite"):
+    *_, last = parts = name.split("/")
+    if any(part.startswith(".atomicwrite") for part in parts):
         return not BUILDING.match(name)  # a build that goes on, or is given up whole
     return name.startswith("tmp/") or (last.endswith((".tmp", ".part", ".partial")) and not BUILDING.fullmatch(name))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ultrarag.checkpoint import Identity
 from ultrarag.encoder import read_passage_maps
@@ -135,5 +136,6 @@ def mapped(embeddings: Embeddings, maps: Sequence[LinearMap]) -> Embeddings:
         found = item.apply(vectors)
         if item.head == "colbert":
             found *= embeddings.mask[..., None].astype(found.dtype)
-        embeddings = replace(embeddings, **{item.head: found})
+        changed: dict[str, Any] = {item.head: found}
+        embeddings = replace(embeddings, **changed)
     return embeddings
