@@ -163,7 +163,7 @@ def test_other_arguments_in_the_same_folder_are_an_error_that_names_them(again):
 
 
 def test_an_unfinished_refresh_with_other_arguments_is_an_error(again, monkeypatch):
-    monkeypatch.setattr(stages, "build_generation", lambda *_: (_ for _ in ()).throw(IndexStateError("no disk")))
+    monkeypatch.setattr(stages, "build_generation", lambda *_, **__: (_ for _ in ()).throw(IndexStateError("no disk")))
     with pytest.raises(IndexStateError, match="no disk"):
         again()
     with pytest.raises(UsageError, match="begun with other train_data, learning_rate: give the same"):
