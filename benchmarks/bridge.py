@@ -1,8 +1,8 @@
-"""What a new model gains through the bridge before its build is done, and what searches cost meanwhile; on BEIR folders.
+"""What a new model gains over a bridge before its build is done, and what searches cost then; on BEIR folders.
 
     python benchmarks/bridge.py --data path/to/medquad path/to/covidqa
 
-The small model is fine-tuned on both sides; then its bridge over the old vectors is measured with the test queries (raw,
+The small model is fine-tuned on both sides; its bridge over the old vectors is measured with the test queries (raw,
 mapped, and mapped with the candidates encoded on demand), searches are timed before and on the bridge, and the build is
 finished and swapped for what the whole gain is.
 """
