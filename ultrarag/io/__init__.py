@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         read_seal,
         remove_left_over,
         remove_seal,
+        remove_stale_stages,
         replacing,
         seal,
         sha256_of,

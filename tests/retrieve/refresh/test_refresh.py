@@ -107,6 +107,9 @@ def test_killed_in_every_stage_it_ends_as_if_nothing_had_been(stages, corpus, ag
             text=True,
         )
         assert done.returncode == -9, f"{stage}: {done.stderr[-2000:]}"
+        assert bool(list(tmp_path.glob(".out.*.tmp"))) == (stage == "published")
+        LiveIndex.open(tmp_path / "kb").close()
+        assert list(tmp_path.glob(".*.tmp")) == []  # whether or not it is ever refreshed again
     with LiveIndex.open(tmp_path / "kb") as live:
         assert live.fingerprint == straight  # the last was killed behind the flip
         report = live.refresh(

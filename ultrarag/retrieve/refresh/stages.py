@@ -16,7 +16,7 @@ from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
 from ultrarag.evaluation import Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.retrieve.build import build_generation
-from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.core import REFRESHING, Core
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured, questions
 from ultrarag.retrieve.refresh.report import JSON_FILE, STATE_FILE, RefreshReport, RefreshState, Request, write_report
@@ -53,6 +53,7 @@ def refresh(
     work = _Refresh(core, train_data, eval_data, Path(output_dir), terms, arguments)
     if (done := work.finished()) is not None:
         return done
+    core.store.set_meta(**{REFRESHING: str(work.output.absolute())})
     work.begin()
     try:
         work.train()
@@ -175,6 +176,7 @@ class _Refresh:
                 refused = error
         report = self._report(refused)
         write_report(report, self._shown(), self.output)
+        self.core.store.set_meta(**{REFRESHING: ""})
         if refused is not None:
             raise GateError(f"{refused}; see '{report.html}'") from refused
         (self.output / STATE_FILE).unlink(missing_ok=True)
