@@ -145,9 +145,11 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=600, help="that a build encodes")
     parser.add_argument("--adds", type=int, default=60, help="passages of one `add`")
     parser.add_argument("--model", help="folder or hub name (default: the small model of the tests)")
+    parser.add_argument("--note", help="what a reader of the result should know, such as what else ran")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    report = {**origin(), "passages": options.passages, "adds": options.adds, **measure(options)}
+    noted = {"note": options.note} if options.note else {}
+    report = {**origin(), **noted, "passages": options.passages, "adds": options.adds, **measure(options)}
     options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WINDOW = {"cpu": 8, "cuda": 256}
 #: Seconds of encoding passages between two chances for a query to come in, while somebody searches; one at the least.
 #: With 8 passages each time searches fell to a fifth of their rate beside `add` (MiniLM, two cores, two searchers).
-BESIDE_SEARCHES = 0.05
+BESIDE_SEARCHES = 0.1
 #: Seconds after the last query for which somebody is taken to search.
 SEARCHED = 1.0
 #: Queries encoded at a time.
