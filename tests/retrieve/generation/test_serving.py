@@ -90,5 +90,6 @@ def windows(seconds: float, searched: bool) -> list[int]:
 
 def test_passages_are_encoded_in_short_turns_while_somebody_searches() -> None:
     assert windows(0.02, searched=False) == [8] * 5
-    assert windows(0.022, searched=True) == [1, *[4] * 9, 3]  # 100 ms at a time, but for the first
-    assert windows(0.2, searched=True) == [1] * 4 + [8] * 4 + [4]  # the last query was long ago
+    assert windows(0.012, searched=True) == [1, *[8] * 4, 7]  # but for the first, whose time is not known
+    assert windows(0.024, searched=False) == [8] * 5
+    assert windows(0.1, searched=True) == [1, *[2] * 4, *[8] * 3, 7]  # 250 ms at a time; the last query was long ago

@@ -24,7 +24,7 @@ def die(*args: object, **kwargs: object) -> None:
 
 
 def arm(stage: str) -> None:
-    """Put the end into a stage: after a saved step, in publishing, with some vectors built, or right behind the flip."""
+    """Put the end into a stage: behind a saved step, in publishing, with some vectors built, or behind the flip."""
     if stage == "finetune":
         from ultrarag.finetune.step.trainer import EmbeddingTrainer
 
