@@ -21,8 +21,8 @@ def start_child(
 ) -> subprocess.Popen[Any]:
     """Start `python -m module words` with this process's import path.
 
-    It gets a session of its own: Ctrl-C reaches this process only, which then ends the child in good order. It ends with
-    this process, from its first moments on: before the module and all that it imports.
+    It gets a session of its own: Ctrl-C reaches this process only, which then ends the child in good order. It ends
+    with this process, from its first moments on: before the module and all that it imports.
 
     Args:
         env: variables beside those of this process.

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 #: Passages encoded at a time: more fill a device no better.
 WINDOW = {"cpu": 8, "cuda": 256}
 #: Seconds of encoding passages between two chances for a query to come in, while somebody searches: a large model gets
-#: one at a time, a small one all of the above. Of windows of 0.05 or 0.1 s nobody had anything (MiniLM, two busy cores):
-#: single passages take two to four times as long as in a batch, so that `add` slowed down by as much.
+#: one at a time, a small one all of the above. Of 0.05 or 0.1 s nobody had anything (MiniLM, two busy cores): single
+#: passages took two to four times as long as in a batch, and `add` slowed down by as much.
 BESIDE_SEARCHES = 0.25
 #: Seconds after the last query for which somebody is taken to search.
 SEARCHED = 1.0

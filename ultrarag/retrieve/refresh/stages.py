@@ -289,6 +289,8 @@ class _Refresh:
             given["eval_data"] = (
                 os.fspath(self.eval_data) if isinstance(self.eval_data, os.PathLike) else self.eval_data
             )
+            if (self.terms.search or {}).get("ignore_identical_ids"):
+                given["ignore_identical_ids"] = True
         # the folder is ours by its state file: where nothing can be resumed, what lies there is written anew
         left = bool(checkpoints_in(self.output)) or (self.output / UNMERGED).is_dir()
         return {**given, "resume_from_checkpoint": left, "overwrite_output_dir": True}
