@@ -1,13 +1,16 @@
 """Kill -9, SIGTERM and Ctrl-C at random moments of every command that touches an index; count what is lost.
 
     python benchmarks/campaign.py [--rounds 1000] [--seconds 480] [--engine numpy qdrant-edge shared] [--seed 0]
+    python benchmarks/campaign.py --rounds 200 --kinds query map --output benchmarks/results/campaign_shared.json
 
 Each round runs one command of `ultrarag index` (or opens the index, or opens it and writes on and on) in a forked
 process, sends it a signal at a random moment of the time that it usually takes, and then opens the index in a fresh
 process. Counted are acknowledged writes that are lost, indexes that do not open, wrong answers (a hit of another text,
-of no passage, or with a vector that the encoder does not give its text), processes left, files left, and commands that
+of no passage, with a vector that the encoder does not give its text, or with a score that is not that of query and
+passage), processes left, files left, and commands that
 hang, fail undisturbed or end in a traceback. With --folder, where the indexes are kept, the same command goes on where
-it stopped. The shared index lies in a Milvus Lite server on loopback. The model is the tiny one of the tests.
+it stopped. The shared index lies in a Milvus Lite server on loopback. The model is the tiny one of the tests. With
+--kinds a build's model is one of the same passages (its generation shares vectors), or with a map behind them.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' servers
 
-from campaign_rounds import Ground, one_round
+from campaign_rounds import KINDS, Ground, one_round
 from faults import MODEL
 from machine import origin
 
@@ -85,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="stop after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["encoded"], help="what builds are of")
     parser.add_argument("--folder", type=Path, help="keep the indexes here, and go on with what is there")
     parser.add_argument("--output", type=Path, default=RESULT, help="where the result goes")
     return parser
@@ -109,7 +113,8 @@ def campaign(folder: Path, asked: argparse.Namespace, server: Server | None) -> 
     memory, begun = folder / "rounds.jsonl", time.monotonic()
     earlier = sum(float(line) for line in _lines(folder / "seconds"))
     found: list[dict[str, Any]] = [json.loads(line) for line in _lines(memory)]
-    grounds = {name: Ground(name, folder / name, _uri(server) if name == "shared" else None) for name in asked.engine}
+    uris = {name: _uri(server) if name == "shared" else None for name in asked.engine}
+    grounds = {name: Ground(name, folder / name, uris[name], asked.kinds) for name in asked.engine}
     while len(found) < asked.rounds and not (asked.seconds and time.monotonic() - begun > asked.seconds):
         chance = random.Random(asked.seed + len(found))
         engine = chance.choices(asked.engine, [ENGINES[name] for name in asked.engine])[0]
@@ -135,7 +140,7 @@ def _uri(server: Server | None) -> str:
 
 def _tell(asked: argparse.Namespace, found: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Write the result, and a line on stderr."""
-    report = {**origin(), "seed": asked.seed, "seconds": round(seconds, 1), **summary(found)}
+    report = {**origin(), "seed": asked.seed, "kinds": asked.kinds, "seconds": round(seconds, 1), **summary(found)}
     asked.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     counts = ", ".join(f"{name} {report[name]}" for name in COUNTS)
     print(f"{len(found)} rounds, {seconds:.0f} s: {counts}", file=sys.stderr, flush=True)
@@ -151,6 +156,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         "rounds per engine": rounds["engine"],
         "rounds per signal (none: the command ended first)": rounds["signal"],
         "rounds per command": rounds["command"],
+        "rounds that began with generation": dict(Counter(f.get("live", "encoded") for f in found).most_common()),
         "acknowledged writes": sum(f["acknowledged"] for f in found),
         **{name: sum(kind == name for kind, _, _ in bad) for name in COUNTS},
         "examples": [_example(*found) for found in bad[:SHOWN]],

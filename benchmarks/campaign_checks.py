@@ -56,7 +56,16 @@ def _state(live: LiveIndex, found: State) -> dict[str, Any]:
     generations = live.status()["generations"]
     by_state = {state: [g["id"] for g in generations if g["state"] == state] for state in ("live", "previous", "ready")}
     wrong = [] if len(by_state["live"]) == 1 else [f"live generations: {by_state['live']}"]
-    return {"known": {"passages": found, **by_state, "live": by_state["live"][0]}, "wrong": wrong}
+    live_now = by_state["live"][0]
+    kind = next(_kind(g) for g in generations if g["id"] == live_now)
+    return {"known": {"passages": found, **by_state, "live": live_now, "kind": kind}, "wrong": wrong}
+
+
+def _kind(generation: dict[str, Any]) -> str:
+    """Where its vectors come from."""
+    if generation["vectors_of"] != generation["id"]:
+        return "shared vectors"
+    return "encoded" if generation["mapped_from"] is None else "mapped vectors"
 
 
 def lost(found: State, number: int, events: list[dict[str, Any]], known: dict[str, Any]) -> list[str]:
@@ -78,8 +87,18 @@ def wrong_answers(live: LiveIndex, found: State) -> list[str]:
         return wrong
     held = live.vectors(list(stored)).dense
     fresh = live.encoder.encode([hit.passage.text for hit in stored.values()], progress=False).dense
-    return wrong + [
-        f"{id}: not its vector" for id, a, b in zip(stored, held, fresh, strict=True) if abs(a - b).max() > 1e-4
+    wrong += [f"{id}: not its vector" for id, a, b in zip(stored, held, fresh, strict=True) if abs(a - b).max() > 1e-4]
+    return wrong + _mixed(live, texts[0])
+
+
+def _mixed(live: LiveIndex, text: str) -> list[str]:
+    """Hits whose score is not that of the live encoder's query and passage."""
+    hits = live.search(text, k=5, heads=["dense"])
+    query = live.encoder.encode([text], "query", progress=False).dense[0]
+    passages = live.encoder.encode([hit.passage.text for hit in hits], progress=False).dense
+    scores = zip(hits, passages @ query, strict=True)
+    return [
+        f"{hit.id}: score {hit.score:.4f} instead of {own:.4f}" for hit, own in scores if abs(hit.score - own) > 1e-3
     ]
 
 
@@ -119,8 +138,8 @@ def left_over(folder: Path) -> list[str]:
 
 
 def _is_rest(name: str) -> bool:
-    last = name.rsplit("/", 1)[-1]
-    if last.startswith(".atomicwrite"):
+    *_, last = parts = name.split("/")
+    if any(part.startswith(".atomicwrite") for part in parts):
         return not BUILDING.match(name)  # a build that goes on, or is given up whole
     return name.startswith("tmp/") or (last.endswith((".tmp", ".part", ".partial")) and not BUILDING.fullmatch(name))
 

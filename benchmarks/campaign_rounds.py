@@ -16,11 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from campaign_checks import check_creation, check_index, children, left_over
 from faults import IDS, MODEL, WORDS, Journal, building_here, fork, row, run_or_raise, write_on
 
 from ultrarag import Encoder
+from ultrarag.maps import LinearMap
 from ultrarag.retrieve import LiveIndex
 from ultrarag.retrieve.command import main as command
 
@@ -31,6 +33,9 @@ SHARES = {
     "open": 12, "work": 20, "create": 6, "add": 12, "delete": 8, "search": 6, "status": 3, "build": 8, "builder": 1.5,
     "swap": 8, "rollback": 8, "evaluate": 4, "retry": 4, "vacuum": 6, "refresh": 0.5,
 }  # fmt: skip
+#: What a build's model is: one of its own, one of the same passages, one with a map behind them; with the end of its
+#: checkpoint's name.
+KINDS = {"encoded": "", "query": "-query", "map": "-map"}
 #: Seconds that a command takes, until it was seen to end; of `work`, for which it is let go on.
 FIRST_GUESS = {"work": 2.0, "builder": 8.0, "refresh": 4.0}
 #: Seconds after which a process that got a signal hangs, and after which a builder without a parent is an orphan.
@@ -40,8 +45,11 @@ PATIENCE, GRACE = 60.0, 10.0
 class Ground:
     """An index of one engine that is worked on, and what is known of it; lies in a folder of its own."""
 
-    def __init__(self, engine: str, folder: Path, uri: str | None) -> None:
+    def __init__(self, engine: str, folder: Path, uri: str | None, kinds: list[str]) -> None:
         self.engine, self.folder, self.uri = engine, folder, uri
+        #: names of the checkpoints that builds take
+        self.checkpoints = [f"{name}{KINDS[kind]}" for kind in kinds for name in "ab"]
+        self.more = {} if kinds == ["encoded"] else {"build": 20, "swap": 20}
         self.kb, self.new = folder / "kb", folder / "new"
         self.mirrors = [self.kb, *([folder / "reader"] if uri else [])]
         self._memory = folder.with_suffix(".json")
@@ -69,6 +77,7 @@ class Ground:
                 with torch.no_grad():
                     next(iter(encoder.model.parameters())).add_(shift)
                 encoder.save(self.folder / name)
+            _save_children(self.folder)
             live.swap(live.build(self.folder / "a", progress=False))
             number = live.status()["live"]["id"]
         if self.uri:
@@ -101,7 +110,7 @@ class Ground:
             ids = chance.sample(IDS, chance.randint(1, 4))
             return ["delete", kb, *ids, *device], {"ids": ids}
         if op in ("build", "builder"):
-            return ["build", kb, str(self.folder / chance.choice("ab")), "--threads", "1", *device], {}
+            return ["build", kb, str(self.folder / chance.choice(self.checkpoints)), "--threads", "1", *device], {}
         if op == "swap":
             number = chance.choice(self.known["ready"])
             return ["swap", kb, str(number), *device], {"live": number}
@@ -116,6 +125,16 @@ class Ground:
         }.get(op, [])
         does = {"live": self.known["previous"][0]} if op == "rollback" else {}
         return [op, kb, *more, *(["--json"] if op == "status" else device)], does
+
+
+def _save_children(folder: Path) -> None:
+    """Of each model one with another query side, and one with a map behind its passages' vectors too."""
+    models = {name: Encoder.load(folder / name, device="cpu") for name in "ab"}
+    for name, other in (("a", "b"), ("b", "a")):
+        dim = models[name].dim
+        maps = [LinearMap(np.eye(dim) + 0.1 * np.random.default_rng(0).standard_normal((dim, dim)), np.zeros(dim))]
+        Encoder.of_sides(models[name], models[other]).save(folder / f"{name}{KINDS['query']}")
+        Encoder.of_sides(models[name], models[other], passage_maps=maps).save(folder / f"{name}{KINDS['map']}")
 
 
 def _write_judged(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -140,13 +159,15 @@ def _finetuning(folder: Path) -> list[str]:
 
 def one_round(ground: Ground, chance: random.Random, others: set[int]) -> dict[str, Any]:
     """Run a command, send it a signal at a random moment, and report what was found."""
-    op = chance.choices([op for op in SHARES if ground.can(op)], [n for op, n in SHARES.items() if ground.can(op)])[0]
+    shares = {op: share for op, share in (SHARES | ground.more).items() if ground.can(op)}
+    op = chance.choices(list(shares), list(shares.values()))[0]
     name = chance.choice(list(SIGNALS))
     words, does = ground.words(op, chance) if op not in ("open", "work") else ([], {})
     journal = Journal(ground.folder / "journal")
     child = fork(lambda: _act(ground, op, words, journal, chance.random()))
     status, sent = _interrupt(child, SIGNALS[name], ground.seconds, op, chance)
     found = {"engine": ground.engine, "command": op, "signal": name if sent else "none", "status": status}
+    found["live"] = ground.known.get("kind", "encoded")
     found["orphans"] = _orphans(others)
     events = journal.events() if op == "work" else _events(ground.folder, op, does)
     found["acknowledged"] = sum(e["what"] == "done" and e["op"] in WRITES for e in events)

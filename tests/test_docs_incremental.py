@@ -32,6 +32,8 @@ def test_commands_of_the_page(tiny_m3, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, rows in FILES.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    passages = [{"_id": f"p{n}", "text": row["pos"][0]} for n, row in enumerate(ROWS)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
     for block in BLOCKS:
         for line in block.replace("\\\n", " ").strip().splitlines():
             assert call(shlex.split(small(line, tiny_m3))) == 0, capsys.readouterr().err

@@ -87,6 +87,26 @@ def test_extension_wraps_every_adapter(registry):
     assert registry.adapter("bow").loss(None, vectors, vectors, None, 0, LossArguments()) == 1
 
 
+@pytest.mark.parametrize(("contract", "told"), [(None, False), (1, False), (2, True)])
+def test_a_plugin_of_the_first_contract_is_not_told_of_what_kind_texts_are(registry, contract, told):
+    seen = []
+
+    class Strict(Bow):
+        @hookimpl
+        def encode(self, features):
+            seen.append(set(features))
+            return Embeddings(dense=features["input_ids"].float())
+
+    plugin = Strict()
+    if contract:
+        plugin.contract = contract
+    registry.register(plugin, "strict")
+    batch = features() | {"kind": "query"}
+    registry.adapter("strict").encode(None, batch)
+    assert ("kind" in seen[0]) == told
+    assert batch["kind"] == "query"  # the caller's batch is left as it is
+
+
 def test_unknown_name_suggests_the_nearest(registry):
     registry.register(Bow(), "bgem3")
     with pytest.raises(PluginError, match=r"no adapter is called 'bge-m3'; did you mean 'bgem3'\? installed: bgem3"):

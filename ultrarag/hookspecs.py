@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ultrarag.loss_arguments import LossArguments
-    from ultrarag.types import Embeddings
+    from ultrarag.types import Embeddings, Kind
 
-#: Raised when a hook's meaning changes; a plugin that declares a newer `contract` is refused.
-CONTRACT = 1
+#: Raised when a hook's meaning changes. A plugin of a newer contract is refused; one that declares no `contract` was
+#: written for the first. The second: `features` says of what kind the texts are.
+CONTRACT = 2
 
 hookspec = pluggy.HookspecMarker("ultrarag")
 hookimpl = pluggy.HookimplMarker("ultrarag")
@@ -56,6 +57,8 @@ class Features(TypedDict, total=False):
     token_type_ids: Tensor
     #: the heads to compute; absent: all that the model has
     heads: tuple[str, ...]
+    #: what the texts are: query, passage, or text (of a symmetric task); absent for pairs, and in contract 1
+    kind: Kind
 
 
 class Hooks:

@@ -19,7 +19,7 @@ def flag(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class LossArguments:
-    """The settings of a loss: the run's, and (the last three) the batch's, set by `dataclasses.replace`.
+    """The settings of a loss: the run's, and (the last four) the batch's, set by `dataclasses.replace`.
 
     Names, defaults and meaning are those of FlagEmbedding 1.4.2's command line; every field with a `help` is a flag.
 
@@ -55,6 +55,9 @@ class LossArguments:
     in_batch_negatives: bool = True
     #: (queries, passages) bool tensor: True where a passage is no negative of the query; never its positive
     false_negatives: Any = field(default=None, compare=False)
+    #: (passages,) float tensor, or None: what is added to each passage's scores, once they are divided by the
+    #: temperature: the logarithm of how many passages of the corpus it stands for, where negatives are a sample
+    score_offsets: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)

@@ -84,6 +84,21 @@ def hide(scores: Tensor, false_negatives: Tensor | None) -> Tensor:
     return scores.masked_fill(false_negatives, torch.finfo(scores.dtype).min)
 
 
+def adjusted(scores: Tensor, args: LossArguments) -> Tensor:
+    """Scores as a softmax takes them: what each passage stands for is added, and false negatives are hidden.
+
+    With log(1 / q) added to a passage that was drawn with probability q, the sum over a sample is, on average, that
+    over the whole corpus.
+
+    Args:
+        scores: (queries, passages), divided by the temperature.
+
+    Source:
+        Adaptive importance sampling (Bengio and Senecal, 2008); the logQ correction of Yi et al. (2019).
+    """
+    return hide(scores if args.score_offsets is None else scores + args.score_offsets, args.false_negatives)
+
+
 def combined_scores(query: Embeddings, passage: Embeddings) -> Tensor:
     """The scores of the one head that both sides have, or the ensemble of several: (queries, passages)."""
     scores = head_scores(query, passage)
@@ -147,13 +162,13 @@ def embedding_loss(
         raise UsageError(f"queries hold the heads {query.heads} and passages {passage.heads}: none is shared")
     group_size = args.group_size or len(passage) // len(query)
     target = _teacher_probabilities(teacher, len(query), group_size)
-    whole, scores = scores, {name: hide(matrix, args.false_negatives) for name, matrix in scores.items()}
+    whole, scores = scores, {name: adjusted(matrix, args) for name, matrix in scores.items()}
     losses = {name: ranking_loss(matrix, target, args, group_size) for name, matrix in scores.items()}
     if args.use_mrl and "dense" in losses:
         losses["dense"] = matryoshka(query, passage, target, args, group_size)
     if len(losses) == 1:
         return next(iter(losses.values()))
-    ensemble = hide(_weighted(whole, ENSEMBLE_WEIGHTS), args.false_negatives)
+    ensemble = adjusted(_weighted(whole, ENSEMBLE_WEIGHTS), args)
     parts = _weighted(losses, LOSS_WEIGHTS) + ranking_loss(ensemble, target, args, group_size)
     loss = parts / (len(losses) + 1)
     if args.use_self_distill and step > args.self_distill_start_step:
@@ -183,7 +198,7 @@ def matryoshka(
     for dim in args.mrl_dims:
         short = (_truncate(side.dense, dim, args.normalize_embeddings) for side in (query, passage))
         scores = head_scores(*(Embeddings(dense=dense) for dense in short))["dense"] / args.temperature
-        losses.append(ranking_loss(hide(scores, args.false_negatives), teacher, args, group_size))
+        losses.append(ranking_loss(adjusted(scores, args), teacher, args, group_size))
     return torch.stack(losses).mean()
 
 

@@ -28,8 +28,8 @@ class Declared:
     threaded_encode: bool = False
     #: defaults of fine-tuning flags that differ for this adapter
     finetune_defaults: Mapping[str, Any] = field(default_factory=dict)
-    #: the version of the hook contract it was written for
-    contract: int = CONTRACT
+    #: the version of the hook contract it was written for; in the first, `features` had no `kind`
+    contract: int = 1
 
 
 class Marked(NamedTuple):

@@ -237,7 +237,9 @@ class Adapter:
         return cast("nn.Module", model)
 
     def encode(self, model: nn.Module, features: Features) -> Embeddings:
-        """Return the Embeddings of a batch."""
+        """Return the Embeddings of a batch; a plugin of the first contract is not told of what kind the texts are."""
+        if self.declared.contract < 2 and "kind" in features:
+            features = cast(Features, {name: value for name, value in features.items() if name != "kind"})
         result = self.registry.call(self.name, "encode", model=model, features=features)
         if not isinstance(result, Embeddings) or not result.heads:
             raise self._wrong("encode", result, "an Embeddings with at least one head")

@@ -17,8 +17,10 @@ import numpy as np
 
 from ultrarag.errors import UsageError
 
-#: What a text is to the model; some models prefix queries or passages with an instruction.
-Kind = Literal["query", "passage"]
+#: What a text is to the model; some models prefix queries or passages with an instruction, or encode them differently.
+#: "text": neither, as in a symmetric task (similarity, clustering), where all texts are read alike.
+Kind = Literal["query", "passage", "text"]
+KINDS: tuple[Kind, ...] = ("query", "passage", "text")
 
 #: The heads a model may have, in the order in which they are reported.
 HEADS = ("dense", "sparse", "colbert", "scores")
@@ -153,6 +155,8 @@ class Tokens:
     truncated: int = 0
     #: the segment of each token (0 or 1), for models that tell a pair's query from its passage; else None
     types: list[list[int]] | None = None
+    #: what the texts are; None for pairs
+    kind: Kind | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -190,7 +194,12 @@ class EncoderSettings:
     cutoff_layer: int | None = None
 
     def render(self, text: str, kind: Kind, instruction: str | None = None) -> str:
-        """Return `text` with the instruction of its kind (or `instruction`) in the declared format."""
+        """Return `text` with the instruction of its kind (or `instruction`) in the declared format.
+
+        A text of a symmetric task has an instruction only where one is given, in the format of queries.
+        """
+        if kind == "text":
+            return self.query_format.format(instruction, text) if instruction else text
         declared = self.query_instruction if kind == "query" else self.passage_instruction
         template = self.query_format if kind == "query" else self.passage_format
         chosen = declared if instruction is None else instruction

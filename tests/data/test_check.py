@@ -11,6 +11,8 @@ from tests.finetune.test_run import ROWS
 from ultrarag.cli import main
 from ultrarag.data import check
 from ultrarag.errors import DataError, UsageError
+from ultrarag.evaluation import write_beir
+from ultrarag.types import Passage
 
 
 def test_good_rows_are_ok(tmp_path, capsys):
@@ -56,6 +58,18 @@ def test_leaks_are_errors_here(tmp_path):
     assert names["eval_queries_in_train"] == "error"
     assert names["eval_passages_in_train"] == "warning"
     assert not report.ok
+    assert (report.overlap.split, report.overlap.shared) == ("no split", {"query": 1, "passage": 0, "document": 0})
+    assert report.to_dict()["overlap"]["share"] == 0.5
+    assert "no split: 50.0% of 2 evaluation queries share a query 1" in str(report)
+
+
+def test_keys_of_rows_tell_documents_of_the_evaluation_data(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"query": "q", "pos": ["one text"], "pos_ids": ["book#1"]})
+    beir = tmp_path / "beir"
+    write_beir(beir, [Passage("book#7", "another text")], {"q1": "what is it"}, {"test": {"q1": {"book#7": 1}}})
+    report = check(path, eval_data=str(beir))
+    assert report.overlap.split == "by query"
+    assert [finding.name for finding in report.findings if "eval" in finding.name] == ["eval_documents_in_train"]
 
 
 def test_a_model_counts_tokens_and_is_timed(tmp_path, minilm):

@@ -200,6 +200,14 @@ def test_a_beir_folder_in_the_spellings_of_others_and_with_blank_passages(tmp_pa
     assert report.left_out == {"judgements of blank passages": 2, "queries without a relevant passage": 1}
 
 
+def test_ids_that_name_documents_are_kept_for_the_split(tmp_path):
+    corpus = [Passage("book#1", "baked"), Passage("book#2", "wet"), Passage("3", "hot")]
+    splits = {"train": {"q1": {"book#2": 0, "book#1": 1}, "q2": {"3": 1}}}
+    write_beir(tmp_path / "beir", corpus, {"q1": "what?", "q2": "who?"}, splits)
+    convert(tmp_path / "beir", tmp_path / "out.jsonl")
+    assert [row.get("pos_ids") for row in read(tmp_path / "out.jsonl")] == [["book#1"], None]
+
+
 def test_a_short_line_of_a_table_is_named(tmp_path):
     path = write(tmp_path / "in.csv", "query,positive", "q,a", "q2")
     with pytest.raises(DataError, match=r"in\.csv:3: not 2 fields"):

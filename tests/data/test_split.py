@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.files import read, write
+from ultrarag.cli import main
 from ultrarag.data import split
 from ultrarag.errors import DataError, UsageError
 
@@ -55,8 +56,62 @@ def test_the_seed_decides(tmp_path):
 
 def test_rows_that_all_hang_together_cannot_be_split(tmp_path):
     path = write(tmp_path / "rows.jsonl", *({"query": f"q{i}", "pos": ["one", f"p{i}"]} for i in range(20)))
-    with pytest.raises(DataError, match=r"no group of rows fits into test.*1 groups.*holds 20"):
+    with pytest.raises(DataError, match=r"no group of rows fits into test.*1 groups.*20 of 20 rows.*the positive \("):
         split(path, tmp_path / "out")
+
+
+SENTENCE = "dough rises when yeast eats sugar and gives off gas that the gluten holds in many small bubbles"
+WORDS = SENTENCE.split()
+#: Two positives of one document, by each kind of evidence: keys of the rows, and texts with which each row begins.
+DOCUMENTS = {
+    "id": lambda d, n: {"pos": [f"text {d} {n}"], "pos_ids": [f"book {d}#{n}"]},
+    "document": lambda d, n: {"pos": [f"text {d} {n}"], "metadata": {"document": f"book {d}"}},
+    "source": lambda d, n: {"pos": [f"text {d} {n}"], "source": f"https://books/{d}"},
+    "title": lambda d, n: {"pos": [f"{'The Book' if n else 'the  book'} {d}\ntext {d} {n}"]},
+    "near": lambda d, n: {"pos": [" ".join([f"{word}{d}" for word in WORDS[:-1]] + [f"end {n}"])]},
+}
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_passages_of_one_document_stay_together_unless_that_is_left_out(tmp_path, kind):
+    rows = [{"query": f"q{d}-{n}", **DOCUMENTS[kind](d, n)} for d in range(30) for n in range(4)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    report = split(path, tmp_path / "out", test_share=0.2)
+    found = files(tmp_path / "out")
+    documents = {name: {row["query"].split("-")[0] for row in part} for name, part in found.items()}
+    assert len(found["test"]) == 24
+    assert not documents["test"] & documents["train"]
+    assert (report.by, report.components, report.largest["rows"]) == ("document", 30, 4)
+    assert list(report.largest["held"]) == [kind]
+    others = [name for name in DOCUMENTS if name != kind]
+    assert split(path, tmp_path / "other", test_share=0.2, together=others).components == 120
+
+
+def test_by_query_only_queries_stay_together_and_nothing_is_left_out(tmp_path):
+    rows = [{"query": f"q{n // 2}", "pos": ["The Book\none"], "neg": [f"p{n}"]} for n in range(40)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    report = split(path, tmp_path / "out", by="query", test_share=0.2)
+    found = files(tmp_path / "out")
+    assert (report.by, report.components, report.negatives_left_out) == ("query", 20, 0)
+    assert len(found["test"]) == 8
+    assert not {row["query"] for row in found["test"]} & {row["query"] for row in found["train"]}
+
+
+def test_a_giant_group_is_named_with_what_holds_it_and_what_to_do(tmp_path, capsys):
+    rows = [{"query": f"q{n}", "pos": [f"p{n}"], "source": "faq" if n < 30 else f"s{n}"} for n in range(40)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    assert main(["data", "split", path, "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "the largest group holds 30 of 40 rows, which share: source 29" in out
+    assert "most rows (30) share the source 'faq'" in out
+    assert "leave it out: --together id document title near" in out
+    words = ["--together", "id", "document", "title", "near", "--overwrite"]
+    assert main(["data", "split", path, "--output", str(tmp_path / "out"), *words]) == 0
+    assert "note:" not in capsys.readouterr().out
+    assert main(["data", "split", path, "--output", str(tmp_path / "none"), "--together", "none"]) == 0
+    all_of_one = write(tmp_path / "one.jsonl", *rows[:30])
+    with pytest.raises(DataError, match=r"share the source 'faq' \(.*one.jsonl:1, .*leave it out: --together"):
+        split(all_of_one, tmp_path / "one")
 
 
 def test_lengths_go_into_buckets_and_empty_ones_are_not_written(tmp_path, minilm):
@@ -80,6 +135,8 @@ def test_bad_values_are_refused(tmp_path):
         split(path, tmp_path / "out", by="lenght")
     with pytest.raises(UsageError, match="begin with 0"):
         split(path, tmp_path / "out", by="length", length_list=[5, 1])
+    with pytest.raises(UsageError, match="did you mean 'title'"):
+        split(path, tmp_path / "out", together=["titel"])
     with pytest.raises(UsageError, match="test_share"):
         split(path, tmp_path / "out", test_share=1.5)
 

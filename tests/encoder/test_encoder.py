@@ -101,7 +101,7 @@ def test_nul_bytes_are_text(m3_encoder):
 def test_wrong_arguments_name_the_nearest(tiny_m3, m3_encoder):
     with pytest.raises(UsageError, match="no argument 'query_instructions'; did you mean 'query_instruction'"):
         Encoder.load(tiny_m3, adapter="bge", query_instructions="x")
-    with pytest.raises(UsageError, match="kind is 'queries'; it must be 'query' or 'passage'"):
+    with pytest.raises(UsageError, match="kind is 'queries'; it must be 'query', 'passage', or 'text'"):
         m3_encoder.encode(["x"], "queries")
     with pytest.raises(UsageError, match="precision 'bf15' is unknown; did you mean 'bf16'"):
         m3_encoder.encode(["x"], precision="bf15")

@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.finetune.test_run import QUICK, ROWS
@@ -13,8 +14,10 @@ from ultrarag.errors import DataError
 from ultrarag.finetune import finetune
 from ultrarag.finetune.__main__ import main
 from ultrarag.finetune.check import DataReport, note_findings
+from ultrarag.rows.checks.documents import near_pairs, signature
+from ultrarag.rows.checks.leaks import Judged, LeakChecks
 from ultrarag.rows.checks.lengths import Lengths, Sample, measure, steps_of
-from ultrarag.rows.checks.rows import Finding, LeakChecks, RowChecks, guessed_tokens, nearly_same, script, shingles
+from ultrarag.rows.checks.rows import Finding, RowChecks, guessed_tokens, nearly_same, script, shingles
 
 LONG = "The oven is hot, and the dough rises once under the steam before the crust sets for a long time tonight."
 CHINESE = "面包在热烤箱里发酵之前需要揉面并且静置很长时间才能成功地烤出金黄色的外壳"
@@ -105,7 +108,7 @@ def test_short_texts_are_never_nearly_the_same():
 
 
 def test_leaks_are_found_whatever_case_and_punctuation():
-    leaks = LeakChecks(["Why does bread rise?", "and steam"], ["Dough, baked."])
+    leaks = LeakChecks([Judged("Why does bread rise?", [("a", "Dough, baked.", {})]), Judged("and steam", [])])
     leaks.add("f:1", "why does bread rise", ["other"])
     leaks.add("f:2", "new", ["dough baked"])
     leaks.add("f:3", "new", ["dough"])
@@ -113,6 +116,61 @@ def test_leaks_are_found_whatever_case_and_punctuation():
     assert (query.level, query.rows, query.places) == ("error", 1, ["f:1"])
     assert query.text.startswith("1 of 2 evaluation queries")
     assert (passage.level, passage.rows, passage.places) == ("warning", 1, ["f:2"])
+    overlap = leaks.overlap(rows=3)
+    assert (overlap.split, overlap.touched, overlap.shared) == (
+        "no split", 1, {"query": 1, "passage": 0, "document": 0},
+    )  # fmt: skip
+
+
+SENTENCE = "dough rises when yeast eats sugar and gives off gas that the gluten holds in many small bubbles"
+WORDS = SENTENCE.split()
+NEAR = " ".join([*WORDS[:-1], "pockets"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "metadata", "sibling", "trained", "how"),
+    [
+        ("Baking\nDough rises.", {}, None, "baking\nOvens are hot.", "title 1"),
+        (" ".join(WORDS), {}, None, NEAR, "near 1"),
+        ("Dough rises.", {}, ("book#7", "Ovens are hot.", {}), "ovens are hot", "id 1"),
+        ("Dough rises.", {"document": "b"}, ("x", "Ovens are hot.", {"source": "b"}), "ovens are hot", "id 1"),
+        ("Dough rises.", {}, ("other#7", "Ovens are hot.", {}), "ovens are hot", None),
+        ("Baking\nDough rises.", {}, None, "Steaming\nOvens are hot.", None),
+    ],
+)
+def test_another_passage_of_an_answers_document_is_a_leak(answer, metadata, sibling, trained, how):
+    judged = [Judged("Why does bread rise?", [("book#2", answer, metadata)])]
+    leaks = LeakChecks(judged, [sibling] if sibling else [])
+    leaks.add("f:1", "new", ["far from it"])
+    leaks.add("f:2", "what is hot", [trained])
+    overlap = leaks.overlap(rows=2)
+    found = list(leaks.findings())
+    if how is None:
+        assert found == []
+        assert (overlap.split, overlap.share) == ("by document", 0)
+    else:
+        (document,) = found
+        assert (document.name, document.places) == ("eval_documents_in_train", ["f:2"])
+        assert f"known by {how}:" in document.text
+        assert (overlap.split, overlap.share, overlap.too_much) == ("by query", 1, True)
+        assert overlap.examples[0].startswith("f:2: ")
+        assert overlap.examples[0].endswith("'Why does bread rise?'")
+
+
+def test_data_that_names_no_documents_is_of_an_unknown_split():
+    leaks = LeakChecks([Judged("Why does bread rise?", [("p1", "Dough rises.", {})])])
+    leaks.add("f:1", "new", ["Ovens are hot."])
+    assert leaks.overlap(1).split == "unknown"
+    assert str(leaks.overlap(3)).startswith("unknown: no passage is shared, in 1 of 3 rows")
+
+
+def test_signatures_find_what_is_nearly_the_same_and_are_the_same_everywhere():
+    texts = [" ".join(WORDS), NEAR, " ".join(reversed(WORDS)), "一二三四五六七八九十百千万" * 2]
+    found = [signature(text) for text in texts]
+    assert set(near_pairs(np.stack(found))) == {(1, 0)}
+    assert [int(item[0]) for item in found] == [975022407, 975022407, 133113955, 1515793754]
+    assert signature("too short") is None
+    assert list(near_pairs(np.empty((0, 32), np.uint32))) == []
 
 
 def test_lengths_and_cuts():
@@ -185,6 +243,12 @@ def test_a_run_notes_what_is_wrong_with_its_rows(tiny_m3, tmp_path):
     (note,) = [note for note in result.notes if note.startswith("data check")]
     assert {"duplicate_rows", "eval_queries_in_train", "passage_cut"} <= set(note.split())
     assert "2 of 2 evaluation queries" in note
+    assert (result.overlap["split"], result.overlap["share"], result.overlap["checked"]) == ("no split", 1, 22)
+    assert "split       no split: 100.0% of 2 evaluation queries" in str(result)
+    assert "evaluation split" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(DataError, match=r"--shared_eval_data refuse: no split: 100.0%.*\n  <rows>:1: the query, "):
+        finetune(tiny_m3, rows, tmp_path / "no", eval_data=ROWS[:2], shared_eval_data="refuse", **run)
+    assert not (tmp_path / "no").exists()
     quiet = finetune(tiny_m3, rows, tmp_path / "quiet", skip_data_check=True, **run)
     assert not [note for note in quiet.notes if note.startswith("data check")]
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.retrieve.interleave import Actor, Interleaving, Killed, TurnLock
+from tests.retrieve.stand_in import KINDS as MODEL_KINDS
 from tests.retrieve.stand_in import MODELS, StandIn, score
 from ultrarag.errors import GateError, IndexStateError
 from ultrarag.retrieve.live import LiveIndex
@@ -88,16 +89,18 @@ class LiveMachine(RuleBasedStateMachine):
 
     # What happens
 
-    @initialize(ids=ids_of_passages, swapped=st.booleans())
-    def begin(self, ids: list[str], swapped: bool) -> None:
-        """Some passages, and a generation that is ready, or a second one that is live."""
+    @initialize(ids=ids_of_passages, swapped=st.booleans(), model=st.sampled_from([1, MODELS, 2 * MODELS]))
+    def begin(self, ids: list[str], swapped: bool, model: int = 1) -> None:
+        """Some passages, and a generation that is ready, or a second one that is live: of another model, of the same
+        with another query side, or with a map too.
+        """
         self._add(ids)
         self.turns.finish()
-        self.live.build(StandIn(1))  # type: ignore[arg-type]
+        self.live.build(StandIn(model))  # type: ignore[arg-type]
         if swapped:
             self.live.swap(2)
 
-    @rule(kind=st.integers(0, 63), ids=ids_of_passages, model=st.integers(0, MODELS - 1), until=moments)
+    @rule(kind=st.integers(0, 63), ids=ids_of_passages, model=st.integers(0, MODELS * MODEL_KINDS - 1), until=moments)
     def operation(self, kind: int, ids: list[str], model: int, until: int) -> None:
         """Begin an operation, and run it up to a moment."""
         if len(self.turns.actors) < ACTORS:

@@ -14,9 +14,10 @@ from tests.retrieve import stand_in
 from tests.retrieve.interleave import Interleaving
 from tests.retrieve.live_machine import LiveMachine
 from tests.retrieve.stand_in import StandIn
+from ultrarag.encode import ranks
 from ultrarag.retrieve import swap as swapping
 from ultrarag.retrieve.build import child as builder
-from ultrarag.retrieve.build import start
+from ultrarag.retrieve.build import origin, start
 from ultrarag.retrieve.build.child import Build, EncodeHere
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.engines.numpy_engine import NumpyBackend
@@ -52,6 +53,7 @@ def _stand_in(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "prepare", stand_in.prepare)
     for module in (opening, builder):
         patch.setattr(module, "load_encoder", stand_in.load_encoder)
+    patch.setattr(origin, "read_passage_maps", stand_in.read_passage_maps)
     connect = Database._connect
 
     def quick(self: Database) -> Any:
@@ -67,6 +69,7 @@ def _small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(followers, "STRETCH", 2)
     patch.setattr(followers, "FLUSH_FROM", 2)
     patch.setattr(swapping, "FEW", 1)
+    patch.setattr(ranks, "CHUNK_TEXTS", 2)
     patch.setattr(builder, "LEFT_OVER", 1)
     patch.setattr(builder, "COMMIT_SHARE", float("inf"))
 
@@ -81,7 +84,7 @@ def _pauses(patch: pytest.MonkeyPatch, turns: Interleaving) -> None:
         *turns.points(Serving, "encode_queries", "encode_passages"),
         *turns.points(Draft, "commit"),
         *turns.points(source, "sync_tree"),
-        *turns.points(swapping, "check_count", "check_sound"),
+        *turns.points(swapping, "check_count", "check_sound", "check_sharing"),
     ]
     for owner, name, function in points:
         patch.setattr(owner, name, function)

@@ -3,35 +3,73 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from ultrarag.checkpoint import MANIFEST, Identity, Manifest
+from ultrarag.io import write_json
+from ultrarag.maps import LinearMap
 from ultrarag.retrieve.generation.catalog import Generation, IndexLayout
-from ultrarag.types import Embeddings
+from ultrarag.types import Embeddings, EncoderSettings
 
 #: Models, and dimensions of each: a model fills its own ones, so vectors of two models have the inner product 0.
 MODELS, WIDTH = 3, 4
+#: Of each model: as it is; another query side; another query side and a map of its passages' vectors, which moves them
+#: into dimensions that no model fills.
+KINDS = 3
+DIM = 2 * MODELS * WIDTH
+MAP = LinearMap(np.roll(np.eye(DIM, dtype=np.float32), DIM // 2, axis=0), np.zeros(DIM, np.float32))
 
 
 class StandIn:
-    """A model; the score of a query and a passage depends on the passage's text alone, and is 0 if they are mixed."""
+    """A model; the score of a query and a passage depends on the passage's text alone, and is 0 if they are mixed.
+
+    Numbers 0 to MODELS - 1 are models, the next as many their kinds with another query side, and the last with a map.
+    """
 
     heads, precision = ("dense",), "fp32"
     device, settings = SimpleNamespace(type="cpu"), SimpleNamespace(normalize=True)
 
-    def __init__(self, model: int) -> None:
-        self.model, self.fingerprint = model, f"model-{model}"
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.kind, self.model = divmod(number, MODELS)
+        self.passage_maps = (MAP,) if self.kind == 2 else ()
+        #: texts of passages that were encoded
+        self.encoded: list[str] = []
+
+    @cached_property
+    def _identity(self) -> Identity:
+        own = f"model-{self.model}"
+        if not self.kind:
+            return Identity(own)
+        return Identity.of_sides((f"query-{self.number}", []), (own, [item.digest for item in self.passage_maps]))
+
+    def identity(self) -> Identity:
+        """As `Encoder.identity`."""
+        return self._identity
+
+    @property
+    def fingerprint(self) -> str:
+        """Of both sides."""
+        return self._identity.fingerprint
+
+    @property
+    def passage_fingerprint(self) -> str:
+        """Of the side that made the vectors."""
+        return self._identity.passage
 
     def encode(self, texts: list[str], kind: str = "passage", **options: Any) -> Embeddings:
-        """Unit vectors, (texts, MODELS * WIDTH)."""
-        vectors = np.zeros((len(texts), MODELS * WIDTH), np.float32)
+        """Unit vectors, (texts, DIM)."""
+        self.encoded += [] if kind == "query" else texts
+        vectors = np.zeros((len(texts), DIM), np.float32)
         for row, text in enumerate(texts):
             own = np.ones(WIDTH) if kind == "query" else _direction(text)
             vectors[row, self.model * WIDTH : (self.model + 1) * WIDTH] = own / np.linalg.norm(own)
-        return Embeddings(dense=vectors)
+        return Embeddings(dense=MAP.apply(vectors) if self.passage_maps else vectors)
 
 
 def score(text: str) -> float:
@@ -44,14 +82,22 @@ def _direction(text: str) -> np.ndarray:
 
 
 def prepare(layout: IndexLayout, generation: Generation, source: Any) -> None:
-    """Stands for `ultrarag.retrieve.generation.source.prepare`: the directory, with the model's name."""
+    """Stands for `ultrarag.retrieve.generation.source.prepare`: the directory, with the model's number."""
     copy = IndexLayout.checkpoint(layout.directory(generation.id))
     copy.mkdir(parents=True, exist_ok=True)
-    (copy / "model").write_text(generation.fingerprint)
+    (copy / "model").write_text(str(source._encoder.number))
+    identity = source.identity
+    manifest = Manifest("stand-in", EncoderSettings(heads=("dense",)), identity.fingerprint, sides=identity.sides)
+    write_json(copy / MANIFEST, manifest.to_dict())
 
 
 def load_encoder(directory: Path, generation: Generation, device: str | None = None) -> StandIn:
     """Stands for `ultrarag.retrieve.generation.source.load_encoder`."""
-    name = (IndexLayout.checkpoint(directory) / "model").read_text()
-    assert name == generation.fingerprint
-    return StandIn(int(name.removeprefix("model-")))
+    found = StandIn(int((IndexLayout.checkpoint(directory) / "model").read_text()))
+    assert found.fingerprint == generation.fingerprint
+    return found
+
+
+def read_passage_maps(folder: Path) -> tuple[LinearMap, ...]:
+    """Stands for `ultrarag.encoder.read_passage_maps`."""
+    return StandIn(int((folder / "model").read_text())).passage_maps

@@ -110,6 +110,7 @@ def test_opening_an_index_removes_what_killed_processes_left(checks, filled: Liv
         ("tmp/ultrarag-1.jsonl", True),
         (".new.host.1.tmp", True),
         ("kb/generations/3.tmp/progress.json", False),
+        ("kb/generations/3.tmp/vectors/shard/.atomicwrite1/tmpfile.tmp", False),
         ("kb/owner.lock", False),
     ],
 )

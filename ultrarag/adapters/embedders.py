@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class EmbedderAdapter:
     """The hooks of models with `encode(features)`, such as `Embedder`; subclasses say which heads theirs may have."""
 
+    contract = 2
     heads: tuple[str, ...] = ("dense",)
 
     @hookimpl

@@ -13,6 +13,7 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.checkpoint.manifest import (
         MANIFEST,
+        Identity,
         Manifest,
         Training,
         changed_files,

@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from ultrarag.checkpoint.manifest import Manifest, Training
 
@@ -35,6 +36,8 @@ def model_card(manifest: Manifest, pairs: bool, longest: tuple[int | None, int |
             ("longest query / passage", f"{longest[0]} / {longest[1]} tokens"),
         ]
     facts += [("fingerprint", manifest.fingerprint)]
+    if manifest.sides:
+        facts += [(f"{kind} side", _side(side)) for kind, side in sorted(manifest.sides.items(), reverse=True)]
     usage = _pair_usage() if pairs else _usage(manifest)
     lines = [f"# {'Reranker' if pairs else 'Embedding model'}", "", *_table(("", ""), facts), "", *usage]
     if manifest.training:
@@ -56,7 +59,14 @@ def _pair_usage() -> list[str]:
     ]
 
 
+def _side(side: dict[str, Any]) -> str:
+    maps = f", {len(side['maps'])} linear map(s) behind the model {side['unmapped'][:12]}" if side["maps"] else ""
+    return f"{side['fingerprint']}{maps}"
+
+
 def _usage(manifest: Manifest) -> list[str]:
+    if manifest.sides:
+        return _usage_of_sides()
     return [
         "## Use",
         "",
@@ -73,6 +83,26 @@ def _usage(manifest: Manifest) -> list[str]:
             if manifest.adapter == "bgem3" and len(manifest.settings.heads) > 1
             else "."
         ),
+        "",
+    ]
+
+
+def _usage_of_sides() -> list[str]:
+    return [
+        "## Use",
+        "",
+        "Queries and passages are encoded differently.",
+        "",
+        "```python",
+        "from ultrarag import Encoder",
+        "",
+        "encoder = Encoder.load(path)",
+        'queries = encoder.encode(["a query"], kind="query")',
+        'passages = encoder.encode(["a passage"], kind="passage")',
+        "```",
+        "",
+        "Where the folder has `modules.json`, the vectors also come from `encode_query` and `encode_document` of",
+        "`SentenceTransformer(path)`; a folder `query_low_rank` needs ultrarag there, and `trust_remote_code=True`.",
         "",
     ]
 

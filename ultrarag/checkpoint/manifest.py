@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
@@ -26,7 +26,7 @@ from ultrarag.types import EncoderSettings
 from ultrarag.untrusted import refuse_outside
 
 MANIFEST = "ultrarag.json"
-FORMAT = 1
+FORMAT = 2
 #: What the manifest records the versions of, each with the name of its distribution.
 _PACKAGES = {"ultrarag": "ultrarag-retrieval"} | {
     name: name for name in ("torch", "transformers", "sentence-transformers", "tokenizers")
@@ -56,6 +56,55 @@ class Training:
     ancestors: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Who a model is, by content; of an asymmetric one, who its sides are."""
+
+    fingerprint: str
+    #: as in `Manifest.sides`
+    sides: dict[str, dict[str, Any]] | None = None
+
+    @classmethod
+    def of_sides(cls, query: tuple[str, list[str]], passage: tuple[str, list[str]]) -> Identity:
+        """The identity of two sides, each the fingerprint that its model would have alone, and its maps' digests."""
+        sides: dict[str, dict[str, Any]] = {}
+        for name, (side, maps) in (("query", query), ("passage", passage)):
+            sides[name] = {"fingerprint": _digest([side, *maps]) if maps else side, "unmapped": side, "maps": maps}
+        return cls(_digest(["sides", sides["query"]["fingerprint"], sides["passage"]["fingerprint"]]), sides)
+
+    @property
+    def query(self) -> str:
+        """The identity of what queries are encoded by."""
+        return self._of("query", "fingerprint", self.fingerprint)
+
+    @property
+    def passage(self) -> str:
+        """The identity of what passages are encoded by."""
+        return self._of("passage", "fingerprint", self.fingerprint)
+
+    @property
+    def unmapped_passage(self) -> str:
+        """The same before the passage side's maps."""
+        return self._of("passage", "unmapped", self.fingerprint)
+
+    @property
+    def query_maps(self) -> tuple[str, ...]:
+        """The digests of the query side's maps, in order."""
+        return tuple(self._of("query", "maps", ()))
+
+    @property
+    def passage_maps(self) -> tuple[str, ...]:
+        """The digests of the passage side's maps, in order."""
+        return tuple(self._of("passage", "maps", ()))
+
+    def _of(self, side: str, name: str, symmetric: Any) -> Any:
+        return self.sides[side][name] if self.sides else symmetric
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 @dataclass
 class Manifest:
     """What `ultrarag.json` holds."""
@@ -68,10 +117,47 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    #: of an asymmetric model: "query" and "passage" -> `fingerprint`, `unmapped` (the same before its maps), and the
+    #: digests of its `maps` in order; None for a symmetric one
+    sides: dict[str, dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "settings": self.settings.to_dict(), "format": FORMAT}
+        """Return plain JSON values; a symmetric model's are those that older releases read."""
+        values = {**asdict(self), "settings": self.settings.to_dict(), "format": FORMAT}
+        if self.sides is None:
+            del values["sides"]
+            values["format"] = 1
+        return values
+
+    @property
+    def identity(self) -> Identity:
+        """Who the model is, and who its sides are."""
+        return Identity(self.fingerprint, self.sides)
+
+    @property
+    def query_fingerprint(self) -> str:
+        """The identity of what queries are encoded by; of a symmetric model, `fingerprint`."""
+        return self.identity.query
+
+    @property
+    def passage_fingerprint(self) -> str:
+        """The identity of what passages are encoded by; of a symmetric model, `fingerprint`."""
+        return self.identity.passage
+
+    @property
+    def unmapped_passage_fingerprint(self) -> str:
+        """The identity of what passages are encoded by, before the passage side's maps."""
+        return self.identity.unmapped_passage
+
+    @property
+    def query_maps(self) -> tuple[str, ...]:
+        """The digests of the query side's maps, in the order in which they are applied."""
+        return self.identity.query_maps
+
+    @property
+    def passage_maps(self) -> tuple[str, ...]:
+        """The digests of the passage side's maps, in the order in which they are applied."""
+        return self.identity.passage_maps
 
     def lineage(self) -> list[dict[str, Any]]:
         """This model's record and those of all before it that were trained by ultrarag, the oldest first."""

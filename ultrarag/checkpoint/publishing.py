@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ultrarag.checkpoint.card import model_card
-from ultrarag.checkpoint.manifest import MANIFEST, Manifest, Training, changed_files, write_manifest
+from ultrarag.checkpoint.manifest import MANIFEST, Identity, Manifest, Training, changed_files, write_manifest
 from ultrarag.errors import CheckpointError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import publish_directory, quiet_progress, staged_directory
@@ -44,9 +44,8 @@ class Publishable(Protocol):
     def heads(self) -> tuple[str, ...]:
         """The heads that the model has."""
 
-    @property
-    def fingerprint(self) -> str:
-        """The identity by content."""
+    def identity(self) -> Identity:
+        """Who it is, by content."""
 
     def around(self, model: nn.Module) -> Self:
         """The same around another model."""
@@ -102,7 +101,8 @@ def write_checkpoint(
     manifest = Manifest(encoder.adapter.name, encoder.settings, training=training)
     reloaded = _reload(encoder, folder)
     _compare(encoder, reloaded, folder)
-    manifest.fingerprint = reloaded.fingerprint
+    identity = reloaded.identity()
+    manifest.fingerprint, manifest.sides = identity.fingerprint, identity.sides
     longest = encoder.max_length("query"), encoder.max_length("passage")
     card = model_card(manifest, encoder.adapter.declared.pair_input, longest)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -130,10 +130,11 @@ def _reload(encoder: Publishable, folder: Path) -> Publishable:
 
 
 def probe_vectors(encoder: Publishable) -> Embeddings:
-    """The embeddings of the probe texts, or of the probe pairs, in float32, with every head."""
+    """The embeddings of the probe texts, as passages and then as queries, or of the pairs; every head, float32."""
     if encoder.adapter.declared.pair_input:
         return encoder.encode_tokens(encoder.tokenize_pairs(PROBE_PAIRS), encoder.heads)
-    return encoder.encode_tokens(encoder.tokenize(PROBES, "passage"), encoder.heads)
+    kinds: tuple[Kind, Kind] = ("passage", "query")
+    return Embeddings.cat([encoder.encode_tokens(encoder.tokenize(PROBES, kind), encoder.heads) for kind in kinds])
 
 
 def largest_difference(left: Embeddings, right: Embeddings) -> dict[str, float]:

@@ -75,7 +75,7 @@ class _Seen:
         self.rows.add(place, row.query, row.pos, neg, row.pos_scores, row.neg_scores)
         self.sample.add(row.query, [*row.pos, *neg])
         if self.leaks:
-            self.leaks.add(place, row.query, row.pos)
+            self.leaks.add(place, row.query, row.pos, row.model_extra)
 
 
 def check(
@@ -156,6 +156,7 @@ def _report(seen: _Seen, paths: list[str], plan: Plan, encoder: Encoder | None) 
         limits = {"query": plan.query_max_len + plan.passage_max_len // 4, "pair": both}
     lengths = measure(rows, token_counter(encoder) if encoder else None, limits, pairs) if rows else []
     report = assembled(seen.rows, seen.leaks, lengths, seen.count)
+    report.overlap = seen.leaks.overlap(report.checked) if seen.leaks else None
     report.files, report.bad = paths, seen.bad
     report.findings = [*_unusable(seen), *report.findings]
     if rows:

@@ -12,6 +12,7 @@ from ultrarag.errors import DataError
 from ultrarag.evaluation import judgements, parse_passage, parse_query, qrels_file
 from ultrarag.io import progress_bar
 from ultrarag.rows import Counts, Row
+from ultrarag.rows.checks import document_of
 
 _Item = TypeVar("_Item")
 
@@ -78,9 +79,11 @@ def read_beir_rows(folder: str, split: str, counts: Counts) -> Iterator[tuple[st
             if not pos:
                 counts["queries without a relevant passage"] += 1
                 continue
+            ids = [id for id in texts if relevant[id] > 0]
+            more = {"pos_ids": ids} if any(document_of(id) for id in ids) else {}  # `data split` needs them
             yield (
                 f"{file}: query '{query}'",
-                {"query": queries[query][1], "pos": pos, **({"neg": neg} if neg else {}), "id": query},
+                {"query": queries[query][1], "pos": pos, **({"neg": neg} if neg else {}), "id": query, **more},
             )
     corpus.close()
     queries.close()

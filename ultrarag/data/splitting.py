@@ -1,11 +1,11 @@
-"""`ultrarag data split`: rows by length, or into train and test so that no test passage is ever trained on."""
+"""`ultrarag data split`: rows by length, or into train and test so that no test document is ever trained on."""
 
 from __future__ import annotations
 
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ from ultrarag.data.cli import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.io import identity, print_result, resumable, table
 from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading, text_key
-from ultrarag.rows.checks import guessed_tokens
+from ultrarag.rows.checks import EVIDENCE, SHOWN, guessed_tokens, name_key, names_in_row, near_pairs, signature
 
 #: The buckets of FlagEmbedding's split_data_by_length.
 LENGTHS = (0, 500, 1000, 2000, 3000, 4000, 5000, 6000, 7000)
-WAYS = ("document", "length")
+WAYS = ("document", "query", "length")
+#: A group with more than this share of the rows is worth a word: what holds it together may be no document.
+LARGE = 0.2
 
 
 @dataclass
@@ -30,8 +32,14 @@ class SplitReport:
 
     #: file -> rows
     files: dict[str, int] = field(default_factory=dict)
-    #: by document: groups of rows that share queries or positives
+    #: "document", "query" or "length"
+    by: str = "length"
+    #: by document or query: groups of rows that stay together
     components: int | None = None
+    #: the largest of them: "rows", "held" (what they share -> how often), and what is "most" shared
+    largest: dict[str, Any] | None = None
+    #: what a user should look at
+    notes: list[str] = field(default_factory=list)
     #: by document: negatives of the training rows that are positives of held-out rows, and were left out
     negatives_left_out: int = 0
 
@@ -42,10 +50,11 @@ class SplitReport:
     def __str__(self) -> str:
         text = table(("file", "rows"), list(self.files.items()))
         if self.components is not None:
-            text += f"\n{self.components} groups of rows that share a query or a positive"
+            what = "a query" if self.by == "query" else "a query, a positive or a document"
+            text += f"\nsplit by {self.by}: {self.components} groups of rows that share {what}"
         if self.negatives_left_out:
             text += f"\n{self.negatives_left_out} negatives are positives of held-out rows and were left out"
-        return text
+        return "\n".join([text, *(f"note: {line}" for line in self.notes)])
 
 
 def split(
@@ -56,6 +65,7 @@ def split(
     test_share: float = 0.1,
     dev_share: float = 0.0,
     seed: int = 42,
+    together: Sequence[str] = EVIDENCE,
     length_list: Sequence[int] = LENGTHS,
     model: str | None = None,
     overwrite: bool = False,
@@ -64,11 +74,17 @@ def split(
 
     Args:
         files: a file, files, or directories of them.
-        by: "document": train.jsonl, test.jsonl (and dev.jsonl). Rows that share a query or a positive, directly or
-            through others, stay together; what is a positive of held-out rows is left out of the others' negatives.
+        by: "document": train.jsonl, test.jsonl (and dev.jsonl). Rows that share a query, a positive or a document,
+            directly or through others, stay together; what is a positive of held-out rows is left out of the others'
+            negatives. "query": the same files, and only rows with the same query stay together: what is measured on
+            such a test promises too much, since its passages and documents are trained on.
             "length": len-A-B.jsonl, by the longest text of a row: A or more and fewer than B tokens.
-        test_share: the most rows of test.jsonl, as a share of all; likewise `dev_share`.
+        test_share: the most rows of test.jsonl, as a share of all; likewise `dev_share`. Groups are added while they
+            fit, so a share is missed by less than the smallest group that is left.
         seed: of the choice of groups; the same seed and files give the same split.
+        together: what makes passages parts of one document, beside the same text: "id" (`pos_ids` of the form doc#3),
+            "document" and "source" (keys of a row, or of its `metadata`), "title" (the first line of a positive of
+            several lines, or the key `title`), "near" (nearly the same text).
         length_list: where the buckets begin.
         model: count its tokens; without it they are guessed from the characters.
 
@@ -84,8 +100,9 @@ def split(
     if by == "length":
         chooser, more = _by_length(length_list, model), {"length_list": list(length_list), "model": model}
     else:
-        shares = _shares(test_share, dev_share)
-        chooser, more = _by_document(paths, shares, seed), {"shares": shares, "seed": seed}
+        shares, kinds = _shares(test_share, dev_share), _together(together) if by == "document" else None
+        chooser = _by_group(paths, shares, seed, kinds)
+        more = {"shares": shares, "seed": seed, "together": kinds}
     return _write(paths, folder, chooser, {**made_by, **more}, overwrite)
 
 
@@ -145,7 +162,7 @@ def _tokens(model: str | None) -> Callable[[list[str]], list[int]]:
     return lambda texts: [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
 
 
-# ---- by document
+# ---- by document, or by query
 
 
 def _shares(test: float, dev: float) -> dict[str, float]:
@@ -154,19 +171,85 @@ def _shares(test: float, dev: float) -> dict[str, float]:
     return {"test": test, **({"dev": dev} if dev else {})}
 
 
-def _by_document(paths: Sequence[str], shares: Mapping[str, float], seed: int) -> _Chooser:
-    rows = Components()
-    for _, row in _rows(paths, "group"):
-        rows.add({text_key(text) for text in (row.query, *row.pos)})
+def _together(given: Sequence[str]) -> list[str]:
+    for kind in given:
+        if kind not in EVIDENCE:
+            raise UsageError(f"together has '{kind}'; known are {', '.join(EVIDENCE)}{did_you_mean(kind, EVIDENCE)}")
+    return [kind for kind in EVIDENCE if kind in given]
+
+
+def _by_group(paths: Sequence[str], shares: Mapping[str, float], seed: int, kinds: list[str] | None) -> _Chooser:
+    """Split by document, known by these kinds of evidence; by query alone where `kinds` is None."""
+    rows = _grouped(paths, kinds)
     roots = rows.roots()
-    files, groups = _hold_out(roots, shares, seed)
-    held = _held_out(paths, files)
-    report = SplitReport(components=groups)
+    largest = _largest(paths, rows, roots, kinds)
+    files, groups = _hold_out(roots, shares, seed, largest)
+    held = _held_out(paths, files) if kinds is not None else {}
+    report = SplitReport(by="query" if kinds is None else "document", components=groups, largest=largest)
+    if largest["rows"] > LARGE * len(roots):
+        report.notes.append(_described(largest, len(roots)))
     names = ["train.jsonl", *(f"{name}.jsonl" for name in shares)]
     return _Chooser(names, partial(_choose, files, held, report), report)
 
 
-def _hold_out(roots: np.ndarray, shares: Mapping[str, float], seed: int) -> tuple[np.ndarray, int]:
+def _grouped(paths: Sequence[str], kinds: list[str] | None) -> Components:
+    """Join rows that share a query and, where `kinds` are given, a positive or a document."""
+    rows, seen = Components(), set[int]()
+    owners, signatures = array("I"), []
+    for number, _, row in _rows(paths, "group"):
+        keys = {text_key(row.query): "query"}
+        for text in row.pos if kinds is not None else ():
+            keys.setdefault(key := text_key(text), "positive")
+            if "near" in (kinds or ()) and key not in seen and (found := signature(text)) is not None:
+                owners.append(number)
+                signatures.append(found)
+            seen.add(key)
+        rows.add({**keys, **{name_key(*name): name[0] for name in _names(row, kinds or ())}})
+    for left, right in near_pairs(np.stack(signatures)) if signatures else ():
+        rows.join("near", owners[left], owners[right])
+    return rows
+
+
+def _names(row: Row, kinds: Sequence[str]) -> list[tuple[str, str]]:
+    return [(kind, name) for kind, name in names_in_row(row.model_extra or {}, row.pos) if kind in kinds]
+
+
+def _largest(paths: Sequence[str], rows: Components, roots: np.ndarray, kinds: list[str] | None) -> dict[str, Any]:
+    """The largest group: its "rows", what "held" it together how often, and what is "most" shared in it."""
+    names, sizes = np.unique(roots, return_counts=True)
+    if not len(names):
+        return {"rows": 0, "held": {}, "most": None}
+    held, kind, sharing = rows.sharing(int(names[sizes.argmax()]), roots)
+    found: dict[str, Any] = {"rows": int(sizes.max()), "held": held, "most": None}
+    if sharing:
+        shown = {number: (place, row) for number, place, row in _rows(paths, "look at") if number in sharing[:SHOWN]}
+        places = [place for place, _ in list(shown.values())[:2]]
+        common = set.intersection(*(set(_names(row, [kind])) for _, row in shown.values()))
+        name = min((name for _, name in common), default=None)
+        found["most"] = {"kind": kind, "name": name, "rows": len(sharing), "places": places}
+        found["without"] = [other for other in kinds or () if other != kind] if kind in EVIDENCE else None
+    return found
+
+
+def _described(largest: Mapping[str, Any], rows: int) -> str:
+    """What a user should know of a group that is large, and do about it."""
+    held = ", ".join(f"{kind} {count}" for kind, count in largest["held"].items())
+    text = f"the largest group holds {largest['rows']} of {rows} rows"
+    if held:
+        text += f", which share: {held}"
+    if most := largest["most"]:
+        name = "" if most["name"] is None else f" '{most['name']}'"
+        text += f"; most rows ({most['rows']}) share the {most['kind']}{name} ({', '.join(most['places'])}, ...)"
+        if largest["without"] is not None:
+            text += f". If that is no document, leave it out: --together {' '.join(largest['without']) or 'none'}"
+        else:
+            text += ". Take it out if it is boilerplate; --by query tears such rows apart, and judges by seen passages"
+    return text
+
+
+def _hold_out(
+    roots: np.ndarray, shares: Mapping[str, float], seed: int, largest: Mapping[str, Any]
+) -> tuple[np.ndarray, int]:
     """Return each row's file, 0 for train, (rows,) int8; and the number of components."""
     names, sizes = np.unique(roots, return_counts=True)
     chosen = np.zeros(len(names), np.int8)
@@ -179,8 +262,8 @@ def _hold_out(roots: np.ndarray, shares: Mapping[str, float], seed: int) -> tupl
         if not (chosen == number).any():
             raise DataError(
                 f"no group of rows fits into {name}, {share:.0%} of {len(roots)} rows: the smallest of {len(names)} "
-                f"groups that share queries or positives holds {sizes.min() if len(sizes) else 0}, the largest "
-                f"{sizes.max() if len(sizes) else 0}; raise --{name}_share"
+                f"groups that stay together holds {sizes.min() if len(sizes) else 0}; "
+                f"{_described(largest, len(roots))}; or raise --{name}_share"
             )
     return chosen[np.searchsorted(names, roots)], len(names)
 
@@ -188,7 +271,7 @@ def _hold_out(roots: np.ndarray, shares: Mapping[str, float], seed: int) -> tupl
 def _held_out(paths: Sequence[str], files: np.ndarray) -> dict[int, int]:
     """Return the key of each positive of held-out rows -> its file."""
     found: dict[int, int] = {}
-    for number, row in _rows(paths, "hold out"):
+    for number, _, row in _rows(paths, "hold out"):
         if files[number]:
             found.update(dict.fromkeys(map(text_key, row.pos), int(files[number])))
     return found
@@ -205,45 +288,73 @@ def _choose(files: np.ndarray, held: Mapping[int, int], report: SplitReport, num
     return file
 
 
-def _rows(paths: Sequence[str], label: str) -> Iterator[tuple[int, Row]]:
+def _rows(paths: Sequence[str], label: str) -> Iterator[tuple[int, str, Row]]:
     with reading(paths, label) as items:
         for number, (place, raw) in enumerate(items):
-            yield number, checked_row(place, raw)
+            yield number, place, checked_row(place, raw)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `ultrarag data split`."""
-    parser = Parser("split", "Split rows by length, or into train and test files that share no passage.")
+    parser = Parser("split", "Split rows by length, or into train and test files that share no document.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="files of rows, or directories of them")
     parser.add_output("the directory to write files into")
-    parser.add_argument("--by", choices=WAYS, default="document", help="(default: document)")
+    parser.add_argument("--by", choices=WAYS, default="document", help="(default: document); query shares documents")
     parser.add_argument("--test_share", type=float, default=0.1, metavar="X", help="rows of test.jsonl (default: 0.1)")
     parser.add_argument("--dev_share", type=float, default=0.0, metavar="X", help="rows of dev.jsonl (default: 0)")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the choice of groups (default: 42)")
+    parser.add_argument(
+        "--together",
+        nargs="+",
+        choices=(*EVIDENCE, "none"),
+        default=list(EVIDENCE),
+        metavar="KIND",
+        help=f"what makes passages one document: {', '.join(EVIDENCE)} (default: all), or none: the same text alone",
+    )
     parser.add_argument(
         "--length_list", type=int, nargs="+", default=LENGTHS, metavar="N", help="where buckets begin, in tokens"
     )
     parser.add_argument("--model", help="count the tokens of this model's tokenizer; default: a guess by characters")
     found = vars(parser.read(argv))
     as_json, files, output = found.pop("json"), found.pop("files"), found.pop("output")
+    if "none" in found["together"]:
+        found["together"] = []
     report = split(files, output, **found)
     print_result(report, as_json)
     return 0
 
 
 class Components:
-    """Rows that share a key are in one component; 4 bytes per row, and a dictionary entry per distinct key."""
+    """Rows that share a key are in one component; 4 bytes per row, 9 per sharing, an entry per distinct key."""
 
     def __init__(self) -> None:
         self._parents = array("I")
         self._owners: dict[int, int] = {}
+        self._kinds: list[str] = []
+        #: each time that a row shared what an earlier one had: the row, the earlier one, the kind of what they share
+        self._later, self._earlier, self._shared = array("I"), array("I"), array("B")
 
-    def add(self, keys: Iterable[int]) -> None:
-        """Add a row with its keys."""
+    def add(self, keys: Mapping[int, str]) -> None:
+        """Add a row with its keys; of each key the kind."""
         row = len(self._parents)
         self._parents.append(row)
-        for key in keys:
-            self._join(row, self._owners.setdefault(key, row))
+        for key, kind in keys.items():
+            owner = self._owners.setdefault(key, row)
+            if owner != row:
+                self.join(kind, row, owner)
+
+    def join(self, kind: str, row: int, earlier: int) -> None:
+        """Put two rows that share something into one component."""
+        if row == earlier:
+            return
+        if kind not in self._kinds:
+            self._kinds.append(kind)
+        self._later.append(row)
+        self._earlier.append(earlier)
+        self._shared.append(self._kinds.index(kind))
+        one, other = self._root(row), self._root(earlier)
+        # the smaller number stays: a component is called by its first row, whatever the order of keys
+        self._parents[max(one, other)] = min(one, other)
 
     def _root(self, row: int) -> int:
         parents = self._parents
@@ -252,11 +363,22 @@ class Components:
             row = parents[row]
         return row
 
-    def _join(self, left: int, right: int) -> None:
-        one, other = self._root(left), self._root(right)
-        # the smaller number stays: a component is called by its first row, whatever the order of keys
-        self._parents[max(one, other)] = min(one, other)
-
     def roots(self) -> np.ndarray:
         """The component of each row, called by its first row: (rows,) int64."""
         return np.array([self._root(row) for row in range(len(self._parents))], np.int64)
+
+    def sharing(self, root: int, roots: np.ndarray) -> tuple[dict[str, int], str, list[int]]:
+        """What holds a component together: kind -> how often, the kind of what is shared most, and by which rows."""
+        later, earlier = np.array(self._later, np.int64), np.array(self._earlier, np.int64)
+        shared = np.array(self._shared, np.int64)
+        inside = roots[later] == root if len(later) else np.zeros(0, bool)
+        counts = np.bincount(shared[inside], minlength=len(self._kinds))
+        held = {self._kinds[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
+        if not held:
+            return {}, "", []
+        # who shares with the same earlier row by the same kind shares the same thing, but for rows with several
+        things = earlier[inside] * len(self._kinds) + shared[inside]
+        names, often = np.unique(things, return_counts=True)
+        most = int(names[often.argmax()])
+        owner, kind = divmod(most, len(self._kinds))
+        return held, self._kinds[kind], [owner, *np.unique(later[inside][things == most]).tolist()]

@@ -12,8 +12,9 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.encode.blocks import CHUNK_TEXTS, Encode, Ledger, encode_apart, encode_rest, same_work
-    from ultrarag.encode.corpus import FORMATS, Compression, EncodedCorpus
+    from ultrarag.encode.corpus import FORMATS, IDS, INFO, Compression, EncodedCorpus, Shard
     from ultrarag.encode.processes import ModelChoice, encode_corpus
     from ultrarag.encode.ranks import Encoded, Known, Rank, passages_of
+    from ultrarag.encode.vectors import KEYS, CorpusVectors, KeyIndex, passage_keys
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag.encode.blocks import CHUNK_TEXTS, encode_rest, same_work
 from ultrarag.encode.corpus import IDS, INFO, Compression, EncodedCorpus, Shard, committed_rows
+from ultrarag.encode.vectors import KEYS, write_keys
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io import progress_bar, run_command, sha256_of, start_child, write_json
 from ultrarag.retrieve.passages import PassageFile, passage_file
@@ -103,7 +104,7 @@ def _info(
     ends = [passages.count * (number + 1) // shards for number in range(shards)]
     size, digest = os.path.getsize(passages.path), sha256_of(Path(passages.path))
     return {
-        "fingerprint": encoder.fingerprint,
+        "fingerprint": encoder.passage_fingerprint,
         "corpus": {"bytes": size, "passages": passages.count, "sha256": digest},
         "heads": list(heads),
         "dim": compression.truncate_dim or encoder.dim if "dense" in heads else None,
@@ -118,13 +119,14 @@ def _prepare(folder: Path, info: dict[str, Any], passages: PassageFile, overwrit
         _remove(folder)
     if same_work(folder / INFO, info, "name another folder, or give --overwrite"):
         return
-    if folder.is_dir() and any(path.name != IDS for path in folder.iterdir()):
+    if folder.is_dir() and any(path.name not in (IDS, KEYS) for path in folder.iterdir()):
         raise DataError(f"'{folder}' is not empty and holds no encoding; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / IDS, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(passage.id, ensure_ascii=False) + "\n" for passage in passages)
         file.flush()
         os.fsync(file.fileno())
+    write_keys(folder / KEYS, passages)
     write_json(folder / INFO, {**info, "finished": False})
 
 

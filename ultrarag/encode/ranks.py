@@ -87,6 +87,11 @@ class Encoded(Blocks):
         """Whether a block has its file."""
         return self._path(block).exists()
 
+    def begin(self) -> None:
+        """Make the folder, with a note of whose vectors it holds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / _NOTE, self._made_by)
+
     def encode(self, encoder: Encoder, store: Store, rank: Rank, after_row: int) -> int:
         """Encode a rank's blocks that have no file and rows after one, and return the number of passages.
 
@@ -94,14 +99,13 @@ class Encoded(Blocks):
         """
         first = self.block_of(after_row + 1)
         blocks = [block for block in self.missing() if block >= first and block % rank.world == rank.number]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / _NOTE, self._made_by)
+        self.begin()
         found = ((block, [passage.content for passage in passages_of(store, *self.rows_of(block))]) for block in blocks)
         try:
             encode_blocks(
                 encoder,
                 found,
-                self._write,
+                self.write,
                 chunk_texts=self.chunk_texts,
                 total=len(blocks) * self.chunk_texts,
                 label=f"encode, rank {rank.number} of {rank.world}",
@@ -123,7 +127,7 @@ class Encoded(Blocks):
             return encoder.encode(list(texts), "passage", heads=self._heads, progress=False)
 
         found = encode_apart(passages_of(store, *self.rows_of(block)), encode)
-        self._write(block, [passage.content for passage in found.passages], found.embeddings)
+        self.write(block, [passage.content for passage in found.passages], found.embeddings)
 
     def known(self, rows: Sequence[int]) -> Known:
         """What is held of the blocks of these rows (in ascending order)."""
@@ -135,7 +139,8 @@ class Encoded(Blocks):
         """Remove the folder: a build has taken what it holds."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write(self, block: int, texts: Sequence[str], vectors: Embeddings | None) -> None:
+    def write(self, block: int, texts: Sequence[str], vectors: Embeddings | None) -> None:
+        """Write the vectors of a block's texts, durably; None where it has no texts."""
         hashes = np.frombuffer(b"".join(map(content_hash, texts)), np.uint8).reshape(-1, 32)
         held: dict[str, Any] = {"hashes": hashes, **({} if vectors is None else _flat(vectors))}
         content = io.BytesIO()

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from ultrarag.checkpoint import Training, fingerprint, local_folder, publish, read_manifest
+from ultrarag.checkpoint import Identity, Training, fingerprint, local_folder, publish, read_manifest
 from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.load import adapter_name, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
+from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
 from ultrarag.encoder.tokens import Cuts, tokenized_windows
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
@@ -24,11 +25,14 @@ from ultrarag.io import progress_bar, quiet_progress
 from ultrarag.packages import quiet_deepspeed
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
-from ultrarag.types import Embeddings, Kind, Tokens, head_weights
+from ultrarag.types import KINDS, Embeddings, Kind, Tokens, head_weights
 from ultrarag.untrusted import check_folder
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    from ultrarag.encoder.low_rank import LowRank
+    from ultrarag.maps import LinearMap
 
 logger = logging.getLogger("ultrarag")
 
@@ -80,10 +84,12 @@ class Encoder(TokenEncoder):
         check_folder(folder)
         manifest = read_manifest(folder)
         plugin = registry().adapter(adapter_name(adapter, manifest, folder))
-        if manifest and manifest.adapter == plugin.name:
-            options = declared_options(options, manifest.settings)
-        else:
+        if (folder / SIDES).is_file():
+            plugin = SidedAdapter.around(plugin)
+        if not (manifest and manifest.adapter == plugin.name):
             manifest = None
+        elif manifest.sides is None:  # sides declare it themselves, and may differ in it
+            options = declared_options(options, manifest.settings)
         quiet_deepspeed()
         with quiet_progress():
             model = plugin.load(str(folder), options)
@@ -91,9 +97,84 @@ class Encoder(TokenEncoder):
         override_settings(found, settings)
         return cls(plugin, model, found, manifest, device, precision)
 
+    @classmethod
+    def of_sides(
+        cls,
+        passage: Encoder,
+        query: Encoder | None = None,
+        *,
+        query_maps: Sequence[LinearMap] = (),
+        passage_maps: Sequence[LinearMap] = (),
+        low_rank: LowRank | None = None,
+    ) -> Encoder:
+        """An asymmetric encoder: the passage side of one, the query side of another, and maps behind each.
+
+        The models are shared with the encoders that are given, not copied. Maps that a side has already stay, and come
+        first.
+
+        Args:
+            query: default: the same as `passage`, so that maps alone tell the sides apart.
+            low_rank: what LoRA made of the passages' model for queries, in place of the model of `query`: a checkpoint
+                then holds one model, and these matrices.
+
+        Raises:
+            UsageError: the sides cannot be compared (adapters, heads, tokenizers or dimensions), or read pairs.
+        """
+        query = query or passage
+        adapter = SidedAdapter.around(passage.adapter)
+        if query.adapter.name != adapter.name:
+            raise UsageError(
+                f"the sides of a model have one adapter: the query side is of '{query.adapter.name}', the passage side "
+                f"of '{adapter.name}'"
+            )
+        left, right = (sides_of(item.model, item.settings) for item in (passage, query))
+        model = join(left, right, query_maps, passage_maps, low_rank)
+        found = cls(adapter, model, replace(model.settings), None, passage.device, passage.precision)
+        found.check_widths()
+        return found
+
+    def side(self, kind: Literal["query", "passage"]) -> Encoder:
+        """One side by itself, a symmetric encoder, without the side's maps; it shares the model."""
+        if not isinstance(self.model, Sides):
+            return self
+        plain = cast(SidedAdapter, self.adapter).plain
+        return Encoder(plain, self.model.side(kind), self.model.side_settings(kind), None, self.device, self.precision)
+
     def around(self, model: nn.Module) -> Encoder:
         """An encoder of the same adapter, settings and device around another model, such as this one loaded again."""
         return Encoder(self.adapter, model, replace(self.settings), device=self.device)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether queries and passages are encoded differently by weights or maps, not by their instructions alone."""
+        return isinstance(self.model, Sides)
+
+    @property
+    def query_maps(self) -> tuple[LinearMap, ...]:
+        """The maps of the query side, in the order in which they are applied."""
+        return self.model.maps_of("query") if isinstance(self.model, Sides) else ()
+
+    @property
+    def passage_maps(self) -> tuple[LinearMap, ...]:
+        """The maps of the passage side, in the order in which they are applied."""
+        return self.model.maps_of("passage") if isinstance(self.model, Sides) else ()
+
+    def check_widths(self) -> None:
+        """Raise UsageError where the sides' dense vectors differ in width, or a map does not fit."""
+        heads = tuple(head for head in ("dense", "colbert") if head in self.heads)
+        if not heads:
+            return
+        try:
+            query, passage = (self.encode(["width"], kind, heads=heads, progress=False) for kind in KINDS[:2])
+        except RuntimeError as error:
+            raise UsageError(f"a map does not fit the vectors of its side: {error}") from error
+        for head in heads:
+            widths = [getattr(side, head).shape[-1] for side in (query, passage)]
+            if widths[0] != widths[1]:
+                raise UsageError(
+                    f"the sides' {head} vectors cannot be compared: queries have {widths[0]} dimensions, passages "
+                    f"{widths[1]}"
+                )
 
     def compile(self, **options: Any) -> None:
         """Let torch.compile speed the backbone up; it then computes padding too, and the first batches are slow.
@@ -106,11 +187,12 @@ class Encoder(TokenEncoder):
         Raises:
             UsageError: the model has no `backbone`.
         """
-        backbone = getattr(self.model, "backbone", None)
-        if not isinstance(backbone, nn.Module):
+        backbones = {getattr(self.reader(kind), "backbone", None) for kind in KINDS[:2]}
+        if not all(isinstance(backbone, nn.Module) for backbone in backbones):
             raise UsageError(f"the model of {self.adapter.describe()} has no part called 'backbone' to compile")
         self.casts.stop()  # a compiled backbone casts in its own code
-        backbone.compile(**{"dynamic": True, **options})
+        for backbone in cast("set[nn.Module]", backbones):
+            backbone.compile(**{"dynamic": True, **options})
 
     @cached_property
     def dim(self) -> int | None:
@@ -122,12 +204,32 @@ class Encoder(TokenEncoder):
     @cached_property
     def fingerprint(self) -> str:
         """The model's identity, computed from its content; a warning where the manifest says otherwise."""
-        found = fingerprint(self.model, self.adapter.name, self.settings)
+        found = self._identity.fingerprint if self.asymmetric else self.identity().fingerprint
         if self.manifest and self.manifest.fingerprint not in ("", found) and self.manifest.settings == self.settings:
             logger.warning(
                 "the model's content changed since its manifest was written: its identity is now %s", found[:12]
             )
         return found
+
+    @property
+    def query_fingerprint(self) -> str:
+        """The identity of what queries are encoded by; of a symmetric model, `fingerprint`."""
+        return self._identity.query if self.asymmetric else self.fingerprint
+
+    @property
+    def passage_fingerprint(self) -> str:
+        """The identity of what passages are encoded by; of a symmetric model, `fingerprint`."""
+        return self._identity.passage if self.asymmetric else self.fingerprint
+
+    @cached_property
+    def _identity(self) -> Identity:
+        return self.identity()
+
+    def identity(self) -> Identity:
+        """The model's identity and its sides', computed anew."""
+        if isinstance(self.model, Sides):
+            return self.model.identity(self.adapter.name)
+        return Identity(fingerprint(self.model, self.adapter.name, self.settings))
 
     def encode(
         self,
@@ -145,7 +247,8 @@ class Encoder(TokenEncoder):
         """Return the texts' embeddings as numpy arrays, in the order given.
 
         Args:
-            kind: "query" or "passage": which instruction and length limit apply.
+            kind: "query" or "passage": which side of the model, which instruction and which length limit apply; "text"
+                for a symmetric task, where all texts are read alike: no instruction but the one given.
             heads: the heads to compute; default: all that the model has.
             batch_tokens: padded tokens per forward.
             precision: fp32, bf16, fp16 or auto; default: the encoder's.
@@ -198,8 +301,13 @@ class Encoder(TokenEncoder):
         Args:
             on_batch: told the number of texts after each forward (a progress bar's `update`, say).
         """
-        if kind not in ("query", "passage"):
-            raise UsageError(f"kind is '{kind}'; it must be 'query' or 'passage'")
+        if kind not in KINDS:
+            raise UsageError(f"kind is '{kind}'; it must be 'query', 'passage', or 'text' for a symmetric task")
+        if kind == "text" and self.asymmetric:
+            raise UsageError(
+                "the model's query side and passage side differ, so it has none for kind 'text': compare texts of one "
+                "side (kind='passage' for all), or queries with passages"
+            )
         self._refuse_pairs()
         read = partial(self.tokenize, kind=kind, max_length=max_length, instruction=instruction)
         options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}

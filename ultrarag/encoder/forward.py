@@ -12,6 +12,7 @@ from torch import nn
 from ultrarag.checkpoint import Manifest
 from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
 from ultrarag.encoder.load import PRECISIONS, checked_precision
+from ultrarag.encoder.sides import Sides
 from ultrarag.encoder.tokens import (
     Cuts,
     batches_by_tokens,
@@ -69,9 +70,14 @@ class TokenEncoder:
         """The most tokens that the model can take."""
         return token_limit(self.tokenizer, self.model.config)
 
+    def reader(self, kind: Kind | None) -> Any:
+        """The model that reads texts of this kind: `model`, or one of its sides."""
+        return self.model.side(kind) if isinstance(self.model, Sides) and kind else self.model
+
     def max_length(self, kind: Kind, asked: int | None = None) -> int | None:
         """The token limit for texts of `kind`; raises UsageError when `asked` is more than the model takes."""
-        return effective_length(asked, self.settings.max_length(kind), self.limit)
+        reader = self.reader(kind)
+        return effective_length(asked, self.settings.max_length(kind), token_limit(reader.tokenizer, reader.config))
 
     def tokenize(
         self, texts: Sequence[str], kind: Kind, max_length: int | None = None, instruction: str | None = None
@@ -83,13 +89,14 @@ class TokenEncoder:
         """
         check_texts(texts)
         rendered = render(self.settings, texts, kind, instruction)
-        return tokenize(self.tokenizer, rendered, self.max_length(kind, max_length))
+        return tokenize(self.reader(kind).tokenizer, rendered, self.max_length(kind, max_length), kind)
 
     def features(self, tokens: Tokens, rows: Sequence[int] | None = None, multiple_of: int | None = None) -> Features:
         """Pad some rows of tokenized texts or pairs into one batch on the CPU."""
         chosen = tokens.ids if rows is None else [tokens.ids[row] for row in rows]
         types = tokens.types if tokens.types is None or rows is None else [tokens.types[row] for row in rows]
-        return pad(chosen, self.tokenizer.pad_token_id, self.tokenizer.padding_side, multiple_of, types)
+        tokenizer = self.reader(tokens.kind).tokenizer
+        return pad(chosen, tokenizer.pad_token_id, tokenizer.padding_side, multiple_of, types, tokens.kind)
 
     def encode_windows(
         self,
@@ -157,8 +164,8 @@ class TokenEncoder:
         return side_by_side()
 
     def _forward(self, features: Features, heads: tuple[str, ...], dtype: torch.dtype | None) -> Embeddings:
-        moved = {name: to_device(cast(torch.Tensor, value), self.device) for name, value in features.items()}
-        remember_host(moved["attention_mask"], features["attention_mask"])
+        moved = {name: to_device(v, self.device) if isinstance(v, torch.Tensor) else v for name, v in features.items()}
+        remember_host(cast(torch.Tensor, moved["attention_mask"]), features["attention_mask"])
         batch = cast(Features, {**moved, "heads": heads})
         if dtype is None:
             return self.adapter.encode(self.model, batch)

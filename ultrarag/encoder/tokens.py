@@ -75,10 +75,10 @@ def check_texts(texts: Sequence[str]) -> None:
                 ) from error
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> Tokens:
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None, kind: Kind | None = None) -> Tokens:
     """Tokenize rendered texts, special tokens included; count those that had to be cut."""
     if not texts:
-        return Tokens([])
+        return Tokens([], kind=kind)
     with _lock_of(tokenizer), keep_limits(tokenizer):
         batch = _batch(tokenizer, texts, max_length)
     fallback = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id]
@@ -88,7 +88,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> To
         truncated = sum(bool(encoding.overflowing) for encoding in encodings)
     else:
         truncated = 0 if max_length is None else sum(len(row) >= max_length for row in ids)
-    return Tokens(ids, truncated)
+    return Tokens(ids, truncated, kind=kind)
 
 
 def _batch(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> Any:
@@ -127,12 +127,14 @@ def pad(
     side: str = "right",
     multiple_of: int | None = None,
     types: Sequence[Sequence[int]] | None = None,
+    kind: Kind | None = None,
 ) -> Features:
     """Return `input_ids` and `attention_mask`, (batch, tokens) int64, padded to the longest row.
 
     Args:
         multiple_of: round the width up to a multiple of this.
         types: segments, which become `token_type_ids`.
+        kind: what the texts are, for the adapter.
     """
     import torch
 
@@ -151,6 +153,8 @@ def pad(
     features: Features = {"input_ids": torch.from_numpy(padded), "attention_mask": torch.from_numpy(mask)}
     if types is not None:
         features["token_type_ids"] = torch.from_numpy(segments)
+    if kind is not None:
+        features["kind"] = kind
     return features
 
 

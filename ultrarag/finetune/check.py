@@ -18,6 +18,7 @@ from ultrarag.rows.checks import (
     Finding,
     LeakChecks,
     Lengths,
+    Overlap,
     RowChecks,
     Sample,
     described_scripts,
@@ -28,8 +29,8 @@ from ultrarag.rows.checks import (
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
     from ultrarag.finetune.batches import TrainData
-    from ultrarag.finetune.evaluate import HeldOut
     from ultrarag.finetune.flags import FinetuneArguments
+    from ultrarag.types import Example
 
 
 #: A fine-tune looks at this many rows, drawn evenly: two seconds at 9 texts a row. `ultrarag data check` looks at all.
@@ -53,6 +54,8 @@ class DataReport:
     #: "query" and "passage" -> script -> share
     scripts: dict[str, dict[str, float]] = field(default_factory=dict)
     cost: Cost | None = None
+    #: what the rows share with the evaluation data; None without any
+    overlap: Overlap | None = None
 
     @property
     def ok(self) -> bool:
@@ -61,7 +64,8 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"ok": self.ok, **asdict(self)}
+        overlap = self.overlap.to_dict() if self.overlap else None
+        return {"ok": self.ok, **asdict(self), "overlap": overlap}
 
     def __str__(self) -> str:
         parts = [self._summary(), self._histogram(), findings_table(self.findings) or "nothing to complain of"]
@@ -72,6 +76,7 @@ class DataReport:
         lines = [("rows", f"{self.rows}{unusable}, in {len(self.files)} file{'s' * (len(self.files) != 1)}")]
         for kind, shares in self.scripts.items():
             lines.append((f"{kind} script", ", ".join(f"{name} {share:.1%}" for name, share in shares.items())))
+        lines += [("evaluation", str(self.overlap))] if self.overlap else []
         lines += self.cost.lines() if self.cost else []
         return "\n".join(f"{name:<15} {value}" for name, value in lines)
 
@@ -105,13 +110,13 @@ def check_rows(
     arguments: FinetuneArguments,
     data: TrainData,
     encoder: Encoder,
-    held_out: HeldOut | None,
+    leaks: LeakChecks | None,
     note: Callable[[str], None],
 ) -> None:
     """Look at a run's rows, at most `ROWS_BEFORE_TRAINING` of them, and note what was found in one table.
 
     Args:
-        held_out: the held-out data, whose texts should not be in the rows.
+        leaks: what has looked for the held-out data in the rows.
 
     Raises:
         DataError: a finding is an error.
@@ -124,17 +129,39 @@ def check_rows(
         lengths = PairLengths.of(settings)
         limits = {"query": lengths.query, "pair": lengths.pair}
     checks = RowChecks(settings.train_group_size)
-    leaks = LeakChecks.of(held_out, "warning") if held_out else None
     sample = Sample(SAMPLE_BEFORE_TRAINING[0])
-    numbers = np.unique(np.linspace(0, len(data) - 1, min(len(data), ROWS_BEFORE_TRAINING)).astype(np.int64))
-    for number in numbers:
-        row = data[int(number)]
+    for row in rows_before_training(data):
         checks.add(row.source, row.query, row.pos, row.neg, row.pos_scores, row.neg_scores)
         sample.add(row.query, [*row.pos, *row.neg])
-        if leaks:
-            leaks.add(row.source, row.query, row.pos)
     measured = measure(sample.within(SAMPLE_BEFORE_TRAINING[1]), token_counter(encoder), limits, "pair" in limits)
     note_findings(assembled(checks, leaks, measured, len(data)), note)
+
+
+def rows_before_training(data: TrainData) -> Iterator[Example]:
+    """At most `ROWS_BEFORE_TRAINING` rows, drawn evenly."""
+    for number in np.unique(np.linspace(0, len(data) - 1, min(len(data), ROWS_BEFORE_TRAINING)).astype(np.int64)):
+        yield data[int(number)]
+
+
+def looked_for(checks: LeakChecks, data: TrainData) -> Overlap:
+    """Let `checks` look for evaluation data in the rows, at most `ROWS_BEFORE_TRAINING` of them."""
+    for row in rows_before_training(data):
+        checks.add(row.source, row.query, row.pos)
+    return checks.overlap(len(data))
+
+
+def refuse_shared(overlap: Overlap, arguments: FinetuneArguments) -> None:
+    """Refuse what shares too much with the evaluation data, where that was asked for.
+
+    Raises:
+        DataError: with the count, examples, and what to do.
+    """
+    if arguments.evaluation.shared_eval_data == "refuse" and overlap.too_much:
+        examples = "".join(f"\n  {line}" for line in overlap.examples)
+        raise DataError(
+            f"--shared_eval_data refuse: {overlap}{examples}\nevaluate on other documents (ultrarag data split --by "
+            "document), take these rows out, or say --shared_eval_data warn"
+        )
 
 
 def assembled(checks: RowChecks, leaks: LeakChecks | None, lengths: list[Lengths], rows: int) -> DataReport:
@@ -237,6 +264,7 @@ def rendered_batch(encoder: Encoder, plan: AnyPlan, collator: Collator | PairCol
     """Render batch 0 of epoch 0, by the run's own plan and collator."""
     batch = plan.batch(0, 0, 0)
     made = collator([batch])
+    assert made["passages"] is not None  # only training leaves out a frozen side
     passages = _texts(encoder, made["passages"], _uncut(encoder, collator, batch), batch.passages)
     queries: list[RenderedText | None] = [None] * len(batch.queries)
     if made["queries"] is not None:
@@ -275,7 +303,9 @@ def _uncut(encoder: Encoder, collator: Collator | PairCollator, batch: Batch) ->
     if isinstance(collator, Collator):
         return _lengths(encoder, collator.passages(batch))
     unlimited = PairCollator(encoder, PairLengths(1 << 20, None, 1 << 21))
-    return [int(mask.sum()) for mask in unlimited([batch])["passages"]["attention_mask"]]
+    pairs = unlimited([batch])["passages"]
+    assert pairs is not None
+    return [int(mask.sum()) for mask in pairs["attention_mask"]]
 
 
 def _lengths(encoder: Encoder, texts: list[str]) -> list[int]:

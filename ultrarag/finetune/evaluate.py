@@ -26,7 +26,7 @@ from ultrarag.evaluation import (
     top_k,
 )
 from ultrarag.finetune.batches import PairLengths
-from ultrarag.finetune.step import rank, world_size
+from ultrarag.finetune.step import encode_by_ranks, rank, world_size
 from ultrarag.io import progress_bar
 from ultrarag.types import Embeddings, Kind, Tokens
 
@@ -92,6 +92,8 @@ class Evaluator(HeldOut):
     passage_max_length: int | None = None
     #: tokenize once and keep the token ids, for many evaluations of one model in memory
     keep_tokens: bool = False
+    #: reads passages in place of the encoder, for some head: the passage side is frozen, and these are its vectors
+    stored: Callable[[Encoder, Sequence[str], str], Embeddings] | None = field(default=None, repr=False)
     _tokens: dict[Kind, Tokens] = field(default_factory=dict, repr=False)
 
     def search(self, encoder: Encoder, heads: tuple[str, ...], depth: int) -> dict[str, dict[str, float]]:
@@ -108,14 +110,14 @@ class Evaluator(HeldOut):
         return run_of(self.judged, list(self.corpus), scores, rows)
 
     def _encode(self, encoder: Encoder, texts: Sequence[str], kind: Kind, head: str) -> Embeddings:
-        mine = list(texts[rank() :: world_size()])
-        part = self._encode_kept(encoder, mine, kind, head) if self.keep_tokens else None
-        if part is None:
-            part = encoder.encode(mine, kind, heads=(head,), max_length=self._limit(kind))
-        if world_size() == 1:
-            return part
-        order = np.argsort(np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())]))
-        return Embeddings.cat(_of_all_ranks(part))[order]
+        if kind == "passage" and self.stored:
+            return self.stored(encoder, texts, head)
+
+        def encode(mine: list[str]) -> Embeddings:
+            part = self._encode_kept(encoder, mine, kind, head) if self.keep_tokens else None
+            return part or encoder.encode(mine, kind, heads=(head,), max_length=self._limit(kind))
+
+        return encode_by_ranks(texts, encode)
 
     def _encode_kept(self, encoder: Encoder, texts: list[str], kind: Kind, head: str) -> Embeddings | None:
         if not texts:
@@ -306,6 +308,12 @@ class Measures:
         for prefix, held_out in (("", self.domain), (GUARD, self.guard)):
             if held_out:
                 self.found[prefix + stage] = held_out.evaluate(encoder, heads)
+
+    def keep_passages(self, stored: Callable[[Encoder, Sequence[str], str], Embeddings]) -> None:
+        """Have passages read from where they are stored, since their side is not trained."""
+        for held_out in (self.domain, self.guard):
+            if isinstance(held_out, Evaluator):
+                held_out.stored = stored
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:

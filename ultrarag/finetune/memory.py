@@ -27,7 +27,7 @@ from ultrarag.hookspecs import Features
 
 if TYPE_CHECKING:
     from ultrarag.finetune.flags import FinetuneArguments
-    from ultrarag.types import Embeddings
+    from ultrarag.types import Embeddings, Kind
 
 #: The share of the free memory that a step may take.
 USED = 0.8
@@ -145,20 +145,22 @@ def _sides(
     if encoder.adapter.declared.pair_input:
         return [_texts(encoder, count * group, PairLengths.of(data).pair, device)]
     query, passage = (encoder.max_length(kind, asked) for kind, asked in _lengths(arguments))
-    passages = _texts(encoder, count * group, passage or data.passage_max_len, device)
-    return [_texts(encoder, count, query or data.query_max_len, device), passages] if whole else [passages]
+    passages = _texts(encoder, count * group, passage or data.passage_max_len, device, "passage")
+    return [_texts(encoder, count, query or data.query_max_len, device, "query"), passages] if whole else [passages]
 
 
-def _lengths(arguments: FinetuneArguments) -> Iterator[tuple[Any, int]]:
+def _lengths(arguments: FinetuneArguments) -> Iterator[tuple[Kind, int]]:
     yield "query", arguments.data.query_max_len
     yield "passage", arguments.data.passage_max_len
 
 
-def _texts(encoder: Encoder, count: int, length: int, device: torch.device) -> Features:
+def _texts(encoder: Encoder, count: int, length: int, device: torch.device, kind: Kind | None = None) -> Features:
     """Token ids that are all different within a text, so that nothing is saved on them."""
-    known = len(encoder.tokenizer)
+    known = len(encoder.reader(kind).tokenizer)
     ids = (torch.arange(length) % max(1, known - 10) + min(10, known - 1)).expand(count, -1).contiguous()
     found: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    if kind:
+        found["kind"] = kind
     return cast(Features, found)
 
 

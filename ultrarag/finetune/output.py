@@ -14,7 +14,6 @@ from typing import Any
 from ultrarag.checkpoint import (
     MANIFEST,
     Training,
-    fingerprint,
     largest_difference,
     probe_vectors,
     publish,
@@ -23,13 +22,15 @@ from ultrarag.checkpoint import (
 from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, TrainingError, UsageError
 from ultrarag.finetune.flags import FinetuneArguments
-from ultrarag.finetune.step import EmbeddingTrainer, rank
+from ultrarag.finetune.step import EmbeddingTrainer, rank, wait
 from ultrarag.types import Embeddings
 
 #: Where a checkpoint keeps the weights as trained, when its own are merged ones.
 UNMERGED = "unmerged"
 #: What a run leaves beside its checkpoint, which is not to be taken for that of the next one.
 LEFT = (UNMERGED, "report.json", "report.html")
+#: Hard negatives of an epoch's beginning, with which a resumed run goes on.
+MINED = "nearest-*.npy"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: Settings that may differ between a run that was stopped before merging and the one that goes on.
 _INCIDENTAL = ("overwrite_output_dir", "incremental")
@@ -110,7 +111,7 @@ def claim_output_dir(output: Path, overwrite: bool, note: Callable[[str], None])
 
 def remove_left(output: Path) -> None:
     """Remove what an earlier run left beside its checkpoint."""
-    for path in (output / name for name in LEFT):
+    for path in (*(output / name for name in LEFT), *output.glob(MINED)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -161,19 +162,24 @@ class Start:
         return cls(encoder.fingerprint, probe_vectors(encoder))
 
 
-def write_finished(trainer: EmbeddingTrainer, encoder: Encoder, start: Start, record: Training, output: Path) -> str:
+def write_finished(
+    trainer: EmbeddingTrainer | None, encoder: Encoder, start: Start, record: Training, output: Path
+) -> str:
     """Write the finished checkpoint, unless training changed nothing; low-rank adapters are merged for good.
+
+    Args:
+        trainer: None where a map was learned, and no weight.
 
     Returns:
         The model's identity; empty on all ranks but the first.
     """
-    more = merge_adapters(trainer)
+    more = merge_adapters(trainer) if trainer else None
     identity = ""
     if rank() == 0:
-        identity = fingerprint(encoder.model, encoder.adapter.name, encoder.settings)
+        identity = encoder.identity().fingerprint
         _check_moved(encoder, start, identity)
         publish(encoder, output, encoder.model.state_dict(), record, keep=kept_in_output(output), more=more)
-    trainer.wait()
+    wait()
     return identity
 
 

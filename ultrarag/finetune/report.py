@@ -13,6 +13,7 @@ from ultrarag.evaluation import MAIN_METRIC, Measured
 from ultrarag.finetune.output import checkpoints_in
 from ultrarag.io import write_bytes, write_json
 from ultrarag.report import Page, render
+from ultrarag.rows.checks import described
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
 
@@ -106,6 +107,7 @@ def _facts(result: FinetuneResult, record: Training) -> list[tuple[str, str]]:
         ("parent", result.parent),
         ("parent's fingerprint", record.parent),
         *([("merged with", f"{merge['with']}: {merge['path']}, {merge['fingerprint']}")] if merge else []),
+        *([("evaluation split", described(result.overlap))] if result.overlap else []),
         *[(f"{_kind(item)}: {item['name']}", f"{item['rows']} rows, sha256 {item['sha256']}") for item in record.data],
         ("models before it", str(len(record.ancestors))),
         ("steps", str(result.steps)),
@@ -142,6 +144,9 @@ class FinetuneResult:
     merge: dict[str, Any] | None = None
     #: the page for people
     report: str = ""
+    #: what training and evaluation share, and which split that makes (`ultrarag.rows.checks.Overlap`); None where
+    #: nothing was evaluated, or the check was skipped
+    overlap: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -157,4 +162,6 @@ class FinetuneResult:
             lines.append(f"{name:<11} {before:.4f} -> {self.metrics['after'][name]:.4f}")
         for name, before in self.metrics.get("guard_before", {}).items():
             lines.append(f"{name:<11} {before:.4f} -> {self.metrics['guard_after'][name]:.4f} (guard)")
+        if self.overlap:
+            lines.append(f"split       {described(self.overlap)}")
         return "\n".join(lines)

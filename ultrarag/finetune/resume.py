@@ -21,7 +21,7 @@ EARLIER = "earlier"
 #: Changes no weight of the steps that follow. The data and the parent are compared by their digests, not their names.
 _FREE = {
     *("overwrite_output_dir", "model.model_name_or_path", "model.cache_dir", "model.trust_remote_code"),
-    *("model.peak_tflops", "data.train_data", "data.cache_path"),
+    *("model.peak_tflops", "data.train_data", "data.cache_path", "evaluation.shared_eval_data"),
     # these come after the last step
     *("incremental.allow_seen_data", "incremental.guard_data", "incremental.max_forgetting"),
     *("incremental.merge_weight", "incremental.merge_with", "incremental.replay_data"),

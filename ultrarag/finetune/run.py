@@ -7,12 +7,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ultrarag.checkpoint import Training
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
+from ultrarag.finetune.against import Against, two_sides
 from ultrarag.finetune.batches import (
     AnyPlan,
     DatasetInfo,
@@ -23,7 +25,7 @@ from ultrarag.finetune.batches import (
     make_plan,
     read_data,
 )
-from ultrarag.finetune.check import RenderedBatch, check_rows, rendered_batch
+from ultrarag.finetune.check import RenderedBatch, check_rows, looked_for, refuse_shared, rendered_batch
 from ultrarag.finetune.evaluate import Measures
 from ultrarag.finetune.flags import FinetuneArguments, refuse_unsupported
 from ultrarag.finetune.incremental import Other, merge_weights, read_other, record_of, warn_of_seen_rows
@@ -57,6 +59,7 @@ from ultrarag.finetune.step import (
 )
 from ultrarag.io import remove_stale_stages
 from ultrarag.plugins import registry
+from ultrarag.rows.checks import LeakChecks, Overlap
 
 
 def run(arguments: FinetuneArguments) -> FinetuneResult | None:
@@ -93,6 +96,8 @@ class FinetuneRun:
     data: TrainData
     measures: Measures
     # load
+    #: the model as it is before training; the same object as `encoder`, unless one side is trained
+    parent: Encoder
     encoder: Encoder
     heads: tuple[str, ...]
     # plan_batches
@@ -102,7 +107,9 @@ class FinetuneRun:
     other: Other | None
     masking: FalseNegatives | None
     lora: Lora | None
+    against: Against | None
     # check
+    overlap: Overlap | None
     record: Training
     # train
     trainer: EmbeddingTrainer
@@ -120,6 +127,7 @@ class FinetuneRun:
         """Carry the run through; the result on the first rank, None on the others."""
         self.prepare()
         self.begin()
+        self.stand()
         self.measure("before")
         self.train()
         self.measure("after")
@@ -160,9 +168,10 @@ class FinetuneRun:
 
     def load(self) -> None:
         """Load the model, as it is before training."""
-        self.encoder = load_encoder(self.arguments, self.notes.add)
-        self.heads = choose_heads(self.encoder, self.arguments.loss.unified_finetuning)
-        warn_of_seen_rows(self.data, self.encoder, self.arguments.incremental, self.notes.add)
+        self.parent = load_encoder(self.arguments, self.notes.add)
+        self.heads = choose_heads(self.parent, self.arguments.loss.unified_finetuning)
+        self.encoder = two_sides(self.parent, self.arguments)
+        warn_of_seen_rows(self.data, self.parent, self.arguments.incremental, self.notes.add)
 
     def plan_batches(self) -> None:
         """Choose the sizes that are left open, and which batch comes when."""
@@ -174,19 +183,36 @@ class FinetuneRun:
     def set_up(self) -> None:
         """Choose what of the model is trained, and what it is compared with."""
         model = self.arguments.model
-        freeze(self.encoder, self.heads, model.fix_encoder, model.fix_position_embedding)
-        self.start = Start.of(self.encoder)
+        sides, trained = self.arguments.sides, self.arguments.sides.train_side
+        frozen = {"query": "passage", "passage": "query"}.get(trained) if not sides.maps_alone else None
+        freeze(self.encoder, self.heads, model.fix_encoder, model.fix_position_embedding, frozen)
+        self.start = Start.of(self.parent)
         self.other = read_other(self.arguments, self.encoder, self.notes.add)
         self.masking = FalseNegatives.of(self.arguments, self.encoder, self.heads)
-        self.lora = add_lora(self.encoder, self.arguments.lora) if self.arguments.lora.use_lora else None
+        side = None if frozen is None else trained
+        self.lora = add_lora(self.encoder, self.arguments.lora, side) if self.arguments.lora.use_lora else None
+        parts = [self.data, self.plan.old.data] if isinstance(self.plan, ReplayPlan) else [self.data]
+        self.against = Against.of(self.arguments, self.parent, self.heads, parts, self.notes.add)
 
     def check(self) -> None:
         """Look for faults in the rows; a resumed run must take the steps that the first would have taken."""
         self.record = self._record()
+        leaks = self._look_for_leaks()
         if self.resume:
             self.record = continued(self.resume, self.record, self._steps(), self.notes.add)
         elif rank() == 0 and not self.arguments.skip_data_check:
-            check_rows(self.arguments, self.data, self.encoder, self.measures.domain, self.notes.add)
+            check_rows(self.arguments, self.data, self.encoder, leaks, self.notes.add)
+
+    def _look_for_leaks(self) -> LeakChecks | None:
+        """Look for the evaluation data in the rows; a resumed run does so too, for its report."""
+        self.overlap, domain = None, self.measures.domain
+        asked = self.arguments.evaluation.shared_eval_data == "refuse"
+        if domain is None or rank() != 0 or (self.arguments.skip_data_check and not asked):
+            return None
+        leaks = LeakChecks.of(domain, "warning")
+        self.overlap = looked_for(leaks, self.data)
+        refuse_shared(self.overlap, self.arguments)
+        return leaks
 
     def _steps(self) -> int:
         training = self.arguments.training
@@ -200,7 +226,9 @@ class FinetuneRun:
             old = self.plan.old.data
             rows += [{**_data_record(item, old), "replay": True} for item in old.datasets]
         described = {**self.arguments.to_dict(), "world_size": world_size()}
-        ancestors = self.encoder.manifest.lineage() if self.encoder.manifest else []
+        if self.against:
+            described["sides"] = self.against.describe()
+        ancestors = self.parent.manifest.lineage() if self.parent.manifest else []
         name = self.arguments.model.model_name_or_path
         return Training(self.start.fingerprint, name, rows, described, ancestors=ancestors)
 
@@ -218,16 +246,37 @@ class FinetuneRun:
         parts = [self.data, self.plan.old.data] if isinstance(self.plan, ReplayPlan) else [self.data]
         self.record = replace(self.record, seen=record_of(parts))
 
+    def stand(self) -> None:
+        """Encode once what a frozen side has to, and choose a map's settings; without either there is nothing to do."""
+        if self.against is None:
+            return
+        try:
+            self.against.prepare(self.encoder, self.resume)
+        except KeyboardInterrupt as stop:
+            raise Interrupted("stopped before the first step; the same command begins anew") from stop
+        described = {**self.record.arguments, "sides": self.against.describe()}
+        self.record = replace(self.record, arguments=described)
+        if self.against.keeps_passages:
+            self.measures.keep_passages(self.against.stored)
+
     def measure(self, stage: str) -> None:
         """Evaluate the model as it is now."""
         self.measures.take(stage, self.encoder, self.heads)
 
     def train(self) -> None:
         """Train, or take the weights of the same run, which was stopped when it was about to merge them."""
+        if self.arguments.sides.maps_alone:
+            self._learn_maps()
+            return
         masks = self.masking.features if self.masking else None
-        collator = make_collator(self.arguments.data, self.encoder, masks)
+        negatives = self.against.negatives if self.against else None
+        collator = make_collator(self.arguments.data, self.encoder, masks, negatives)
         loader = make_loader(self.plan, collator, rank(), self.arguments.training)
         learner = Learner(self.encoder, self.heads, self.lora, self.masking)
+        if self.against and negatives:
+            learner.corpus = negatives
+            learner.mine = partial(self.against.mine, self.encoder)
+            learner.map_rate = self.against.map_rate
         self.trainer = EmbeddingTrainer(learner, self.arguments, loader, self.record, self.measures.domain)
         merging = self.other is not None and asked_to_resume(self.arguments)
         earlier = find_trained(self.output, self.record) if merging else None
@@ -238,9 +287,25 @@ class FinetuneRun:
         else:
             self.trained = _train(self.trainer, self.resume)
 
+    def _learn_maps(self) -> None:
+        """Learn maps of stored vectors, on the first rank: it takes seconds, and a run that is killed begins anew."""
+        assert self.against is not None
+        started = time.perf_counter()
+        try:
+            self.encoder, loss = self.against.learn_maps()
+        except KeyboardInterrupt as stop:
+            raise Interrupted("stopped while a map was learned; the same command begins anew") from stop
+        choice = self.against.choice
+        steps = choice.settings.steps if choice else 0
+        self.trained = Trained(steps, loss, time.perf_counter() - started)
+
     def merge(self) -> None:
         """Average the trained weights with the other model's, where there is one; as trained they are kept beside."""
         self.merged, incremental = None, self.arguments.incremental
+        if self.lora and self.arguments.sides.train_side == "query" and not self.parent.asymmetric:
+            low_rank = self.lora.low_rank()
+            merge_adapters(self.trainer)
+            self.encoder = Encoder.of_sides(self.parent, low_rank=low_rank)
         if self.other:
             if not self.trained.restored:
                 self._write(self.output / UNMERGED)
@@ -266,6 +331,7 @@ class FinetuneRun:
             self.notes.lines,
             self.merged,
             str(self.output / HTML_FILE),
+            self.overlap.to_dict() if self.overlap else None,
         )
         domain, found = self.measures.domain, self.measures.found
         measured = domain.measured(found["before"], found["after"]) if domain else None
@@ -281,7 +347,8 @@ class FinetuneRun:
             loss=self.trained.loss,
             merge=self.merged,
         )
-        return write_finished(self.trainer, self.encoder, self.start, record, folder), record
+        trainer = None if self.arguments.sides.maps_alone else self.trainer
+        return write_finished(trainer, self.encoder, self.start, record, folder), record
 
 
 def _data_record(item: DatasetInfo, data: TrainData) -> dict[str, Any]:

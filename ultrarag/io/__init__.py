@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ultrarag.io.durable import (
         CHECKSUM_FILE,
         copy_with_holes,
+        link_tree,
         publish_directory,
         read_seal,
         remove_left_over,

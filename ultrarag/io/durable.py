@@ -179,6 +179,12 @@ def publish_directory(stage: Path, target: Path, keep: Callable[[str], bool] = l
     sync_directory(target.parent)
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Hard-link all that a folder holds into another one, which is there (copied where there are no links)."""
+    for entry in sorted(source.iterdir()):
+        _link(entry, target / entry.name)
+
+
 def _link(source: Path, target: Path) -> None:
     """Hard-link a file or a tree of files (no copy of the data); copy where the file system has no links."""
     if source.is_dir():

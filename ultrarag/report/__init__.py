@@ -7,6 +7,6 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.report.rendering import Page, render
+    from ultrarag.report.rendering import Page, Rung, render
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from ultrarag.evaluation import Significance
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6575; --line: #d9dee6; --paper: #fff; --panel: #f5f7fa;
   --blue: #2459c4; --good: #14713c; --good-paper: #e4f5ea; --bad: #a8271c; --bad-paper: #fdeae7; }
@@ -36,6 +38,8 @@ code { font: .85em ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; o
 .chart circle { fill: var(--blue); }
 .chart:has(.average) polyline:not(.average) { stroke-width: 1; opacity: .45; }
 .chart:has(.average) circle { opacity: .55; } .chart .average { stroke-width: 3; }
+.interval line { stroke: var(--soft); } .interval rect { fill: var(--blue); opacity: .4; }
+.interval circle { fill: var(--blue); }
 details { margin: .5rem 0; border: 1px solid var(--line); border-radius: .4rem; }
 summary { cursor: pointer; padding: .6rem .9rem; display: flex; gap: .8rem; align-items: baseline; }
 summary::before { content: "\\25B8"; color: var(--soft); } details[open] > summary::before { content: "\\25BE"; }
@@ -106,6 +110,22 @@ def signed(value: float, digits: int = 4) -> str:
     """A change, coloured and with its sign."""
     kind = "up" if value > 0 else "down" if value < 0 else ""
     return f'<span class="{kind}">{value:+.{digits}f}</span>'
+
+
+def interval(change: Significance, reach: float) -> str:
+    """A change as a number and, on a line from -reach to reach, its interval as a bar with a dot; SVG."""
+
+    def place(value: float) -> float:
+        return 60 + 56 * (value / reach if reach else 0.0)
+
+    low, middle, high = (place(value) for value in (change.low, change.difference, change.high))
+    drawn = (
+        f'<svg class="interval" viewBox="0 0 120 16" width="120" height="16" role="img" '
+        f'aria-label="95 % interval {change.low:+.4f} to {change.high:+.4f}">'
+        f'<line x1="60" y1="0" x2="60" y2="16"/><rect x="{low:.1f}" y="5" width="{max(high - low, 1):.1f}" height="6"/>'
+        f'<circle cx="{middle:.1f}" cy="8" r="4"/></svg>'
+    )
+    return f"{signed(change.difference)}<br>{drawn}"
 
 
 WIDTH, HEIGHT = 720, 260

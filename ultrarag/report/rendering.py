@@ -10,11 +10,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ultrarag.evaluation import MAIN_METRIC, SHOWN, Measured, Significance, differences
-from ultrarag.report.page import document, line_chart, section, signed, table, text
+from ultrarag.report.page import document, interval, line_chart, section, signed, table, text
 from ultrarag.types import Passage
 
 #: Hits of each side, characters of a passage, and queries in each list.
 HITS, CHARACTERS, LISTED = 5, 280, 100
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to train, as it was tried."""
+
+    name: str
+    #: on the held-out queries; None where the gate measured it
+    gain: Significance | None
+    #: on what was not to be forgotten; None where nothing was given
+    guard: Significance | None
+    seconds: float
+    #: passages encoded
+    encoded: int
+    taken: bool
+    decision: str
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,8 @@ class Page:
     #: name and value of everything else worth knowing
     facts: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
+    #: the rungs of the ladder that were tried, in their order
+    ladder: Sequence[Rung] = ()
 
 
 def render(page: Page) -> str:
@@ -45,6 +63,7 @@ def render(page: Page) -> str:
     parts = [
         f"<h1>{text(page.title)}</h1>",
         f'<p class="banner {"good" if page.good else "bad"}">{text(page.outcome)}</p>',
+        section("The ladder", _ladder(page.ladder)),
         _metrics(page),
         _guard(page.guard),
         _merge(page.merge) if page.merge else "",
@@ -71,6 +90,27 @@ def evaluation_curve(history: Sequence[Mapping[str, Any]], metric: str = f"eval_
         entry["step"]: value for entry in history for name, value in entry.items() if name.lower() == metric.lower()
     }
     return line_chart([(float(step), float(value)) for step, value in found.items()], "step", MAIN_METRIC)
+
+
+def _ladder(rungs: Sequence[Rung]) -> str:
+    """One row for each rung, with its gain and interval as a picture."""
+    if not rungs:
+        return ""
+    measured = [change for rung in rungs for change in (rung.gain, rung.guard) if change is not None]
+    reach = max((abs(end) for change in measured for end in (change.low, change.high)), default=0.0)
+    rows = [
+        (
+            text(rung.name) + (" ✓" if rung.taken else ""),
+            interval(rung.gain, reach) if rung.gain else "the gate's",
+            interval(rung.guard, reach) if rung.guard else "-",
+            f"{rung.seconds:.0f}",
+            str(rung.encoded),
+            text(rung.decision),
+        )
+        for rung in rungs
+    ]
+    header = ("rung", "gain on held-out queries", "guard", "seconds", "passages encoded", "decision")
+    return table(header, rows, (3, 4))
 
 
 def _metrics(page: Page) -> str:

@@ -10,16 +10,18 @@ import logging
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from ultrarag.encode import passages_of
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
 from ultrarag.io import (
     UNWRITABLE,
     OwnerLock,
     named_conditions,
+    only,
     remove_left_over,
     remove_stale_stages,
     resource_error,
@@ -33,12 +35,14 @@ from ultrarag.retrieve.generation import (
     Generation,
     IndexLayout,
     Serving,
+    encoded_of,
     open_serving,
     open_words,
 )
 from ultrarag.retrieve.passages import URI, Store
 from ultrarag.retrieve.search import Searcher
 from ultrarag.retrieve.shared import Link, Watcher
+from ultrarag.types import Embeddings, Passage
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -48,6 +52,16 @@ logger = logging.getLogger("ultrarag")
 _Result = TypeVar("_Result")
 #: The named value with the output folder of a refresh that was begun: what it left when it was killed is removed.
 REFRESHING = "refreshing"
+
+
+class Bridging(Protocol):
+    """What stands over the live generation's vectors."""
+
+    serving: Serving
+    folder: Path
+
+    def close(self) -> None:
+        """End it after the searches that are inside."""
 
 
 class Core:
@@ -104,6 +118,9 @@ class Core:
             undo.callback(serving.retire)
             self.device = str(serving.encoder.device)
             self._live: Serving | None = serving
+            #: the encoder of a generation that is not built yet, over the live one's vectors; see `retrieve.bridge`
+            self.bridge: Bridging | None = None
+            self._ended: Bridging | None = None
             self.vectors: Follower = vectors
             if reading:
                 self._tell_behind()
@@ -183,13 +200,19 @@ class Core:
     def searching(self) -> Iterator[Searcher]:
         """Lend the live pair for a search; it stays whole until the search is done, whatever is swapped."""
         while True:
-            serving = self.live
+            serving = self.serving
             if serving.enter():
                 break
         try:
             yield Searcher(serving, self.store, self.bm25)
         finally:
             serving.leave()
+
+    @property
+    def serving(self) -> Serving:
+        """The pair that searches use: the live one, or that of a bridge over it."""
+        bridge = self.bridge
+        return self.live if bridge is None else bridge.serving
 
     @property
     def live(self) -> Serving:
@@ -297,20 +320,60 @@ class Core:
             self.let_go(serving)
         if self.link is not None:
             self.link.fetch_generation(generation)
-        return open_serving(self.layout, self.store, generation, device=self.device, check=self._check)
+        return open_serving(
+            self.layout, self.store, generation, device=self.device, check=self._check, beside=self.live
+        )
 
     def replace(self, new: Serving, vectors: Follower) -> None:
-        """Let searches use another pair from now on."""
+        """Let searches use another pair from now on; a bridge over the old one ends."""
         with self.writing:
             self._live, self.vectors = new, vectors
+            if self.bridge is not None:  # closed by `let_go`, for which no writer waits
+                self._ended, self.bridge = self.bridge, None
 
     def let_go(self, serving: Serving) -> None:
         """Close a pair that is not live; one that cannot write now is closed later: the log has what it lacks."""
+        self._end_bridge()
         try:
             serving.retire()
         except (UltraragError, OSError) as error:
             logger.warning("generation %d cannot be closed yet: %s", serving.generation.id, error)
             self._lingering.append(serving)
+
+    def _end_bridge(self) -> None:
+        bridge, self._ended = self._ended, None
+        if bridge is not None:
+            bridge.close()
+            shutil.rmtree(bridge.folder, ignore_errors=True)
+
+    def stored(
+        self, after: int, last: int, vectors_of: int, heads: Sequence[str], up_to_seq: int | None = None
+    ) -> tuple[list[Passage], Embeddings | None]:
+        """The passages of some rows that have vectors, and these: None without any.
+
+        They are read while no write is under way, so that each vector is that of its text.
+
+        Args:
+            after, last: the rows after the first, up to the second.
+            vectors_of: whose vectors are meant.
+            heads: which of them.
+            up_to_seq: leave out what was written after this entry of the log.
+
+        Raises:
+            IndexStateError: others are live now.
+        """
+        with self.writing:
+            live = self.live
+            if live.generation.vectors_of != vectors_of:
+                raise IndexStateError(
+                    f"generation {live.generation.id} went live while the vectors of generation {vectors_of} were "
+                    f"read; begin again"
+                )
+            applied = self.vectors.applied
+            found = passages_of(self.store, after, last, applied if up_to_seq is None else min(applied, up_to_seq))
+            found = [passage for passage in found if passage.id not in live.unencoded.all()]
+            held = live.backend.vectors([passage.id for passage in found]) if found else None
+        return found, None if held is None else only(held, heads)
 
     def retry(self) -> dict[str, str]:
         """Encode the passages again that the live generation could not encode; return those that still fail."""
@@ -326,12 +389,19 @@ class Core:
             folders = list(self.layout.generations.iterdir())  # first: a build is in the catalog before it has a folder
             kept = [generation for generation in self.catalog.all() if generation.state != "retired"]
             names = {path.name for g in kept for path in (self.layout.final(g.id), self.layout.building(g.id))}
+            shared = {self.layout.final(g.vectors_of).name for g in kept}  # maybe of a generation that is retired
             for folder in folders:
-                if folder.name not in names:
+                if folder.name in shared - names:
+                    shutil.rmtree(self.layout.checkpoint(folder), ignore_errors=True)
+                elif folder.name not in names:
                     if self.link is None:
                         remove(self.layout.vectors(folder))
                     shutil.rmtree(folder)
-            needed = [g.base_seq if g.state == "building" else g.applied_seq for g in kept]
+            encoders = {g.fingerprint for g in kept}
+            for generation in self.catalog.in_state("retired"):
+                if generation.mapped_from is not None and generation.fingerprint not in encoders:
+                    encoded_of(self.layout.root, generation).remove()  # given up before its builder took them
+            needed = [g.base_seq if g.state == "building" and not g.shares else g.applied_seq for g in kept]
             self.store.forget(min([*needed, *([self.words.flushed] if self.words else [])]))
             if self.bm25 is not None:
                 self.bm25.vacuum()
@@ -345,6 +415,10 @@ class Core:
         with self.writing:
             if self._live is None:
                 return
+            self._end_bridge()
+            bridge, self.bridge = self.bridge, None
+            if bridge is not None:  # it is there again when the index is opened
+                bridge.close()
             with named_conditions(self.layout.root), ExitStack() as parts:  # each is closed even when another cannot be
                 parts.callback(self._lock.release)
                 parts.callback(self.store.close)

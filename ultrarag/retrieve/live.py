@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
+from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
 from ultrarag.retrieve.build import build_generation, end_build
 from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
 from ultrarag.retrieve.ranking import check_ids
@@ -24,6 +26,7 @@ from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
 from ultrarag.types import Embeddings, Hit, Passage
 
 if TYPE_CHECKING:
+    from ultrarag.encode import CorpusVectors
     from ultrarag.encode.ray import RayPool
     from ultrarag.encoder import Encoder
     from ultrarag.retrieve.refresh import RefreshReport
@@ -172,7 +175,13 @@ class LiveIndex:
                 check_mirror(root, uri)
             else:
                 create_mirror(root, uri, _text(checkpoints))
-        return cls(Core.open(root, encoder, device, repair, _text(checkpoints)))
+        core = Core.open(root, encoder, device, repair, _text(checkpoints))
+        try:
+            resume(core)
+        except BaseException:
+            core.close()
+            raise
+        return cls(core)
 
     def __enter__(self) -> LiveIndex:
         return self
@@ -193,13 +202,13 @@ class LiveIndex:
 
     @property
     def encoder(self) -> Encoder:
-        """The live generation's encoder."""
-        return self._core.live.encoder
+        """The encoder of the searches: the live generation's, or that of a bridge over it."""
+        return self._core.serving.encoder
 
     @property
     def fingerprint(self) -> str:
-        """The live encoder's fingerprint."""
-        return self._core.live.fingerprint
+        """Of `encoder`."""
+        return self._core.serving.fingerprint
 
     def __len__(self) -> int:
         """The number of passages."""
@@ -264,6 +273,23 @@ class LiveIndex:
     def vectors(self, ids: Sequence[str]) -> Embeddings:
         """What the live generation stores for these passages, a row each; UsageError for an unknown id."""
         return self._core.live.backend.vectors(ids)
+
+    def corpus_vectors(
+        self, folder: str | os.PathLike[str] | None = None, heads: Sequence[str] | None = None
+    ) -> CorpusVectors:
+        """Read the vectors of all passages that have some, for training against them; writes and searches go on.
+
+        Args:
+            folder: where they are written, in the form of `ultrarag data encode`, and mapped from; a new one. It
+                appears whole or not at all. Default: they are held in memory.
+            heads: default: all that are stored.
+
+        Raises:
+            UsageError: for a head that is not stored.
+            DataError: there are no passages.
+            IndexStateError: other vectors went live meanwhile.
+        """
+        return corpus_vectors(self._core, None if folder is None else Path(folder), heads)
 
     def passages(self) -> Iterator[Passage]:
         """Iterate over all passages, in the order in which they were first added; writes may go on."""
@@ -343,8 +369,14 @@ class LiveIndex:
         threads: int | None = None,
         progress: bool | None = None,
         ray: RayPool | None = None,
+        share: bool | None = None,
+        bridge: BridgeTerms | None = None,
     ) -> Generation:
-        """Encode all passages with another encoder into a new generation, while searches and writes go on.
+        """Make a new generation with another encoder, while searches and writes go on.
+
+        Its passages are encoded, unless the vectors that are there are the new encoder's too (a model of which the
+        query side alone was tuned): then it shares them, and is built at once. Where its passage side is the live one
+        with linear maps behind it, the stored vectors are mapped. `Generation.how_built` says which it was.
 
         The work is done by a process at low priority, committed chunk by chunk. After a crash, Ctrl-C or `close`,
         building the same encoder again goes on after the last committed chunk; building another one gives that up.
@@ -353,17 +385,26 @@ class LiveIndex:
         Args:
             checkpoint: a checkpoint folder, or an Encoder; it is copied into the index.
             adapter: of a folder that is no checkpoint of ultrarag's; default: the live generation's.
-            backend, heads: default: the live generation's engine, and all heads of the encoder.
+            backend, heads: default: the live generation's engine, and all heads of the encoder; of vectors that are
+                shared or mapped, those that are stored.
             device: default: that of the live encoder.
             threads: of the builder; default: half of the cores.
             progress: a bar on stderr; default: on a terminal.
             ray: encode by the workers of a Ray cluster, which write to a server (docs/distributed.md); the checkpoint
                 is then a folder that all nodes see.
+            share: True: refuse where stored passages would have to be encoded; False: encode them all; default: encode
+                them where it must be.
+            bridge: before the passages are encoded, let the new encoder serve from the old vectors, if it is
+                significantly better so on these queries (docs/bridge.md). It serves until the swap, or `rollback`.
 
         Returns:
             the generation, "ready", for `swap`.
+
+        Raises:
+            UsageError: there are no vectors to share or map, and `share` is True; says why.
         """
         wishes: dict[str, Any] = {"adapter": adapter, "backend": backend, "heads": heads, "device": device}
+        wishes |= {"share": share, "bridge": bridge}
         return build_generation(self._core, checkpoint, **wishes, threads=threads, progress=progress, ray=ray)
 
     def swap(
@@ -408,6 +449,7 @@ class LiveIndex:
         force: bool = False,
         metric: str = "nDCG@10",
         search: Mapping[str, Any] | None = None,
+        effort: str = "full",
         **finetune_arguments: Any,
     ) -> RefreshReport:
         """Fine-tune the live encoder, build a generation with it, and swap if the gate lets it; searches go on.
@@ -425,6 +467,10 @@ class LiveIndex:
             metric: what the gate compares.
             search: options of `evaluate` and `search` for the gate, such as {"weights": {"dense": 1, "bm25": 0.5}};
                 default: the dense head alone.
+            effort: what learns. "query-map" (a matrix on the query's vector), "query" (the query side) and
+                "passage-map" (the query side, and a matrix on the passages' vectors) encode no passage again; "full"
+                trains both sides and encodes all; "auto" climbs from the cheapest to the first that is enough, by
+                the held-out queries (docs/refresh.md).
             finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`. Rows that the live model, or
                 one before it, was trained on are refused without `allow_seen_data=True`.
 
@@ -439,7 +485,7 @@ class LiveIndex:
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
-            terms = RefreshTerms(gate, force, metric, search)
+            terms = RefreshTerms(gate, force, metric, search, effort)
             return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
         finally:
             self._refreshing.release()
@@ -447,10 +493,15 @@ class LiveIndex:
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.
 
+        While a bridge serves, its end is all that is rolled back.
+
         Raises:
             IndexStateError: when there is none.
             GateError: when it is not sound; nothing has changed then.
         """
+        bridged = self._core.serving.generation
+        if drop(self._core):
+            return Flip(self._core.catalog.get(bridged.id), self._core.live.generation, None, 0.0)
         return rollback(self._core)
 
     def discard(self, generation: int | Generation) -> None:
@@ -460,6 +511,8 @@ class LiveIndex:
             if not self._core.catalog.set_state(found.id, "retired", only_from=("building", "ready")):
                 now = self.generation(found.id)
                 raise IndexStateError(f"generation {now.id} is {now.state}; only one not yet live can be discarded")
+            if self._core.serving.generation.id == found.id:
+                drop(self._core)
 
     def vacuum(self) -> None:
         """Remove the files of retired generations, old log entries and tombstones, and compact the databases."""

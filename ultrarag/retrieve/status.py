@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.io import read_owner
+from ultrarag.retrieve.bridge import read_state
 from ultrarag.retrieve.generation import Catalog, Generation, IndexLayout, Progress
 from ultrarag.retrieve.passages import FORMAT, URI, Store
 from ultrarag.types import Passage
@@ -49,6 +50,7 @@ def describe(layout: IndexLayout, store: Store) -> dict[str, Any]:
         "shared": {"uri": uri} if (uri := store.get_meta(URI)) else None,
         "live": next((entry for entry in described if entry["state"] == "live"), None),
         "previous": next((entry for entry in described if entry["state"] == "previous"), None),
+        "bridge": read_state(layout.root),
         "generations": described,
         "owner": asdict(owner) if owner else None,
         "bytes": _bytes(layout.root),
@@ -59,7 +61,7 @@ def _describe(layout: IndexLayout, store: Store, generation: Generation, last: i
     directory = layout.directory(generation.id)
     entry = {**asdict(generation), "heads": list(generation.heads), "behind": last - generation.applied_seq}
     entry["bytes"] = _bytes(directory)
-    entry["unencoded"] = store.unencoded(generation.id)
+    entry["unencoded"] = store.unencoded(generation.vectors_of)
     if generation.state == "building":
         entry["progress"] = _progress(directory)
     return entry

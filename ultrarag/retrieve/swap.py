@@ -43,7 +43,7 @@ def compare(old: Searchable, new: Searchable, gate: Gate, metric: str, search: d
 
 def check_count(serving: Serving, store: Store) -> None:
     """Raise GateError unless there is a vector for every passage."""
-    held, wanted = serving.backend.count(), store.count() - len(store.unencoded(serving.generation.id))
+    held, wanted = serving.backend.count(), store.count() - len(store.unencoded(serving.generation.vectors_of))
     if held != wanted:
         raise GateError(
             f"generation {serving.generation.id} holds vectors of {held} passages, the index has {wanted} that can be "
@@ -68,15 +68,49 @@ def check_sound(serving: Serving, store: Store, applied: int) -> None:
     Args:
         applied: the entry of the log that the vectors contain.
     """
-    unencoded = serving.unencoded.all()
-    passages = [passage for passage in store.sample(SAMPLE, applied) if passage.id not in unencoded]
+    _check_query(serving)
+    passages = _sampled(serving, store, SAMPLE, applied)
     if not passages:
         return
     held = _stored(serving, passages)
     _check_values(serving, passages, held)
     canaries = passages[:: max(1, len(passages) // CANARIES)][:CANARIES]
     rows = np.array([passages.index(passage) for passage in canaries])
-    _check_canaries(serving, canaries, held[rows])
+    fresh = _check_canaries(serving, canaries, held[rows])
+    if fresh.dense is not None:
+        for passage, vector in zip(canaries, fresh.dense, strict=True):
+            _check_found(serving, passage, vector)
+
+
+def check_sharing(core: Core, serving: Serving) -> None:
+    """Raise GateError unless the vectors that are in service now are those of the encoder too.
+
+    They are neither counted nor searched anew: they answer right now.
+    """
+    _check_query(serving)
+    with core.writing:  # else a write could come between a passage and its vector
+        core.vectors.catch_up()
+        passages = _sampled(serving, core.store, CANARIES, core.vectors.applied)
+        held = _stored(serving, passages) if passages else None
+    if held is not None:
+        _check_values(serving, passages, held)
+        _check_canaries(serving, passages, held)
+
+
+def _sampled(serving: Serving, store: Store, size: int, applied: int) -> list[Passage]:
+    unencoded = serving.unencoded.all()
+    return [passage for passage in store.sample(size, applied) if passage.id not in unencoded]
+
+
+def _check_query(serving: Serving) -> None:
+    """The query side may be another model than the passages': its vectors must be finite, and as wide as theirs."""
+    query, schema = serving.encode_queries(["dimension"], serving.heads), serving.backend.schema
+    for array in query.arrays():
+        if not np.isfinite(array).all():
+            raise _refused(serving, "the vector of a query is not finite")
+    for head in ("dense", "colbert"):
+        if (stored := getattr(schema, head)) and (given := getattr(query, head).shape[-1]) != stored:
+            raise _refused(serving, f"the {head} vectors of queries are {given} wide, those of passages {stored}")
 
 
 def _stored(serving: Serving, passages: list[Passage]) -> Embeddings:
@@ -100,8 +134,8 @@ def _check_values(serving: Serving, passages: list[Passage], held: Embeddings) -
             )
 
 
-def _check_canaries(serving: Serving, passages: list[Passage], held: Embeddings) -> None:
-    """Encode some passages again: their stored vectors must be the same, and dense search must find them."""
+def _check_canaries(serving: Serving, passages: list[Passage], held: Embeddings) -> Embeddings:
+    """Encode some passages again, whose stored vectors must be the same; return what the encoder gave."""
     fresh = serving.encode_passages([passage.content for passage in passages])
     for row, passage in enumerate(passages):
         for head, difference in _differences(held[row : row + 1], fresh[row : row + 1]).items():
@@ -111,8 +145,7 @@ def _check_canaries(serving: Serving, passages: list[Passage], held: Embeddings)
                     f"the {head} vector stored for passage '{passage.id}' is not the one that the encoder gives "
                     f"(largest difference {difference:.3g})",
                 )
-        if held.dense is not None:
-            _check_found(serving, passage, fresh.dense[row])
+    return fresh
 
 
 def _check_found(serving: Serving, passage: Passage, vector: np.ndarray) -> None:
@@ -208,15 +241,19 @@ def _go_live(core: Core, generation: Generation, terms: SwapTerms) -> Flip:
     new, vectors = core.load(generation)
     seconds = 0.0
     try:
-        _approach(core, vectors)
-        check_sound(new, core.store, vectors.applied)
+        if new.vectors is old.vectors:
+            check_sharing(core, new)
+        else:
+            _approach(core, vectors)
+            check_sound(new, core.store, vectors.applied)
         forced = _allowed(lambda: check_encoded(new, old, core.store), terms.force)
         verdict = _measure(core, new, terms)
         if verdict is not None:
             if terms.note is not None:
                 terms.note(verdict)
             _decide(verdict, generation, terms.force)
-        _approach(core, vectors)
+        if new.vectors is not old.vectors:
+            _approach(core, vectors)
         forced |= bool(terms.force and verdict and (verdict.worse or verdict.judges_nothing))
         seconds = _exchange(core, new, vectors, verdict, forced)
     except BaseException:
@@ -277,10 +314,14 @@ def _exchange(core: Core, new: Serving, vectors: Follower, verdict: Verdict | No
     """Apply the last writes, then flip in one transaction and one assignment, while writers wait; return how long."""
     with core.writing:
         started = time.perf_counter()
-        vectors.catch_up()
-        vectors.flush()
-        check_count(new, core.store)
-        core.flush()
+        if new.vectors is core.live.vectors:  # which have the writes, and go on from where they are
+            core.vectors.catch_up()
+            vectors.go_on_from(core.vectors)
+        else:
+            vectors.catch_up()
+            vectors.flush()
+            check_count(new, core.store)
+            core.flush()
         core.catalog.flip(new.generation.id, forced, verdict.to_dict() if verdict else None)
         core.replace(new, vectors)
         return time.perf_counter() - started

@@ -86,10 +86,11 @@ class Subject:
         """Tokenize and pad, at the tokenizer's own side or at another."""
         tokens = self.tokens(encoder, rows)
         side = side or encoder.tokenizer.padding_side
-        return self._on_device(pad(tokens.ids, encoder.tokenizer.pad_token_id, side, multiple_of, tokens.types))
+        pad_id = encoder.tokenizer.pad_token_id
+        return self._on_device(pad(tokens.ids, pad_id, side, multiple_of, tokens.types, tokens.kind))
 
     def _on_device(self, features: Features) -> Features:
-        moved = {name: value.to(self.device) for name, value in features.items()}  # type: ignore[attr-defined]
+        moved = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in features.items()}
         return cast(Features, moved)
 
     @torch.no_grad()

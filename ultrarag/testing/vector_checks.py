@@ -320,9 +320,7 @@ def _scores(subject: Subject, encoder: Encoder, folder: Path) -> tuple[np.ndarra
 
 def content_fingerprint(encoder: Encoder) -> str:
     """The identity of the model as it is now (`Encoder.fingerprint` is computed once)."""
-    from ultrarag.checkpoint import fingerprint
-
-    return fingerprint(encoder.model, encoder.adapter.name, encoder.settings)
+    return encoder.identity().fingerprint
 
 
 _fingerprint_remedy = "bring back every weight and the tokenizer exactly as they were"

@@ -50,7 +50,7 @@ class DiskCache:
         folder = Path(os.environ["ACME_CACHE"]) / self._identity(model)
         device = features["input_ids"].device.type
         precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "fp32"
-        asked = json.dumps([list(features.get("heads", ())), precision])
+        asked = json.dumps([list(features.get("heads", ())), features.get("kind"), precision])
         return [folder / f"{hashlib.sha256((asked + tokens).encode()).hexdigest()}.npz" for tokens in _tokens(features)]
 
     def _identity(self, model):

@@ -70,7 +70,7 @@ def make(path: str, mask: str, batch: Batch = BATCH) -> tuple[Trainable, list[An
         masking = FalseNegatives(FalseNegativeArguments(mask, guide_model=path, **settings), guide)
     else:
         masking = FalseNegatives(FalseNegativeArguments(mask, **settings))
-    sides = Collator(encoder.tokenizer, encoder.settings, SHORT)([batch])
+    sides = Collator.of(encoder, SHORT)([batch])
     return Trainable(encoder, encoder.heads).train(), [sides["queries"], sides["passages"]], masking
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from ultrarag.retrieve.generation.serving import FairLock, Serving
+from ultrarag.retrieve.generation.serving import FairLock, Serving, VectorSet
 from ultrarag.types import Embeddings
 
 
@@ -62,7 +62,7 @@ def test_passages_are_not_kept_waiting_by_queries_without_end() -> None:
 class Timed:
     """An encoder that takes so many seconds for a text, and notes how many it was given at a time."""
 
-    device, fingerprint = torch.device("cpu"), "f"
+    device, passage_fingerprint = torch.device("cpu"), "f"
 
     def __init__(self, clock: Clock, seconds: float) -> None:
         self.clock, self.seconds, self.given = clock, seconds, []
@@ -79,7 +79,9 @@ def windows(seconds: float, searched: bool) -> list[int]:
     clock.now = 100.0
     encoder = Timed(clock, seconds)
     schema, generation = SimpleNamespace(fingerprint="f"), SimpleNamespace(id=1, heads=("dense",), fingerprint="f")
-    serving = Serving(generation, encoder, SimpleNamespace(schema=schema, close=lambda: None), None, clock)
+    vectors = VectorSet(SimpleNamespace(schema=schema, close=lambda: None), None)
+    vectors.join()
+    serving = Serving(generation, encoder, vectors, clock)
     if searched:
         serving.encode_queries(["0"], ["dense"])
     found = serving.encode_passages([str(number) for number in range(40)])

@@ -14,6 +14,7 @@ from ultrarag.errors import DataError, GateError, IndexStateError, UltraragError
 from ultrarag.evaluation import write_beir
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.refresh import stages
+from ultrarag.retrieve.refresh.judging import leak_checks, questions
 from ultrarag.retrieve.refresh.report import RefreshReport
 from ultrarag.types import Passage
 
@@ -87,6 +88,9 @@ def test_searches_go_on_while_the_model_is_exchanged(corpus, again, tmp_path):
     assert report.metrics["after"] == pytest.approx(measured)
     assert report.metrics["before"] != report.metrics["after"]
     assert len(report.gained) + len(report.lost) > 0
+    assert (report.overlap["split"], report.overlap["share"]) == ("no split", 1)
+    assert any("the gain promises too much: no split: 100.0% of 20 evaluation queries" in note for note in report.notes)
+    assert "split       no split: 100.0%" in str(report)
     assert report.seconds.keys() == {"finetune", "build", "swap"}
     assert RefreshReport.read(tmp_path / "out" / "refresh.json") == report
     html = (tmp_path / "out" / "refresh.html").read_text(encoding="utf-8")
@@ -170,6 +174,7 @@ def test_an_unfinished_refresh_with_other_arguments_is_an_error(again, monkeypat
         ({"learning_rat": 1}, UsageError, "learning_rate"),
         ({"adapter": "bge"}, UsageError, "'adapter' cannot be given"),
         ({"search": {"weights": {"dens": 1}}}, UsageError, "'dense'"),
+        ({"shared_eval_data": "refuse"}, DataError, r"no split: 100.0% of 20 .*\n  <rows>:1: the query, 'why does"),
         ({"rows": "nothing.jsonl"}, UsageError, "'nothing.jsonl' does not exist"),
         ({"eval_data": iter(ROWS)}, UltraragError, "eval_data|read more than once"),
         ({"gate": ({"q": "x"}, {"q": {"elsewhere": 1}})}, DataError, "none of the 1 relevant passages is in the index"),
@@ -187,6 +192,24 @@ def test_a_beir_folder_about_the_index_is_asked_of_the_index(corpus, again, tmp_
     write_beir(tmp_path / "beir", PASSAGES, QUERIES, {"test": QRELS})
     report = again(gate=True, eval_data=tmp_path / "beir")
     assert report.measured_on == "20 queries on the index"
+
+
+@pytest.mark.parametrize(
+    ("ids", "metadata", "split"),
+    [
+        (("book#1", "book#2"), ({}, {}), "by query"),
+        (("book#1", "book $#2"), ({}, {}), "by document"),
+        (("a", "b"), ({"document": "book"}, {"document": "book"}), "by query"),
+        (("a", "b"), ({"document": "book"}, {}), "by document"),
+        (("a", "b"), ({}, {}), "unknown"),
+    ],
+)
+def test_passages_of_the_index_that_are_of_an_answers_document_are_found_among_rows(corpus, ids, metadata, split):
+    corpus.add([Passage(ids[0], "the oven", "", metadata[0]), Passage(ids[1], "the crust", "", metadata[1])])
+    store = corpus._core.store
+    checks = leak_checks(questions(store, ({"q": "what is hot"}, {"q": {ids[0]: 1}}), None), store)
+    checks.add("f:1", "what sets", ["The crust"])
+    assert checks.overlap(1).split == split
 
 
 def test_other_evaluation_data_is_searched_in_its_own_corpus(again, tiny, tmp_path):

@@ -14,17 +14,20 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.retrieve import servers
 from tests.retrieve.test_live import corpus, count_encoded, text_of
+from ultrarag import Encoder
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError
+from ultrarag.maps import LinearMap
 from ultrarag.retrieve import remove_shared
 from ultrarag.retrieve.command.parser import main
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.shared import lease as lease_module
 from ultrarag.retrieve.shared import link as link_module
-from ultrarag.retrieve.shared.documents import Document, SharedState, lease_numbers, open_documents
+from ultrarag.retrieve.shared.documents import Document, SharedState, lease_numbers, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease, LeaseError
 from ultrarag.types import Passage
 
@@ -462,6 +465,43 @@ def test_vacuum_deletes_what_no_generation_has(
     assert writer.rollback().new.fingerprint == other.fingerprint
     folder = Path(writer.status()["shared"]["checkpoints"])
     assert sorted(path.name for path in folder.iterdir()) == sorted([other.fingerprint, tiny.fingerprint])
+
+
+def test_shared_vectors_are_followed_and_outlive_who_made_them(
+    writer: LiveIndex, reader: LiveIndex, uri: str, tmp_path: Path, tiny, other, quick_builds: None
+) -> None:
+    def collections() -> list[str]:
+        with open_documents(uri, "states") as states:
+            return vector_collections(states.collections(), states.address.name)
+
+    writer.add(corpus(12))
+    poll(reader)
+    before, vectors = collections(), reader._core.live.vectors
+    query_side = writer.build(Encoder.of_sides(tiny, other))
+    writer.swap(query_side)
+    assert (query_side.vectors_of, collections()) == (1, before)
+    poll(reader)
+    assert reader.fingerprint == query_side.fingerprint
+    assert reader._core.live.vectors is vectors
+    maps = [LinearMap(np.eye(tiny.dim)[::-1], np.zeros(tiny.dim))]
+    mapped = writer.build(Encoder.of_sides(tiny, other, passage_maps=maps))
+    writer.swap(mapped)
+    assert mapped.mapped_from == 1
+    assert len(collections()) > len(before)
+    writer.vacuum()  # generation 1 is retired; its vectors are those of 2
+    writer.add(corpus(3, 12))
+    poll(reader)
+    release(writer)
+    with closing(LiveIndex.open(tmp_path / "late", uri=uri)) as late:
+        assert late.fingerprint == mapped.fingerprint
+        late.rollback()
+        assert late.fingerprint == query_side.fingerprint
+        assert late.status()["live"]["vectors_of"] == 1
+        release(late)
+        poll(reader, writer)
+        assert reader.fingerprint == query_side.fingerprint
+        for number in (3, 13):
+            assert found(reader, number) == found(late, number) == found(writer, number)
 
 
 def test_a_checkpoint_that_is_not_seen_stops_nothing(

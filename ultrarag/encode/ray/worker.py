@@ -122,7 +122,7 @@ class Worker:
         folder = Path(tempfile.mkdtemp(prefix="ultrarag-"))
         for name, content in order.vectors.items():
             (folder / name).write_bytes(content)
-        self._backend = open_backend(folder, order.fingerprint)
+        self._backend = open_backend(folder, self._encoder.passage_fingerprint)
         self._writer = ThreadPoolExecutor(1, "write")
 
     def _begin(self, block: int) -> None:

@@ -20,6 +20,6 @@ if TYPE_CHECKING:
         make_loader,
     )
     from ultrarag.finetune.batches.plan import AnyPlan, Batch, BatchPlan, ReplayPlan, make_plan
-    from ultrarag.finetune.batches.train_data import DatasetInfo, TrainData, read_data
+    from ultrarag.finetune.batches.train_data import DatasetInfo, Draws, TrainData, read_data
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -5,9 +5,9 @@ Which rows a batch holds is a function of (seed, epoch, index, rank), so that a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from ultrarag.encoder import in_background, pad, read_pairs, tokenize
 from ultrarag.finetune.batches.plan import AnyPlan, Batch
 from ultrarag.hookspecs import Features
-from ultrarag.types import EncoderSettings
+from ultrarag.types import KINDS, EncoderSettings, Kind
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -29,7 +29,8 @@ class TrainingBatch(TypedDict):
 
     #: None where `passages` holds (query, passage) pairs
     queries: Features | None
-    passages: Features
+    #: None where the passages' side is frozen, and their vectors are stored
+    passages: Features | None
     #: (queries, group) raw scores
     teacher: torch.Tensor | None
     group_size: int
@@ -39,31 +40,48 @@ class TrainingBatch(TypedDict):
     sources: list[str]
     #: what finding false negatives needs; None where none are looked for
     masking: dict[str, Any] | None
+    #: what training against a corpus needs to know of the texts; None without one
+    corpus: dict[str, Any] | None
 
 
 @dataclass
 class Collator:
     """Renders, tokenizes and pads as `Encoder` does."""
 
-    tokenizer: Any
+    tokenizers: Mapping[Kind, Any]
     settings: EncoderSettings
     #: lengths in tokens: `query_max_len`, `passage_max_len`, `pad_to_multiple_of`
     data: DataArguments
     #: gives what finding false negatives needs of a batch's texts
     masking: Callable[[Batch], dict[str, Any]] | None = None
+    #: gives what training against a corpus needs to know of a batch's texts
+    corpus: Callable[[Batch], dict[str, Any]] | None = None
+    #: the side that is not encoded
+    frozen: str | None = None
+
+    @classmethod
+    def of(
+        cls, encoder: Encoder, data: DataArguments, masking: Callable[[Batch], dict[str, Any]] | None = None
+    ) -> Collator:
+        """Read texts as this encoder does."""
+        return cls({kind: encoder.reader(kind).tokenizer for kind in KINDS}, encoder.settings, data, masking)
 
     def __call__(self, batches: list[Batch]) -> TrainingBatch:
         (batch,) = batches
         queries = [self.settings.render(t, "query", p) for t, p in zip(batch.queries, batch.prompts, strict=True)]
+        kinds: tuple[Kind, Kind] = ("text", "text") if batch.passages_as_queries else ("query", "passage")
         return TrainingBatch(
-            queries=self._features(queries, self.data.query_max_len),
-            passages=self._features(self.passages(batch), self.data.passage_max_len),
+            queries=None if self.frozen == "query" else self._features(queries, self.data.query_max_len, kinds[0]),
+            passages=None
+            if self.frozen == "passage"
+            else self._features(self.passages(batch), self.data.passage_max_len, kinds[1]),
             teacher=None if batch.teacher is None else torch.tensor(batch.teacher, dtype=torch.float32),
             group_size=batch.group_size,
             in_batch_negatives=batch.in_batch_negatives,
             dataset=batch.dataset,
             sources=list(batch.sources),
             masking=self.masking(batch) if self.masking else None,
+            corpus=self.corpus(batch) if self.corpus else None,
         )
 
     def passages(self, batch: Batch) -> list[str]:
@@ -73,9 +91,10 @@ class Collator:
         prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
         return [self.settings.render(t, "query", p) for t, p in zip(batch.passages, prompts, strict=True)]
 
-    def _features(self, texts: list[str], max_length: int) -> Features:
-        ids = tokenize(self.tokenizer, texts, max_length).ids
-        return pad(ids, self.tokenizer.pad_token_id, self.tokenizer.padding_side, self.data.pad_to_multiple_of)
+    def _features(self, texts: list[str], max_length: int, kind: Kind) -> Features:
+        tokenizer = self.tokenizers[kind]
+        ids = tokenize(tokenizer, texts, max_length).ids
+        return pad(ids, tokenizer.pad_token_id, tokenizer.padding_side, self.data.pad_to_multiple_of, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,7 @@ class PairCollator:
             dataset=batch.dataset,
             sources=list(batch.sources),
             masking=None,
+            corpus=None,
         )
 
     def _features(self, batch: Batch) -> Features:
@@ -143,13 +163,30 @@ class PairCollator:
         return self.encoder.features(tokens, multiple_of=self.pad_to_multiple_of)
 
 
+class LooksUp(Protocol):
+    """What a run is trained against, as far as its batches are concerned."""
+
+    frozen: Any
+
+    def features(self, batch: Batch) -> dict[str, Any]:
+        """Look up what a step needs to know of the batch's texts."""
+
+
 def make_collator(
-    data: DataArguments, encoder: Encoder, masking: Callable[[Batch], dict[str, Any]] | None = None
+    data: DataArguments,
+    encoder: Encoder,
+    masking: Callable[[Batch], dict[str, Any]] | None = None,
+    corpus: LooksUp | None = None,
 ) -> Collator | PairCollator:
-    """What makes features of a batch, for an embedding model or a cross-encoder."""
+    """What makes features of a batch, for an embedding model or a cross-encoder.
+
+    Args:
+        corpus: looks up texts of the batch, and names the side that is not encoded.
+    """
     if encoder.adapter.declared.pair_input:
         return PairCollator(encoder, PairLengths.of(data), data.pad_to_multiple_of)
-    return Collator(encoder.tokenizer, encoder.settings, data, masking)
+    found = Collator.of(encoder, data, masking)
+    return replace(found, corpus=corpus.features, frozen=corpus.frozen) if corpus else found
 
 
 class PlannedBatches(Dataset[Batch]):

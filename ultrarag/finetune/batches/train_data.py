@@ -58,6 +58,10 @@ class Draws:
         """Return a number from 0 to limit-1 (the bias of the remainder is below limit / 2**64)."""
         return int(self._bits.random_raw()) % limit
 
+    def all_below(self, limit: int, count: int) -> np.ndarray:
+        """Return `count` numbers from 0 to limit-1, (count,) int64."""
+        return (self._bits.random_raw(count) % np.uint64(limit)).astype(np.int64)
+
     def happens(self, probability: float) -> bool:
         """Return True with this probability."""
         return probability > 0 and (int(self._bits.random_raw()) >> 11) * 2.0**-53 < probability

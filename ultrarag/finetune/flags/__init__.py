@@ -28,5 +28,6 @@ if TYPE_CHECKING:
         LoraArguments,
         ModelArguments,
     )
+    from ultrarag.finetune.flags.sides import SideArguments
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

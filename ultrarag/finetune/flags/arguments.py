@@ -30,6 +30,7 @@ from ultrarag.finetune.flags.groups import (
     LoraArguments,
     ModelArguments,
 )
+from ultrarag.finetune.flags.sides import SideArguments
 from ultrarag.finetune.flags.transformers import (
     build_training_arguments,
     described,
@@ -50,6 +51,7 @@ _OWN = {
     "Low-rank adapters": LoraArguments,
     "Evaluation": EvaluationArguments,
     "Incremental fine-tuning": IncrementalArguments,
+    "One side, or a map": SideArguments,
 }
 
 _RUN = {
@@ -98,6 +100,7 @@ class FinetuneArguments:
     training: TrainingArguments
     false_negatives: FalseNegativeArguments = field(default_factory=FalseNegativeArguments)
     incremental: IncrementalArguments = field(default_factory=IncrementalArguments)
+    sides: SideArguments = field(default_factory=SideArguments)
     #: write into an output directory that holds a model or checkpoints
     overwrite_output_dir: bool = False
     #: do not look for faults in the rows before training
@@ -121,6 +124,7 @@ class FinetuneArguments:
             "evaluation": _without_secrets(self.evaluation, "eval_data"),
             "false_negatives": asdict(self.false_negatives),
             "incremental": _without_secrets(self.incremental, "replay_data", "guard_data"),
+            "sides": self.sides.to_dict(),
             "training": described(self.training),
         }
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
@@ -220,7 +224,7 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
     notes += _without_effect(loss, values)
     run = {name: values.pop(name, False) for name in ("overwrite_output_dir", "skip_data_check", "dry_run")}
     masks = FalseNegativeArguments(**own[FalseNegativeArguments])
-    incremental = IncrementalArguments(**own[IncrementalArguments])
+    incremental, sides = IncrementalArguments(**own[IncrementalArguments]), SideArguments(**own[SideArguments])
     _check_merge(incremental, evaluation.eval_data, values)
     ours = {name for chosen in own.values() for name in chosen}
     rest = {name: value for name, value in values.items() if name not in ours}
@@ -228,7 +232,7 @@ def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneA
         run["auto_batch_size"] = bool(rest.pop("per_device_train_batch_size"))
     training = build_training_arguments(rest, evaluation.eval_data is not None, notes)
     return FinetuneArguments(
-        adapter, model, data, loss, lora, evaluation, training, masks, incremental, **run, notes=notes
+        adapter, model, data, loss, lora, evaluation, training, masks, incremental, sides, **run, notes=notes
     )
 
 
@@ -290,6 +294,7 @@ def refuse_unsupported(arguments: FinetuneArguments, pairs: bool) -> None:
     if arguments.lora.use_lora:
         _refuse_with_lora(arguments)
     refuse_unsupported_training(arguments.training)
+    _refuse_sides(arguments, pairs)
     (_refuse_for_pairs if pairs else _refuse_without_pairs)(arguments)
 
 
@@ -299,6 +304,48 @@ def _refuse_with_lora(arguments: FinetuneArguments) -> None:
         raise UsageError("--use_lora adapts the backbone that --fix_encoder freezes; leave one of them out")
     if arguments.training.fsdp or arguments.training.deepspeed:
         raise UsageError("--use_lora does not work with --fsdp or --deepspeed; leave them out (plain DDP works)")
+
+
+def _refuse_sides(arguments: FinetuneArguments, pairs: bool) -> None:
+    """Refuse what does not go together with the training of one side, or against a corpus.
+
+    Raises:
+        UsageError: names the first of it.
+    """
+    sides = arguments.sides
+    if not sides.used:
+        if sides.corpus_negatives is not None:
+            raise UsageError("corpus_negatives has no effect without --corpus")
+        return
+    name = f"--train_side {sides.train_side}" if sides.train_side != "both" else "--corpus"
+    if pairs:
+        raise UsageError(
+            f"{name} is for models that encode query and passage by themselves, and '{arguments.adapter}' reads pairs: "
+            "a cross-encoder has no side that could stay, and no vectors are stored for it"
+        )
+    refused: dict[str, tuple[object, str]] = {
+        "fsdp": (arguments.training.fsdp, "the side that stays would be sharded too; plain DDP (torchrun) works"),
+        "deepspeed": (arguments.training.deepspeed, "the side that stays would be sharded too; plain DDP works"),
+        "no_in_batch_neg": (arguments.data.no_in_batch_neg, "all passages of the corpus are negatives"),
+        "false_negative_mask guide": (
+            arguments.false_negatives.false_negative_mask == "guide",
+            "the guide has no vectors of the corpus; duplicates and known positives are left out anyway",
+        ),
+    }
+    if sides.train_side != "both":
+        alone = "two models of different sides have no average"
+        refused["merge_with"] = (arguments.incremental.merge_with, alone)
+    if sides.train_side == "query":
+        refused["shuffle_ratio"] = (arguments.data.shuffle_ratio, "the passages are not encoded again")
+    if sides.maps_alone:
+        refused["use_lora"] = (arguments.lora.use_lora, "no encoder is trained, the map alone")
+        refused["unified_finetuning"] = (arguments.loss.unified_finetuning, "a map is of the dense vectors alone")
+        refused["knowledge_distillation"] = (arguments.loss.knowledge_distillation, "a map learns from positives")
+    if sides.passage_map and arguments.lora.use_lora:
+        refused["use_lora"] = (True, "the adapters' run would not train the map; leave --passage_map out")
+    for flag_name, (given, why) in refused.items():
+        if given:
+            raise UsageError(f"{name} does not go with --{flag_name}: {why}; leave one of them out")
 
 
 def _refuse_for_pairs(arguments: FinetuneArguments) -> None:

@@ -29,6 +29,7 @@ EVERY_DATASET = "*"
 
 #: How false negatives are found.
 MASKS = ("none", "text", "margin", "guide")
+SHARED = ("warn", "refuse")
 MARGIN_TYPES = ("absolute", "relative")
 
 #: In `sub_batch_size`, `per_device_train_batch_size` and `merge_weight`: find it out.
@@ -233,7 +234,16 @@ class EvaluationArguments:
         "(ArguAna, Quora).",
     )
 
+    shared_eval_data: str = flag(
+        "warn",
+        "What is done when rows hold queries of --eval_data, passages that answer them, or other passages of the same "
+        "documents (same title, nearly the same text), for more than 1 % of its queries: its metrics then promise more "
+        "than new documents will get. The report says what is shared either way.",
+        choices=SHARED,
+    )
+
     def __post_init__(self) -> None:
+        _one_of(self, "shared_eval_data", SHARED)
         _at_least(self, "early_stopping_patience", 1)
         if isinstance(self.eval_data, str) and not os.path.exists(self.eval_data):
             raise UsageError(f"eval_data '{self.eval_data}' does not exist")

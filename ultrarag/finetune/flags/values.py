@@ -239,6 +239,11 @@ def _data(flag: Flag, value: Any) -> Any:
     return items
 
 
+def _path_or_object(flag: Flag, value: Any) -> Any:
+    """Return a path as text, and anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _object(flag: Flag, value: Any) -> Any:
     return value
 
@@ -256,6 +261,7 @@ _READERS: dict[str, Callable[[Flag, Any], Any]] = {
     "ints": _ints,
     "json": _json,
     "data": _data,
+    "path_or_object": _path_or_object,
     "object": _object,
 }
 
@@ -272,5 +278,6 @@ _WANTED = {
     "ints": "whole numbers, such as 64 128 or 64,128",
     "json": "a JSON object, or a file that holds one",
     "data": "a path, or rows",
+    "path_or_object": "a path",
     "object": "a Python object",
 }

@@ -11,7 +11,7 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.finetune.step.callbacks import Interrupted
-    from ultrarag.finetune.step.distributed import least, rank, world_size
+    from ultrarag.finetune.step.distributed import encode_by_ranks, least, rank, wait, world_size
     from ultrarag.finetune.step.gradcache import cached_step
     from ultrarag.finetune.step.lora import Lora, add_lora
     from ultrarag.finetune.step.masking import FalseNegatives

@@ -9,10 +9,11 @@ waits in a layer that another rank does not run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,6 +37,12 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number among them."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def wait() -> None:
+    """Let every rank come here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def gather(embeddings: Embeddings) -> Embeddings:
@@ -63,6 +70,17 @@ def gather_rows(tensor: Tensor) -> Tensor:
     counts = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(counts, mine)
     return _own_first(tensor, [int(count) for count in counts])
+
+
+def encode_by_ranks(texts: Sequence[str], encode: Callable[[list[str]], Embeddings]) -> Embeddings:
+    """Encode texts, each rank its share, into numpy arrays that every rank has, in the order given."""
+    mine = encode(list(texts[rank() :: world_size()]))
+    if world_size() == 1:
+        return mine
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, mine)
+    order = np.argsort(np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())]))
+    return Embeddings.cat(parts)[order]
 
 
 def mean_weight(queries: int, device: torch.device) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultrarag.encoder import Encoder
+from ultrarag.encoder import Encoder, LowRank
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.flags import LoraArguments
 from ultrarag.packages import install
@@ -39,6 +39,8 @@ class Lora:
     root: nn.Module
     #: peft's configuration
     config: Any
+    #: the model that a checkpoint holds, of which `model` may be one side
+    whole: nn.Module
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -57,7 +59,7 @@ class Lora:
         """The state dict under the names that the model has without adapters; theirs are left out."""
         return {
             name.replace(".base_layer.", "."): tensor
-            for name, tensor in self.model.state_dict().items()
+            for name, tensor in self.whole.state_dict().items()
             if not _low_rank(name)
         }
 
@@ -100,9 +102,19 @@ class Lora:
         with torch.no_grad():
             for name, tensor in saved.items():
                 named[name].copy_(tensor)
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.whole.named_parameters():
                 if name in merged and parameter.requires_grad:
                     parameter.copy_(merged[name])
+
+    def low_rank(self) -> LowRank:
+        """The matrices, and what was trained besides them, as what a query side keeps beside its parent's weights."""
+        others = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and not _low_rank(name)
+        }
+        root = "" if self.root is self.model else "backbone."
+        return LowRank.of_peft(self.matrices(), self.config.lora_alpha / self.config.r, root, others)
 
     def remove(self) -> None:
         """Merge the adapters into the weights for good: the model is then of plain layers again."""
@@ -112,8 +124,11 @@ class Lora:
             setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def add_lora(encoder: Encoder, arguments: LoraArguments) -> Lora:
+def add_lora(encoder: Encoder, arguments: LoraArguments, side: str | None = None) -> Lora:
     """Put low-rank adapters into the model's linear layers; they and the heads are then all that is trained.
+
+    Args:
+        side: the one that is trained, of a model of two sides.
 
     Raises:
         UsageError: peft is not installed, or `target_modules` names no linear layer.
@@ -122,7 +137,7 @@ def add_lora(encoder: Encoder, arguments: LoraArguments) -> Lora:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UsageError(f"--use_lora needs the package peft: {install('peft')}") from error
-    model = encoder.model
+    model: nn.Module = getattr(encoder.model, side) if side else encoder.model
     root: nn.Module = getattr(model, "backbone", model)
     heads = {name for name, p in model.named_parameters() if p.requires_grad and _in_head(model, name)}
     config = LoraConfig(
@@ -135,7 +150,7 @@ def add_lora(encoder: Encoder, arguments: LoraArguments) -> Lora:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_low_rank(name) or name in heads)
     model.to(encoder.device)
-    return Lora(model, root, config)
+    return Lora(model, root, config, encoder.model)
 
 
 def _targets(model: nn.Module, root: nn.Module, wanted: tuple[str, ...]) -> list[str]:

@@ -210,7 +210,7 @@ class Guide:
         encoder.model.requires_grad_(False)
         query, passage = (min(length, encoder.limit or length) for length in (data.query_max_len, data.passage_max_len))
         read = replace(data, query_max_len=query, passage_max_len=passage, pad_to_multiple_of=None)
-        return cls(encoder, Collator(encoder.tokenizer, encoder.settings, read), chunk_texts or 64)
+        return cls(encoder, Collator.of(encoder, read), chunk_texts or 64)
 
     def features(self, batch: Batch) -> dict[str, Any]:
         """Tokenize the batch as the guide reads it: with its own instructions and not those of the rows."""

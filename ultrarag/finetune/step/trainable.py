@@ -32,6 +32,10 @@ class Trainable(nn.Module):
         self.model = encoder.model if model is None else model
         self.adapter = encoder.adapter
         self.heads = heads
+        #: a map of stored vectors is no part of the forward: DDP leaves it to the trainer to share its gradient
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_parameters() if name.startswith("model.passage_maps.")
+        ]
 
     @property
     def config(self) -> Any:
@@ -129,24 +133,34 @@ def choose_heads(encoder: Encoder, unified: bool) -> tuple[str, ...]:
     return ("dense",)
 
 
-def freeze(encoder: Encoder, heads: tuple[str, ...], fix_encoder: bool, fix_positions: bool) -> None:
+def freeze(
+    encoder: Encoder, heads: tuple[str, ...], fix_encoder: bool, fix_positions: bool, frozen_side: str | None = None
+) -> None:
     """Switch off the gradient of what is not to be trained, and of what no loss can reach.
+
+    Args:
+        frozen_side: of a model of two sides, the one that stays as it is: query or passage.
 
     Raises:
         UsageError: when nothing is left to train.
     """
     own_heads = getattr(encoder.model, "head_prefixes", ())  # a classifier's head is a part of its backbone
     names = [name for name, _ in encoder.model.named_parameters()]
-    if fix_encoder and not any(name.startswith("backbone.") for name in names):
+    if fix_encoder and not any("backbone" in name.split(".")[:2] for name in names):
         raise UsageError(f"--fix_encoder: the model of {encoder.adapter.describe()} has no part called 'backbone'")
     for name, parameter in encoder.model.named_parameters():
+        name = name.removeprefix("query.").removeprefix("passage.")  # where the sides are two models
         head = name.split(".")[0].removesuffix("_linear")
         unused_head = name.startswith(("sparse_linear.", "colbert_linear.")) and head not in heads
         backbone = name.startswith("backbone.") and not name.startswith(own_heads)
         frozen = unused_head or name.startswith("backbone.pooler.")
         frozen |= fix_encoder and backbone
         frozen |= fix_positions and "position_embeddings" in name
+        frozen |= name.startswith(("query_maps.", "passage_maps."))
         parameter.requires_grad_(not frozen)
+    if frozen_side:
+        side: nn.Module = getattr(encoder.model, frozen_side)
+        side.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in encoder.model.parameters()):
         raise UsageError(
             "nothing is left to train: --fix_encoder freezes everything but the heads, and the heads trained are "

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import save_fsdp_optimizer
@@ -23,16 +24,19 @@ from ultrarag.checkpoint import Training, write_checkpoint
 from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, TrainingError
 from ultrarag.finetune.batches import PlannedLoader, TrainingBatch
+from ultrarag.finetune.corpus import CorpusNegatives, Nearest
 from ultrarag.finetune.step.callbacks import StderrProgress, StopOnInterrupt, Throughput
 from ultrarag.finetune.step.distributed import (
     Weights,
     fsdp_on_cpu,
     gather,
+    gather_rows,
     load_models_whole,
     load_sharded,
     mean_weight,
     most,
     uses_engine,
+    wait,
     world_size,
 )
 from ultrarag.finetune.step.gradcache import cached_step
@@ -61,6 +65,12 @@ class Learner:
     lora: Lora | None = None
     #: finds what is left out of the negatives
     masking: FalseNegatives | None = None
+    #: the passages of the corpus that stand against the queries, and the side that is frozen
+    corpus: CorpusNegatives | None = None
+    #: mines, with the encoder as it is, the passages nearest to each query
+    mine: Callable[[], Nearest] | None = None
+    #: learning rate of a map of stored vectors
+    map_rate: float = 0.0
 
 
 class EmbeddingTrainer(Trainer):
@@ -94,6 +104,7 @@ class EmbeddingTrainer(Trainer):
         load_models_whole()
         self.encoder, self.heads = learner.encoder, learner.heads
         self.lora, self.masking = learner.lora, learner.masking
+        self.corpus, self.mine, self.map_rate = learner.corpus, learner.mine, learner.map_rate
         self.loader = loader
         self.loss_arguments = arguments.loss
         self.chunk_texts = arguments.model.chunk_texts
@@ -112,6 +123,17 @@ class EmbeddingTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
             fsdp_on_cpu(self)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it; a map of stored vectors has a learning rate of its own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.corpus and self.corpus.map is not None:
+            own = list(self.corpus.map.parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if all(p is not other for other in own)]
+            optimizer.add_param_group({"params": own, "lr": self.map_rate, "weight_decay": 0.0})
+        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the encoder has the weights."""
@@ -146,6 +168,7 @@ class EmbeddingTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Encode, gather, loss, backward; in chunks of `sub_batch_size` texts where that is set."""
+        self._mine_again()
         model.train()
         given = _sides(inputs)
         self.throughput.count(given)
@@ -155,7 +178,7 @@ class EmbeddingTrainer(Trainer):
             remember_host(side["attention_mask"], before["attention_mask"])
         share = 1 / self.current_gradient_accumulation_steps
         if self.chunk_texts:
-            return cached_step(
+            value = cached_step(
                 sides,
                 functools.partial(self._encode, model),
                 lambda embeddings: self._loss(batch, embeddings) * share,
@@ -165,12 +188,33 @@ class EmbeddingTrainer(Trainer):
                 self._push if self.is_deepspeed_enabled else None,
                 most if self.trained.engine else None,
             )
+            self._share_map_gradient()
+            return value
         loss = self._loss(batch, self._encode(model, sides)) * share
         if self.is_deepspeed_enabled:
             self._push(loss, last=True)
         else:
             self.accelerator.backward(loss)
+        self._share_map_gradient()
         return loss.detach()
+
+    def _mine_again(self) -> None:
+        """Take hard negatives anew when an epoch begins."""
+        if self.corpus is None or self.mine is None:
+            return
+        every = max(1, -(-len(self.loader) // self.args.gradient_accumulation_steps))
+        step, folder = self.state.global_step, Path(str(self.args.output_dir))
+        self.corpus.refresh(step, every, folder, self.mine, self.args.should_save)
+
+    def _share_map_gradient(self) -> None:
+        """Average the ranks' gradients of a map of stored vectors, which no forward of the wrapped module has."""
+        if self.corpus is None or self.corpus.map is None or world_size() == 1:
+            return
+        if self.accelerator.sync_gradients:
+            for parameter in self.corpus.map.parameters():
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world_size()
 
     def _push(self, loss: Tensor, last: bool) -> None:
         """Backward through DeepSpeed's engine; it steps after the last one, where the Trainer does."""
@@ -182,7 +226,40 @@ class EmbeddingTrainer(Trainer):
             result: list[Embeddings] = model(sides)
         return result
 
+    def _corpus_loss(self, corpus: CorpusNegatives, batch: TrainingBatch, embeddings: list[Embeddings]) -> Tensor:
+        """The loss against the passages of the corpus; `embeddings` are those of the sides in training."""
+        features, teacher, step = batch["corpus"], batch["teacher"], self.state.global_step
+        assert features is not None
+        given = iter(embeddings)
+        query = corpus.query(features) if corpus.frozen == "query" else next(given)
+        fresh = None if corpus.frozen == "passage" else next(given)
+        keys, group_size = features["keys"].passages, batch["group_size"]
+        if fresh is not None and self.loss_arguments.negatives_cross_device:
+            fresh, keys = gather(fresh), _gathered(keys, corpus.bank.device)
+        nearest = corpus.nearest_to(features) if corpus.count is None else self._all_nearest(corpus, features)
+        columns = corpus.columns(step, nearest)
+        found = corpus.opponents(features, fresh, keys, columns, group_size, teacher is not None)
+        if self.masking and self.masking.arguments.false_negative_mask == "margin":
+            found.mask |= self.masking(features, query, found.passage, group_size, teacher is not None)
+        arguments = replace(
+            self.loss_arguments,
+            group_size=group_size,
+            in_batch_negatives=True,
+            false_negatives=found.mask,
+            score_offsets=found.offsets,
+        )
+        loss = self.encoder.adapter.loss(self.trained.model, query, found.passage, teacher, step, arguments)
+        return loss + corpus.penalty()
+
+    def _all_nearest(self, corpus: CorpusNegatives, features: dict[str, Any]) -> np.ndarray:
+        return _gathered(corpus.nearest_to(features), corpus.bank.device)
+
     def _loss(self, batch: TrainingBatch, embeddings: list[Embeddings]) -> Tensor:
+        if self.corpus:
+            loss, queries = self._corpus_loss(self.corpus, batch, embeddings), len(batch["sources"])
+            if not torch.isfinite(loss):
+                raise TrainingError(_not_finite(loss, self.state.global_step, batch))
+            return loss * mean_weight(queries, loss.device)
         query, passage = embeddings if len(embeddings) == 2 else (None, embeddings[0])
         queries = len(passage) // batch["group_size"]
         across = query is not None and self.loss_arguments.negatives_cross_device and batch["in_batch_negatives"]
@@ -287,8 +364,7 @@ class EmbeddingTrainer(Trainer):
 
     def wait(self) -> None:
         """Let every rank come here."""
-        if world_size() > 1:
-            dist.barrier()
+        wait()
 
     # ---- loading
 
@@ -338,6 +414,11 @@ def _set_rates(scheduler: Any) -> None:
 def _sides(batch: TrainingBatch) -> list[Features]:
     """What of a batch is encoded: queries and passages, or the pairs that stand in place of both."""
     return [side for side in (batch["queries"], batch["passages"]) if side is not None]
+
+
+def _gathered(numbers: np.ndarray, device: torch.device) -> np.ndarray:
+    """All ranks' rows of whole numbers, this rank's first."""
+    return gather_rows(torch.from_numpy(np.ascontiguousarray(numbers)).to(device)).cpu().numpy()
 
 
 def _not_finite(loss: Tensor, step: int, batch: TrainingBatch) -> str:

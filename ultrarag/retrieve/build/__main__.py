@@ -18,14 +18,22 @@ from typing import Any
 from ultrarag.encode import Encoded, Rank
 from ultrarag.errors import IndexStateError
 from ultrarag.io import print_error, print_result, read_owner, run_command
-from ultrarag.retrieve.command import built
-from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, inherited_adapter, stored_heads
+from ultrarag.retrieve.build.origin import origin_of
+from ultrarag.retrieve.command import built, share_flags
+from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, Source, inherited_adapter
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages import Store
 
 
 def encode_share(
-    root: Path, checkpoint: str, rank: Rank, adapter: str | None, heads: Sequence[str] | None, device: str
+    root: Path,
+    checkpoint: str,
+    rank: Rank,
+    adapter: str | None,
+    heads: Sequence[str] | None,
+    device: str,
+    backend: str | None = None,
+    share: bool | None = None,
 ) -> int:
     """Encode this rank's blocks that have no file yet, and return the number of passages."""
     from ultrarag.encoder import Encoder
@@ -35,7 +43,10 @@ def encode_share(
         live = Catalog(store).live()
         adapter, precision = adapter or inherited_adapter(checkpoint, IndexLayout(root), live), live.precision
         encoder = Encoder.load(checkpoint, adapter, device=device, precision=precision)
-        chosen = stored_heads(encoder.heads, heads)
+        catalog = Catalog(store)
+        origin, chosen = origin_of(IndexLayout(root), catalog, Source(encoder), backend, heads, share)
+        if origin.vectors_of is not None or origin.mapped_from is not None:
+            return 0  # nothing has to be encoded, and whoever joins says so
         if _is_built(store, encoder.fingerprint, chosen):
             return 0
         ahead = Encoded(root, encoder.fingerprint, chosen, precision, store.last_row())
@@ -71,7 +82,8 @@ def join(root: Path, checkpoint: str, device: str, **wishes: Any) -> dict[str, A
         )
         return {"state": "encoded", "owner": asdict(owner)}
     with LiveIndex.open(root, device=device) as live:
-        return asdict(live.build(checkpoint, device=device, **wishes))
+        generation = live.build(checkpoint, device=device, **wishes)
+        return {**asdict(generation), "built": generation.how_built()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,12 +108,13 @@ def _run(asked: argparse.Namespace, rank: Rank) -> dict[str, Any] | None:
     if not root.is_dir():
         raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
     device = asked.device or rank.device()
-    count = encode_share(root, asked.checkpoint, rank, asked.adapter, asked.heads, device)
+    wanted = (asked.adapter, asked.heads, device, asked.backend, asked.share)
+    count = encode_share(root, asked.checkpoint, rank, *wanted)
     print_error(f"rank {rank.number} of {rank.world}: {count} passages encoded")
     rank.wait()
     if rank.number:
         return None
-    wishes = {name: getattr(asked, name) for name in ("adapter", "heads", "backend", "threads")}
+    wishes = {name: getattr(asked, name) for name in ("adapter", "heads", "backend", "threads", "share")}
     return join(root, asked.checkpoint, device, **wishes)
 
 
@@ -124,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of the process that joins; default: half of the cores"
     )
+    share_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -27,6 +27,7 @@ from ultrarag.retrieve.generation import (
     Follower,
     Generation,
     IndexLayout,
+    encoded_of,
     load_encoder,
 )
 from ultrarag.retrieve.passages import Store
@@ -100,9 +101,8 @@ class _Pace:
 
 
 def encoded_ahead(draft: Draft) -> Encoded:
-    """What ranks have encoded, or will, for a draft."""
-    generation = draft.generation
-    return Encoded(draft.layout.root, generation.fingerprint, generation.heads, generation.precision)
+    """What ranks have encoded, or will, or the parent has mapped, for a draft."""
+    return encoded_of(draft.layout.root, draft.generation)
 
 
 class Build:

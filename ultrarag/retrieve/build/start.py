@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, start_child, stop_child
+from ultrarag.retrieve.bridge import BridgeTerms, cross, drop
+from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
     Generation,
@@ -27,11 +30,13 @@ from ultrarag.retrieve.generation import (
     inherited_adapter,
     inherited_source,
     prepare,
-    stored_heads,
+    publish,
 )
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
+
+logger = logging.getLogger("ultrarag")
 
 #: Seconds to wait for a build to end by itself.
 PATIENCE = 20.0
@@ -48,6 +53,8 @@ def build_generation(
     threads: int | None = None,
     progress: bool | None = None,
     ray: RayPool | None = None,
+    share: bool | None = None,
+    bridge: BridgeTerms | None = None,
 ) -> Generation:
     """Build, or go on building, a generation of an open index; see `LiveIndex.build`."""
     if not core.building.acquire(blocking=False):
@@ -57,20 +64,30 @@ def build_generation(
             live = core.live.generation
             source = _source(core.layout, live, checkpoint, adapter)
             job = RayJob.of(ray, checkpoint, source.adapter, backend or live.backend) if ray else None
-            generation = _prepared(core, source, backend, heads)
+            generation = _prepared(core, source, backend, heads, share)
+            if core.serving.generation.id != generation.id:
+                drop(core)  # a bridge to a generation that was given up for this one
             if generation.state == "ready":
                 return generation
-            if not core.layout.final(generation.id).exists():
+            if bridge is not None and generation.encodes and core.bridge is None:
+                cross(core, generation, bridge)
+            if generation.shares:
+                publish(core.layout, generation)
+            elif not core.layout.final(generation.id).exists():
+                if generation.mapped_from is not None:
+                    map_stored(core, generation, progress)
                 run_builder(
                     core.layout.root,
                     generation,
                     device=device or core.device,
                     threads=threads,
                     progress=progress,
-                    ray=job,
+                    ray=job if generation.encodes else None,
                     started=lambda child: _started(core, child),
                 )
-            return finish(core, generation)
+            done = finish(core, generation)
+            logger.info("%s", done.how_built())
+            return done
     finally:
         core.builder = None
         core.building.release()
@@ -96,33 +113,45 @@ def _started(core: Core, child: subprocess.Popen[str]) -> None:
     core.builder = child
 
 
-def _prepared(core: Core, source: Source, backend: str | None, heads: Sequence[str] | None) -> Generation:
+def _prepared(
+    core: Core, source: Source, backend: str | None, heads: Sequence[str] | None, share: bool | None
+) -> Generation:
     """The generation, with its directory and checkpoint unless it is ready; a loaded encoder is let go of here."""
-    generation = enter(core, source, backend, stored_heads(source.heads, heads))
+    generation = enter(core, source, backend, heads, share)
     if generation.state != "ready":
         prepare(core.layout, generation, source)
     return generation
 
 
-def enter(core: Core, source: Source, backend: str | None, heads: tuple[str, ...]) -> Generation:
-    """Return the unfinished or ready generation of an encoder, or a new one; unfinished ones of others are given up."""
+def enter(
+    core: Core, source: Source, backend: str | None, heads: Sequence[str] | None, share: bool | None = None
+) -> Generation:
+    """Return the unfinished or ready generation of an encoder, or a new one; unfinished ones of others are given up.
+
+    Raises:
+        UsageError: no vectors could be shared, and `share` insists.
+    """
     if core.link is not None and backend not in (None, core.link.uri):
         raise UsageError(f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out")
-    wanted = (source.fingerprint, backend or core.live.generation.backend, heads, source.precision)
-    for found in core.catalog.all():
-        same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
-        if same and found.state in ("building", "ready"):
-            return found
-        if found.state == "building":
-            core.catalog.set_state(found.id, "retired", only_from=("building",))
-    with core.writing:  # else a vacuum could forget the log entries that follow
-        return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq())
+    with core.writing:  # else a vacuum could forget the log entries that follow, or remove the vectors to be shared
+        origin, chosen = origin_of(core.layout, core.catalog, source, backend, heads, share)
+        wanted = (source.fingerprint, backend or core.live.generation.backend, chosen, source.precision)
+        for found in core.catalog.all():
+            same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
+            if same and (found.state == "building" or share is not None):
+                same = origin.is_of(found)
+            if same and found.state in ("building", "ready"):
+                return found
+            if found.state == "building":
+                core.catalog.set_state(found.id, "retired", only_from=("building",))
+        return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq(), origin=origin)
 
 
 def finish(core: Core, generation: Generation) -> Generation:
     """Enter a built generation as ready, with the writes that its builder applied."""
     done = Progress.read(core.layout.final(generation.id))
-    core.catalog.set_applied(generation.id, done.applied if done else generation.base_seq)
+    if not generation.shares:
+        core.catalog.set_applied(generation.id, done.applied if done else generation.base_seq)
     if done and done.unencoded:
         Unencoded(core.store, generation.id).note(done.unencoded, [])
     if core.link is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.command.parser import main
+    from ultrarag.retrieve.command.parser import main, share_flags
     from ultrarag.retrieve.command.printing import built
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -117,11 +117,11 @@ def status(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace) -> None:
     """Build a generation."""
-    wishes = {name: getattr(arguments, name) for name in ("adapter", "backend", "heads", "threads")}
+    wishes = {name: getattr(arguments, name) for name in ("adapter", "backend", "heads", "threads", "share")}
     ray = _ray_pool(arguments)  # before the index is opened, which may take a while
     with _open(arguments) as live:
         generation = live.build(arguments.checkpoint, ray=ray, **wishes)
-    _show(arguments, asdict(generation), printing.built)
+    _show(arguments, {**asdict(generation), "built": generation.how_built()}, printing.built)
 
 
 #: Flag -> field of a RayPool.
@@ -214,6 +214,7 @@ def refresh(arguments: argparse.Namespace) -> None:
             force=arguments.force,
             metric=arguments.metric,
             search=_options(arguments) or None,
+            effort=arguments.effort,
             **arguments.finetune,
         )
     _show(arguments, report.to_dict(), lambda found: str(report))

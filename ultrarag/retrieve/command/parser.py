@@ -124,6 +124,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=_names, metavar="A,B", help="the heads to store; default: all of the model's")
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--threads", type=int, metavar="N", help="of the builder; default: half of the cores")
+    share_flags(parser)
     _device(parser)
     ray = parser.add_argument_group("Ray", "Encode on a Ray cluster and write to a server; see docs/distributed.md.")
     ray.add_argument("--ray", metavar="ADDRESS", help="local, auto (the cluster of this machine), or HOST:PORT")
@@ -132,6 +133,23 @@ def _build(parser: argparse.ArgumentParser) -> None:
     ray.add_argument("--cpus_per_worker", type=int, metavar="N", help="without GPUs; default: 1")
     ray.add_argument("--batch_tokens", type=int, metavar="N", help="padded tokens per forward of a worker")
     ray.add_argument("--block", type=int, metavar="N", help="passages between two confirmations; default: 2048")
+
+
+def share_flags(parser: argparse.ArgumentParser) -> None:
+    """What a build says of vectors that are there; default: they are used where they are the new model's too."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--share",
+        action="store_true",
+        default=None,
+        help="use the vectors that are there, or stop: encode no stored passage",
+    )
+    either.add_argument(
+        "--no_share",
+        dest="share",
+        action="store_false",
+        help="encode all passages; default: only where the vectors that are there are not the model's",
+    )
 
 
 def _swap(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +180,12 @@ def _refresh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_data", required=True, nargs="+", metavar="PATH", help="JSONL files or directories")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the new checkpoint goes")
     parser.add_argument("--eval_data", metavar="PATH", help="held-out data, also the gate's: JSONL, or a BEIR folder")
+    parser.add_argument(
+        "--effort",
+        default="full",
+        choices=("auto", "query-map", "query", "passage-map", "full"),
+        help="what learns: all but full encode no passage again; auto takes the first that is enough (default: full)",
+    )
     parser.add_argument("--no_gate", action="store_true", help="swap without comparing")
     parser.add_argument("--metric", default="nDCG@10", help="what the gate compares (default: nDCG@10)")
     parser.add_argument("--force", action="store_true", help="go live although the gate says no; this is recorded")

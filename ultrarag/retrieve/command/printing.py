@@ -80,7 +80,10 @@ def unencoded(found: Mapping[str, str]) -> list[str]:
 
 
 def _generation(entry: Mapping[str, Any]) -> tuple[object, ...]:
-    note = "forced" if entry["forced"] else _progress(entry["progress"]) if "progress" in entry else ""
+    notes = [_progress(entry["progress"])] if "progress" in entry else []
+    notes += [f"shares vectors of generation {entry['vectors_of']}"] if entry["vectors_of"] != entry["id"] else []
+    notes += [f"vectors mapped from generation {entry['mapped_from']}"] if entry["mapped_from"] is not None else []
+    note = ", ".join([*notes, *(["forced"] if entry["forced"] else [])])
     names = (entry["fingerprint"][:12], entry["backend"], ",".join(entry["heads"]), entry["precision"])
     return entry["id"], entry["state"], *names, entry["behind"], size(entry["bytes"]), entry["created"], note
 
@@ -110,7 +113,7 @@ def deleted(found: Mapping[str, Any]) -> str:
 
 def built(found: Mapping[str, Any]) -> str:
     """What `build` made."""
-    return (
+    return f"{found['built']}\n" + (
         f"generation {found['id']} is {found['state']} (encoder {found['fingerprint'][:12]}, "
         f"heads {', '.join(found['heads'])}); ultrarag index swap makes it live"
     )

@@ -10,17 +10,29 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.generation.catalog import COLUMNS, Catalog, Generation, IndexLayout, Progress
+    from ultrarag.retrieve.generation.catalog import (
+        COLUMNS,
+        VECTORS,
+        Catalog,
+        Generation,
+        IndexLayout,
+        Origin,
+        Progress,
+        note_vectors,
+    )
     from ultrarag.retrieve.generation.open import REPAIR, lay_out, open_serving, open_words
     from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Unencoded
-    from ultrarag.retrieve.generation.serving import Serving
+    from ultrarag.retrieve.generation.serving import Serving, VectorSet
     from ultrarag.retrieve.generation.source import (
         Draft,
         Source,
+        encoded_of,
+        identity_of,
         inherited_adapter,
         inherited_source,
         load_encoder,
         prepare,
+        publish,
         stored_heads,
     )
 else:

@@ -19,6 +19,13 @@ STATES = ("building", "ready", "live", "previous", "retired")
 #: Of the table, in the order in which `Generation` has them.
 COLUMNS = "id, fingerprint, state, backend, heads, precision, base_seq, applied_seq, created, forced, metrics"
 
+#: Whose vectors a generation has, where they are not simply its own; came later than format 1, as UNENCODED did.
+VECTORS = """
+CREATE TABLE IF NOT EXISTS vectors (
+    generation INTEGER PRIMARY KEY, vectors_of INTEGER NOT NULL, passage_fingerprint TEXT NOT NULL, mapped_from INTEGER
+)
+"""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -43,6 +50,50 @@ class Generation:
     forced: bool
     #: what the gate measured
     metrics: dict[str, Any]
+    #: of the passage side of its encoder: whose vectors these are
+    passage_fingerprint: str
+    #: the generation that made its vectors: itself, or the one whose vectors it shares
+    vectors_of: int
+    #: the generation whose vectors were mapped into its own; None where its passages were encoded
+    mapped_from: int | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Its vectors are those of another generation."""
+        return self.vectors_of != self.id
+
+    @property
+    def encodes(self) -> bool:
+        """Its passages are, or were, encoded to build it."""
+        return not self.shares and self.mapped_from is None
+
+    def how_built(self) -> str:
+        """In words, where its vectors come from."""
+        if self.shares:
+            return f"no passage was encoded: generation {self.id} shares the vectors of generation {self.vectors_of}"
+        if self.mapped_from is not None:
+            return (
+                f"no stored passage was encoded: the vectors of generation {self.mapped_from} were mapped into those "
+                f"of generation {self.id}"
+            )
+        return f"the passages were encoded for generation {self.id}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the vectors of a new generation come from."""
+
+    #: of the passage side of its encoder; "": of an encoder with one side
+    passage_fingerprint: str = ""
+    #: whose vectors it shares; None: it has its own
+    vectors_of: int | None = None
+    #: whose vectors are mapped into its own; None: its passages are encoded
+    mapped_from: int | None = None
+
+    def is_of(self, generation: Generation) -> bool:
+        """Whether a generation's vectors come from there."""
+        shared = generation.vectors_of if generation.shares else None
+        return (shared, generation.mapped_from) == (self.vectors_of, self.mapped_from)
 
 
 class IndexLayout:
@@ -149,11 +200,19 @@ class Catalog:
         self._database = store.database
 
     def add(
-        self, fingerprint: str, backend: str, heads: Sequence[str], precision: str, state: str, base_seq: int
+        self,
+        fingerprint: str,
+        backend: str,
+        heads: Sequence[str],
+        precision: str,
+        state: str,
+        base_seq: int,
+        origin: Origin = Origin(),
     ) -> Generation:
-        """Enter a new generation."""
+        """Enter a new generation; one that shares vectors has applied what they have."""
         created = datetime.now(UTC).isoformat(timespec="seconds")
         values = (fingerprint, state, backend, json.dumps(list(heads)), precision, base_seq, base_seq, created)
+        passages = origin.passage_fingerprint or fingerprint
         with self._database.transaction() as db:
             found = db.execute(
                 "INSERT INTO generations (fingerprint, state, backend, heads, precision, base_seq, applied_seq, "
@@ -161,7 +220,16 @@ class Catalog:
                 values,
             )
             id = found.lastrowid
-        assert id is not None
+            assert id is not None
+            if origin != Origin() or passages != fingerprint:
+                note_vectors(db, id, origin.vectors_of or id, passages, origin.mapped_from)
+            if origin.vectors_of is not None:
+                held = (origin.vectors_of, origin.vectors_of, id)
+                applied = (
+                    "SELECT max(applied_seq) FROM generations WHERE id = ? OR id IN "
+                    "(SELECT generation FROM vectors WHERE vectors_of = ? AND generation != ?)"
+                )
+                db.execute(f"UPDATE generations SET applied_seq = ({applied}) WHERE id = ?", (*held, id))
         return self.get(id)
 
     def all(self) -> list[Generation]:
@@ -172,7 +240,10 @@ class Catalog:
     @staticmethod
     def read(db: sqlite3.Connection) -> list[Generation]:
         """Every generation, as a transaction sees them."""
-        return [_generation(row) for row in db.execute(f"SELECT {COLUMNS} FROM generations ORDER BY id").fetchall()]
+        there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'vectors'").fetchone()
+        noted = {id: rest for id, *rest in db.execute("SELECT * FROM vectors").fetchall()} if there else {}
+        rows = db.execute(f"SELECT {COLUMNS} FROM generations ORDER BY id").fetchall()
+        return [_generation(row, noted.get(row[0])) for row in rows]
 
     def get(self, id: int) -> Generation:
         """One generation; IndexStateError names those that exist."""
@@ -201,10 +272,15 @@ class Catalog:
             statement = f"UPDATE generations SET state = ? WHERE id = ? AND state IN ({marks})"
             return bool(db.execute(statement, (state, id, *only_from)).rowcount)
 
-    def set_applied(self, id: int, seq: int) -> None:
-        """Note that a generation's vectors durably contain the log up to `seq`."""
+    def set_applied(self, vectors_of: int, seq: int) -> None:
+        """Note that the vectors of a generation durably contain the log up to `seq`; so do all that share them."""
         with self._database.transaction() as db:
-            db.execute("UPDATE generations SET applied_seq = max(applied_seq, ?) WHERE id = ?", (seq, id))
+            db.execute(VECTORS)
+            db.execute(
+                "UPDATE generations SET applied_seq = max(applied_seq, ?) WHERE id = ? OR id IN "
+                "(SELECT generation FROM vectors WHERE vectors_of = ?)",
+                (seq, vectors_of, vectors_of),
+            )
 
     def flip(self, id: int, forced: bool = False, metrics: dict[str, Any] | None = None) -> None:
         """Make a generation the live one, and the live one the previous, in one transaction."""
@@ -221,8 +297,18 @@ class Catalog:
                 db.execute("UPDATE generations SET forced = ?, metrics = ? WHERE id = ?", values)
 
 
-def _generation(row: Sequence[Any]) -> Generation:
+def note_vectors(
+    db: sqlite3.Connection, id: int, vectors_of: int, passage_fingerprint: str, mapped_from: int | None
+) -> None:
+    """Enter whose vectors a generation has."""
+    db.execute(VECTORS)
+    values = (id, vectors_of, passage_fingerprint, mapped_from)
+    db.execute("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?)", values)
+
+
+def _generation(row: Sequence[Any], noted: Sequence[Any] | None) -> Generation:
     id, fingerprint, state, backend, heads, precision, base, applied, created, forced, metrics = row
+    vectors_of, passages, mapped_from = noted or (id, fingerprint, None)
     return Generation(
         id,
         fingerprint,
@@ -235,4 +321,7 @@ def _generation(row: Sequence[Any]) -> Generation:
         created,
         bool(forced),
         json.loads(metrics),
+        passages,
+        vectors_of,
+        mapped_from,
     )

@@ -12,9 +12,9 @@ from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.io import OwnerLock, resource_error
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import Backend, ServerError, default_backend, open_backend, remove
-from ultrarag.retrieve.generation.catalog import Catalog, Generation, IndexLayout
+from ultrarag.retrieve.generation.catalog import Catalog, Generation, IndexLayout, Origin
 from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Unencoded, Words
-from ultrarag.retrieve.generation.serving import Serving
+from ultrarag.retrieve.generation.serving import Serving, VectorSet
 from ultrarag.retrieve.generation.source import Source, create_vectors, load_encoder, prepare
 from ultrarag.retrieve.passages import Store
 
@@ -31,7 +31,9 @@ def lay_out(directory: Path, encoder: Encoder, backend: str | None, heads: tuple
     layout, store = IndexLayout(directory), Store.create(directory)
     try:
         catalog, source = Catalog(store), Source(encoder)
-        first = catalog.add(source.fingerprint, backend or default_backend(), heads, source.precision, "ready", 0)
+        origin = Origin(encoder.passage_fingerprint)
+        engine = backend or default_backend()
+        first = catalog.add(source.fingerprint, engine, heads, source.precision, "ready", 0, origin)
         layout.final(first.id).mkdir(parents=True)
         prepare(layout, first, source)
         create_vectors(encoder, first, layout.vectors(layout.final(first.id))).close()
@@ -52,12 +54,14 @@ def open_serving(
     repair: bool = False,
     check: Callable[[], object] = lambda: None,
     read_only: bool = False,
+    beside: Serving | None = None,
 ) -> tuple[Serving, Follower]:
     """Open the encoder and the vectors of a generation, and what keeps them up to date.
 
     Args:
         check: called before each write to the vectors, and may refuse it.
         read_only: change nothing on the disk.
+        beside: a pair in service; where the generation shares its vectors, they are used as they are open.
 
     Raises:
         FingerprintError: when another encoder is given than the one that made the vectors.
@@ -72,32 +76,39 @@ def open_serving(
             f"{generation.fingerprint[:12]}, not by the one given ({encoder.fingerprint[:12]}): open the index without "
             f"an encoder to use its own copy, and `build` and `swap` to change it"
         )
-    backend, emptied = _vectors(layout.vectors(directory), generation, encoder, repair, read_only)
+    emptied = False
+    if beside is not None and beside.generation.vectors_of == generation.vectors_of and beside.vectors.join():
+        vectors = beside.vectors
+    else:
+        held = layout.vectors(layout.directory(generation.vectors_of))
+        backend, emptied = _opened(held, generation, encoder, repair, read_only)
+        vectors = VectorSet(backend, Unencoded(store, generation.vectors_of))
+        vectors.join()
     try:
-        serving = Serving(generation, encoder, backend, Unencoded(store, generation.id))
+        serving = Serving(generation, encoder, vectors)
         catalog = Catalog(store)
         follower = Follower(
             store,
-            GenerationVectors(backend, serving.encode_passages, serving.unencoded, check),
+            GenerationVectors(vectors.backend, serving.encode_passages, vectors.unencoded, check),
             generation.applied_seq,
-            lambda seq: catalog.set_applied(generation.id, seq),
+            lambda seq: catalog.set_applied(generation.vectors_of, seq),
         )
         if emptied:
             follower.refill()
     except BaseException:
-        backend.close()
+        vectors.leave()
         raise
     return serving, follower
 
 
-def _vectors(
+def _opened(
     directory: Path, generation: Generation, encoder: Encoder, repair: bool, read_only: bool
 ) -> tuple[Backend, bool]:
     """Open the vectors; to repair means to begin anew where they are damaged."""
     try:
         if not read_only:
             directory.mkdir(exist_ok=True)
-        return open_backend(directory, generation.fingerprint, read_only=read_only), False
+        return open_backend(directory, encoder.passage_fingerprint, read_only=read_only), False
     except ServerError:  # it is away, or refuses us: nothing is known to be damaged
         raise
     except IndexStateError as error:

@@ -220,6 +220,10 @@ class Follower:
         self._save(seq)
         self.applied = self.flushed = seq
 
+    def go_on_from(self, other: Follower) -> None:
+        """Be where another follower of the same target is, which follows no more."""
+        self.applied, self.flushed = other.applied, other.flushed
+
     def again(self, ids: Sequence[str]) -> None:
         """Put passages into the target once more, durably."""
         self._target.put(list(self._store.get(ids).values()))

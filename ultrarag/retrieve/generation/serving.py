@@ -99,25 +99,55 @@ class FairLock:
                 self._waiting[kind].popleft().release()
 
 
+class VectorSet:
+    """Vectors that are open, and the passages that have none: of one generation, or of several that share them.
+
+    Who leaves as the last one closes them.
+    """
+
+    def __init__(self, backend: Backend, unencoded: Unencoded) -> None:
+        self.backend = backend
+        #: passages that have no vectors, for the encoder cannot encode them
+        self.unencoded = unencoded
+        self._mutex, self._users = threading.Lock(), 0
+        self._closed = False
+
+    def join(self) -> bool:
+        """Become a user; False where the last one has left."""
+        with self._mutex:
+            if not self._closed:
+                self._users += 1
+            return not self._closed
+
+    def leave(self) -> None:
+        """End what `join` began."""
+        with self._mutex:
+            self._users -= 1
+        self.close_unused()
+
+    def close_unused(self) -> None:
+        """Close them where nobody uses them; again where that failed."""
+        with self._mutex:
+            self._closed |= self._users == 0
+        if self._closed:
+            self.backend.close()
+
+
 class Serving:
     """The pair (encoder, vectors) of one generation; a search holds on to the pair it began with."""
 
     def __init__(
-        self,
-        generation: Generation,
-        encoder: Encoder,
-        backend: Backend,
-        unencoded: Unencoded,
-        clock: Clock = time.monotonic,
+        self, generation: Generation, encoder: Encoder, vectors: VectorSet, clock: Clock = time.monotonic
     ) -> None:
-        if encoder.fingerprint != backend.schema.fingerprint:
+        """Use vectors that were joined; `retire` leaves them."""
+        held = vectors.backend.schema.fingerprint
+        if encoder.passage_fingerprint != held:
             raise FingerprintError(
-                f"generation {generation.id} holds vectors of the encoder {backend.schema.fingerprint[:12]}, not of "
-                f"{encoder.fingerprint[:12]}; open it with the encoder that built it, or build a new generation"
+                f"generation {generation.id} holds vectors of the encoder {held[:12]}, not of "
+                f"{encoder.passage_fingerprint[:12]}; open it with the encoder that built it, or build a new generation"
             )
-        self.generation, self.encoder, self.backend = generation, encoder, backend
-        #: passages that have no vectors, for the encoder cannot encode them
-        self.unencoded = unencoded
+        self.generation, self.encoder, self.vectors = generation, encoder, vectors
+        self._left = False
         # one forward at a time: two would share the same cores, and both be slower
         self._clock, self._encoding = clock, FairLock(clock)
         #: seconds of the last passages, each
@@ -131,8 +161,18 @@ class Serving:
 
     @property
     def fingerprint(self) -> str:
-        """Of the encoder, and so of the vectors."""
+        """Of the encoder, both sides of it: of the queries that may be compared with the vectors."""
         return self.generation.fingerprint
+
+    @property
+    def backend(self) -> Backend:
+        """The engine with the vectors."""
+        return self.vectors.backend
+
+    @property
+    def unencoded(self) -> Unencoded:
+        """Passages that have no vectors, for the encoder cannot encode them."""
+        return self.vectors.unencoded
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -154,12 +194,16 @@ class Serving:
             self._idle.notify_all()
 
     def retire(self) -> None:
-        """Let nobody in any more, wait for those inside, and close the vectors."""
+        """Let nobody in any more, wait for those inside, and close the vectors unless others share them."""
         with self._idle:
             self._retiring = True
             self._idle.wait_for(lambda: self._users == 0)
+            left, self._left = self._left, True
         self._forward.shutdown(wait=False)
-        self.backend.close()
+        if left:  # closing failed before
+            self.vectors.close_unused()
+        else:
+            self.vectors.leave()
 
     def encode_queries(self, texts: Sequence[str], heads: Sequence[str]) -> Embeddings:
         """Encode queries with the given heads."""

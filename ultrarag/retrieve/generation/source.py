@@ -6,11 +6,12 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultrarag.checkpoint import Manifest, copy_checkpoint, local_folder, read_manifest
-from ultrarag.encode import Encode
+from ultrarag.checkpoint import MANIFEST, Identity, Manifest, copy_checkpoint, local_folder, read_manifest
+from ultrarag.encode import Encode, Encoded
 from ultrarag.encoder import Cuts
 from ultrarag.errors import CheckpointError, UltraragError, UsageError, did_you_mean
 from ultrarag.io import sync_tree
@@ -130,6 +131,14 @@ class Source:
         self._encoder, self.precision = encoder, encoder.precision
         self.fingerprint, self.heads = encoder.fingerprint, encoder.heads
 
+    @cached_property
+    def identity(self) -> Identity:
+        """Who the encoder is, and who its sides are."""
+        if self._manifest is not None:
+            return self._manifest.identity
+        assert self._encoder is not None
+        return self._encoder.identity()
+
     def save(self, target: Path) -> str:
         """Write the generation's own copy, so that moving the original breaks nothing; return its fingerprint."""
         if self._encoder is not None:
@@ -139,6 +148,14 @@ class Source:
         manifest = read_manifest(target)
         assert manifest is not None
         return manifest.fingerprint
+
+
+def identity_of(layout: IndexLayout, generation: Generation) -> Identity:
+    """Who a generation's encoder is, and who its sides are, as its copy in the index says."""
+    folder = layout.checkpoint(layout.directory(generation.id))
+    if (manifest := read_manifest(folder)) is None:
+        raise CheckpointError(f"'{folder}' has no {MANIFEST}: restore the folder from a copy")
+    return manifest.identity
 
 
 def prepare(layout: IndexLayout, generation: Generation, source: Source) -> None:
@@ -170,6 +187,23 @@ def load_encoder(directory: Path, generation: Generation, device: str | None = N
             f"build a new generation"
         )
     return encoder
+
+
+def publish(layout: IndexLayout, generation: Generation) -> None:
+    """Give the directory of a generation its final name, unless it has it."""
+    building = layout.building(generation.id)
+    if building.exists():
+        sync_tree(building)
+        os.rename(building, layout.final(generation.id))
+
+
+def encoded_of(root: Path, generation: Generation, last: int = 0) -> Encoded:
+    """The vectors of a generation that are there before it is built: made by the ranks of torchrun, or mapped.
+
+    Args:
+        last: the store's last row, for whoever makes them.
+    """
+    return Encoded(root, generation.fingerprint, generation.heads, generation.precision, last)
 
 
 class Draft:
@@ -211,8 +245,7 @@ class Draft:
         """Close everything, and give the directory its final name."""
         self.backend.close()
         self.store.close()
-        sync_tree(self.directory)
-        os.rename(self.directory, self.layout.final(self.generation.id))
+        publish(self.layout, self.generation)
 
     def _vectors(self, encoder: Encoder) -> Backend:
         directory = self.layout.vectors(self.directory)
@@ -220,10 +253,10 @@ class Draft:
             remove(directory)
         if not (directory / SCHEMA_FILE).exists():
             return create_vectors(encoder, self.generation, directory)
-        return open_backend(directory, self.generation.fingerprint)
+        return open_backend(directory, encoder.passage_fingerprint)
 
 
 def create_vectors(encoder: Encoder, generation: Generation, directory: Path) -> Backend:
     """Create the empty vector engine of a generation."""
     probe = encoder.encode(["dimension"], "passage", heads=generation.heads, progress=False)
-    return create(directory, Schema.of(probe, generation.fingerprint), generation.backend)
+    return create(directory, Schema.of(probe, encoder.passage_fingerprint), generation.backend)

@@ -107,6 +107,13 @@ class Store:
                     found[row[0]] = self._passage(*row)
         return found
 
+    def of_document(self, name: str) -> Iterator[Passage]:
+        """Yield the passages whose ids are of the form NAME#3."""
+        with self.database.reading() as db:
+            query = "SELECT id, text, title, metadata, hash FROM passages WHERE id > ? AND id < ? AND deleted = 0"
+            rows = db.execute(query, (f"{name}#", f"{name}$")).fetchall()  # '$' is what comes after '#'
+        yield from (self._passage(*row) for row in rows)
+
     def existing(self, ids: Sequence[str]) -> set[str]:
         """Return those of these ids that are passages; their texts are not read."""
         found: set[str] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,14 @@ from ultrarag.evaluation import (
     coverage,
     passages_of,
 )
+from ultrarag.rows.checks import Judged, LeakChecks, document_of, named_in
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.passages import Store
+    from ultrarag.types import Passage
 
+#: id, text and metadata of a passage
+Sibling = tuple[str, str, Mapping[str, Any]]
 #: A BEIR folder is about the index's passages when this share of its relevant ones have the same text there.
 SAME_TEXT = 0.5
 
@@ -60,6 +64,33 @@ def questions(store: Store, gate: Any, eval_data: Any) -> Questions | None:
     found = read_evaluator(os.fspath(eval_data) if isinstance(eval_data, os.PathLike) else eval_data, None, None)
     qrels = {query_id: dict(found.qrels[query_id]) for query_id in found.queries if found.qrels.get(query_id)}
     return Questions(found.queries, qrels, None if _is_of(store, found.corpus, qrels) else found.corpus)
+
+
+def leak_checks(asked: Questions, store: Store) -> LeakChecks:
+    """What looks for the questions, their answers, and other passages of the answers' documents among rows."""
+    corpus = asked.corpus
+    ids = sorted({id for judged in asked.qrels.values() for id, relevance in judged.items() if relevance > 0})
+    if corpus is None:
+        held = {id: (passage.content, passage.metadata) for id, passage in store.get(ids).items()}
+    else:
+        held = {id: (corpus[id], {}) for id in ids if id in corpus}
+    judged = [
+        Judged(asked.queries[key], [(id, *held[id]) for id, relevance in found.items() if relevance > 0 and id in held])
+        for key, found in asked.qrels.items()
+        if key in asked.queries
+    ]
+    siblings = ((id, text, {}) for id, text in corpus.items()) if corpus is not None else _siblings(store, held)
+    return LeakChecks(judged, siblings, "warning")
+
+
+def _siblings(store: Store, held: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Iterator[Sibling]:
+    """Passages of the index that may be of these passages' documents: by id, or all where metadata names documents."""
+    if any(next(named_in(metadata), None) for _, metadata in held.values()):
+        found: Iterator[Passage] = store.passages()
+    else:
+        names = {name for id in held if (name := document_of(id)) is not None}
+        found = (passage for name in sorted(names) for passage in store.of_document(name))
+    yield from ((passage.id, passage.content, passage.metadata) for passage in found)
 
 
 def _is_of(store: Store, corpus: Mapping[str, str], qrels: Qrels) -> bool:

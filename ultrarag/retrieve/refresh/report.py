@@ -19,8 +19,10 @@ from ultrarag.errors import DataError, IndexStateError
 from ultrarag.evaluation import Measured
 from ultrarag.finetune import read_history, write_text
 from ultrarag.io import sha256_of, write_json
-from ultrarag.report import Page, render
+from ultrarag.report import Page, Rung, render
 from ultrarag.retrieve.generation import Generation
+from ultrarag.retrieve.refresh.ladder import Comparison, Step
+from ultrarag.rows.checks import described
 
 STATE_FILE, JSON_FILE, HTML_FILE = "refresh.state.json", "refresh.json", "refresh.html"
 #: Of the state file.
@@ -60,12 +62,16 @@ class RefreshState:
     parent_generation: int
     #: result of the fine-tuning: fingerprint, steps, loss, metrics, notes
     trained: dict[str, Any] | None = None
+    #: the rungs of the ladder that were tried, where the effort is auto
+    ladder: list[Step] = field(default_factory=list)
     #: the generation built from it
     generation: int | None = None
     #: what was measured before the swap; see `ultrarag.evaluation.results`
     measured: dict[str, Any] | None = None
     #: stage -> seconds
     seconds: dict[str, float] = field(default_factory=dict)
+    #: what training and evaluation share; see `ultrarag.rows.checks.Overlap`
+    overlap: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         """Write the state durably."""
@@ -84,7 +90,8 @@ class RefreshState:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") > FORMAT:
                 raise IndexStateError(f"'{path}' was written by a newer ultrarag: upgrade ultrarag to go on with it")
-            return cls(**{**values, "request": Request(**values["request"])})
+            tried = [Step.from_dict(step) for step in values.get("ladder", [])]
+            return cls(**{**values, "request": Request(**values["request"]), "ladder": tried})
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,10 +165,15 @@ class RefreshReport:
     #: mean training loss
     loss: float | None
     notes: list[str]
+    #: the rungs of the ladder that were tried: gain, guard, seconds, passages encoded, and what was decided
+    ladder: list[dict[str, Any]]
     #: what was asked for, by content
     request: dict[str, Any]
     #: the page for people
     html: str
+    #: by which split it was judged, and what training and evaluation share (`ultrarag.rows.checks.Overlap`): "split" is
+    #: "by document", "by query", "no split" or "unknown"; None where nothing was judged
+    overlap: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -196,9 +208,13 @@ class RefreshReport:
             lineage=_lineage(state, folder),
             steps=trained["steps"],
             loss=trained["loss"],
-            notes=list(dict.fromkeys((*trained["notes"], *(shown.verdict.notes if shown else [])))),
+            notes=list(
+                dict.fromkeys((*trained["notes"], *_shared(state.overlap), *(shown.verdict.notes if shown else [])))
+            ),
+            ladder=[_without_values(step) for step in state.ladder],
             request=asdict(state.request),
             html=str(folder / HTML_FILE),
+            overlap=state.overlap or trained.get("overlap"),
         )
 
     @classmethod
@@ -210,7 +226,9 @@ class RefreshReport:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{item.name: values[item.name] for item in fields(cls)})
+            values = {"ladder": [], **values}  # an earlier version knew no rungs
+            # a report of an earlier version does not say what was shared
+            return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IndexStateError(f"'{path}' cannot be read ({type(error).__name__}: {error})") from error
 
@@ -226,8 +244,26 @@ class RefreshReport:
         ]
         for name, before in self.metrics.get("before", {}).items():
             lines.append(f"{name:<11} {before:.4f} -> {self.metrics['after'][name]:.4f}")
+        lines += [f"{step['rung']:<11} {step['decision']} ({step['seconds']:.0f} s)" for step in self.ladder]
+        if self.overlap:
+            lines.append(f"split       {described(self.overlap)}")
         lines.append("seconds     " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))
         return "\n".join([*lines, f"report      {self.html}"])
+
+
+def _without_values(step: Step) -> dict[str, Any]:
+    return {name: value for name, value in step.to_dict().items() if name not in ("values", "trained")}
+
+
+def _shared(overlap: Mapping[str, Any] | None) -> list[str]:
+    """A warning where the numbers promise too much."""
+    if not overlap or overlap["split"] not in ("by query", "no split"):
+        return []
+    examples = "; ".join(overlap["examples"][:3])
+    return [
+        f"training and evaluation are not apart, so the gain promises too much: {described(overlap)} ({examples}); "
+        "evaluate on other documents (ultrarag data split --by document)"
+    ]
 
 
 def write_report(report: RefreshReport, measured: Measured | None, folder: Path) -> None:
@@ -241,6 +277,7 @@ def write_report(report: RefreshReport, measured: Measured | None, folder: Path)
         measured=measured,
         facts=_facts(report),
         notes=report.notes,
+        ladder=[_rung(step) for step in report.ladder],
     )
     write_text(folder / HTML_FILE, render(page))
     write_json(folder / JSON_FILE, report.to_dict())
@@ -278,6 +315,19 @@ def _outcome(report: RefreshReport) -> str:
     return f"{'Forced, against the gate' if report.forced else 'Swapped'}: {told}; {numbers}, {report.measured_on}"
 
 
+def _rung(step: dict[str, Any]) -> Rung:
+    gain, guard = (None if step[name] is None else Comparison(**step[name]) for name in ("gain", "guard"))
+    return Rung(
+        step["rung"],
+        None if gain is None else gain.significance,
+        None if guard is None else guard.significance,
+        step["seconds"],
+        step["encoded"],
+        step["taken"],
+        step["decision"],
+    )
+
+
 def _facts(report: RefreshReport) -> list[tuple[str, str]]:
     lineage = report.lineage
     return [
@@ -287,6 +337,7 @@ def _facts(report: RefreshReport) -> list[tuple[str, str]]:
         ("parent's fingerprint", lineage["parent"]),
         *[(f"data: {item['name']}", f"{item['rows']} rows, sha256 {item['sha256']}") for item in lineage["train_data"]],
         *([("evaluation data", f"sha256 {lineage['eval_sha256']}")] if lineage["eval_sha256"] else []),
+        *([("evaluation split", described(report.overlap))] if report.overlap else []),
         ("steps", str(report.steps)),
         *([("mean training loss", f"{report.loss:.4f}")] if report.loss is not None else []),
         *[(f"seconds: {stage}", f"{value:.1f}") for stage, value in report.seconds.items()],

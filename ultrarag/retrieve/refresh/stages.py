@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ultrarag.checkpoint import MANIFEST, read_manifest
 from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
-from ultrarag.evaluation import Measured, Verdict
+from ultrarag.evaluation import MAIN_METRIC, Measured, Verdict
 from ultrarag.finetune import read_measured
+from ultrarag.io import link_tree, publish_directory, staged_directory
 from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import REFRESHING, Core
+from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
-from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured, questions
+from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
+from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb
 from ultrarag.retrieve.refresh.report import JSON_FILE, STATE_FILE, RefreshReport, RefreshState, Request, write_report
 from ultrarag.retrieve.swap import Gate, SwapTerms, swap
+from ultrarag.types import Passage
+
+if TYPE_CHECKING:
+    from ultrarag.encode import CorpusVectors
+    from ultrarag.encoder import Encoder
 
 #: Arguments of `finetune` that a refresh decides itself.
-_OWN = ("model_name_or_path", "model", "adapter", "resume_from_checkpoint")
+_OWN = (
+    *("model_name_or_path", "model", "adapter", "resume_from_checkpoint"),
+    *("train_side", "query_map", "passage_map", "corpus"),
+)
+#: Arguments of `finetune` about measuring, which is done here for all rungs but the last.
+_EVALUATION = (
+    *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "metric_for_best_model"),
+    *("load_best_model_at_end", "greater_is_better", "ignore_identical_ids"),
+)
 #: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
-_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data")
+_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data", "shared_eval_data")
 
 logger = logging.getLogger("ultrarag")
 
@@ -39,6 +57,8 @@ class RefreshTerms:
     metric: str = "nDCG@10"
     #: options of `LiveIndex.evaluate` and `search` for the gate
     search: Mapping[str, Any] | None = None
+    #: one of `ultrarag.retrieve.refresh.ladder.EFFORTS`
+    effort: str = FULL
 
 
 def refresh(
@@ -56,7 +76,7 @@ def refresh(
     core.store.set_meta(**{REFRESHING: str(work.output.absolute())})
     work.begin()
     try:
-        work.train()
+        work.learn()
         work.build()
         return work.swap()
     except KeyboardInterrupt as stop:
@@ -85,12 +105,16 @@ class _Refresh:
         self.core, self.output, self.terms = core, output, terms
         self.train_data, self.eval_data, self.arguments = train_data, eval_data, arguments
         self.parent = core.live.generation
+        self.effort = checked_effort(terms.effort)
         self._check_arguments()
+        shaping = {name: value for name, value in arguments.items() if name not in _INCIDENTAL}
+        # left out where it is what every refresh was before there were others, so that these can be taken up again
         self.request = Request.of(
-            train_data, eval_data, {name: value for name, value in arguments.items() if name not in _INCIDENTAL}
+            train_data, eval_data, shaping if self.effort == FULL else {**shaping, "effort": self.effort}
         )
         self.asked = questions(self.core.store, terms.gate, eval_data)
         self.search = self._search_options()
+        self._check_effort()
 
     def finished(self) -> RefreshReport | None:
         """Return the report when this very refresh was carried through, and its generation is live."""
@@ -119,11 +143,14 @@ class _Refresh:
         overwrite = found is not None or bool(self.arguments.get("overwrite_output_dir"))
         if overwrite or not (self.output / MANIFEST).exists():  # else the folder is the first thing to say
             self._refuse_seen()
+            overlap = self._look_for_leaks()
+        else:
+            overlap = None
         claim_output_dir(self.output, overwrite, logger.info)
         for name in (JSON_FILE, STATE_FILE):
             (self.output / name).unlink(missing_ok=True)
-        self.state = RefreshState(self.request, self.parent.fingerprint, self.parent.id)
-        self._save()
+        self.state = RefreshState(self.request, self.parent.fingerprint, self.parent.id, overlap=overlap)
+        self.save()
 
     def _refuse_seen(self) -> None:
         """Refuse rows that the live encoder, or one before it, was trained on.
@@ -144,17 +171,126 @@ class _Refresh:
                 "allow_seen_data=True (--allow_seen_data)"
             )
 
-    def train(self) -> None:
-        """Fine-tune the live generation's own copy of its checkpoint; a run that was cut off goes on."""
+    def _look_for_leaks(self) -> dict[str, Any] | None:
+        """Count what the rows share with the gate's queries, their answers and the documents of these.
+
+        Raises:
+            DataError: it is too much, and `shared_eval_data="refuse"` is given.
+        """
+        if self.asked is None:
+            return None
+        from ultrarag.finetune import looked_for, read_data, refuse_shared
+
+        overlap = looked_for(leak_checks(self.asked, self.core.store), read_data(self.settings))
+        refuse_shared(overlap, self.settings)
+        if overlap.too_much:
+            logger.warning("training and evaluation are not apart: %s", overlap)
+        return overlap.to_dict()
+
+    def learn(self) -> None:
+        """Fine-tune the live generation's own copy of its checkpoint as the effort says; what was cut off goes on."""
         if self.state.trained is not None:
             return
+        with self._timed("finetune"):
+            if self.effort == AUTO:
+                self.state.trained = self._climb()
+            else:
+                self.state.trained = self.train(self.effort, self.output, None)
+        self.save()
+
+    def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
+        """Fine-tune by one rung of the ladder into a folder, for so many steps at most."""
         from ultrarag.finetune import finetune
 
-        with self._timed("finetune"):
-            result = finetune(self._parent_checkpoint(), self.train_data, self.output, **self._for_finetune())
-        self.state.trained = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics")}
-        self.state.trained["notes"] = list(result.notes)
-        self._save()
+        if rung != FULL:
+            self._corpus()
+        result = finetune(self._parent_checkpoint(), self.train_data, folder, **self._for_finetune(rung, folder, steps))
+        found = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics", "overlap")}
+        return {**found, "notes": list(result.notes)}
+
+    def _climb(self) -> dict[str, Any]:
+        """Try rung after rung; the checkpoint of the one that is taken is published in the output folder."""
+        assert self.asked is not None
+        corpus, parent = self._corpus(), self.load(Path(self._parent_checkpoint()))
+        judge = Judge(self.asked, corpus, parent, self.terms.metric, self._ignoring)
+        taken = climb(self, self.state.ladder, self.ladder, judge, self._guard(corpus, parent))
+        with staged_directory(self.output) as stage:
+            link_tree(self.ladder / taken.rung, stage)
+            publish_directory(stage, self.output, lambda name: name in (STATE_FILE, self.ladder.name))
+        return taken.trained
+
+    def _guard(self, corpus: CorpusVectors, parent: Encoder) -> Guard | None:
+        from ultrarag.encode import CorpusVectors
+
+        if (given := self.arguments.get("guard_data")) is None:
+            return None
+        asked = questions(self.core.store, True, given)
+        assert asked is not None
+        if asked.corpus is not None:
+            passages = [Passage(id, text) for id, text in asked.corpus.items()]
+            corpus = CorpusVectors.of(parent, passages, ("dense",))
+        judge = Judge(asked, corpus, parent, self.terms.metric, self._ignoring)
+        return Guard(judge, self.settings.incremental.max_forgetting)
+
+    def _check_guard(self) -> None:
+        """Raise GateError when what was trained forgot more of the guard than it may.
+
+        A rung of a climb was judged by it before it was taken.
+        """
+        if self.arguments.get("guard_data") is None or self.terms.force or (self.effort == AUTO and not self._full):
+            return
+        if self._full:
+            assert self.state.trained is not None
+            found = self.state.trained["metrics"]
+            fell = found["guard_before"][MAIN_METRIC] - found["guard_after"][MAIN_METRIC]
+            limit = self.settings.incremental.max_forgetting
+            told = f"{MAIN_METRIC} falls by {fell:.4f}"
+            if fell <= limit + 1e-9:
+                return
+        else:
+            parent = self.load(Path(self._parent_checkpoint()))
+            guard = self._guard(self._corpus(), parent)
+            assert guard is not None
+            compared = guard.compare(self.load(self.output))
+            limit, told = guard.max_forgetting, str(compared)
+            if guard.holds(compared):
+                return
+        raise GateError(
+            f"the model forgets more of the guard data than max_forgetting={limit:g}: {told}; the live generation "
+            f"stays (force=True swaps all the same)"
+        )
+
+    @property
+    def _full(self) -> bool:
+        """What was trained is a full fine-tune."""
+        return self.effort == FULL or any(step.taken and step.rung == FULL for step in self.state.ladder)
+
+    @property
+    def _ignoring(self) -> bool:
+        return bool(self.search.get("ignore_identical_ids", False))
+
+    def _corpus(self) -> CorpusVectors:
+        """The live generation's vectors, written into a folder once."""
+        from ultrarag.encode import INFO, CorpusVectors
+
+        folder = self.ladder / "corpus"
+        if (folder / INFO).is_file():
+            return CorpusVectors.open(folder)
+        return corpus_vectors(self.core, folder, ("dense",))
+
+    def load(self, folder: Path) -> Encoder:
+        """Load a checkpoint as the live one is loaded."""
+        from ultrarag.encoder import Encoder
+
+        return Encoder.load(folder, device=self.core.device, precision=self.parent.precision)
+
+    def texts(self, ids: Sequence[str]) -> dict[str, str]:
+        """The contents of passages of the index."""
+        return {id: passage.content for id, passage in self.core.store.get(list(ids)).items()}
+
+    def save(self) -> None:
+        """Keep durably how far it has come."""
+        self.state.save(self.output)
 
     def build(self) -> None:
         """Build the shadow generation; a build that was cut off goes on."""
@@ -162,7 +298,7 @@ class _Refresh:
             return
         with self._timed("build"):
             self.state.generation = build_generation(self.core, self.output).id
-        self._save()
+        self.save()
 
     def swap(self) -> RefreshReport:
         """Measure, decide and go live, unless that was done before the crash; then write the report."""
@@ -179,6 +315,7 @@ class _Refresh:
         self.core.store.set_meta(**{REFRESHING: ""})
         if refused is not None:
             raise GateError(f"{refused}; see '{report.html}'") from refused
+        shutil.rmtree(self.ladder, ignore_errors=True)
         (self.output / STATE_FILE).unlink(missing_ok=True)
         return report
 
@@ -189,6 +326,7 @@ class _Refresh:
         elif self.asked is not None:
             gate = self._compare_encoders(self.asked)
         terms = self.terms
+        self._check_guard()
         swap(self.core, generation.id, SwapTerms(gate, terms.force, terms.metric, self.search, self._note))
 
     def _compare_encoders(self, asked: Questions) -> Verdict:
@@ -202,7 +340,7 @@ class _Refresh:
         """Keep what was measured before the flip: after a crash behind it, the old side can no longer be asked."""
         assert self.asked is not None
         self.state.measured = measured(verdict, self.asked, self.core.store).to_dict()
-        self._save()
+        self.save()
 
     def _report(self, refused: GateError | None) -> RefreshReport:
         assert self.state.trained is not None
@@ -266,8 +404,34 @@ class _Refresh:
             self.output,
             adapter,
             adapter_defaults(adapter),
-            **self._for_finetune(),
+            **self._for_finetune(FULL, self.output, None),
         )
+
+    def _check_effort(self) -> None:
+        """Refuse an effort that the index or the evaluation data cannot carry.
+
+        Raises:
+            UsageError: see above.
+        """
+        if self.effort == FULL:
+            return
+        if "dense" not in self.parent.heads:
+            raise UsageError(
+                f"effort='{self.effort}' learns by the stored dense vectors, and the live generation has "
+                f"{', '.join(self.parent.heads)}: give effort='full'"
+            )
+        if self.effort != AUTO:
+            return
+        needs = (
+            "effort='auto' chooses by held-out queries about the passages of this index: give eval_data, a BEIR folder "
+            "(`ultrarag data split` makes one), or gate=(queries, qrels); or name an effort"
+        )
+        if self.asked is None:
+            raise UsageError(needs)
+        if self.asked.corpus is not None:
+            raise UsageError(f"{needs}; the passages of the eval_data given are not those of the index")
+        if len(self.asked.qrels) < FEWEST:
+            raise UsageError(f"{needs}; {len(self.asked.qrels)} queries tell no gain from chance, {FEWEST} are needed")
 
     def _search_options(self) -> dict[str, Any]:
         """The options for the gate's searches, tried out now; with several heads and no options, dense alone."""
@@ -280,20 +444,41 @@ class _Refresh:
                 searcher.search_many(["try"], k=1, **tried)
         return options
 
-    def _for_finetune(self) -> dict[str, Any]:
+    def _for_finetune(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
         """The arguments given, and ours."""
         from ultrarag.finetune import UNMERGED, checkpoints_in
 
         given = dict(self.arguments)
-        if self.eval_data is not None:
-            given["eval_data"] = (
-                os.fspath(self.eval_data) if isinstance(self.eval_data, os.PathLike) else self.eval_data
-            )
-            if (self.terms.search or {}).get("ignore_identical_ids"):
-                given["ignore_identical_ids"] = True
+        if rung == FULL and steps is None:
+            if self.eval_data is not None:
+                held_out = self.eval_data
+                given["eval_data"] = os.fspath(held_out) if isinstance(held_out, os.PathLike) else held_out
+                if (self.terms.search or {}).get("ignore_identical_ids"):
+                    given["ignore_identical_ids"] = True
+        else:  # judged here, from stored vectors: the fine-tuning would encode the evaluation's corpus
+            given = {name: value for name, value in given.items() if name not in _EVALUATION}
+        if rung != FULL:
+            given |= {**RUNGS[rung], "corpus": str(self.ladder / "corpus")}
+        if steps is not None and self._steps() > steps:
+            given["max_steps"] = steps
         # the folder is ours by its state file: where nothing can be resumed, what lies there is written anew
-        left = bool(checkpoints_in(self.output)) or (self.output / UNMERGED).is_dir()
+        left = bool(checkpoints_in(folder)) or (folder / UNMERGED).is_dir()
         return {**given, "resume_from_checkpoint": left, "overwrite_output_dir": True}
+
+    def _steps(self) -> int:
+        """How many steps a fine-tune takes, about."""
+        from ultrarag.finetune import read_data
+
+        trainer = self.settings.training
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        batch = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+        return math.ceil(len(read_data(self.settings)) / batch * trainer.num_train_epochs)
+
+    @property
+    def ladder(self) -> Path:
+        """Where the rungs, and what they need, lie while a refresh is under way."""
+        return self.output / "ladder"
 
     def _generation(self) -> Generation:
         assert self.state.generation is not None
@@ -302,9 +487,6 @@ class _Refresh:
     def _parent_checkpoint(self) -> str:
         layout = self.core.layout
         return str(layout.checkpoint(layout.directory(self.parent.id)))
-
-    def _save(self) -> None:
-        self.state.save(self.output)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

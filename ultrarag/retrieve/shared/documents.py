@@ -14,14 +14,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.packages import install
 from ultrarag.retrieve.engines import CLIENTS, Address, parse_uri
 
-#: Of the state document.
-FORMAT = 1
+#: Of the state document; 2 where a generation shares or maps vectors, or its encoder has two sides, which version 1
+#: does not know.
+FORMAT, SHARING = 1, 2
 #: Log entries asked for at a time.
 CHUNK_ENTRIES = 256
 
@@ -138,6 +139,24 @@ class SharedRow(BaseModel):
     #: "" while it is being built
     collection: str = ""
     vectors: VectorSchema | None = None
+    #: what follows is left out where it says nothing: "", 0 and None are what version 1 has
+    passage_fingerprint: str = ""
+    vectors_of: int = 0
+    mapped_from: int | None = None
+
+    @property
+    def owner(self) -> int:
+        """The generation that made its vectors."""
+        return self.vectors_of or self.id
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        return {name: value for name, value in found.items() if value or name not in _SINCE_2}
+
+
+#: Fields of a generation that format 1 does not have.
+_SINCE_2 = ("passage_fingerprint", "vectors_of", "mapped_from")
 
 
 class SharedState(BaseModel):
@@ -168,8 +187,10 @@ class SharedState(BaseModel):
         return next(row for row in self.generations if row.state == "live")
 
     def document(self) -> Document:
-        """To be stored."""
-        return Document(state_key(self.epoch), self.beat, self.model_dump_json())
+        """To be stored; older versions can read it unless a generation has what they do not know."""
+        new = any(getattr(row, name) for row in self.generations for name in _SINCE_2)
+        body = self.model_copy(update={"format": SHARING if new else FORMAT}).model_dump_json()
+        return Document(state_key(self.epoch), self.beat, body)
 
 
 def state_key(epoch: int) -> str:
@@ -187,10 +208,10 @@ def read_state(document: Document, place: str) -> SharedState:
         found = SharedState.model_validate_json(document.body)
     except ValidationError as error:
         version = _version(document.body)
-        if version not in (None, FORMAT):
+        if version not in (None, FORMAT, SHARING):
             raise IndexStateError(
-                f"'{place}' has a shared index of format {version}; this version of ultrarag reads format {FORMAT}: "
-                f"let all its processes use one version"
+                f"'{place}' has a shared index of format {version}; this version of ultrarag reads formats {FORMAT} "
+                f"and {SHARING}: let all its processes use one version"
             ) from None
         raise IndexStateError(f"'{place}': the state of the shared index is damaged: {error}") from None
     return found

@@ -179,7 +179,8 @@ class Link:
 
     def prune_directories(self, live: int) -> None:
         """Remove the directories of generations that are no more; `prune_collections` drops their collections."""
-        kept = {str(live), *(str(number) for number in self.rows())}
+        rows = self.rows().values()
+        kept = {str(live), *(str(number) for row in rows for number in (row.id, row.owner))}
         for folder in self.layout.generations.iterdir():
             if folder.name.isdecimal() and folder.name not in kept:
                 shutil.rmtree(folder)

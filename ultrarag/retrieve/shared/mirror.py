@@ -15,7 +15,7 @@ from ultrarag.checkpoint import copy_checkpoint, read_manifest
 from ultrarag.errors import CheckpointError
 from ultrarag.retrieve.engines import SCHEMA_FILE, Schema, collection_of, name_collection, read_schema, write_schema
 from ultrarag.retrieve.engines.qdrant import key
-from ultrarag.retrieve.generation import COLUMNS, Generation, IndexLayout
+from ultrarag.retrieve.generation import COLUMNS, VECTORS, Generation, IndexLayout, note_vectors
 from ultrarag.retrieve.passages import Database
 from ultrarag.retrieve.shared.documents import Document, SharedRow, VectorSchema
 
@@ -65,10 +65,14 @@ def apply_generations(database: Database, rows: Sequence[SharedRow], uri: str, l
     marks = ", ".join("?" for _ in COLUMNS.split(", "))
     with database.transaction() as db:
         db.execute("DELETE FROM generations")
+        db.execute(VECTORS)
+        db.execute("DELETE FROM vectors")
         for row in rows:
             values = (row.id, row.fingerprint, row.state, uri, json.dumps(row.heads), row.precision, row.base_seq)
             more = (row.applied_seq, row.created, int(row.forced), json.dumps(row.metrics))
             db.execute(f"INSERT INTO generations ({COLUMNS}) VALUES ({marks})", (*values, *more))
+            if row.passage_fingerprint:
+                note_vectors(db, row.id, row.owner, row.passage_fingerprint, row.mapped_from)
         db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'generations'", (last,))
 
 
@@ -76,30 +80,43 @@ def row_of(layout: IndexLayout, generation: Generation, known: SharedRow | None)
     """A generation as the shared state has it; where its vectors are is read from its directory, if it has one here."""
     values = asdict(generation)
     del values["backend"]  # each process has its own address for the server
+    if (generation.passage_fingerprint, generation.vectors_of) == (generation.fingerprint, generation.id):
+        del values["passage_fingerprint"], values["vectors_of"]  # as every version has it
     row = SharedRow(**values)
     if generation.state == "building":
         return row
     if known is not None and known.collection:
         return row.model_copy(update={"collection": known.collection, "vectors": known.vectors})
-    vectors = layout.vectors(layout.final(generation.id))
+    vectors = layout.vectors(layout.final(generation.vectors_of))
     held = VectorSchema(**asdict(read_schema(vectors)[1]))
     return row.model_copy(update={"collection": collection_of(vectors), "vectors": held})
 
 
 def fetch_generation(layout: IndexLayout, row: SharedRow, uri: str, checkpoints: Checkpoints) -> None:
-    """Give a generation its directory here: the checkpoint's copy, and the name of the collection."""
+    """Give a generation its directory here: the checkpoint's copy, and the name of the collection.
+
+    Vectors that are shared are named in the directory of who made them, which may be nothing more any longer.
+    """
+    _name_vectors(layout, row, uri)
+    directory = layout.final(row.id)
+    if not layout.checkpoint(directory).exists():
+        directory.mkdir(exist_ok=True)
+        shutil.rmtree(layout.building(row.id), ignore_errors=True)
+        checkpoints.fetch(row.fingerprint, layout.checkpoint(directory))
+
+
+def _name_vectors(layout: IndexLayout, row: SharedRow, uri: str) -> None:
+    """Make the directory of who made a generation's vectors, with the name of the collection."""
     assert row.vectors is not None
-    final = layout.final(row.id)
+    final, stage = layout.final(row.owner), layout.generations / f"{row.owner}.fetch"
     if (layout.vectors(final) / SCHEMA_FILE).exists() and collection_of(layout.vectors(final)) == row.collection:
         return
-    stage = layout.generations / f"{row.id}.fetch"
     shutil.rmtree(stage, ignore_errors=True)
     vectors = layout.vectors(stage)
-    checkpoints.fetch(row.fingerprint, layout.checkpoint(stage))
     write_schema(vectors, uri, Schema(**row.vectors.model_dump()))
     name_collection(vectors, row.collection)
     shutil.rmtree(final, ignore_errors=True)
-    shutil.rmtree(layout.building(row.id), ignore_errors=True)
+    shutil.rmtree(layout.building(row.owner), ignore_errors=True)
     os.rename(stage, final)
 
 

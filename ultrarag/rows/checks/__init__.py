@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.rows.checks.documents import (
+        EVIDENCE,
+        document_of,
+        name_key,
+        named_in,
+        names_in_row,
+        near_pairs,
+        signature,
+    )
+    from ultrarag.rows.checks.leaks import Judged, LeakChecks, Overlap, described
     from ultrarag.rows.checks.lengths import Cost, Lengths, Sample, estimate, measure, steps_of, token_counter
     from ultrarag.rows.checks.rows import (
         SHOWN,
         Finding,
-        LeakChecks,
         RowChecks,
         described_scripts,
         guessed_tokens,

@@ -241,7 +241,7 @@ def _memory(encoder: Encoder, tokens: float, checkpointing: bool) -> int:
 def _seconds_per_token(encoder: Encoder, texts: Sequence[str], limit: int) -> float:
     from ultrarag.encoder import tokenize
 
-    tokens = tokenize(encoder.tokenizer, list(texts[:_PROBE_TEXTS]), min(limit, encoder.limit or limit))
+    tokens = tokenize(encoder.tokenizer, list(texts[:_PROBE_TEXTS]), min(limit, encoder.limit or limit), "passage")
     fastest = float("inf")
     for _ in range(_PROBES):
         began = time.perf_counter()

@@ -1,0 +1,249 @@
+"""One side trained, or a map learned, against the stored vectors of a corpus: whole runs on tiny models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ultrarag import Encoder, Passage
+from ultrarag.encode import CorpusVectors, ModelChoice, encode_corpus
+from ultrarag.errors import FingerprintError, TrainingError, UsageError
+from ultrarag.finetune import finetune
+from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder
+
+#: words that the tiny tokenizer knows
+WORDS = ["bread", "oven", "water", "seals", "sleep", "dough", "steam"]
+WORDS += ["crust", "hot", "long", "under", "rises", "sets", "once"]
+ROWS = [
+    {
+        "query": f"why does {WORDS[i % 14]} {WORDS[(i * 5 + 3) % 14]} {WORDS[(i // 14) % 14]}",
+        "pos": [f"the {WORDS[i % 14]} {WORDS[(i * 3 + 1) % 14]} before {WORDS[(i // 14 + 5) % 14]}"],
+    }
+    for i in range(120)
+]
+PASSAGES = [Passage(f"p{n}", row["pos"][0]) for n, row in enumerate(ROWS[:110])]
+QUICK = {
+    "query_max_len": 16,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16,
+    "temperature": 0.05,
+    "use_cpu": True,
+    "skip_data_check": True,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_bert(folder / "raw")
+    return str(Encoder.load(folder / "raw", "bge", device="cpu").save(folder / "base"))
+
+
+@pytest.fixture(scope="module")
+def corpus(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [json.dumps({"_id": item.id, "text": item.text}) + "\n" for item in PASSAGES]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    encode_corpus(ModelChoice(base), folder / "corpus.jsonl", folder / "vectors", devices=("cpu",), progress=False)
+    return str(folder / "vectors")
+
+
+def test_query_side_learns_and_the_passage_side_keeps_its_vectors(base, corpus, tmp_path, monkeypatch):
+    parent = Encoder.load(base, device="cpu")
+    encoded = []
+    monkeypatch.setattr(Encoder, "encode", _counting(Encoder.encode, encoded))
+    result = finetune(base, ROWS, tmp_path / "out", train_side="query", corpus=corpus, num_train_epochs=2, **QUICK)
+    monkeypatch.undo()
+    passages = [text for kind, texts in encoded if kind == "passage" for text in texts if "before" in text]
+    assert sorted(set(passages)) == sorted({row["pos"][0] for row in ROWS} - {item.text for item in PASSAGES})
+    child = Encoder.load(result.checkpoint, device="cpu")
+    assert child.passage_fingerprint == parent.passage_fingerprint
+    assert child.query_fingerprint != parent.query_fingerprint
+    texts = [item.text for item in PASSAGES]
+    assert np.array_equal(child.encode(texts, "passage").dense, parent.encode(texts, "passage").dense)
+    assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
+    record = child.manifest.training.arguments["sides"]
+    assert record["corpus"]["passages"] == len(PASSAGES)
+    assert record["corpus"]["passage_fingerprint"] == parent.passage_fingerprint
+
+
+def _counting(encode, seen):
+    def counted(self, texts, kind="passage", **options):
+        seen.append((kind, list(texts)))
+        return encode(self, texts, kind, **options)
+
+    return counted
+
+
+def _loss_of(encoder, texts):
+    query = torch.from_numpy(encoder.encode([row["query"] for row in ROWS[:110]], "query").dense)
+    passage = torch.from_numpy(encoder.encode(texts, "passage").dense)
+    return float(torch.nn.functional.cross_entropy(query @ passage.T / 0.05, torch.arange(110)))
+
+
+def test_map_of_the_queries_is_learned_without_a_trainer_and_twice_the_same(base, corpus, tmp_path, capsys):
+    maps = {"train_side": "query", "query_map": "linear", "corpus": corpus, "map_steps": 60}
+    results = [finetune(base, ROWS, tmp_path / name, **maps, **QUICK) for name in ("one", "two")]
+    assert results[0].fingerprint == results[1].fingerprint
+    parent, child = Encoder.load(base, device="cpu"), Encoder.load(results[0].checkpoint, device="cpu")
+    assert child.passage_fingerprint == parent.passage_fingerprint
+    assert len(child.query_maps) == 1
+    texts = [item.text for item in PASSAGES]
+    assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
+    found = child.manifest.training.arguments["sides"]["found"]
+    assert found["after"] > found["before"]
+    assert found["settings"]["steps"] <= 60
+    assert "held-out queries of other documents" in capsys.readouterr().err
+
+
+def test_both_maps_are_learned_together(base, corpus, tmp_path):
+    maps = {"train_side": "query", "query_map": "linear", "passage_map": "linear", "corpus": corpus, "map_steps": 60}
+    child = Encoder.load(finetune(base, ROWS, tmp_path / "out", **maps, **QUICK).checkpoint, device="cpu")
+    assert (len(child.query_maps), len(child.passage_maps)) == (1, 1)
+    parent = Encoder.load(base, device="cpu")
+    stored = parent.encode([PASSAGES[0].text], "passage").dense
+    assert np.abs(child.passage_maps[0].apply(stored) - child.encode([PASSAGES[0].text], "passage").dense).max() < 1e-5
+
+
+def test_a_map_that_gains_nothing_on_other_documents_is_not_written(base, corpus, tmp_path):
+    noise = [{"query": row["query"], "pos": ROWS[(i * 37 + 11) % 110]["pos"]} for i, row in enumerate(ROWS)]
+    with pytest.raises(TrainingError, match="no map gains anything on held-out queries"):
+        finetune(base, noise, tmp_path / "out", train_side="query", query_map="linear", corpus=corpus, **QUICK)
+    assert not (tmp_path / "out" / "ultrarag.json").exists()
+
+
+def test_passage_map_is_trained_beside_the_query_side(base, corpus, tmp_path):
+    given = {"train_side": "query", "passage_map": "linear", "corpus": corpus, "map_steps": 60}
+    child = Encoder.load(finetune(base, ROWS, tmp_path / "out", **given, **QUICK).checkpoint, device="cpu")
+    (found,) = child.passage_maps
+    assert np.abs(found.weight - np.eye(32)).max() > 0.01
+    assert child.query_maps == ()
+    parent = Encoder.load(base, device="cpu")
+    assert child.manifest.unmapped_passage_fingerprint == parent.passage_fingerprint
+    texts = [item.text for item in PASSAGES]
+    assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
+
+
+def test_low_rank_query_side_is_kept_beside_its_parents_weights(base, corpus, tmp_path):
+    given = {"train_side": "query", "corpus": corpus, "use_lora": True, "lora_rank": 4, "num_train_epochs": 3}
+    result = finetune(base, ROWS, tmp_path / "out", **given, **{**QUICK, "learning_rate": 1e-2})
+    parent, child = Encoder.load(base, device="cpu"), Encoder.load(result.checkpoint, device="cpu")
+    assert child.fingerprint == result.fingerprint
+    assert child.passage_fingerprint == parent.passage_fingerprint
+    texts = [item.text for item in PASSAGES]
+    assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
+    models = list((tmp_path / "out").glob("*/model.safetensors"))
+    assert [path.parent.name for path in models] == ["passage"]  # no second model
+
+
+@pytest.mark.parametrize("side", ["both", "passage"])
+def test_stale_vectors_stand_beside_the_batch(base, corpus, tmp_path, side):
+    parent = Encoder.load(base, device="cpu")
+    child = Encoder.load(
+        finetune(base, ROWS, tmp_path / "out", train_side=side, corpus=corpus, **QUICK).checkpoint, device="cpu"
+    )
+    assert child.passage_fingerprint != parent.passage_fingerprint
+    assert (child.query_fingerprint == parent.query_fingerprint) == (side == "passage")
+    texts = [item.text for item in PASSAGES]
+    assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
+
+
+def test_all_heads_are_trained_against_the_corpus(tiny_m3, tmp_path):
+    parent = Encoder.load(tiny_m3, "bgem3", device="cpu")
+    vectors = CorpusVectors.of(parent, PASSAGES)
+    quick = {**QUICK, "unified_finetuning": True, "corpus_negatives": 40, "num_train_epochs": 2}
+    result = finetune(tiny_m3, ROWS, tmp_path / "out", "bgem3", train_side="query", corpus=vectors, **quick)
+    child = Encoder.load(result.checkpoint, device="cpu")
+    assert child.passage_fingerprint == parent.passage_fingerprint
+    assert len(list((tmp_path / "out").glob("nearest-*.npy"))) == 2  # a resumed run reads what an epoch began with
+    before, after = (e.encode([ROWS[0]["query"]], "query") for e in (parent, child))
+    for head in ("dense", "colbert"):
+        assert np.abs(getattr(before, head) - getattr(after, head)).max() > 1e-4
+    assert np.abs(before.sparse.weights - after.sparse.weights).max() > 1e-4
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(base, corpus, tmp_path):
+    """With hard negatives of the epoch's beginning, a map in training, and no step on a checkpoint's boundary."""
+    given = {"train_side": "query", "passage_map": "linear", "corpus": corpus, "corpus_negatives": 30}
+    given |= {"map_learning_rate": 1e-3, "map_regularization": 0.01, "map_steps": 20, "save_steps": 5, **QUICK}
+    whole = finetune(base, ROWS, tmp_path / "whole", num_train_epochs=2, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        from ultrarag.finetune.step.trainer import EmbeddingTrainer
+
+        step = EmbeddingTrainer.training_step
+
+        def dies(self, *args, **kwargs):
+            if self.state.global_step == 7:
+                raise RuntimeError("killed")
+            return step(self, *args, **kwargs)
+
+        patch.setattr(EmbeddingTrainer, "training_step", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            finetune(base, ROWS, tmp_path / "broken", num_train_epochs=2, **given)
+    broken = finetune(base, ROWS, tmp_path / "broken", num_train_epochs=2, resume_from_checkpoint=True, **given)
+    assert broken.fingerprint == whole.fingerprint
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    """Sampled negatives, the nearest among them, are the same ones on all ranks; a map's gradient is shared."""
+    base = tmp_path / "model"
+    tiny_bert(base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # which each rank draws for itself
+    (base / "config.json").write_text(json.dumps(config))
+    flags = {"model_name_or_path": base, "train_data": tmp_path / "train.jsonl", "cache_path": tmp_path / "cache"}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags |= {"train_side": "query", "passage_map": "linear", "corpus_negatives": 60}
+    flags |= {"map_learning_rate": 1e-3, "map_regularization": 0.01, "map_steps": 20, "max_steps": 4}
+    flags |= {**QUICK, "optim": "sgd", "max_grad_norm": 0}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    words += ["--adapter", "bge", "--output_dir"]
+    for name, size, processes in (("one", 16, []), ("two", 8, ["2"])):
+        python = [sys.executable, "-m"]
+        if processes:
+            python += ["torch.distributed.run", "--standalone", "--nproc_per_node", *processes, "-m"]
+        command = [*python, "ultrarag.finetune", *words, str(tmp_path / name)]
+        command[command.index("--per_device_train_batch_size") + 1] = str(size)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (Encoder.load(tmp_path / name, device="cpu").model.state_dict() for name in ("one", "two"))
+    moved = Encoder.load(base, "bge", device="cpu").model.state_dict()
+    assert max((one[f"query.{name}"] - tensor).abs().max() for name, tensor in moved.items()) > 1e-4
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=0, atol=1e-6), name
+
+
+def test_vectors_of_another_model_are_refused(base, corpus, tmp_path):
+    tiny_bert(tmp_path / "other", seed=1)
+    with pytest.raises(FingerprintError, match="encode the corpus with this model"):
+        finetune(tmp_path / "other", ROWS, tmp_path / "out", "bge", train_side="query", corpus=corpus, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_side": "both", "passage_map": "linear"}, "would encode anew"),
+        ({"train_side": "passage", "query_map": "linear"}, "train_side query"),
+        ({"train_side": "query", "map_rank": 4}, "no effect without"),
+        ({"train_side": "query", "shuffle_ratio": 0.5}, "not encoded again"),
+        ({"train_side": "query", "merge_with": "parent", "merge_weight": 0.5}, "no average"),
+        ({"corpus_negatives": 7}, "without --corpus"),
+        ({"train_side": "sides"}, "one of both, query, passage"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(base, tmp_path, given, message):
+    with pytest.raises(UsageError, match=message):
+        finetune(base, ROWS, tmp_path / "out", **given, **QUICK)
+
+
+def test_rerankers_have_no_side(tmp_path):
+    tiny_cross_encoder(tmp_path / "model")
+    rows = [{**row, "neg": ["bread"]} for row in ROWS]
+    with pytest.raises(UsageError, match="reads pairs"):
+        finetune(tmp_path / "model", rows, tmp_path / "out", "bge-reranker", train_side="query", **QUICK)
