@@ -18,6 +18,7 @@ from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
 from ultrarag.evaluation import MAIN_METRIC, Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.io import link_tree, publish_directory, staged_directory
+from ultrarag.retrieve.bridge import BridgeTerms
 from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import REFRESHING, Core
 from ultrarag.retrieve.export import corpus_vectors
@@ -59,6 +60,8 @@ class RefreshTerms:
     search: Mapping[str, Any] | None = None
     #: one of `ultrarag.retrieve.refresh.ladder.EFFORTS`
     effort: str = FULL
+    #: serve by the new encoder while its vectors are made; see `ultrarag.retrieve.bridge`
+    bridge: bool = False
 
 
 def refresh(
@@ -297,8 +300,14 @@ class _Refresh:
         if self.state.generation is not None and self._generation().state != "retired":
             return
         with self._timed("build"):
-            self.state.generation = build_generation(self.core, self.output).id
+            self.state.generation = build_generation(self.core, self.output, bridge=self._bridge_terms()).id
         self.save()
+
+    def _bridge_terms(self) -> BridgeTerms | None:
+        if not self.terms.bridge or self.asked is None:
+            return None
+        search = {name: value for name, value in self.search.items() if name != "ignore_identical_ids"}
+        return BridgeTerms(self.asked.queries, self.asked.qrels, self.terms.metric, search)
 
     def swap(self) -> RefreshReport:
         """Measure, decide and go live, unless that was done before the crash; then write the report."""
@@ -413,6 +422,11 @@ class _Refresh:
         Raises:
             UsageError: see above.
         """
+        if self.terms.bridge and (self.asked is None or self.asked.corpus is not None):
+            raise UsageError(
+                "bridge=True measures on queries about the passages of this index: give eval_data, a BEIR folder, or "
+                "gate=(queries, qrels)"
+            )
         if self.effort == FULL:
             return
         if "dense" not in self.parent.heads:
