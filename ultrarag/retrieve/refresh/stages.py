@@ -20,7 +20,7 @@ from ultrarag.finetune import read_measured
 from ultrarag.io import link_tree, publish_directory, staged_directory
 from ultrarag.retrieve.bridge import BridgeTerms
 from ultrarag.retrieve.build import build_generation
-from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.core import REFRESHING, Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
@@ -41,7 +41,7 @@ _OWN = (
 #: Arguments of `finetune` about measuring, which is done here for all rungs but the last.
 _EVALUATION = (
     *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "metric_for_best_model"),
-    *("load_best_model_at_end", "greater_is_better"),
+    *("load_best_model_at_end", "greater_is_better", "ignore_identical_ids"),
 )
 #: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
 _INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data", "shared_eval_data")
@@ -76,6 +76,7 @@ def refresh(
     work = _Refresh(core, train_data, eval_data, Path(output_dir), terms, arguments)
     if (done := work.finished()) is not None:
         return done
+    core.store.set_meta(**{REFRESHING: str(work.output.absolute())})
     work.begin()
     try:
         work.learn()
@@ -320,6 +321,7 @@ class _Refresh:
                 refused = error
         report = self._report(refused)
         write_report(report, self._shown(), self.output)
+        self.core.store.set_meta(**{REFRESHING: ""})
         if refused is not None:
             raise GateError(f"{refused}; see '{report.html}'") from refused
         shutil.rmtree(self.ladder, ignore_errors=True)
@@ -465,6 +467,8 @@ class _Refresh:
             if self.eval_data is not None:
                 held_out = self.eval_data
                 given["eval_data"] = os.fspath(held_out) if isinstance(held_out, os.PathLike) else held_out
+                if (self.terms.search or {}).get("ignore_identical_ids"):
+                    given["ignore_identical_ids"] = True
         else:  # judged here, from stored vectors: the fine-tuning would encode the evaluation's corpus
             given = {name: value for name, value in given.items() if name not in _EVALUATION}
         if rung != FULL:
