@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from ultrarag.claims import Answer, Claim, ModelFolder, Refusal
 from ultrarag.hookspecs import Features, LoadOptions, hookimpl
 from ultrarag.types import Embeddings
 
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
     from ultrarag.adapters.minicpm_model import MiniCPMEmbedder
     from ultrarag.adapters.sentence_transformers_model import SentenceTransformersModel
     from ultrarag.loss_arguments import LossArguments
+
+
+def refused_by_embedder(folder: ModelFolder) -> Refusal | None:
+    """Why the folder cannot be an `Embedder`: another kind of model, or modules of sentence-transformers unknown here."""
+    from ultrarag.adapters.sentence_transformers_files import read_declaration
+    from ultrarag.errors import CheckpointError
+
+    family = folder.family
+    if family.name not in ("dense", "body", "causal-lm"):
+        return Refusal(str(family))
+    if folder.config.get("is_encoder_decoder"):
+        return Refusal(f"{family} over an encoder with a decoder (config.json: model_type {folder.model_type})")
+    try:
+        read_declaration(folder.path)
+    except CheckpointError as error:
+        return Refusal(f"{family}; {error}")
+    return None
 
 
 class EmbedderAdapter:
@@ -60,6 +78,14 @@ class BGEAdapter(EmbedderAdapter):
     heads = ("dense",)
     threaded_encode = True
 
+    def claims(self, folder: ModelFolder) -> Answer:
+        """Modules of sentence-transformers that are known here; and any encoder, if nobody claims more."""
+        if refusal := refused_by_embedder(folder):
+            return refusal
+        family = folder.family
+        levels: dict[str, Any] = {"dense": "kind", "body": "could"}
+        return Claim(family.evidence, levels[family.name]) if family.name in levels else None
+
 
 class BGEM3Adapter(EmbedderAdapter):
     """BAAI/bge-m3, or the same heads over any encoder: CLS, lexical weights, and one ColBERT vector per token.
@@ -70,6 +96,13 @@ class BGEM3Adapter(EmbedderAdapter):
 
     heads = ("dense", "sparse", "colbert")
     threaded_encode = True
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """The files of its heads."""
+        found = [name for name in ("sparse_linear.pt", "colbert_linear.pt") if folder.has(name)]
+        if refusal := refused_by_embedder(folder):
+            return refusal
+        return Claim(", ".join(found), "exact") if found and folder.model_type != "minicpm" else None
 
 
 class ICLAdapter(EmbedderAdapter):
@@ -84,6 +117,14 @@ class ICLAdapter(EmbedderAdapter):
     """
 
     heads = ("dense",)
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """The tokens of bge-en-icl's format, which its tokenizer has and no other."""
+        if refusal := refused_by_embedder(folder):
+            return refusal
+        added = folder.json("tokenizer_config.json").get("added_tokens_decoder") or {}
+        tokens = {*folder.json("added_tokens.json"), *(str(row.get("content")) for row in added.values())}
+        return Claim("its tokenizer has <instruct>", "exact") if {"<instruct>", "<query>"} <= tokens else None
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
@@ -105,6 +146,14 @@ class MiniCPMAdapter(EmbedderAdapter):
 
     heads = ("dense", "sparse")
     finetune_defaults = {"query_instruction_format": "Instruction: {} Query: {}"}  # noqa: RUF012
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """The model type of openbmb's embedders; what was saved here is a Granite."""
+        family = folder.family
+        if folder.model_type not in ("minicpm", "granite") or family.name not in ("dense", "body", "causal-lm"):
+            return Refusal(str(family))
+        ours = folder.model_type == "minicpm" and family.name != "causal-lm"
+        return Claim("config.json: model_type minicpm", "exact") if ours else None
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
@@ -129,6 +178,13 @@ class SentenceTransformersAdapter(EmbedderAdapter):
     """
 
     heads = ("dense", "sparse")
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """Sparse encoders, and whatever modules no other adapter runs."""
+        family = folder.family
+        if family.name not in ("dense", "sparse") or not folder.modules:
+            return Refusal(str(family))
+        return Claim(family.evidence, "kind" if family.name == "sparse" else "could")
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ultrarag.checkpoint import Training, fingerprint, local_folder, publish, read_manifest
+from ultrarag.encoder.choice import adapter_name
 from ultrarag.encoder.forward import TokenEncoder
-from ultrarag.encoder.load import adapter_name, declared_options, override_settings, settings_of
+from ultrarag.encoder.load import declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.tokens import Cuts, tokenized_windows
 from ultrarag.errors import UsageError
@@ -61,7 +62,8 @@ class Encoder(TokenEncoder):
         """Load a model folder or hub name.
 
         Args:
-            adapter: name of the plugin; may be left out for a checkpoint of ours, whose manifest names it.
+            adapter: name of the plugin; default: what the manifest of a checkpoint of ours says, else the adapter that
+                claims the folder (docs/models.md), which is told once.
             heads: only these heads; default: all that have weights.
             precision: fp32, bf16, fp16, or auto (the fastest that the device is made for), used by `encode`; weights
                 stay in float32.
@@ -70,7 +72,8 @@ class Encoder(TokenEncoder):
                 `query_instruction` or `passage_max_length`.
 
         Raises:
-            UsageError: unknown folder, adapter missing, unknown setting.
+            UsageError: unknown folder or setting; no adapter claims the folder, several do, or the one that is named
+                cannot be right.
             CheckpointError: files missing or damaged, or a head without weights.
         """
         options = options or LoadOptions()
