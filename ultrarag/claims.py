@@ -134,8 +134,8 @@ class ModelFolder:
         for name in ("config.json", "tokenizer_config.json"):
             if self.json(name).get("auto_map"):
                 return name
-        own = [row["type"] for row in self.modules if row["type"].split(".")[0] not in ("sentence_transformers", "pylate")]
-        return "modules.json" if any(self.has(f"{kind.split('.')[0]}.py") for kind in own) else ""
+        packages = {row["type"].split(".")[0] for row in self.modules}
+        return "modules.json" if any(self.has(f"{package}.py") for package in packages) else ""
 
     @cached_property
     def family(self) -> Family:
@@ -217,7 +217,9 @@ def _of_config(folder: ModelFolder) -> Family:
         return Family("static", "config.json: model_type model2vec")
     if _has(folder, "ForSequenceClassification"):
         labels = _labels(folder.config)
-        return Family("cross-encoder" if labels == 1 else "classifier", f"{evidence}, {labels} label{'s'[: labels != 1]}")
+        if labels == 1:
+            return Family("cross-encoder", evidence)
+        return Family("classifier", f"{evidence}, {labels} labels")
     if _has(folder, "LayerWise"):
         return Family("causal-reranker", evidence)
     if _has(folder, "ForCausalLM"):

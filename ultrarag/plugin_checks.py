@@ -155,7 +155,8 @@ def checked_answer(answer: object, label: str) -> Claim | Refusal | None:
     if answer is None or (isinstance(answer, Refusal) and answer.reason):
         return answer
     raise PluginError(
-        f"{label}: claims returned {answer!r}; return the reason as text, a Claim of a level out of {', '.join(LEVELS)}, "
+        f"{label}: claims returned {answer!r}; return the reason as text, a Claim with a level out of "
+        f"{', '.join(LEVELS)}, "
         "a Refusal, or None (ultrarag.claims)"
     )
 

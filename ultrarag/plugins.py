@@ -31,7 +31,7 @@ from ultrarag.plugin_checks import (
     hook_functions,
 )
 from ultrarag.types import Embeddings
-from ultrarag.untrusted import only_tensors
+from ultrarag.untrusted import only_tensors, only_trusted_code
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -259,7 +259,7 @@ class Adapter:
 
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Return the model at `path`."""
-        with only_tensors(path):
+        with only_tensors(path), only_trusted_code(path, options.trust_remote_code):
             model = self.registry.call(self.name, "load", path=path, options=options)
         missing = [name for name in ("config", "tokenizer", "state_dict") if not hasattr(model, name)]
         if missing:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def refused_by_embedder(folder: ModelFolder) -> Refusal | None:
-    """Why the folder cannot be an `Embedder`: another kind of model, or modules of sentence-transformers unknown here."""
+    """Why a folder cannot be an `Embedder`: another kind of model, or modules that are unknown here."""
     from ultrarag.adapters.sentence_transformers_files import read_declaration
     from ultrarag.errors import CheckpointError
 

@@ -68,10 +68,16 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    #: it was made by running Python code that came with the model and is in the folder. A record, no consent: whoever
+    #: loads it is asked anew
+    remote_code: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**asdict(self), "settings": self.settings.to_dict(), "format": FORMAT}
+        values = {**asdict(self), "settings": self.settings.to_dict(), "format": FORMAT}
+        if not self.remote_code:  # releases before this field read all other checkpoints
+            del values["remote_code"]
+        return values
 
     def lineage(self) -> list[dict[str, Any]]:
         """This model's record and those of all before it that were trained by ultrarag, the oldest first."""

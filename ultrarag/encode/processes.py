@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ class ModelChoice:
     precision: str = "fp32"
     passage_max_length: int | None = None
     batch_tokens: int | None = None
+    #: run Python code that comes with the model
+    trust_remote_code: bool = False
 
     def load(self, device: str | None) -> Encoder:
         """Load it onto a device."""
@@ -50,6 +52,7 @@ class ModelChoice:
             self.adapter,
             device=device,
             precision=self.precision,
+            trust_remote_code=self.trust_remote_code,
             passage_max_length=self.passage_max_length,
         )
 
@@ -91,8 +94,9 @@ def encode_corpus(
         if len(devices) == 1:
             encode_shard(encoder, folder, 0, passages, CHUNK_TEXTS, model.batch_tokens, progress)
         else:
+            chosen_once = replace(model, adapter=encoder.adapter.name)
             del encoder
-            _run_processes(model, folder, info, passages.path, devices, progress)
+            _run_processes(chosen_once, folder, info, passages.path, devices, progress)
     write_json(folder / INFO, {**info, "finished": True})
     return EncodedCorpus(folder)
 

@@ -26,7 +26,7 @@ from ultrarag.packages import quiet_deepspeed
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
 from ultrarag.types import Embeddings, Kind, Tokens, head_weights
-from ultrarag.untrusted import check_folder
+from ultrarag.untrusted import check_folder, code_refused
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -57,6 +57,7 @@ class Encoder(TokenEncoder):
         device: str | torch.device | None = None,
         precision: str = "fp32",
         options: LoadOptions | None = None,
+        trust_remote_code: bool = False,
         **settings: Any,
     ) -> Encoder:
         """Load a model folder or hub name.
@@ -68,6 +69,8 @@ class Encoder(TokenEncoder):
             precision: fp32, bf16, fp16, or auto (the fastest that the device is made for), used by `encode`; weights
                 stay in float32.
             options: everything else that a loader may be told.
+            trust_remote_code: run Python code that comes with the model, now and whenever this encoder is loaded again:
+                when it is saved, from an index's copy, by its builders and workers.
             settings: fields of EncoderSettings to set in place of what the checkpoint declares, such as
                 `query_instruction` or `passage_max_length`.
 
@@ -79,9 +82,13 @@ class Encoder(TokenEncoder):
         options = options or LoadOptions()
         if heads is not None:
             options = replace(options, heads=tuple(heads))
+        if trust_remote_code:
+            options = replace(options, trust_remote_code=True)
         folder = local_folder(str(path), options.cache_dir, options.token)
         check_folder(folder)
         manifest = read_manifest(folder)
+        if manifest and manifest.remote_code and not options.trust_remote_code:
+            raise code_refused(folder)
         plugin = registry().adapter(adapter_name(adapter, manifest, folder))
         if manifest and manifest.adapter == plugin.name:
             options = declared_options(options, manifest.settings)
@@ -92,11 +99,15 @@ class Encoder(TokenEncoder):
             model = plugin.load(str(folder), options)
         found = settings_of(model, plugin, options, manifest)
         override_settings(found, settings)
-        return cls(plugin, model, found, manifest, device, precision)
+        encoder = cls(plugin, model, found, manifest, device, precision)
+        encoder.trust_remote_code = options.trust_remote_code
+        return encoder
 
     def around(self, model: nn.Module) -> Encoder:
         """An encoder of the same adapter, settings and device around another model, such as this one loaded again."""
-        return Encoder(self.adapter, model, replace(self.settings), device=self.device)
+        encoder = Encoder(self.adapter, model, replace(self.settings), device=self.device)
+        encoder.trust_remote_code = self.trust_remote_code
+        return encoder
 
     def compile(self, **options: Any) -> None:
         """Let torch.compile speed the backbone up; it then computes padding too, and the first batches are slow.

@@ -343,6 +343,7 @@ class LiveIndex:
         threads: int | None = None,
         progress: bool | None = None,
         ray: RayPool | None = None,
+        trust_remote_code: bool = False,
     ) -> Generation:
         """Encode all passages with another encoder into a new generation, while searches and writes go on.
 
@@ -352,18 +353,22 @@ class LiveIndex:
 
         Args:
             checkpoint: a checkpoint folder, or an Encoder; it is copied into the index.
-            adapter: of a folder that is no checkpoint of ultrarag's; default: the live generation's.
+            adapter: of a folder that is no checkpoint of ultrarag's; default: the one that claims it, and the live
+                generation's where several could read it.
             backend, heads: default: the live generation's engine, and all heads of the encoder.
             device: default: that of the live encoder.
             threads: of the builder; default: half of the cores.
             progress: a bar on stderr; default: on a terminal.
             ray: encode by the workers of a Ray cluster, which write to a server (docs/distributed.md); the checkpoint
                 is then a folder that all nodes see.
+            trust_remote_code: run Python code that comes with a checkpoint folder; an Encoder says so itself. The index
+                remembers it, with the checksums of the code.
 
         Returns:
             the generation, "ready", for `swap`.
         """
         wishes: dict[str, Any] = {"adapter": adapter, "backend": backend, "heads": heads, "device": device}
+        wishes["trust_remote_code"] = trust_remote_code
         return build_generation(self._core, checkpoint, **wishes, threads=threads, progress=progress, ray=ray)
 
     def swap(

@@ -19,13 +19,19 @@ from ultrarag.encode import Encoded, Rank
 from ultrarag.errors import IndexStateError
 from ultrarag.io import print_error, print_result, read_owner, run_command
 from ultrarag.retrieve.command import built
-from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, inherited_adapter, stored_heads
+from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, generation_adapter, stored_heads
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages import Store
 
 
 def encode_share(
-    root: Path, checkpoint: str, rank: Rank, adapter: str | None, heads: Sequence[str] | None, device: str
+    root: Path,
+    checkpoint: str,
+    rank: Rank,
+    adapter: str | None,
+    heads: Sequence[str] | None,
+    device: str,
+    trust_remote_code: bool = False,
 ) -> int:
     """Encode this rank's blocks that have no file yet, and return the number of passages."""
     from ultrarag.encoder import Encoder
@@ -33,8 +39,9 @@ def encode_share(
     store = Store.open(root, read_only=True)
     try:
         live = Catalog(store).live()
-        adapter, precision = adapter or inherited_adapter(checkpoint, IndexLayout(root), live), live.precision
-        encoder = Encoder.load(checkpoint, adapter, device=device, precision=precision)
+        adapter, precision = adapter or generation_adapter(checkpoint, IndexLayout(root), live), live.precision
+        options: dict[str, Any] = {"device": device, "precision": precision, "trust_remote_code": trust_remote_code}
+        encoder = Encoder.load(checkpoint, adapter, **options)
         chosen = stored_heads(encoder.heads, heads)
         if _is_built(store, encoder.fingerprint, chosen):
             return 0
@@ -96,12 +103,12 @@ def _run(asked: argparse.Namespace, rank: Rank) -> dict[str, Any] | None:
     if not root.is_dir():
         raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
     device = asked.device or rank.device()
-    count = encode_share(root, asked.checkpoint, rank, asked.adapter, asked.heads, device)
+    count = encode_share(root, asked.checkpoint, rank, asked.adapter, asked.heads, device, asked.trust_remote_code)
     print_error(f"rank {rank.number} of {rank.world}: {count} passages encoded")
     rank.wait()
     if rank.number:
         return None
-    wishes = {name: getattr(asked, name) for name in ("adapter", "heads", "backend", "threads")}
+    wishes = {name: getattr(asked, name) for name in ("adapter", "heads", "backend", "threads", "trust_remote_code")}
     return join(root, asked.checkpoint, device, **wishes)
 
 
@@ -116,8 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter",
         metavar="NAME",
-        help="the kind of model; default: what the checkpoint says, else the live generation's",
+        help="the kind of model; default: what the checkpoint says",
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--heads", type=lambda text: tuple(text.split(",")), metavar="A,B", help="default: all")
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--device", help="default: the GPU of the process's local rank, or the CPU")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.generation.source import (
         Draft,
         Source,
-        inherited_adapter,
-        inherited_source,
+        find_source,
+        generation_adapter,
         load_encoder,
         prepare,
         stored_heads,
