@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ultrarag.adapters.embedder import Embedder
     from ultrarag.adapters.minicpm_model import MiniCPMEmbedder
     from ultrarag.adapters.sentence_transformers_model import SentenceTransformersModel
+    from ultrarag.adapters.static_model import StaticEmbedder
     from ultrarag.loss_arguments import LossArguments
 
 
@@ -170,6 +171,36 @@ class MiniCPMAdapter(EmbedderAdapter):
         save_minicpm(cast("MiniCPMEmbedder", model), path, state_dict)
 
 
+class StaticAdapter(EmbedderAdapter):
+    """Static embeddings: a text's vector is the mean of its tokens' trained rows; no transformer at all.
+
+    Source:
+        StaticEmbedding of sentence-transformers; model2vec (potion), of which unknown tokens count, as they do there.
+    """
+
+    heads = ("dense",)
+    threaded_encode = True
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """A StaticEmbedding with or without Normalize, or a model2vec."""
+        family = folder.family
+        return Claim(family.evidence) if family.name == "static" else Refusal(str(family))
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Load the table and its tokenizer."""
+        from ultrarag.adapters.static_model import load_static
+
+        return load_static(path, options)
+
+    @hookimpl
+    def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
+        """Write what sentence-transformers loads, and model2vec where it came from there."""
+        from ultrarag.adapters.static_model import save_static
+
+        save_static(cast("StaticEmbedder", model), path, state_dict)
+
+
 class SentenceTransformersAdapter(EmbedderAdapter):
     """Any checkpoint of that library, run by its own modules, whatever `modules.json` lists.
 
@@ -205,4 +236,5 @@ bge = BGEAdapter()
 bgem3 = BGEM3Adapter()
 icl = ICLAdapter()
 minicpm = MiniCPMAdapter()
+static = StaticAdapter()
 sentence_transformers = SentenceTransformersAdapter()

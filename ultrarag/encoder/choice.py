@@ -68,11 +68,10 @@ def _check_named(name: str, folder: ModelFolder) -> None:
     answer = registry().answer(name, folder)
     if not isinstance(answer, Refusal):
         return
-    best, _ = _best(registry().answers(folder), None)
-    raise UsageError(
-        f"the adapter '{name}' cannot be right for '{folder}': it is {answer.reason}; "
-        + (f"use the adapter '{best[0]}', or leave it out" if best else "no installed adapter runs it")
-    )
+    answers = registry().answers(folder)
+    best, _ = _best(answers, None)
+    remedy = f"use the adapter {_or(best)}" if best else _what_else(answers)
+    raise UsageError(f"the adapter '{name}' cannot be right for '{folder}': it is {answer.reason}; {remedy}")
 
 
 def _chosen(folder: ModelFolder, usual: str | None) -> str:
@@ -92,16 +91,13 @@ def _chosen(folder: ModelFolder, usual: str | None) -> str:
 def _best(answers: dict[str, Claim | Refusal | None], usual: str | None) -> tuple[list[str], str]:
     """The adapters of the most specific level that is claimed, and the first one's reason."""
     for level in reversed(LEVELS):
-        found = {name: answer.reason for name, answer in answers.items() if _claims(answer, level)}
+        claims = {name: answer for name, answer in answers.items() if isinstance(answer, Claim)}
+        found = {name: claim.reason for name, claim in claims.items() if claim.level == level}
         if level == "could" and usual in answers and found and not isinstance(answers[usual], Refusal):
             return [usual], f"{next(iter(found.values()))}, as the one in use"
         if found:
             return list(found), next(iter(found.values()))
     return [], ""
-
-
-def _claims(answer: Claim | Refusal | None, level: str) -> bool:
-    return isinstance(answer, Claim) and answer.level == level
 
 
 def _what_else(answers: dict[str, Claim | Refusal | None]) -> str:

@@ -67,6 +67,46 @@ def tiny_masked_lm(folder: Path, seed: int = 0) -> None:
     _write(folder, _random(BertForMaskedLM, tiny_config(BertConfig, tokenizer), seed), tokenizer)
 
 
+def tiny_static(folder: Path, model2vec: bool = False, seed: int = 0) -> None:
+    """Static embeddings, 32 numbers a token, as sentence-transformers or model2vec (potion) has them.
+
+    A potion keeps few rows, and for each token the number of its row and a weight.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    tokenizer = tiny_tokenizer("bert")
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(len(tokenizer), 32, generator=draw)
+    weights = {"embedding.weight": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {"": "StaticEmbedding"}
+    if model2vec:
+        numbers = torch.arange(len(tokenizer)) % 100
+        weights = {
+            "embeddings": rows[:100].clone(),
+            "mapping": numbers,
+            "weights": torch.rand(len(rows), generator=draw),
+        }
+        kinds["1_Normalize"] = "Normalize"
+        config = {"model_type": "model2vec", "architectures": ["StaticModel"], "hidden_dim": 32, "normalize": True}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(weights, folder / "model.safetensors")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    _write_modules(folder, kinds)
+
+
+def _write_modules(folder: Path, kinds: dict[str, str]) -> None:
+    """Write modules.json of sentence-transformers: folder -> class."""
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    for path in filter(None, kinds):
+        (folder / path).mkdir(exist_ok=True)
+
+
 def tiny_m3(folder: Path, seed: int = 0) -> None:
     """An XLM-RoBERTa with bge-m3's sparse and ColBERT heads."""
     import torch
@@ -268,6 +308,7 @@ EXAMPLES: dict[str, ExampleModel] = {
     "icl": tiny_decoder,
     "minicpm-embedding": tiny_minicpm,
     "sentence-transformers": tiny_bert,
+    "static": tiny_static,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ _OWN = {
 _RUN = {
     flag.name: flag
     for flag in (
-        Flag("adapter", "str", None, "The kind of model, such as bgem3.", "Run", metavar="NAME"),
+        Flag("adapter", "str", None, "The kind of model; default: what its files say.", "Run", metavar="NAME"),
         Flag(
             "output_dir",
             "str",
