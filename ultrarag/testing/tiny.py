@@ -67,6 +67,84 @@ def tiny_masked_lm(folder: Path, seed: int = 0) -> None:
     _write(folder, _random(BertForMaskedLM, tiny_config(BertConfig, tokenizer), seed), tokenizer)
 
 
+def tiny_embedding_gemma2(folder: Path, seed: int = 0) -> None:
+    """An EmbeddingGemma 2 as published: a root configuration, a tower for images, files of its processors."""
+    from transformers import EmbeddingGemma2Config, EmbeddingGemma2Model
+
+    tokenizer = tiny_tokenizer("decoder")
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "embedding_dim": 48, "intermediate_size": 64, **heads}
+    text |= {
+        "num_hidden_layers": 2,
+        "sliding_window_pattern": 2,
+        "sliding_window": 16,
+        "global_head_dim": 16,
+        **special,
+    }
+    text |= {
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "max_position_embeddings": MAX_LENGTH,
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        **heads,
+    }
+    config = EmbeddingGemma2Config(
+        text_config=text,
+        vision_config={**vision, "num_hidden_layers": 1, "position_embedding_size": 16},
+        audio_config=None,
+    )
+    _write(folder, _random(EmbeddingGemma2Model, config, seed), tokenizer)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).write_text(json.dumps({"processor_class": "EmbeddingGemma2Processor"}), encoding="utf-8")
+    pooling = {"word_embedding_dimension": 48, "pooling_mode": "mean"}
+    _write_modules(folder, {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"})
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+
+
+#: A model that no library knows, as hub models with code of their own have it.
+_OWN_CODE = """
+from transformers import BertConfig, BertModel
+
+
+class AcmeConfig(BertConfig):
+    model_type = "acme"
+
+
+class AcmeModel(BertModel):
+    config_class = AcmeConfig
+"""
+
+
+def tiny_remote_code(folder: Path, seed: int = 0) -> None:
+    """A BERT of an unknown model type, whose class is in a Python file of the folder: `trust_remote_code` runs it."""
+    tiny_bert(folder, seed=seed)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "acme", "architectures": ["AcmeModel"]}
+    config["auto_map"] = {"AutoConfig": "modeling_acme.AcmeConfig", "AutoModel": "modeling_acme.AcmeModel"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "modeling_acme.py").write_text(_OWN_CODE.lstrip(), encoding="utf-8")
+
+
+def tiny_splade(folder: Path, seed: int = 0) -> None:
+    """A SPLADE as sentence-transformers has it: a masked language model under SpladePooling."""
+    tiny_masked_lm(folder, seed)
+    modules = ("base.modules.transformer.Transformer", "sparse_encoder.modules.splade_pooling.SpladePooling")
+    kinds = [f"sentence_transformers.{kind}" for kind in modules]
+    places = dict(zip(("", "1_SpladePooling"), kinds, strict=True))
+    _write_modules(folder, places)
+    values = {"sentence_bert_config.json": {"transformer_task": "fill-mask"}, "1_SpladePooling/config.json": {}}
+    values["config_sentence_transformers.json"] = {"model_type": "SparseEncoder"}
+    for name, value in values.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
 def tiny_static(folder: Path, model2vec: bool = False, seed: int = 0) -> None:
     """Static embeddings, 32 numbers a token, as sentence-transformers or model2vec (potion) has them.
 
@@ -97,9 +175,10 @@ def tiny_static(folder: Path, model2vec: bool = False, seed: int = 0) -> None:
 
 
 def _write_modules(folder: Path, kinds: dict[str, str]) -> None:
-    """Write modules.json of sentence-transformers: folder -> class."""
+    """Write modules.json of sentence-transformers: folder -> class, one of its own by the last part alone."""
+    kinds = {path: kind if "." in kind else f"sentence_transformers.models.{kind}" for path, kind in kinds.items()}
     modules = [
-        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        {"idx": number, "name": str(number), "path": path, "type": kind}
         for number, (path, kind) in enumerate(kinds.items())
     ]
     (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
