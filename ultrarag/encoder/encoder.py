@@ -64,7 +64,7 @@ class Encoder(TokenEncoder):
 
         Args:
             adapter: name of the plugin; default: what the manifest of a checkpoint of ours says, else the adapter that
-                claims the folder (docs/models.md), which is told once.
+                claims the folder (docs/plugins.md), which is told once.
             heads: only these heads; default: all that have weights.
             precision: fp32, bf16, fp16, or auto (the fastest that the device is made for), used by `encode`; weights
                 stay in float32.

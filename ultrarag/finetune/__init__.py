@@ -37,7 +37,7 @@ def finetune(
         model: a folder or hub name; a checkpoint of ours is trained on incrementally.
         train_data: a path, a list of paths, or a list of rows (`{"query": ..., "pos": [...], "neg": [...]}`).
         output_dir: where the finished checkpoint appears, whole or not at all.
-        adapter: name of the plugin; default: the one that the model's files call for (docs/models.md).
+        adapter: name of the plugin; default: the one that the model's files call for (docs/plugins.md).
         arguments: any flag of the command line, under its name, such as `learning_rate=1e-5`.
 
     Returns:

@@ -72,17 +72,16 @@ def tiny_embedding_gemma2(folder: Path, seed: int = 0) -> None:
     from transformers import EmbeddingGemma2Config, EmbeddingGemma2Model
 
     tokenizer = tiny_tokenizer("decoder")
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "embedding_dim": 48, "intermediate_size": 64, **heads}
-    text |= {
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "embedding_dim": 48,
+        "intermediate_size": 64,
         "num_hidden_layers": 2,
         "sliding_window_pattern": 2,
         "sliding_window": 16,
-        "global_head_dim": 16,
-        **special,
-    }
-    text |= {
         "global_head_dim": 16,
         "hidden_size_per_layer_input": 8,
         "max_position_embeddings": MAX_LENGTH,
@@ -93,12 +92,10 @@ def tiny_embedding_gemma2(folder: Path, seed: int = 0) -> None:
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_hidden_layers": 1,
-        **heads,
+        "position_embedding_size": 16,
     }
     config = EmbeddingGemma2Config(
-        text_config=text,
-        vision_config={**vision, "num_hidden_layers": 1, "position_embedding_size": 16},
-        audio_config=None,
+        text_config={**text, **heads, **special}, vision_config={**vision, **heads}, audio_config=None
     )
     _write(folder, _random(EmbeddingGemma2Model, config, seed), tokenizer)
     for name in ("processor_config.json", "preprocessor_config.json"):
@@ -259,7 +256,8 @@ def tiny_layerwise(folder: Path, seed: int = 0) -> None:
     for number in range(2):
         weights[f"lm_head.{number}.linear_head.weight"] = torch.randn(1, 32, generator=generator)
     tokenizer.save_pretrained(folder)
-    heads = {"start_layer": 1, "head_multi": True, "head_type": "simple"}
+    heads: dict[str, Any] = {"start_layer": 1, "head_multi": True, "head_type": "simple"}
+    heads["architectures"] = ["LayerWiseMiniCPMForCausalLM"]
     config = {**_minicpm_config(len(tokenizer)), **heads, "max_position_embeddings": 2 * MAX_LENGTH}
     for name in ("is_causal", "adapt_mean_pooling", "rope_scaling"):  # an embedder's
         del config[name]

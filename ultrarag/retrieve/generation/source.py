@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrarag.checkpoint import Manifest, copy_checkpoint, local_folder, read_manifest
+from ultrarag.claims import ModelFolder
 from ultrarag.encode import Encode
 from ultrarag.encoder import Cuts
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
@@ -164,8 +165,9 @@ def _save(source: Source, copy: Path, generation: Generation) -> None:
 
 def record_consent(directory: Path) -> None:
     """Write down that the code in a generation's copy of its checkpoint may be run, as it is now."""
-    if code := _code(IndexLayout.checkpoint(directory)):
-        write_json(IndexLayout.consent(directory), {"trust_remote_code": True, "code": code})
+    folder = IndexLayout.checkpoint(directory)
+    if ModelFolder(folder).code:
+        write_json(IndexLayout.consent(directory), {"trust_remote_code": True, "code": _code(folder)})
 
 
 def has_consent(directory: Path) -> bool:
