@@ -79,6 +79,10 @@ CHOSEN: dict[str, tuple[dict[str, Any], str]] = {
         "sentence-transformers",
     ),
     "max pooling": ({"architecture": "BertModel", "modules": EMBEDDER, "pooling": "max"}, "sentence-transformers"),
+    "code of its own": (
+        {"architecture": "XLMRobertaModel", "modules": ("custom_st.Transformer", *EMBEDDER[1:])},
+        "sentence-transformers",
+    ),
     "SPLADE": ({"architecture": "BertForMaskedLM", "modules": SPLADE}, "sentence-transformers"),
     "SPLADE by its class": (
         {"architecture": "BertForMaskedLM", "modules": EMBEDDER, "library": "SparseEncoder"},

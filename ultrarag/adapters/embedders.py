@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from ultrarag.claims import Answer, Claim, ModelFolder, Refusal
+from ultrarag.claims import Answer, Claim, ModelFolder, Refusal, library_module
 from ultrarag.hookspecs import Features, LoadOptions, hookimpl
 from ultrarag.types import Embeddings
 
@@ -29,6 +29,8 @@ def refused_by_embedder(folder: ModelFolder) -> Refusal | None:
         return Refusal(str(family))
     if folder.config.get("is_encoder_decoder"):
         return Refusal(f"{family} over an encoder with a decoder (config.json: model_type {folder.model_type})")
+    if folder.modules and "Pooling" not in {library_module(row["type"]) for row in folder.modules}:
+        return Refusal(f"{family}, without a Pooling module of that library")
     try:
         read_declaration(folder.path)
     except CheckpointError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ REFUSED = r"run by Python code that comes with it \(modeling_acme.py; .*give tru
 
 @pytest.fixture(scope="module")
 def own_code(tmp_path_factory: pytest.TempPathFactory):
-    """A model with code of its own; transformers copies code to where HF_MODULES_CACHE says, once for the process."""
-    folder = tmp_path_factory.mktemp("own") / "acme"
-    tiny_remote_code(folder)
-    return folder
+    """A model with code of its own; what transformers copies of it stays in the test's folder."""
+    from transformers import dynamic_module_utils
+
+    folder = tmp_path_factory.mktemp("own")
+    tiny_remote_code(folder / "acme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+        patch.setattr(sys, "path", list(sys.path))
+        yield folder / "acme"
 
 
 def test_training_is_refused_before_it_begins(own_code: Path, tmp_path: Path) -> None:
@@ -40,7 +46,8 @@ def test_consent_holds_through_training_and_in_an_index(own_code: Path, tmp_path
     out = tmp_path / "out"
     finetune(own_code, ROWS, out, trust_remote_code=True, learning_rate=1e-3, **SMALL)
     manifest = read_manifest(out)
-    assert manifest is not None and manifest.remote_code
+    assert manifest is not None
+    assert manifest.remote_code
     for adapter in (None, "bge"):  # a record is no consent: the folder may come from anywhere
         with pytest.raises(UsageError, match=REFUSED):
             Encoder.load(out, adapter)
@@ -69,12 +76,29 @@ def test_a_model_without_code_records_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "index").rglob("consent.json"))
 
 
-def test_workers_are_told(own_code: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+def test_workers_are_told(own_code: Path) -> None:
     from ultrarag.encode.ray import RayJob, RayPool
+    from ultrarag.encode.ray.worker import Order, Worker
 
-    job = RayJob.of(RayPool("local"), str(own_code), "bge", "qdrant://localhost:6333", trust_remote_code=True)
-    assert RayJob.from_json(job.to_json()).trust_remote_code
+    job = RayJob.from_json(RayJob(RayPool("local"), str(own_code), "bge", trust_remote_code=True).to_json())
+    for trusted, told in {
+        job.trust_remote_code: "is another encoder here",
+        False: "give trust_remote_code=True",
+    }.items():
+        order = Order(job.checkpoint, "bge", "0" * 64, "fp32", ("dense",), "cpu", 1, None, {}, trusted)
+        assert told in json.loads(Worker(order, None)._failure)["message"]
+
+
+def test_ranks_are_told(own_code: Path, tmp_path: Path) -> None:
+    from ultrarag.encode import Rank
+    from ultrarag.retrieve.build.__main__ import encode_share
+
+    with LiveIndex.create(tmp_path / "index", Encoder.load(own_code, trust_remote_code=True), backend="numpy") as live:
+        live.add([{"id": text, "text": text} for text in TEXTS])
+    share = (tmp_path / "index", str(own_code), Rank.of_environment(), None, None, "cpu")
+    with pytest.raises(UsageError, match=REFUSED):
+        encode_share(*share)
+    assert encode_share(*share, True) in (0, len(TEXTS))
 
 
 def test_the_processes_of_a_corpus_have_consent(own_code: Path, tmp_path: Path, monkeypatch) -> None:
