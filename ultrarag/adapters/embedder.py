@@ -99,8 +99,8 @@ class Embedder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
-        #: where the parts of a published model lie that are saved with it and not run here; None: it has none
-        self.published: Path | None = None
+        #: the files that hold parts of the published model which are saved with it and not run here, by name
+        self.published: dict[str, Path] = {}
         self.dense_layers = nn.ModuleList()
         self.colbert_linear: nn.Linear | None = None
         self.sparse_linear: nn.Linear | None = None

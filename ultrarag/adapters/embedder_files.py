@@ -7,13 +7,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ultrarag.adapters.embedder import HEAD_FILES, METHODS, Embedder
-from ultrarag.adapters.embedding_gemma2_files import MODEL_TYPE, load_text_model, save_text_model
+from ultrarag.adapters.embedding_gemma2_files import MODEL_TYPE, load_text_model, published_files, save_text_model
 from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, read_declaration, write_declaration
 from ultrarag.claims import ModelFolder
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
@@ -45,7 +45,7 @@ def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Em
     settings = read_settings(declared, options)
     model = Embedder(backbone, tokenizer, settings)
     if ModelFolder(folder).model_type == MODEL_TYPE:
-        model.published = folder / (declared.transformer if declared else "")
+        model.published = published_files(folder / (declared.transformer if declared else ""))
     for name in declared.dense if declared else []:
         model.dense_layers.append(_load_dense(folder / name))
     settings.heads = load_heads(model, folder, options, heads)
@@ -65,13 +65,12 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
             loaded = AutoModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
             )
-    backbone: PreTrainedModel = loaded[0]
-    report = loaded[1]
+    backbone, report = loaded
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if not missing:
         if report["missing_keys"]:
             backbone.pooler = None  # random weights that nothing uses would still be saved and hashed
-        return backbone
+        return cast("PreTrainedModel", backbone)
     raise CheckpointError(
         f"{folder}: the weights lack {len(missing)} tensor(s) that a {type(backbone).__name__} needs, "
         f"first '{missing[0]}'; the checkpoint is incomplete or of another architecture"

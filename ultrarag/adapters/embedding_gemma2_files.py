@@ -7,7 +7,7 @@ images and sound are prepared. Saved, all of that is there as it was, around the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,31 +42,38 @@ def load_text_model(folder: Path, config: Any, **remote: Any) -> tuple[PreTraine
     return root.language_model, report
 
 
-def save_text_model(published: Path, target: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write the root checkpoint `published` with the text model's weights replaced.
+def published_files(folder: Path) -> dict[str, Path]:
+    """The files of a root checkpoint that are saved with the text model, by name, wherever links lead."""
+    kept = [file for file in folder.iterdir() if file.name == "config.json" or file.name.startswith(_PROCESSORS)]
+    return {file.name: file.resolve() for file in [*kept, *folder.glob("*.safetensors")]}
+
+
+def save_text_model(published: Mapping[str, Path], target: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write the root checkpoint of these files with the text model's weights replaced.
 
     Raises:
-        CheckpointError: it is no longer there.
+        CheckpointError: one is no longer there.
     """
     from safetensors.torch import save_file
 
-    if not (published / "config.json").is_file():
+    if gone := [path for path in published.values() if not path.is_file()]:
         raise CheckpointError(
-            f"{published}, which the model was loaded from, is gone, and with it the towers for images and sound that "
-            "are saved beside the text model: put it back"
+            f"{gone[0]}, of the model that was loaded, is gone, and with it the towers for images and sound that are "
+            "saved beside the text model: put it back"
         )
     merged = {f"{_TEXT}{name}": tensor for name, tensor in weights.items()}
-    save_file({**dict(_towers(published)), **merged}, target / "model.safetensors", {"format": "pt"})
-    for file in published.iterdir():
-        if file.name == "config.json" or file.name.startswith(_PROCESSORS):
-            shutil.copyfile(file, target / file.name)
+    towers = dict(_towers(path for name, path in published.items() if name.endswith(".safetensors")))
+    save_file({**towers, **merged}, target / "model.safetensors", {"format": "pt"})
+    for name, path in published.items():
+        if not name.endswith(".safetensors"):
+            shutil.copyfile(path, target / name)
 
 
-def _towers(published: Path) -> Iterator[tuple[str, Tensor]]:
+def _towers(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """The weights that are not the text model's, under their own names."""
     from safetensors import safe_open
 
-    for file in sorted(published.glob("*.safetensors")):
+    for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if not name.removeprefix("model.").startswith(_TEXT):

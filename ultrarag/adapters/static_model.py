@@ -38,7 +38,8 @@ class StaticEmbedder(nn.Module):
         self.backbone = nn.Embedding.from_pretrained(table, freeze=False)
         self.tokenizer = tokenizer
         self.settings = settings
-        self.config = PretrainedConfig(hidden_size=table.shape[1], vocab_size=table.shape[0])
+        sizes: dict[str, Any] = {"hidden_size": table.shape[1], "vocab_size": table.shape[0]}
+        self.config = PretrainedConfig(**sizes)
         #: the files beside the weights that are kept as they were, by name
         self.files: dict[str, str] = {}
 
