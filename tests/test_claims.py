@@ -285,6 +285,14 @@ def test_commands_need_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["index", "create", str(tmp_path / "index"), "--model", str(tmp_path / "model")]) == 0
     assert main(["index", "create", str(tmp_path / "no"), "--model", str(tmp_path / "pairs")]) == 2
     assert "is a reranker" in capsys.readouterr().err
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text('{"_id": "1", "text": "Seals sleep."}\n')
+    encode = ["data", "encode", "--input_file", str(passages), "--output", str(tmp_path / "vectors")]
+    assert main([*encode, "--model_name_or_path", str(tmp_path / "pairs")]) == 2
+    assert "is a reranker" in capsys.readouterr().err
+    mine = ["data", "mine", "--input_file", str(rows), "--output_file", str(tmp_path / "mined.jsonl")]
+    assert main([*mine, "--model_name_or_path", str(tmp_path / "pairs")]) == 2
+    assert "is a reranker" in capsys.readouterr().err
 
 
 def test_nothing_heavy_is_read_to_answer(tmp_path: Path) -> None:

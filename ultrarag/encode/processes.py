@@ -82,6 +82,11 @@ def encode_corpus(
     """
     folder, compression = Path(output), compression or Compression()
     encoder = model.load(devices[0])
+    if encoder.adapter.declared.pair_input:
+        raise UsageError(
+            f"'{model.path}' ({encoder.adapter.name}) is a reranker, which scores pairs and gives no vectors: name an "
+            "embedding model"
+        )
     chosen = tuple(heads) if heads else encoder.heads
     unknown = [head for head in chosen if head not in encoder.heads]
     if unknown:
