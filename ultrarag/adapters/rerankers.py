@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from ultrarag.claims import Answer, Claim, ModelFolder, Refusal
 from ultrarag.hookspecs import Features, LoadOptions, hookimpl
 from ultrarag.types import Embeddings
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from ultrarag.adapters.llm_reranker_model import YesReranker
     from ultrarag.adapters.reranker_model import CrossEncoder
     from ultrarag.loss_arguments import LossArguments
+
+
+#: What a fine-tune may make a reranker of.
+_BASES = ("dense", "body", "causal-lm")
 
 
 class RerankerAdapter:
@@ -47,6 +52,13 @@ class CrossEncoderAdapter(RerankerAdapter):
 
     threaded_encode = True
 
+    def claims(self, folder: ModelFolder) -> Answer:
+        """A classifier with one label; a plain encoder may become one."""
+        family = folder.family
+        if family.name == "cross-encoder":
+            return Claim(family.evidence)
+        return None if family.name in _BASES else Refusal(str(family))
+
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Load a classifier, or in training an encoder under a fresh classification head."""
@@ -71,6 +83,13 @@ class GemmaRerankerAdapter(RerankerAdapter):
         Model card of BAAI/bge-reranker-v2-gemma.
     """
 
+    def claims(self, folder: ModelFolder) -> Answer:
+        """A Gemma whose card says that it ranks; any language model may become one."""
+        family = folder.family
+        if family.name == "causal-reranker" and folder.model_type == "gemma" and not folder.modules:
+            return Claim(family.evidence, "exact")
+        return None if family.name in _BASES else Refusal(str(family))
+
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Load any causal language model that transformers knows."""
@@ -94,6 +113,14 @@ class LayerwiseRerankerAdapter(RerankerAdapter):
     Source:
         Model card of BAAI/bge-reranker-v2-minicpm-layerwise.
     """
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """The published model's class; MiniCPM-2B may become one."""
+        layerwise = [name for name in folder.architectures if "LayerWise" in name]
+        if layerwise:
+            return Claim(f"config.json: {layerwise[0]}", "exact")
+        family = folder.family
+        return None if family.name in _BASES and folder.model_type in ("minicpm", "granite") else Refusal(str(family))
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:

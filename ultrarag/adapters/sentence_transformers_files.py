@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ultrarag.claims import library_module
 from ultrarag.errors import CheckpointError
 from ultrarag.types import EncoderSettings
 
@@ -49,7 +50,7 @@ def read_declaration(folder: Path) -> ModulesDeclaration | None:
         return None
     found = ModulesDeclaration()
     for module in _json(folder / "modules.json"):
-        name, path = str(module["type"]).rsplit(".", 1)[-1], str(module.get("path", ""))
+        name, path = library_module(str(module["type"])), str(module.get("path", ""))
         if name not in _HANDLED:
             raise CheckpointError(
                 f"{folder / 'modules.json'}: module '{module['type']}' is not supported by this adapter "
