@@ -100,13 +100,18 @@ def _one_label(folder: Path, options: LoadOptions, remote: Mapping[str, Any]) ->
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
-    classifies = any("SequenceClassification" in name for name in config.architectures or ())
-    if classifies and config.num_labels != 1:
+    if any("SequenceClassification" in name for name in config.architectures or ()):
+        check_one_label(config, folder)
+    config.num_labels = 1
+    return config
+
+
+def check_one_label(config: Any, folder: Path) -> None:
+    """Refuse a classifier of several labels, which gives no score."""
+    if config.num_labels != 1:
         raise CheckpointError(
             f"{folder} classifies into {config.num_labels} labels; a reranker has one, the relevance of a pair"
         )
-    config.num_labels = 1
-    return config
 
 
 def _check_missing(folder: Path, missing: Sequence[str], training: bool) -> None:

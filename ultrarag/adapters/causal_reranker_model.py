@@ -1,0 +1,172 @@
+"""CausalReranker: a language model that answers whether a passage meets a query, and its files.
+
+Published as a language model whose answer is one token, or as the sequence classifier that the rows of those tokens make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.adapters.causal_reranker_files import (
+    CrossEncoderFiles,
+    chat_template,
+    made_files,
+    read_files,
+    read_pair_reading,
+)
+from ultrarag.adapters.embedder_files import load_tokenizer
+from ultrarag.adapters.llm_reranker_model import (
+    PairReader,
+    answer_logits,
+    at_last_token,
+    load_backbone,
+    refuse_pooling,
+    save_language_model,
+)
+from ultrarag.adapters.pair_format import PairTemplate, fast_backend, token_ids
+from ultrarag.adapters.reranker_model import check_one_label
+from ultrarag.errors import CheckpointError
+from ultrarag.packing import hidden_states
+from ultrarag.types import Embeddings, EncoderSettings, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ultrarag.hookspecs import Features, LoadOptions
+
+
+class CausalReranker(PairReader):
+    """A language model, or its classifier, over pairs written by a template; state-dict keys: `backbone.*`."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str,
+        template: PairTemplate,
+        answers: Sequence[int],
+        files: CrossEncoderFiles | None,
+    ) -> None:
+        super().__init__(backbone, tokenizer, path)
+        self.template = template
+        #: the token whose logit is the score, and perhaps one whose logit is subtracted; none: a classifier's logit
+        self.answers = tuple(answers)
+        self.files = files
+        #: parts of the backbone that --fix_encoder and LoRA leave to be trained whole
+        self.head_prefixes = () if self.answers else ("backbone.score.",)
+        self.settings = EncoderSettings(
+            heads=("scores",),
+            prompt=files.prompt if files else "",
+            passage_max_length=files.options.get("max_seq_length") if files else None,
+        )
+
+    def pair_tokens(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        query_max_length: int | None,
+        max_length: int | None,
+        passage_max_length: int | None = None,
+        prompts: Sequence[str | None] | None = None,
+    ) -> Tokens:
+        """Write each pair into the template and tokenize it; of a pair that is too long the passage is cut.
+
+        Args:
+            prompts: a pair's own instruction, None: the model's, "": that of the template, if it has one.
+        """
+        usual = self.settings.prompt or ""
+        asked = [usual if prompt is None else prompt for prompt in prompts or [None] * len(queries)]
+        pairs = list(zip(asked, queries, passages, strict=True))
+        return self.template.tokens(self.reader, pairs, query_max_length, max_length, passage_max_length)
+
+    def encode(self, features: Features) -> Embeddings:
+        """Return the score of each pair, (batch,)."""
+        backbone: Any = self.backbone
+        if not self.answers:
+            last = at_last_token(hidden_states(backbone.base_model, features), features["attention_mask"])
+            return Embeddings(scores=backbone.score(last)[:, 0])
+        logits = answer_logits(backbone, features, self.answers)
+        return Embeddings(scores=logits[:, 0] if len(self.answers) == 1 else logits[:, 0] - logits[:, 1])
+
+
+def load_causal_reranker(path: str, options: LoadOptions) -> CausalReranker:
+    """Load a causal reranker in any of its layouts; a plain language model of the same families becomes one in training.
+
+    Raises:
+        CheckpointError: weights are missing, it is another kind of model, or nothing says how it reads a pair.
+        UsageError: an option that a reranker does not have.
+    """
+    refuse_pooling(options)
+    folder = Path(path)
+    files = read_files(folder)
+    body = folder / files.transformer if files else folder
+    backbone, classifier = _load(body, options, files)
+    tokenizer = load_tokenizer(body, options)
+    reading = read_pair_reading(body, tokenizer, backbone.config.model_type, files)
+    if classifier:
+        return CausalReranker(backbone, tokenizer, path, reading.template, (), files)
+    tokenizer.padding_side = "left"  # as other tools pad, which take the logits of the last column
+    backend = fast_backend(tokenizer, path)
+    answers = files.answers if files else tuple(_token(backend, word, path) for word in reading.answers)
+    _check_vocabulary(answers, backbone, path)
+    return CausalReranker(backbone, tokenizer, path, reading.template, answers, files)
+
+
+def _load(body: Path, options: LoadOptions, files: CrossEncoderFiles | None) -> tuple[PreTrainedModel, bool]:
+    """The model, and whether it is a classifier."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        options.config_name or body,
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.cache_dir,
+        token=options.token,
+    )
+    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if classifier:
+        check_one_label(config, body)
+    elif files and files.score is None:
+        raise CheckpointError(
+            f"{body}: its modules.json has no LogitScore, and its config.json names no sequence classifier: nothing "
+            "says where the score comes from"
+        )
+    backbone = load_backbone(body, options, classifier)
+    if classifier and not hasattr(backbone, "score"):
+        raise CheckpointError(
+            f"{body}: a {type(backbone).__name__} is no language model with a linear score: use 'bge-reranker'"
+        )
+    return backbone, classifier
+
+
+def _token(backend: Any, word: str, path: str) -> int:
+    """The one token that a word is."""
+    ids: list[int] = token_ids(backend, [word])[0]
+    if len(ids) != 1:
+        raise CheckpointError(
+            f"{path}: the tokenizer splits '{word}' into {len(ids)} tokens, and the score is the logit of one: say which "
+            "in 1_LogitScore/config.json (true_token_id, false_token_id), as sentence-transformers' CrossEncoder has it"
+        )
+    return ids[0]
+
+
+def _check_vocabulary(answers: Sequence[int], backbone: PreTrainedModel, path: str) -> None:
+    size = backbone.config.get_text_config().vocab_size
+    if not answers or not all(0 <= token < size for token in answers):
+        raise CheckpointError(f"{path}: LogitScore names the tokens {list(answers)} of a vocabulary of {size}")
+
+
+def save_causal_reranker(model: CausalReranker, path: str, state_dict: Mapping[str, Any]) -> None:
+    """Write the model in its own layout; a language model that had no files of CrossEncoder gets them.
+
+    A classifier without such files stays without: what it reads is written by whoever calls it.
+    """
+    settings, files, tokenizer = model.settings, model.files, model.tokenizer
+    assert settings is not None
+    if files is None and model.answers:
+        files = made_files(model.answers[0], model.answers[1] if len(model.answers) > 1 else None)
+        tokenizer.chat_template = chat_template(model.template)
+    save_language_model(model, path, state_dict)
+    if files:
+        files.write(Path(path), settings.prompt or "", settings.passage_max_length)
