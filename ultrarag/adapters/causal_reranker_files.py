@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from ultrarag.errors import CheckpointError
 _MODULES, _TRANSFORMER, _MODEL = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 #: Roles of the messages that carry instruction, query and passage.
 _ROLES = dict(zip(SLOTS, ("system", "query", "document"), strict=True))
-#: zerank's before it had these roles, and the code that it was published with then; it takes no instruction.
+#: zerank's before it had these roles, and the code that it came with then, which strips both texts.
 _ZERANK_ROLES, _ZERANK_CODE = {"query": "system", "passage": "user"}, "modeling_zeranker.py"
 #: Arguments of a declared chat template that concern lengths and not the text.
 _SIZES = ("restore_suffix", "truncation", "max_length", "padding", "return_tensors", "pad_to_multiple_of")
-_ANSWER = '<|im_end|>\n<|im_start|>assistant\n'
+_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def read_files(folder: Path) -> CrossEncoderFiles | None:
     return found
 
 
-def made_files(true_token: int, false_token: int | None) -> CrossEncoderFiles:
+def made_files(true_token: int, false_token: int | None = None) -> CrossEncoderFiles:
     """The files of a causal language model that was published without them, so that CrossEncoder reads it too."""
     kinds = (
         ("", "sentence_transformers.base.modules.transformer.Transformer"),
@@ -178,7 +178,8 @@ def read_pair_reading(folder: Path, tokenizer: Any, model_type: str, files: Cros
             return Reading(PairTemplate(*found, source), ("yes", "no"))
     if (folder / _ZERANK_CODE).is_file():
         if found := _frames(tokenizer, _ZERANK_ROLES, {"add_generation_prompt": True}, False, source):
-            return Reading(PairTemplate(*found, source), ("Yes",))
+            plain = replace(found[0], stripped=frozenset(SLOTS))
+            return Reading(PairTemplate(plain, None, source), ("Yes",))
     elif not declared and model_type in _FAMILIES:
         plain, asked, answers = _FAMILIES[model_type]()
         return Reading(PairTemplate(plain, asked, f"the format of {model_type} rerankers"), answers)
@@ -226,7 +227,7 @@ def _frame(render: Callable[[Mapping[str, str]], str], slots: Sequence[str], sou
         before, _, rest = rest.partition(marks[slot] if slot in stripped else f" {marks[slot]} ")
         literals.append(before)
     frame = Frame((*literals, rest), tuple(order), stripped)
-    odd = {slot: f"\n {slot}'s \"a\"  <b> {{{{c}}}} &amp;\t" for slot in slots}
+    odd = {slot: f'\n {slot}\'s "a"  <b> {{{{c}}}} &amp;\t' for slot in slots}
     if frame.text(odd.get("instruction", ""), odd["query"], odd["passage"]) != render(odd):
         raise CheckpointError(
             f"{source} changes the texts that it writes, so that they cannot be cut to a length: not supported"

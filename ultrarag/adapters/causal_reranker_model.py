@@ -1,6 +1,6 @@
 """CausalReranker: a language model that answers whether a passage meets a query, and its files.
 
-Published as a language model whose answer is one token, or as the sequence classifier that the rows of those tokens make.
+It is published as a language model whose answer is one token, or as the classifier that those tokens' rows make.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class CausalReranker(PairReader):
 
 
 def load_causal_reranker(path: str, options: LoadOptions) -> CausalReranker:
-    """Load a causal reranker in any of its layouts; a plain language model of the same families becomes one in training.
+    """Load a causal reranker in any of its layouts; a plain language model of the same families may become one.
 
     Raises:
         CheckpointError: weights are missing, it is another kind of model, or nothing says how it reads a pair.
@@ -111,6 +111,9 @@ def load_causal_reranker(path: str, options: LoadOptions) -> CausalReranker:
     backend = fast_backend(tokenizer, path)
     answers = files.answers if files else tuple(_token(backend, word, path) for word in reading.answers)
     _check_vocabulary(answers, backbone, path)
+    if files is None:  # what is known of it by its family alone is said in the files that it is saved with
+        files = made_files(*answers)
+        tokenizer.chat_template = chat_template(reading.template)
     return CausalReranker(backbone, tokenizer, path, reading.template, answers, files)
 
 
@@ -145,8 +148,8 @@ def _token(backend: Any, word: str, path: str) -> int:
     ids: list[int] = token_ids(backend, [word])[0]
     if len(ids) != 1:
         raise CheckpointError(
-            f"{path}: the tokenizer splits '{word}' into {len(ids)} tokens, and the score is the logit of one: say which "
-            "in 1_LogitScore/config.json (true_token_id, false_token_id), as sentence-transformers' CrossEncoder has it"
+            f"{path}: the tokenizer splits '{word}' into {len(ids)} tokens, and the score is the logit of one: name it "
+            "in a LogitScore (true_token_id, false_token_id), as sentence-transformers' CrossEncoder does"
         )
     return ids[0]
 
@@ -158,15 +161,10 @@ def _check_vocabulary(answers: Sequence[int], backbone: PreTrainedModel, path: s
 
 
 def save_causal_reranker(model: CausalReranker, path: str, state_dict: Mapping[str, Any]) -> None:
-    """Write the model in its own layout; a language model that had no files of CrossEncoder gets them.
+    """Write the model as it was published; a language model that had no files of CrossEncoder gets them.
 
-    A classifier without such files stays without: what it reads is written by whoever calls it.
+    A classifier without them stays so: whoever calls it writes the pair.
     """
-    settings, files, tokenizer = model.settings, model.files, model.tokenizer
-    assert settings is not None
-    if files is None and model.answers:
-        files = made_files(model.answers[0], model.answers[1] if len(model.answers) > 1 else None)
-        tokenizer.chat_template = chat_template(model.template)
     save_language_model(model, path, state_dict)
-    if files:
-        files.write(Path(path), settings.prompt or "", settings.passage_max_length)
+    if model.files:
+        model.files.write(Path(path), model.settings.prompt or "", model.settings.passage_max_length)

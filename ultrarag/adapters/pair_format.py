@@ -216,8 +216,8 @@ class PairTemplate:
         """
         queries = self._queries(backend, pairs, query_max_length, max_length)
         filled = []
-        for (instruction, query, passage), (shown, _) in zip(pairs, queries, strict=True):
-            texts = {"instruction": instruction, "query": shown, "passage": passage}
+        for (instruction, _, passage), (query, _) in zip(pairs, queries, strict=True):
+            texts = {"instruction": instruction, "query": query, "passage": passage}
             filled.append(self.frame(instruction).fill(texts))
         tokens = Tokens([])
         encodings = backend.encode_batch_fast([text for text, _, _ in filled], add_special_tokens=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ultrarag.encoder.encoder import Encoder
     from ultrarag.encoder.forward import BATCH_TOKENS
     from ultrarag.encoder.load import likely_adapter
-    from ultrarag.encoder.pairs import read_pairs
+    from ultrarag.encoder.pairs import render_pairs
     from ultrarag.encoder.tokens import Cuts, pad, render, tokenize
 else:
     __getattr__, __dir__, __all__ = exports(__name__)
