@@ -95,7 +95,8 @@ def tiny_causal_reranker(folder: Path, layout: str = "qwen3", seed: int = 0) -> 
 def _classifier(model: Any, tokens: list[int]) -> Any:
     from transformers import Qwen3ForSequenceClassification
 
-    config = type(model.config)(**{**model.config.to_dict(), "num_labels": 1, "architectures": None})
+    values = {name: value for name, value in model.config.to_dict().items() if name not in ("id2label", "label2id")}
+    config = type(model.config)(**{**values, "num_labels": 1})
     classifier: Any = random_model(Qwen3ForSequenceClassification, config, 0)
     classifier.model.load_state_dict(model.model.state_dict())
     rows = model.lm_head.weight.data
