@@ -46,7 +46,8 @@ PUBLISHED = {
         "<|im_start|>user\ninstruction: {task}\nquery: {query}\n",
         "document: {passage}\nYou are a search relevance expert who evaluates how well documents match search queries. "
         "For each query-document pair, carefully analyze the semantic relationship between them, then provide your "
-        "binary relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:<|im_end|>\n<|im_start|>assistant\n",
+        "binary relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:<|im_end|>\n"
+        "<|im_start|>assistant\n",
     ),
     "zerank": (
         "<|im_start|>system\n{query}<|im_end|>\n",
@@ -210,8 +211,9 @@ def test_limits_of_each_side(folders):
     limits = {"query_max_length": 6, "max_length": 384, "passage_max_length": 9}
     (ids,) = encoder.model.pair_tokens([words], [words], **limits).ids
     query, passage = encoder.tokenizer.decode(ids).split("<Query>:")[1].split("\n<Document>:")
-    shown = [query, passage.partition("<|im_end|>")[0]]
-    assert [len(encoder.tokenizer(text.strip())["input_ids"]) for text in shown] == [6, 9]
+    assert len(encoder.tokenizer(query.strip())["input_ids"]) == 6
+    # the first word of the passage is one token with the space before it, which is the template's
+    assert len(encoder.tokenizer(passage.partition("<|im_end|>")[0])["input_ids"]) == 1 + 9
     tokens = encoder.model.pair_tokens(["a", words], ["b", "b"], **limits)
     assert tokens.truncated == 1
     with pytest.raises(UsageError, match=r"max_length is 40, and what the chat template of .* takes \d+ tokens"):
@@ -301,11 +303,6 @@ def test_other_models_are_refused_by_what_they_are(folders, tmp_path):
     with pytest.raises(CheckpointError, match=r"does not carry messages of the roles 'query' and 'document'"):
         load(folder)
     (folder / "chat_template.jinja").write_text(
-        (folders["qwen3"] / "chat_template.jinja").read_text() + "{{ query | upper }}"
-    )
-    with pytest.raises(CheckpointError, match="nothing says how a pair is written"):
-        load(folder)
-    (folder / "chat_template.jinja").write_text(
         (folders["qwen3"] / "chat_template.jinja").read_text().replace("{{ query }}", "{{ query | replace('a', 'b') }}")
     )
     with pytest.raises(CheckpointError, match="changes the texts that it writes"):
@@ -319,8 +316,16 @@ def test_other_models_are_refused_by_what_they_are(folders, tmp_path):
 # ---- fine-tuning
 
 
-@pytest.mark.parametrize("more", [{}, {"knowledge_distillation": True}, {"use_lora": True, "lora_rank": 4}], ids=str)
-@pytest.mark.parametrize("layout", ["qwen3", "mxbai", "zerank", "qwen3-classifier"])
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ("qwen3", {}),
+        ("mxbai", {"knowledge_distillation": True}),
+        ("zerank", {"use_lora": True, "lora_rank": 4}),
+        ("qwen3-classifier", {"use_lora": True, "lora_rank": 4, "knowledge_distillation": True}),
+    ],
+    ids=str,
+)
 def test_fine_tuning_is_what_sentence_transformers_reads(folders, layout, more, tmp_path):
     result = finetune(folders[layout], ROWS, tmp_path / "out", **QUICK, **more)
     encoder = Encoder.load(result.checkpoint, device="cpu")
@@ -361,9 +366,7 @@ def test_one_command_trains_it(folders, tmp_path, capsys):
     words += ["--output_dir", str(tmp_path / "out"), "--train_group_size", "3", "--max_len", "256", "--max_steps", "2"]
     words += ["--learning_rate", "3e-3", "--per_device_train_batch_size", "4", "--prompt", TASK]
     assert main(words) == 0
-    checkpoint = (
-        json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoint"] if "--json" in words else tmp_path / "out"
-    )
+    checkpoint = capsys.readouterr().out.split()[-1]
     encoder = Encoder.load(checkpoint, device="cpu")
     assert library_scores(checkpoint) == pytest.approx(encoder.score(PAIRS), abs=1e-5)
 
