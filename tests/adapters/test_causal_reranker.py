@@ -293,7 +293,7 @@ def test_a_language_model_trained_as_gemma_stays_so(folders, tmp_path):
 
 def test_other_models_are_refused_by_what_they_are(folders, tmp_path):
     tiny.tiny_bert(tmp_path / "bert")
-    with pytest.raises(CheckpointError, match=r"module 'sentence_transformers.models.Pooling' makes it no causal"):
+    with pytest.raises(CheckpointError, match=r"the module 'sentence_transformers.models.Pooling' makes it no causal"):
         load(tmp_path / "bert")
     tiny.tiny_yes_reranker(tmp_path / "gemma")
     with pytest.raises(CheckpointError, match=r"nothing says how a pair is written for this 'gemma' model"):
@@ -359,16 +359,15 @@ def test_rows_and_run_have_their_own_instruction(folders, tmp_path, monkeypatch)
     assert library_scores(result.checkpoint) == pytest.approx(encoder.score(PAIRS), abs=1e-5)
 
 
-def test_one_command_trains_it(folders, tmp_path, capsys):
+def test_one_command_trains_it(folders, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     words = ["--model_name_or_path", str(folders["qwen3-original"]), "--train_data", str(data), "--adapter", NAME]
     words += ["--output_dir", str(tmp_path / "out"), "--train_group_size", "3", "--max_len", "256", "--max_steps", "2"]
     words += ["--learning_rate", "3e-3", "--per_device_train_batch_size", "4", "--prompt", TASK]
     assert main(words) == 0
-    checkpoint = capsys.readouterr().out.split()[-1]
-    encoder = Encoder.load(checkpoint, device="cpu")
-    assert library_scores(checkpoint) == pytest.approx(encoder.score(PAIRS), abs=1e-5)
+    encoder = Encoder.load(tmp_path / "out", device="cpu")
+    assert library_scores(tmp_path / "out") == pytest.approx(encoder.score(PAIRS), abs=1e-5)
 
 
 def test_the_flag_for_the_instruction_is_for_rerankers(folders, tmp_path):

@@ -81,6 +81,8 @@ class CrossEncoderFiles:
     #: LogitScore's folder, and its config.json; None of a classifier
     score_folder: str = ""
     score: dict[str, Any] | None = None
+    #: types of modules that no CrossEncoder has which is run here
+    others: list[str] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:
@@ -117,11 +119,7 @@ class CrossEncoderFiles:
 
 
 def read_files(folder: Path) -> CrossEncoderFiles | None:
-    """Read the files of a CrossEncoder; None where there are none.
-
-    Raises:
-        CheckpointError: they are another kind of model's.
-    """
+    """Read the files of a CrossEncoder, and what other modules they have; None where there are none."""
     if not (folder / _MODULES).is_file():
         return None
     found = CrossEncoderFiles(modules=read_json(folder / _MODULES))
@@ -132,10 +130,7 @@ def read_files(folder: Path) -> CrossEncoderFiles | None:
         elif name == "LogitScore":
             found.score_folder, found.score = path, read_json(folder / path / "config.json")
         else:
-            raise CheckpointError(
-                f"{folder / _MODULES}: module '{module['type']}' makes it no causal reranker, which has a Transformer "
-                "and a LogitScore: use the adapter 'bge' or 'sentence-transformers' for an embedding model"
-            )
+            found.others.append(str(module["type"]))
     if (folder / found.transformer / _TRANSFORMER).is_file():
         found.options = read_json(folder / found.transformer / _TRANSFORMER)
     if (folder / _MODEL).is_file():

@@ -101,6 +101,11 @@ def load_causal_reranker(path: str, options: LoadOptions) -> CausalReranker:
     refuse_pooling(options)
     folder = Path(path)
     files = read_files(folder)
+    if files and files.others:
+        raise CheckpointError(
+            f"{folder}: the module '{files.others[0]}' makes it no causal reranker, which has a Transformer and a "
+            "LogitScore: use the adapter 'bge' or 'sentence-transformers' for an embedding model"
+        )
     body = folder / files.transformer if files else folder
     backbone, classifier = _load(body, options, files)
     tokenizer = load_tokenizer(body, options)

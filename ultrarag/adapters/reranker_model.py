@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ultrarag.adapters.causal_reranker_files import CrossEncoderFiles, causal_reranker_reason, read_files
 from ultrarag.adapters.embedder_files import load_tokenizer, without_loading_report
 from ultrarag.adapters.pair_format import PairFormat, fast_backend, join_pairs, save_tokenizer
 from ultrarag.errors import CheckpointError, UsageError
@@ -26,11 +27,23 @@ _HEAD_PARTS = ("classifier", "score", "pooler", "pre_classifier", "head", "summa
 class CrossEncoder(nn.Module):
     """A classifier whose only logit is the relevance of a pair; state-dict keys: `backbone.*`."""
 
-    def __init__(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str,
+        files: CrossEncoderFiles | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
-        self.settings = EncoderSettings(heads=("scores",))
+        #: what sentence-transformers' CrossEncoder declares, its activation among it
+        self.files = files
+        self.settings = EncoderSettings(
+            heads=("scores",),
+            query_instruction=files.prompt if files else "",
+            passage_max_length=files.options.get("max_seq_length") if files else None,
+        )
         self.backend = fast_backend(tokenizer, path)  # before the next line, which calls the tokenizer
         self.template = PairFormat.of(tokenizer, path)
         #: parts of the backbone that --fix_encoder and LoRA leave to be trained whole
@@ -55,9 +68,19 @@ class CrossEncoder(nn.Module):
         tokens = join_pairs(
             self.backend, self.template, queries, passages, query_max_length, max_length, passage_max_length
         )
+        self._fill_empty(tokens)
         if not self._segments():
             tokens.types = None
         return tokens
+
+    def _fill_empty(self, tokens: Tokens) -> None:
+        """Read a pair of empty texts as one end token where the tokenizer has no special ones: no row is empty."""
+        end = self.tokenizer.eos_token_id
+        for row, ids in enumerate(tokens.ids):
+            if not ids:
+                tokens.ids[row] = [self.tokenizer.pad_token_id if end is None else end]
+                if tokens.types is not None:
+                    tokens.types[row] = [0]
 
     def encode(self, features: Features) -> Embeddings:
         """Return the pairs' logits as `scores`, (batch,)."""
@@ -83,6 +106,11 @@ def load_cross_encoder(path: str, options: LoadOptions) -> CrossEncoder:
     if options.pooling is not None:
         raise UsageError("a cross-encoder gives a score and no vector: leave --sentence_pooling_method out")
     folder = Path(path)
+    if reason := causal_reranker_reason(folder):
+        raise CheckpointError(
+            f"{folder} is a causal reranker ({reason}), whose pairs are written into a text of their own: use the "
+            "adapter 'causal-reranker'"
+        )
     remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
     config = _one_label(folder, options, remote)
     from transformers import AutoModelForSequenceClassification
@@ -92,7 +120,10 @@ def load_cross_encoder(path: str, options: LoadOptions) -> CrossEncoder:
             folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
         )
     _check_missing(folder, report["missing_keys"], options.training)
-    return CrossEncoder(backbone, load_tokenizer(folder, options), path)
+    files = read_files(folder)
+    if files and (files.others or files.transformer):  # an embedding model's, under a fresh head
+        files = None
+    return CrossEncoder(backbone, load_tokenizer(folder, options), path, files)
 
 
 def _one_label(folder: Path, options: LoadOptions, remote: Mapping[str, Any]) -> Any:
@@ -131,7 +162,7 @@ def _check_missing(folder: Path, missing: Sequence[str], training: bool) -> None
 
 
 def save_cross_encoder(model: CrossEncoder, path: str, state_dict: Mapping[str, Any]) -> None:
-    """Write the classifier and its tokenizer into `path`."""
+    """Write the classifier, its tokenizer and what it declared into `path`."""
     weights = {
         name.removeprefix("backbone."): tensor.detach().cpu().contiguous().clone()
         for name, tensor in state_dict.items()
@@ -139,3 +170,5 @@ def save_cross_encoder(model: CrossEncoder, path: str, state_dict: Mapping[str, 
     }
     model.backbone.save_pretrained(Path(path), state_dict=weights)
     save_tokenizer(model.tokenizer, Path(path))
+    if model.files:
+        model.files.write(Path(path), model.settings.query_instruction, model.settings.passage_max_length)
