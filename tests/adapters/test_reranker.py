@@ -386,10 +386,10 @@ def test_what_a_cross_encoder_declares_survives(xlmr, tmp_path):
     made.save_pretrained(str(tmp_path / "declared"))
     file = tmp_path / "declared" / "sentence_bert_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_seq_length": 20}))
-    pairs = [*PAIRS, ("water", "the water in the dough " * 9)]
+    pairs = [PAIRS[3], PAIRS[4], ("water", "the water in the dough " * 9)]
     encoder = Encoder.load(tmp_path / "declared", adapter="bge-reranker", device="cpu")
     assert encoder.score(pairs) == pytest.approx(made.predict(pairs, activation_fn=torch.nn.Identity()), abs=1e-5)
-    result = finetune(tmp_path / "declared", ROWS, tmp_path / "out", max_steps=2, **QUICK)
+    result = finetune(tmp_path / "declared", ROWS, tmp_path / "out", max_len=20, max_steps=2, **QUICK)
     trained = Encoder.load(result.checkpoint, device="cpu")
     assert trained.settings.query_instruction == "water: "
     again = CrossEncoder(str(result.checkpoint), device="cpu")
