@@ -136,6 +136,19 @@ def test_a_classifier_without_files_reads_what_its_card_writes(folders):
     assert scores == pytest.approx(library_scores(folders["qwen3-classifier-original"], written), abs=1e-5)
 
 
+def test_a_classifier_of_another_kind_is_run_as_it_is(tmp_path):
+    """One that does not read its last token, whose chat template writes pairs."""
+    tiny.tiny_cross_encoder(tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text(
+        '<s>question: {{ (messages | selectattr("role", "eq", "query") | first).content }}</s>'
+        'passage: {{ (messages | selectattr("role", "eq", "document") | first).content }}</s>'
+    )
+    scores = load(tmp_path / "other").score(PAIRS[:3])
+    assert scores == pytest.approx(library_scores(tmp_path / "other", PAIRS[:3]), abs=1e-5)
+    with pytest.raises(CheckpointError, match=r"is a causal reranker .its chat template writes the roles"):
+        Encoder.load(tmp_path / "other", adapter="bge-reranker")
+
+
 @pytest.mark.parametrize("layout", ["qwen3", "mxbai", "qwen3-classifier"])
 def test_an_instruction_is_put_to_the_model(folders, layout):
     encoder = load(folders[layout])

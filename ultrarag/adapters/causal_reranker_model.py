@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from transformers.modeling_layers import GenericForSequenceClassification
+
 from ultrarag.adapters.causal_reranker_files import (
     CrossEncoderFiles,
     chat_template,
@@ -26,7 +29,7 @@ from ultrarag.adapters.llm_reranker_model import (
     save_language_model,
 )
 from ultrarag.adapters.pair_format import PairTemplate, fast_backend, token_ids
-from ultrarag.adapters.reranker_model import check_one_label
+from ultrarag.adapters.reranker_model import check_one_label, head_prefixes
 from ultrarag.errors import CheckpointError
 from ultrarag.packing import hidden_states
 from ultrarag.types import Embeddings, EncoderSettings, Tokens
@@ -55,7 +58,7 @@ class CausalReranker(PairReader):
         self.answers = tuple(answers)
         self.files = files
         #: parts of the backbone that --fix_encoder and LoRA leave to be trained whole
-        self.head_prefixes = () if self.answers else ("backbone.score.",)
+        self.head_prefixes = () if self.answers else head_prefixes(backbone)
         self.settings = EncoderSettings(
             heads=("scores",),
             prompt=files.prompt if files else "",
@@ -83,12 +86,19 @@ class CausalReranker(PairReader):
 
     def encode(self, features: Features) -> Embeddings:
         """Return the score of each pair, (batch,)."""
-        backbone: Any = self.backbone
         if not self.answers:
-            last = at_last_token(hidden_states(backbone.base_model, features), features["attention_mask"])
-            return Embeddings(scores=backbone.score(last)[:, 0])
-        logits = answer_logits(backbone, features, self.answers)
+            return Embeddings(scores=self._classify(features))
+        logits = answer_logits(self.backbone, features, self.answers)
         return Embeddings(scores=logits[:, 0] if len(self.answers) == 1 else logits[:, 0] - logits[:, 1])
+
+    def _classify(self, features: Features) -> Tensor:
+        """The classifier's logit, without padding where it is a linear function of the last token, as Qwen's is."""
+        backbone: Any = self.backbone
+        mask = features["attention_mask"]
+        if isinstance(backbone, GenericForSequenceClassification):
+            return backbone.score(at_last_token(hidden_states(backbone.base_model, features), mask))[:, 0]
+        logits: Tensor = backbone(input_ids=features["input_ids"], attention_mask=mask, return_dict=True).logits
+        return logits[:, 0]
 
 
 def load_causal_reranker(path: str, options: LoadOptions) -> CausalReranker:
@@ -140,12 +150,7 @@ def _load(body: Path, options: LoadOptions, files: CrossEncoderFiles | None) -> 
             f"{body}: its modules.json has no LogitScore, and its config.json names no sequence classifier: nothing "
             "says where the score comes from"
         )
-    backbone = load_backbone(body, options, classifier)
-    if classifier and not hasattr(backbone, "score"):
-        raise CheckpointError(
-            f"{body}: a {type(backbone).__name__} is no language model with a linear score: use 'bge-reranker'"
-        )
-    return backbone, classifier
+    return load_backbone(body, options, classifier), classifier
 
 
 def _token(backend: Any, word: str, path: str) -> int:

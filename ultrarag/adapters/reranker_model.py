@@ -47,9 +47,7 @@ class CrossEncoder(nn.Module):
         self.backend = fast_backend(tokenizer, path)  # before the next line, which calls the tokenizer
         self.template = PairFormat.of(tokenizer, path)
         #: parts of the backbone that --fix_encoder and LoRA leave to be trained whole
-        self.head_prefixes = tuple(
-            f"backbone.{name}." for name, _ in backbone.named_children() if name != backbone.base_model_prefix
-        )
+        self.head_prefixes = head_prefixes(backbone)
 
     @property
     def config(self) -> Any:
@@ -94,6 +92,11 @@ class CrossEncoder(nn.Module):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in backward (--gradient_checkpointing)."""
         self.backbone.activation_checkpointing_enable(**options)
+
+
+def head_prefixes(backbone: PreTrainedModel) -> tuple[str, ...]:
+    """The prefixes, in a model that calls it `backbone`, of what a classifier has above its encoder."""
+    return tuple(f"backbone.{name}." for name, _ in backbone.named_children() if name != backbone.base_model_prefix)
 
 
 def load_cross_encoder(path: str, options: LoadOptions) -> CrossEncoder:
