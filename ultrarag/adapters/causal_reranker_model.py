@@ -95,7 +95,7 @@ class CausalReranker(PairReader):
         """The classifier's logit, without padding where it is a linear function of the last token, as Qwen's is."""
         backbone: Any = self.backbone
         mask = features["attention_mask"]
-        if isinstance(backbone, GenericForSequenceClassification):
+        if issubclass(type(backbone), GenericForSequenceClassification):
             return backbone.score(at_last_token(hidden_states(backbone.base_model, features), mask))[:, 0]
         logits: Tensor = backbone(input_ids=features["input_ids"], attention_mask=mask, return_dict=True).logits
         return logits[:, 0]
