@@ -46,7 +46,8 @@ FAMILIES = {
     "static": "a model of static token embeddings",
     "late-interaction": "a late-interaction model (ColBERT)",
     "cross-encoder": "a cross-encoder, which scores (query, passage) pairs",
-    "causal-reranker": "a causal reranker, a language model that scores (query, passage) pairs",
+    "causal-reranker": "a causal reranker, a language model asked about (query, passage) pairs in its own words",
+    "ranking-lm": "a language model that scores (query, passage) pairs and does not say how it reads them",
     "causal-lm": "a language model, which says neither that it embeds nor that it reranks",
     "classifier": "a classifier",
     "encoder-decoder": "an encoder with a decoder",
@@ -129,15 +130,20 @@ class ModelFolder:
         return self.json("config_sentence_transformers.json")
 
     @cached_property
+    def card_head(self) -> str:
+        """The head of the model card, README.md, between its lines of dashes."""
+        head = re.match(r"\s*---\s*\n(.*?)\n---", self.text("README.md"), flags=re.DOTALL)
+        return head[1] if head else ""
+
+    @cached_property
     def card(self) -> dict[str, str]:
-        """The plain `name: value` lines at the head of the model card, README.md, such as its pipeline_tag."""
-        try:
-            text = (self.path / "README.md").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return {}
-        head = re.match(r"\s*---\s*\n(.*?)\n---", text, flags=re.DOTALL)
-        found = re.findall(r"^(\w+):[ \t]*['\"]?([^'\"\n]+?)['\"]?[ \t]*$", head[1], flags=re.MULTILINE) if head else []
-        return dict(found)
+        """The plain `name: value` lines at the head of the model card, such as its pipeline_tag."""
+        return dict(re.findall(r"^(\w+):[ \t]*['\"]?([^'\"\n]+?)['\"]?[ \t]*$", self.card_head, flags=re.MULTILINE))
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The tokenizer's chat template; empty without one."""
+        return self.text("chat_template.jinja") or str(self.json("tokenizer_config.json").get("chat_template") or "")
 
     @cached_property
     def code(self) -> str:
@@ -155,6 +161,13 @@ class ModelFolder:
     def family(self) -> Family:
         """What kind of model it is."""
         return _of_library(self) or _of_config(self)
+
+    def text(self, name: str) -> str:
+        """A text file in the folder."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def _read(self, name: str) -> Any:
         try:
@@ -175,6 +188,10 @@ def library_module(full: str) -> str:
     return parts[-1] if own else full
 
 
+#: The `model_type` of the causal rerankers that put pairs into known words where their files do not say which; and the
+#: code that zerank was published with, before its files did.
+PAIR_WORDS = ("qwen2", "qwen3")
+ZERANK_CODE = "modeling_zeranker.py"
 #: The classes of sentence-transformers that config_sentence_transformers.json names, and the family of each.
 _LIBRARY_CLASSES = {
     "SparseEncoder": "sparse",
@@ -208,8 +225,11 @@ def _of_library(folder: ModelFolder) -> Family | None:
     declared = folder.library.get("model_type")
     if declared in _LIBRARY_CLASSES:
         family = _LIBRARY_CLASSES[declared]
-        if family == "cross-encoder" and _has(folder, "ForCausalLM"):
-            family = "causal-reranker"
+        if family == "cross-encoder":
+            if asked := _asks_in_words(folder):
+                return asked
+            if _has(folder, "ForCausalLM"):
+                family = "causal-reranker"
         return Family(family, f"config_sentence_transformers.json: model_type {declared}")
     if "HF_ColBERT" in folder.architectures or not kinds:
         return None
@@ -229,22 +249,41 @@ def _of_config(folder: ModelFolder) -> Family:
         return Family(found, "adapter_config.json" if found == "lora" else "neither config.json nor modules.json")
     if folder.model_type == "model2vec":
         return Family("static", "config.json: model_type model2vec")
+    if asked := _asks_in_words(folder):
+        return asked
     if _has(folder, "ForSequenceClassification"):
         labels = _labels(folder.config)
         if labels == 1:
             return Family("cross-encoder", evidence)
         return Family("classifier", f"{evidence}, {labels} labels")
     if _has(folder, "LayerWise"):
-        return Family("causal-reranker", evidence)
+        return Family("ranking-lm", evidence)
     if _has(folder, "ForCausalLM"):
         tag = folder.card.get("pipeline_tag", "")
         ranks = tag in ("text-ranking", "text-classification")
-        return Family("causal-reranker", f"{evidence}; README.md: {tag}") if ranks else Family("causal-lm", evidence)
+        return Family("ranking-lm", f"{evidence}; README.md: {tag}") if ranks else Family("causal-lm", evidence)
     if folder.config.get("is_encoder_decoder") and not _has(folder, "EncoderModel"):
         return Family("encoder-decoder", evidence)
     if _has(folder, "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"):
         return Family("classifier", evidence)
     return Family("body", evidence)
+
+
+def _asks_in_words(folder: ModelFolder) -> Family | None:
+    """A model whose files, or whose kin, say into which words a pair is put; None where nothing does."""
+    if not _has(folder, "ForCausalLM", "ForSequenceClassification"):
+        return None
+    found = ""
+    template = folder.chat_template
+    if folder.has(ZERANK_CODE):
+        found = ZERANK_CODE
+    elif all(f'"{role}"' in template or f"'{role}'" in template for role in ("query", "document")):
+        found = "its chat template writes the roles 'query' and 'document'"
+    elif _has(folder, "ForCausalLM") and folder.model_type in PAIR_WORDS:
+        ranks = folder.card.get("pipeline_tag") == "text-ranking" and "\n- ultrarag" not in folder.card_head
+        # our own cards say so of whatever an adapter made of such a model
+        found = f"config.json: {folder.architectures[0]}; README.md: text-ranking" if ranks else ""
+    return Family("causal-reranker", found) if found else None
 
 
 def _has(folder: ModelFolder, *parts: str) -> bool:

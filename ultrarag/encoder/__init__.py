@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ultrarag.encoder.encoder import Encoder
     from ultrarag.encoder.forward import BATCH_TOKENS
     from ultrarag.encoder.low_rank import LowRank
-    from ultrarag.encoder.pairs import read_pairs
+    from ultrarag.encoder.pairs import render_pairs
     from ultrarag.encoder.sides import MapLayer, Sides, read_passage_maps
     from ultrarag.encoder.tokens import Cuts, pad, render, tokenize
 else:

@@ -382,7 +382,7 @@ def _refuse_for_pairs(arguments: FinetuneArguments) -> None:
 
 def _refuse_without_pairs(arguments: FinetuneArguments) -> None:
     """Refuse flags that only a cross-encoder can follow."""
-    for name in ("max_len", "sep_token"):
+    for name in ("max_len", "sep_token", "prompt"):
         if getattr(arguments.data, name) is not None:
             raise UsageError(
                 f"--{name} is for rerankers, and '{arguments.adapter}' encodes query and passage by themselves: "
