@@ -15,8 +15,9 @@ from ultrarag.errors import UsageError
 from ultrarag.losses import cross_encoder_loss
 from ultrarag.plugins import registry
 from ultrarag.testing import CHECKS, check_adapter, run_check
+from ultrarag.testing.examples import EXAMPLES
 from ultrarag.testing.subject import Subject
-from ultrarag.testing.tiny import EXAMPLES, tiny_bert, tiny_cross_encoder, tiny_m3
+from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder, tiny_m3
 from ultrarag.types import Tokens
 
 #: Checks that a built-in adapter may be excused from, with the reason that the report gives.
@@ -25,6 +26,7 @@ _NO_CROSS_ENCODER = "a {} is no CrossEncoder of sentence-transformers"
 EXCUSED = {
     "bge-reranker": _PAIRS,
     "bge-reranker-gemma": {**_PAIRS, "sentence-transformers": _NO_CROSS_ENCODER.format("GemmaForCausalLM")},
+    "causal-reranker": _PAIRS,
     "bge-reranker-minicpm-layerwise": {
         **_PAIRS,
         "sentence-transformers": _NO_CROSS_ENCODER.format("GraniteModel"),

@@ -17,6 +17,7 @@ import pytest
 
 from tests.finetune.test_run import ROWS
 from ultrarag import plugin_checks, plugins
+from ultrarag.claims import FAMILIES
 from ultrarag.hookspecs import Features, Hooks, LoadOptions
 from ultrarag.plugin_checks import HOOKS, Declared
 from ultrarag.testing import CHECKS
@@ -72,10 +73,24 @@ def test_all_checks_are_listed_in_order():
     assert names == ["hooks", *CHECKS]
 
 
+def test_the_claims_on_the_page_are_answers(tmp_path):
+    from ultrarag.claims import Claim, ModelFolder, Refusal
+
+    page: dict = {}
+    exec(FILES["acme_claims.py"], page)
+    expected = {"acme": Claim("config.json: model_type acme", "exact"), "bert": None}
+    for kind, answer in expected.items():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": ["Model"]}))
+        assert page["claims"](ModelFolder(tmp_path)) == answer
+    assert isinstance(page["claims"](ModelFolder(tmp_path / "nothing")), Refusal)
+    rows = first_column(section("Which adapter a folder gets"))
+    assert rows >= set(FAMILIES)
+
+
 def test_messages_are_those_of_the_code():
     code = inspect.getsource(plugins) + inspect.getsource(plugin_checks)
     messages = re.findall(r"^\| `(.*?)` \| ", section("When something is wrong"), flags=re.M)
-    assert len(messages) == 15
+    assert len(messages) == 17
     missing = [text for text in messages if text.replace("\\`", "`") not in code]
     assert not missing
 

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "ultrarag"
 
 #: Rooms, and files that belong to none, from the bottom up: each may import from its own line and those below it.
 ORDER = [
-    {"errors", "types", "lazy", "loss_arguments", "packages", "tokenizer_limits", "untrusted"},
+    {"claims", "errors", "types", "lazy", "loss_arguments", "packages", "tokenizer_limits", "untrusted"},
     {"io", "maps", "scores", "losses", "evaluation"},
     {"hookspecs", "transfer", "packing", "packed_attention"},
     {"adapters"},
@@ -56,6 +56,7 @@ ORDER = [
 #: What an adapter may use: it could be anybody's package.
 FOR_ADAPTERS = {
     "adapters",
+    "claims",
     "errors",
     "types",
     "loss_arguments",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+from ultrarag.claims import LEVELS, Answer, Claim, ModelFolder, Refusal
 from ultrarag.errors import PluginError, did_you_mean
 from ultrarag.hookspecs import CONTRACT, Hooks
 from ultrarag.types import HEADS
@@ -28,6 +29,8 @@ class Declared:
     threaded_encode: bool = False
     #: defaults of fine-tuning flags that differ for this adapter
     finetune_defaults: Mapping[str, Any] = field(default_factory=dict)
+    #: `claims(folder)`: whether it is the one for a model folder; None: it has to be named
+    claims: Callable[[ModelFolder], Answer] | None = None
     #: the version of the hook contract it was written for; in the first, `features` had no `kind`
     contract: int = 1
 
@@ -130,6 +133,32 @@ def _check_declarations(plugin: Any, label: str) -> None:
     unknown = [heads] if isinstance(heads, str) else [head for head in heads if head not in HEADS]
     if unknown:
         raise PluginError(f"{label} declares heads = {heads!r}; it must be a tuple out of {', '.join(HEADS)}")
+    claims = declared.get("claims")
+    if claims is not None and not _takes_one(claims):
+        raise PluginError(f"{label} declares claims = {claims!r}; it must be a function of one argument, the folder")
+
+
+def _takes_one(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def checked_answer(answer: object, label: str) -> Claim | Refusal | None:
+    """What an adapter's `claims` returned, a bare text as a Claim; PluginError when it is something else."""
+    if isinstance(answer, str):
+        answer = Claim(answer)
+    if isinstance(answer, Claim) and answer.reason and answer.level in LEVELS:
+        return answer
+    if answer is None or (isinstance(answer, Refusal) and answer.reason):
+        return answer
+    raise PluginError(
+        f"{label}: claims returned {answer!r}; return the reason as text, a Claim with a level out of "
+        f"{', '.join(LEVELS)}, "
+        "a Refusal, or None (ultrarag.claims)"
+    )
 
 
 def _marked(plugin: Any) -> dict[str, Marked]:

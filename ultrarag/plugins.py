@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
+from ultrarag.claims import Claim, ModelFolder, Refusal
 from ultrarag.errors import PluginError, did_you_mean
 from ultrarag.hookspecs import Features, Hooks, LoadOptions
 from ultrarag.plugin_checks import (
@@ -24,12 +25,13 @@ from ultrarag.plugin_checks import (
     Declared,
     PluginKind,
     check_plugin,
+    checked_answer,
     contract_text,
     declarations,
     hook_functions,
 )
 from ultrarag.types import Embeddings
-from ultrarag.untrusted import only_tensors
+from ultrarag.untrusted import only_tensors, only_trusted_code
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -148,6 +150,34 @@ class Registry:
             rows.append(PluginInfo(source.name, source.kind, source.package, source.version, hooks, problem))
         return sorted(rows, key=lambda row: (row.kind, row.name, row.package))
 
+    def answers(self, folder: ModelFolder) -> dict[str, Claim | Refusal | None]:
+        """What each adapter that works says to a model folder, by name; one that declares no claims says nothing.
+
+        An adapter whose `claims` fails is left out with a warning: it is no reason for the others not to work.
+        """
+        found = {}
+        for name in self.names():
+            try:
+                found[name] = self.answer(name, folder)
+            except PluginError as error:
+                warnings.warn(f"{error}; it is not asked about {folder}", stacklevel=3)
+        return found
+
+    def answer(self, name: str, folder: ModelFolder) -> Claim | Refusal | None:
+        """What one adapter says to a model folder.
+
+        Raises:
+            PluginError: it cannot be used, or its `claims` raises or returns something else.
+        """
+        claims = self.adapter(name).declared.claims
+        if claims is None:
+            return None
+        try:
+            answer = claims(folder)
+        except Exception as error:
+            raise PluginError(f"{self.describe(name)}: claims raised {type(error).__name__}: {error}") from error
+        return checked_answer(answer, self.describe(name))
+
     def call(self, adapter: str, hook: str, **arguments: Any) -> Any:
         """Call one hook of one adapter, with the extensions' wrappers around it.
 
@@ -229,7 +259,7 @@ class Adapter:
 
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Return the model at `path`."""
-        with only_tensors(path):
+        with only_tensors(path), only_trusted_code(path, options.trust_remote_code):
             model = self.registry.call(self.name, "load", path=path, options=options)
         missing = [name for name in ("config", "tokenizer", "state_dict") if not hasattr(model, name)]
         if missing:

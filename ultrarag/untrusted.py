@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-from ultrarag.errors import CheckpointError
+from ultrarag.claims import ModelFolder
+from ultrarag.errors import CheckpointError, UsageError
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers")
 _WIDTHS = ("vocab_size", "type_vocab_size", "hidden_size", "d_model", "intermediate_size", "max_position_embeddings")
@@ -96,6 +97,30 @@ def only_tensors(folder: str | Path) -> Iterator[None]:
             "which could run any code when they are read; get the model as safetensors, or again from where it was "
             "published"
         ) from None
+
+
+@contextmanager
+def only_trusted_code(folder: str | Path, trusted: bool) -> Iterator[None]:
+    """Say of a model that cannot be loaded without running its own Python code how to consent to that.
+
+    Raises:
+        UsageError: it is such a one, and `trusted` is False.
+    """
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        if trusted or isinstance(error, UsageError) or not ModelFolder(folder).code:
+            raise
+        raise code_refused(folder) from error
+
+
+def code_refused(folder: str | Path) -> UsageError:
+    """What is said of a model whose own code is not to be run."""
+    code = ", ".join(sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*.py"))) or "from elsewhere"
+    return UsageError(
+        f"'{folder}' is run by Python code that comes with it ({code}; named in {ModelFolder(folder).code}), which "
+        "nobody has allowed: read it, and if you trust it give trust_remote_code=True (--trust_remote_code)"
+    )
 
 
 class _Held(NamedTuple):

@@ -256,7 +256,7 @@ def test_language_model_is_no_layerwise_reranker_until_it_is_trained(tmp_path):
 
 
 def test_other_models_are_refused(gemma, layerwise, tiny_m3, tmp_path):
-    with pytest.raises(CheckpointError, match=r"model_type is 'gemma'.*use 'bge-reranker-gemma'"):
+    with pytest.raises(UsageError, match=r"'bge-reranker-minicpm-layerwise' cannot be right .*'bge-reranker-gemma'"):
         Encoder.load(gemma, adapter=LAYERWISE)
     folder = shutil.copytree(layerwise, tmp_path / "raw")
     values = json.loads((folder / "config.json").read_text())

@@ -331,7 +331,7 @@ def test_sparse_head_is_never_made_up(folders):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "bert"}, "model_type is 'bert'; the adapter 'minicpm-embedding' reads 'minicpm'"),
+        ({"model_type": "bert"}, "the adapter 'minicpm-embedding' cannot be right for"),
         ({"model_type": "granite", "is_causal": True}, "this Granite model is causal"),
         ({"is_causal": True}, "this is MiniCPM the language model"),
         ({"scale_emb": None}, "'scale_emb' is missing"),
@@ -340,7 +340,7 @@ def test_sparse_head_is_never_made_up(folders):
     ],
 )
 def test_what_is_not_a_minicpm_embedder_is_refused(tmp_path, changes, words):
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises((CheckpointError, UsageError), match=words):
         load(published(tmp_path, "embedding", **changes))
 
 

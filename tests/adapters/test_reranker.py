@@ -369,3 +369,36 @@ def test_two_processes_give_the_weights_and_metrics_of_one(xlmr, tmp_path):
         assert torch.allclose(tensor, two[name], rtol=0, atol=1e-6), name
     found = [read_manifest(tmp_path / name).training.metrics for name in ("one", "two")]
     assert found[0]["after"] == pytest.approx(found[1]["after"])
+
+
+def test_what_a_cross_encoder_declares_survives(xlmr, tmp_path):
+    """sentence-transformers keeps the activation, a default prompt and the length beside the weights."""
+    from sentence_transformers import CrossEncoder
+
+    made = CrossEncoder(
+        str(xlmr), device="cpu", activation_fn=torch.nn.Tanh(), prompts={"ask": "water: "}, default_prompt_name="ask"
+    )
+    made.max_seq_length = 20
+    made.save_pretrained(str(tmp_path / "declared"))
+    file = tmp_path / "declared" / "sentence_bert_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_seq_length": 20}))
+    pairs = [PAIRS[3], PAIRS[4], ("water", "the water in the dough " * 9)]
+    encoder = Encoder.load(tmp_path / "declared", adapter="bge-reranker", device="cpu")
+    assert encoder.score(pairs) == pytest.approx(made.predict(pairs, activation_fn=torch.nn.Identity()), abs=1e-5)
+    result = finetune(tmp_path / "declared", ROWS, tmp_path / "out", max_len=20, max_steps=2, **QUICK)
+    trained = Encoder.load(result.checkpoint, device="cpu")
+    assert trained.settings.query_instruction == "water: "
+    again = CrossEncoder(str(result.checkpoint), device="cpu")
+    assert again.predict(pairs) == pytest.approx(np.tanh(trained.score(pairs)), abs=1e-5)
+
+
+def test_a_pair_of_empty_texts_has_a_score(tmp_path):
+    """Also where the tokenizer adds no special tokens, so that nothing is left to read."""
+    from ultrarag.testing.tiny_causal import tiny_causal_reranker
+
+    tiny_causal_reranker(tmp_path / "plain", "qwen3-classifier-original")
+    encoder = Encoder.load(tmp_path / "plain", adapter="bge-reranker", device="cpu")
+    alone = encoder.score([("", "")])
+    assert np.isfinite(alone).all()
+    assert encoder.score([("", ""), ("why", "water " * 9)])[0] == pytest.approx(alone[0], abs=1e-5)
+    assert encoder.tokenize_pairs([("", "")]).ids == [[encoder.tokenizer.eos_token_id]]

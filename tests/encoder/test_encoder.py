@@ -107,9 +107,7 @@ def test_wrong_arguments_name_the_nearest(tiny_m3, m3_encoder):
         m3_encoder.encode(["x"], precision="bf15")
 
 
-def test_adapter_must_be_named_for_a_foreign_folder(tiny_m3, tmp_path):
-    with pytest.raises(UsageError, match="name the adapter, for example adapter='bgem3'"):
-        Encoder.load(tiny_m3)
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UsageError, match="no model folder"):
         Encoder.load(tmp_path / "nothing", adapter="bge")
 
@@ -205,11 +203,10 @@ def test_progress_moves_with_every_forward(m3_encoder):
     ("make", "adapter"),
     [(tiny_bert, "bge"), (tiny_m3, "bgem3"), (tiny_cross_encoder, "bge-reranker"), (tiny_minicpm, "minicpm-embedding")],
 )
-def test_a_folder_without_manifest_gets_a_suggestion_that_loads(tmp_path, make, adapter):
+def test_a_folder_without_manifest_finds_its_adapter_and_says_so_once(tmp_path, make, adapter, caplog):
     make(tmp_path)
-    with pytest.raises(UsageError, match=f"for example adapter='{adapter}'"):
-        Encoder.load(tmp_path)
-    assert Encoder.load(tmp_path, adapter).heads
+    assert [Encoder.load(tmp_path).adapter.name for _ in range(2)] == [adapter, adapter]
+    assert caplog.text.count(f"is read with the adapter '{adapter}' (") == 1
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16"), (False, "fp32")])

@@ -24,6 +24,7 @@ from ultrarag.testing.tiny import (
     tiny_minicpm,
     tiny_yes_reranker,
 )
+from ultrarag.testing.tiny_causal import tiny_causal_reranker
 
 BF16 = torch.bfloat16
 MODELS = [
@@ -34,6 +35,7 @@ MODELS = [
     ("minicpm-embedding", tiny_minicpm),
     ("bge-reranker", tiny_cross_encoder),
     ("bge-reranker-gemma", tiny_yes_reranker),
+    ("causal-reranker", tiny_causal_reranker),
     ("bge-reranker-minicpm-layerwise", tiny_layerwise),
 ]
 

@@ -319,23 +319,26 @@ def test_memory_does_not_grow_with_the_threads_that_search(tmp_path: Path, tiny,
 # A folder that does not name its adapter
 
 
-def test_a_build_takes_the_adapter_of_the_live_generation(live: LiveIndex, tiny_m3: str, quick_builds, caplog) -> None:
+def test_a_build_takes_the_adapter_that_claims_the_folder(live: LiveIndex, tiny_m3: str, quick_builds) -> None:
     live.add(corpus(3))
     built = live.build(tiny_m3)
     assert (built.state, built.heads) == ("ready", live._core.live.heads)
-    assert caplog.text.count("it is read with 'bgem3', the adapter of the live generation") == 1
 
 
-def test_a_build_names_both_adapters_where_they_do_not_fit(live: LiveIndex, tmp_path: Path, quick_builds) -> None:
-    from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder
+def test_a_build_refuses_what_cannot_take_the_place_of_the_live_encoder(
+    live: LiveIndex, tmp_path: Path, quick_builds
+) -> None:
+    from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder, tiny_masked_lm
 
-    for name, make in {"plain": tiny_bert, "pairs": tiny_cross_encoder}.items():
+    for name, make in {"plain": tiny_bert, "pairs": tiny_cross_encoder, "body": tiny_masked_lm}.items():
         (tmp_path / name).mkdir()
         make(tmp_path / name)
     live.add(corpus(3))
-    with pytest.raises(UsageError, match=r"plain' has no ultrarag.json, and 'bgem3'.* does not fit.*--adapter"):
+    with pytest.raises(UsageError, match=r"plain' has no ultrarag.json; read with the adapter 'bge' it has no head"):
         live.build(tmp_path / "plain")
-    with pytest.raises(UsageError, match=r"'bgem3'.* does not fit: it looks made for 'bge-reranker'"):
+    with pytest.raises(UsageError, match=r"read with the adapter 'bgem3' it has no head 'sparse'"):
+        live.build(tmp_path / "body")  # a bare encoder says nothing, so the adapter in use counts
+    with pytest.raises(UsageError, match=r"is a reranker, which scores .* an index needs an embedding model"):
         live.build(tmp_path / "pairs")
     with pytest.raises(UsageError, match="no model folder"):
         live.build(tmp_path / "missing")

@@ -17,6 +17,8 @@ from ultrarag.packing import hidden_states
 from ultrarag.types import Embeddings, EncoderSettings, Sparse
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ultrarag.hookspecs import Features
@@ -97,6 +99,8 @@ class Embedder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
+        #: the files that hold parts of the published model which are saved with it and not run here, by name
+        self.published: dict[str, Path] = {}
         self.dense_layers = nn.ModuleList()
         self.colbert_linear: nn.Linear | None = None
         self.sparse_linear: nn.Linear | None = None

@@ -7,13 +7,15 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ultrarag.adapters.embedder import HEAD_FILES, METHODS, Embedder
+from ultrarag.adapters.embedding_gemma2_files import MODEL_TYPE, load_text_model, published_files, save_text_model
 from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, read_declaration, write_declaration
+from ultrarag.claims import ModelFolder
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
 from ultrarag.types import EncoderSettings
 
@@ -42,6 +44,8 @@ def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Em
     tokenizer = load_tokenizer(folder / (declared.transformer if declared else ""), options)
     settings = read_settings(declared, options)
     model = Embedder(backbone, tokenizer, settings)
+    if ModelFolder(folder).model_type == MODEL_TYPE:
+        model.published = published_files(folder / (declared.transformer if declared else ""))
     for name in declared.dense if declared else []:
         model.dense_layers.append(_load_dense(folder / name))
     settings.heads = load_heads(model, folder, options, heads)
@@ -53,15 +57,20 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
 
     remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
     config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
+    loaded: Any
     with without_loading_report():
-        backbone, report = AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
-        )
+        if config.model_type == MODEL_TYPE:
+            loaded = load_text_model(folder, config, **remote)
+        else:
+            loaded = AutoModel.from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
+            )
+    backbone, report = loaded
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if not missing:
         if report["missing_keys"]:
             backbone.pooler = None  # random weights that nothing uses would still be saved and hashed
-        return backbone
+        return cast("PreTrainedModel", backbone)
     raise CheckpointError(
         f"{folder}: the weights lack {len(missing)} tensor(s) that a {type(backbone).__name__} needs, "
         f"first '{missing[0]}'; the checkpoint is incomplete or of another architecture"
@@ -223,14 +232,18 @@ def fitted_linear(weights: Mapping[str, Tensor], hidden: int, path: Path) -> nn.
 def save_embedder(model: Embedder, path: str, state_dict: Mapping[str, Any]) -> None:
     """Write the backbone, tokenizer, heads and sentence-transformers' files into `path`."""
     folder = Path(path)
-    model.backbone.save_pretrained(folder, state_dict=_part(state_dict, "backbone."))
+    if model.published:
+        save_text_model(model.published, folder, _part(state_dict, "backbone."))
+    else:
+        model.backbone.save_pretrained(folder, state_dict=_part(state_dict, "backbone."))
     model.tokenizer.save_pretrained(folder)
     for name, file in HEAD_FILES.items():
         weights = _part(state_dict, f"{name}_linear.")
         if weights:
             torch.save(weights, folder / file)
     dense = [_save_dense(folder, index, layer, state_dict) for index, layer in enumerate(model.dense_layers)]
-    write_declaration(folder, model.settings, model.config.hidden_size, dense)
+    width = getattr(model.config, "embedding_dim", model.config.hidden_size)  # of what is pooled
+    write_declaration(folder, model.settings, width, dense)
 
 
 def _save_dense(folder: Path, index: int, layer: nn.Module, state_dict: Mapping[str, Any]) -> str:

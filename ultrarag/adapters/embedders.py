@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from ultrarag.claims import Answer, Claim, ModelFolder, Refusal, library_module
 from ultrarag.hookspecs import Features, LoadOptions, hookimpl
 from ultrarag.types import Embeddings
 
@@ -14,7 +15,27 @@ if TYPE_CHECKING:
     from ultrarag.adapters.embedder import Embedder
     from ultrarag.adapters.minicpm_model import MiniCPMEmbedder
     from ultrarag.adapters.sentence_transformers_model import SentenceTransformersModel
+    from ultrarag.adapters.static_model import StaticEmbedder
     from ultrarag.loss_arguments import LossArguments
+
+
+def refused_by_embedder(folder: ModelFolder) -> Refusal | None:
+    """Why a folder cannot be an `Embedder`: another kind of model, or modules that are unknown here."""
+    from ultrarag.adapters.sentence_transformers_files import read_declaration
+    from ultrarag.errors import CheckpointError
+
+    family = folder.family
+    if family.name not in ("dense", "body", "causal-lm"):
+        return Refusal(str(family))
+    if folder.config.get("is_encoder_decoder"):
+        return Refusal(f"{family} over an encoder with a decoder (config.json: model_type {folder.model_type})")
+    if folder.modules and "Pooling" not in {library_module(row["type"]) for row in folder.modules}:
+        return Refusal(f"{family}, without a Pooling module of that library")
+    try:
+        read_declaration(folder.path)
+    except CheckpointError as error:
+        return Refusal(f"{family}; {error}")
+    return None
 
 
 class EmbedderAdapter:
@@ -61,6 +82,14 @@ class BGEAdapter(EmbedderAdapter):
     heads = ("dense",)
     threaded_encode = True
 
+    def claims(self, folder: ModelFolder) -> Answer:
+        """Modules of sentence-transformers that are known here; and any encoder, if nobody claims more."""
+        if refusal := refused_by_embedder(folder):
+            return refusal
+        family = folder.family
+        levels: dict[str, Any] = {"dense": "kind", "body": "could"}
+        return Claim(family.evidence, levels[family.name]) if family.name in levels else None
+
 
 class BGEM3Adapter(EmbedderAdapter):
     """BAAI/bge-m3, or the same heads over any encoder: CLS, lexical weights, and one ColBERT vector per token.
@@ -71,6 +100,13 @@ class BGEM3Adapter(EmbedderAdapter):
 
     heads = ("dense", "sparse", "colbert")
     threaded_encode = True
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """The files of its heads."""
+        found = [name for name in ("sparse_linear.pt", "colbert_linear.pt") if folder.has(name)]
+        if refusal := refused_by_embedder(folder):
+            return refusal
+        return Claim(", ".join(found), "exact") if found and folder.model_type != "minicpm" else None
 
 
 class ICLAdapter(EmbedderAdapter):
@@ -85,6 +121,14 @@ class ICLAdapter(EmbedderAdapter):
     """
 
     heads = ("dense",)
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """The tokens of bge-en-icl's format, which its tokenizer has and no other."""
+        if refusal := refused_by_embedder(folder):
+            return refusal
+        added = folder.json("tokenizer_config.json").get("added_tokens_decoder") or {}
+        tokens = {*folder.json("added_tokens.json"), *(str(row.get("content")) for row in added.values())}
+        return Claim("its tokenizer has <instruct>", "exact") if {"<instruct>", "<query>"} <= tokens else None
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
@@ -107,6 +151,14 @@ class MiniCPMAdapter(EmbedderAdapter):
     heads = ("dense", "sparse")
     finetune_defaults = {"query_instruction_format": "Instruction: {} Query: {}"}  # noqa: RUF012
 
+    def claims(self, folder: ModelFolder) -> Answer:
+        """The model type of openbmb's embedders; what was saved here is a Granite."""
+        family = folder.family
+        if folder.model_type not in ("minicpm", "granite") or family.name not in ("dense", "body", "causal-lm"):
+            return Refusal(str(family))
+        ours = folder.model_type == "minicpm" and family.name != "causal-lm"
+        return Claim("config.json: model_type minicpm", "exact") if ours else None
+
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Load a published checkpoint, or one that was fine-tuned here."""
@@ -122,6 +174,36 @@ class MiniCPMAdapter(EmbedderAdapter):
         save_minicpm(cast("MiniCPMEmbedder", model), path, state_dict)
 
 
+class StaticAdapter(EmbedderAdapter):
+    """Static embeddings: a text's vector is the mean of its tokens' trained rows; no transformer at all.
+
+    Source:
+        StaticEmbedding of sentence-transformers; model2vec (potion), of which unknown tokens count, as they do there.
+    """
+
+    heads = ("dense",)
+    threaded_encode = True
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """A StaticEmbedding with or without Normalize, or a model2vec."""
+        family = folder.family
+        return Claim(family.evidence) if family.name == "static" else Refusal(str(family))
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Load the table and its tokenizer."""
+        from ultrarag.adapters.static_model import load_static
+
+        return load_static(path, options)
+
+    @hookimpl
+    def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
+        """Write what sentence-transformers loads, and model2vec where it came from there."""
+        from ultrarag.adapters.static_model import save_static
+
+        save_static(cast("StaticEmbedder", model), path, state_dict)
+
+
 class SentenceTransformersAdapter(EmbedderAdapter):
     """Any checkpoint of that library, run by its own modules, whatever `modules.json` lists.
 
@@ -130,6 +212,13 @@ class SentenceTransformersAdapter(EmbedderAdapter):
     """
 
     heads = ("dense", "sparse")
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """Sparse encoders, and whatever modules no other adapter runs."""
+        family = folder.family
+        if family.name not in ("dense", "sparse") or not folder.modules:
+            return Refusal(str(family))
+        return Claim(family.evidence, "kind" if family.name == "sparse" else "could")
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
@@ -150,4 +239,5 @@ bge = BGEAdapter()
 bgem3 = BGEM3Adapter()
 icl = ICLAdapter()
 minicpm = MiniCPMAdapter()
+static = StaticAdapter()
 sentence_transformers = SentenceTransformersAdapter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,13 +110,21 @@ class YesReranker(PairReader):
         self.yes = token_ids(self.reader, ["Yes"])[0][0]
 
     def encode(self, features: Features) -> Embeddings:
-        """Return the logits as `scores`, (batch,); the vocabulary's other logits only at the last token."""
-        backbone: Any = self.backbone
-        hidden = hidden_states(backbone.base_model, features)
-        logits = backbone.get_output_embeddings()(at_last_token(hidden, features["attention_mask"]))[:, self.yes]
-        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return Embeddings(scores=torch.tanh(logits / cap) * cap if cap else logits)
+        """Return the logits as `scores`, (batch,)."""
+        return Embeddings(scores=answer_logits(self.backbone, features, (self.yes,))[:, 0])
+
+
+def answer_logits(backbone: PreTrainedModel, features: Features, tokens: Sequence[int]) -> Tensor:
+    """What a language model answers to each row: its logits of some tokens after the last one, (batch, tokens).
+
+    The vocabulary's other logits are computed at the last token only.
+    """
+    hidden = hidden_states(backbone.base_model, features)
+    head: Any = backbone.get_output_embeddings()
+    logits = head(at_last_token(hidden, features["attention_mask"]))[:, list(tokens)]
+    logits = logits / (getattr(backbone.config, "logits_scaling", None) or 1.0)
+    cap = getattr(backbone.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def load_yes_reranker(path: str, options: LoadOptions) -> YesReranker:
@@ -126,23 +134,34 @@ def load_yes_reranker(path: str, options: LoadOptions) -> YesReranker:
         CheckpointError: weights are missing.
         UsageError: an option that a reranker does not have.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     refuse_pooling(options)
     folder = Path(path)
+    return YesReranker(load_backbone(folder, options), load_tokenizer(folder, options), path)
+
+
+def load_backbone(folder: Path, options: LoadOptions, classifier: bool = False) -> PreTrainedModel:
+    """Load a language model with its head, or one that classifies, in float32.
+
+    Raises:
+        CheckpointError: weights are missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
     remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
     config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
+    kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     with without_loading_report():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
         )
     backbone, report = loaded
     if report["missing_keys"]:
         raise CheckpointError(
             f"{folder}: the weights lack {len(report['missing_keys'])} tensor(s) that the language model needs, first "
-            f"'{min(report['missing_keys'])}'; the checkpoint is incomplete, or of a model without a language head"
+            f"'{min(report['missing_keys'])}'; the checkpoint is incomplete, or of a model without a "
+            f"{'classification' if classifier else 'language'} head"
         )
-    return YesReranker(backbone, load_tokenizer(folder, options), path)
+    return cast("PreTrainedModel", backbone)
 
 
 def refuse_pooling(options: LoadOptions) -> None:
@@ -151,7 +170,7 @@ def refuse_pooling(options: LoadOptions) -> None:
         raise UsageError("a reranker gives a score and no vector: leave --sentence_pooling_method out")
 
 
-def save_yes_reranker(model: YesReranker, path: str, state_dict: Mapping[str, Any]) -> None:
+def save_language_model(model: PairReader, path: str, state_dict: Mapping[str, Any]) -> None:
     """Write the language model and its tokenizer into `path`; tied weights once."""
     tied = model.backbone._tied_weights_keys or () if model.config.tie_word_embeddings else ()
     weights = {name: tensor for name, tensor in part_of(state_dict, "backbone.").items() if name not in tied}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ultrarag.adapters.causal_reranker_files import CrossEncoderFiles, read_files
 from ultrarag.adapters.embedder_files import load_tokenizer, without_loading_report
 from ultrarag.adapters.pair_format import PairFormat, fast_backend, join_pairs, save_tokenizer
 from ultrarag.errors import CheckpointError, UsageError
@@ -26,17 +27,27 @@ _HEAD_PARTS = ("classifier", "score", "pooler", "pre_classifier", "head", "summa
 class CrossEncoder(nn.Module):
     """A classifier whose only logit is the relevance of a pair; state-dict keys: `backbone.*`."""
 
-    def __init__(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str,
+        files: CrossEncoderFiles | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
-        self.settings = EncoderSettings(heads=("scores",))
+        #: what sentence-transformers' CrossEncoder declares, its activation among it
+        self.files = files
+        self.settings = EncoderSettings(
+            heads=("scores",),
+            query_instruction=files.prompt if files else "",
+            passage_max_length=files.options.get("max_seq_length") if files else None,
+        )
         self.backend = fast_backend(tokenizer, path)  # before the next line, which calls the tokenizer
         self.template = PairFormat.of(tokenizer, path)
         #: parts of the backbone that --fix_encoder and LoRA leave to be trained whole
-        self.head_prefixes = tuple(
-            f"backbone.{name}." for name, _ in backbone.named_children() if name != backbone.base_model_prefix
-        )
+        self.head_prefixes = head_prefixes(backbone)
 
     @property
     def config(self) -> Any:
@@ -55,9 +66,19 @@ class CrossEncoder(nn.Module):
         tokens = join_pairs(
             self.backend, self.template, queries, passages, query_max_length, max_length, passage_max_length
         )
+        self._fill_empty(tokens)
         if not self._segments():
             tokens.types = None
         return tokens
+
+    def _fill_empty(self, tokens: Tokens) -> None:
+        """Read a pair of empty texts as one end token where the tokenizer has no special ones: no row is empty."""
+        end = self.tokenizer.eos_token_id
+        for row, ids in enumerate(tokens.ids):
+            if not ids:
+                tokens.ids[row] = [self.tokenizer.pad_token_id if end is None else end]
+                if tokens.types is not None:
+                    tokens.types[row] = [0]
 
     def encode(self, features: Features) -> Embeddings:
         """Return the pairs' logits as `scores`, (batch,)."""
@@ -71,6 +92,11 @@ class CrossEncoder(nn.Module):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in backward (--gradient_checkpointing)."""
         self.backbone.activation_checkpointing_enable(**options)
+
+
+def head_prefixes(backbone: PreTrainedModel) -> tuple[str, ...]:
+    """The prefixes, in a model that calls it `backbone`, of what a classifier has above its encoder."""
+    return tuple(f"backbone.{name}." for name, _ in backbone.named_children() if name != backbone.base_model_prefix)
 
 
 def load_cross_encoder(path: str, options: LoadOptions) -> CrossEncoder:
@@ -92,7 +118,10 @@ def load_cross_encoder(path: str, options: LoadOptions) -> CrossEncoder:
             folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
         )
     _check_missing(folder, report["missing_keys"], options.training)
-    return CrossEncoder(backbone, load_tokenizer(folder, options), path)
+    files = read_files(folder)
+    if files and (files.others or files.transformer):  # an embedding model's, under a fresh head
+        files = None
+    return CrossEncoder(backbone, load_tokenizer(folder, options), path, files)
 
 
 def _one_label(folder: Path, options: LoadOptions, remote: Mapping[str, Any]) -> Any:
@@ -100,13 +129,18 @@ def _one_label(folder: Path, options: LoadOptions, remote: Mapping[str, Any]) ->
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
-    classifies = any("SequenceClassification" in name for name in config.architectures or ())
-    if classifies and config.num_labels != 1:
+    if any("SequenceClassification" in name for name in config.architectures or ()):
+        check_one_label(config, folder)
+    config.num_labels = 1
+    return config
+
+
+def check_one_label(config: Any, folder: Path) -> None:
+    """Refuse a classifier of several labels, which gives no score."""
+    if config.num_labels != 1:
         raise CheckpointError(
             f"{folder} classifies into {config.num_labels} labels; a reranker has one, the relevance of a pair"
         )
-    config.num_labels = 1
-    return config
 
 
 def _check_missing(folder: Path, missing: Sequence[str], training: bool) -> None:
@@ -126,7 +160,7 @@ def _check_missing(folder: Path, missing: Sequence[str], training: bool) -> None
 
 
 def save_cross_encoder(model: CrossEncoder, path: str, state_dict: Mapping[str, Any]) -> None:
-    """Write the classifier and its tokenizer into `path`."""
+    """Write the classifier, its tokenizer and what it declared into `path`."""
     weights = {
         name.removeprefix("backbone."): tensor.detach().cpu().contiguous().clone()
         for name, tensor in state_dict.items()
@@ -134,3 +168,5 @@ def save_cross_encoder(model: CrossEncoder, path: str, state_dict: Mapping[str, 
     }
     model.backbone.save_pretrained(Path(path), state_dict=weights)
     save_tokenizer(model.tokenizer, Path(path))
+    if model.files:
+        model.files.write(Path(path), model.settings.query_instruction, model.settings.passage_max_length)

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from ultrarag.claims import PAIR_WORDS, Answer, Claim, ModelFolder, Refusal
 from ultrarag.hookspecs import Features, LoadOptions, hookimpl
 from ultrarag.types import Embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ultrarag.adapters.causal_reranker_model import CausalReranker
     from ultrarag.adapters.layerwise_model import LayerwiseReranker
     from ultrarag.adapters.llm_reranker_model import YesReranker
     from ultrarag.adapters.reranker_model import CrossEncoder
     from ultrarag.loss_arguments import LossArguments
+
+
+#: What a fine-tune may make a reranker of.
+_BASES = ("dense", "body", "causal-lm")
 
 
 class RerankerAdapter:
@@ -26,7 +32,7 @@ class RerankerAdapter:
     @hookimpl
     def encode(self, model: nn.Module, features: Features) -> Embeddings:
         """Score the pairs."""
-        return cast("CrossEncoder | LayerwiseReranker | YesReranker", model).encode(features)
+        return cast("CausalReranker | CrossEncoder | LayerwiseReranker | YesReranker", model).encode(features)
 
     @hookimpl
     def loss(self, passage: Embeddings, teacher: Tensor | None, args: LossArguments) -> Tensor:
@@ -46,6 +52,13 @@ class CrossEncoderAdapter(RerankerAdapter):
     """
 
     threaded_encode = True
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """A classifier with one label; a plain encoder may become one."""
+        family = folder.family
+        if family.name == "cross-encoder":
+            return Claim(family.evidence)
+        return None if family.name in _BASES else Refusal(str(family))
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
@@ -71,6 +84,13 @@ class GemmaRerankerAdapter(RerankerAdapter):
         Model card of BAAI/bge-reranker-v2-gemma.
     """
 
+    def claims(self, folder: ModelFolder) -> Answer:
+        """A Gemma whose card says that it ranks; any language model may become one."""
+        family = folder.family
+        if family.name == "ranking-lm" and folder.model_type == "gemma":
+            return Claim(family.evidence, "exact")
+        return None if family.name in (*_BASES, "ranking-lm") else Refusal(str(family))
+
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Load any causal language model that transformers knows."""
@@ -81,9 +101,42 @@ class GemmaRerankerAdapter(RerankerAdapter):
     @hookimpl
     def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
         """Write what transformers and FlagEmbedding's FlagLLMReranker load."""
-        from ultrarag.adapters.llm_reranker_model import save_yes_reranker
+        from ultrarag.adapters.llm_reranker_model import save_language_model
 
-        save_yes_reranker(cast("YesReranker", model), path, state_dict)
+        save_language_model(cast("YesReranker", model), path, state_dict)
+
+
+class CausalRerankerAdapter(RerankerAdapter):
+    """A language model that judges a pair written into its chat template: Qwen3-Reranker, mxbai-rerank-v2, zerank.
+
+    The score is the logit of "yes" less that of "no", of "1" less "0", or of one token, as the checkpoint says; of the
+    same model as a sequence classifier it is the classifier's logit. Settings: `prompt` is the instruction.
+
+    Source:
+        Qwen3 Embedding (Zhang et al., 2025); model cards of mixedbread-ai/mxbai-rerank-base-v2, zeroentropy/zerank-2.
+    """
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """A model that says into which words a pair is put; one of a known family may become one, or be one unsaid."""
+        family = folder.family
+        if family.name == "causal-reranker":
+            return Claim(family.evidence)
+        known = folder.model_type in PAIR_WORDS and family.name in ("causal-lm", "ranking-lm", "cross-encoder")
+        return None if known else Refusal(str(family))
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Load a causal language model or its sequence classifier, and how it reads a pair."""
+        from ultrarag.adapters.causal_reranker_model import load_causal_reranker
+
+        return load_causal_reranker(path, options)
+
+    @hookimpl
+    def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
+        """Write what transformers and sentence-transformers' CrossEncoder load."""
+        from ultrarag.adapters.causal_reranker_model import save_causal_reranker
+
+        save_causal_reranker(cast("CausalReranker", model), path, state_dict)
 
 
 class LayerwiseRerankerAdapter(RerankerAdapter):
@@ -94,6 +147,14 @@ class LayerwiseRerankerAdapter(RerankerAdapter):
     Source:
         Model card of BAAI/bge-reranker-v2-minicpm-layerwise.
     """
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """The published model's class; MiniCPM-2B may become one."""
+        layerwise = [name for name in folder.architectures if "LayerWise" in name]
+        if layerwise:
+            return Claim(f"config.json: {layerwise[0]}", "exact")
+        family = folder.family
+        return None if family.name in _BASES and folder.model_type in ("minicpm", "granite") else Refusal(str(family))
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:
@@ -119,4 +180,5 @@ class LayerwiseRerankerAdapter(RerankerAdapter):
 
 cross_encoder = CrossEncoderAdapter()
 gemma = GemmaRerankerAdapter()
+causal = CausalRerankerAdapter()
 layerwise = LayerwiseRerankerAdapter()

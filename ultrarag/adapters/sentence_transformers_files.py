@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ultrarag.claims import library_module
 from ultrarag.errors import CheckpointError
 from ultrarag.types import EncoderSettings
 
@@ -48,8 +49,8 @@ def read_declaration(folder: Path) -> ModulesDeclaration | None:
     if not (folder / "modules.json").is_file():
         return None
     found = ModulesDeclaration()
-    for module in _json(folder / "modules.json"):
-        name, path = str(module["type"]).rsplit(".", 1)[-1], str(module.get("path", ""))
+    for module in read_json(folder / "modules.json"):
+        name, path = library_module(str(module["type"])), str(module.get("path", ""))
         if name not in _HANDLED:
             raise CheckpointError(
                 f"{folder / 'modules.json'}: module '{module['type']}' is not supported by this adapter "
@@ -70,16 +71,16 @@ def read_declaration(folder: Path) -> ModulesDeclaration | None:
 def _read_lengths_and_prompts(folder: Path, found: ModulesDeclaration) -> None:
     lengths = folder / found.transformer / "sentence_bert_config.json"
     if lengths.is_file():
-        found.max_length = _json(lengths).get("max_seq_length")
+        found.max_length = read_json(lengths).get("max_seq_length")
     prompts = folder / "config_sentence_transformers.json"
     if prompts.is_file():
-        values = _json(prompts)
+        values = read_json(prompts)
         found.prompts = {name: text for name, text in (values.get("prompts") or {}).items() if text}
         found.default_prompt = values.get("default_prompt_name")
 
 
 def _read_pooling(path: Path) -> str:
-    values = _json(path)
+    values = read_json(path)
     if "pooling_mode" in values:
         theirs = values["pooling_mode"]
         names = [ours for ours, name in _POOLING_NAMES.items() if name == theirs] or [str(theirs)]
@@ -107,17 +108,17 @@ def write_declaration(folder: Path, settings: EncoderSettings, dim: int, dense: 
         modules.append((f"{len(modules)}_Normalize", "sentence_transformers.models.Normalize"))
         (folder / modules[-1][0]).mkdir(exist_ok=True)
         # git and object stores drop empty directories, and the loader wants this one to exist
-        _write(folder / modules[-1][0] / "config.json", {})
+        write_json(folder / modules[-1][0] / "config.json", {})
     rows = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
-    _write(folder / "modules.json", rows)
+    write_json(folder / "modules.json", rows)
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    _write(folder / "1_Pooling" / "config.json", _pooling_config(pooling, dim))
+    write_json(folder / "1_Pooling" / "config.json", _pooling_config(pooling, dim))
     length = max(settings.query_max_length or 0, settings.passage_max_length or 0)
-    _write(
+    write_json(
         folder / "sentence_bert_config.json",
         {"max_seq_length": length or None, "do_lower_case": False},
     )
-    _write(
+    write_json(
         folder / "config_sentence_transformers.json",
         {"prompts": prompts_of(settings), "default_prompt_name": None, "similarity_fn_name": _similarity(settings)},
     )
@@ -143,12 +144,14 @@ def _similarity(settings: EncoderSettings) -> str:
     return "cosine" if settings.normalize else "dot"
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; CheckpointError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

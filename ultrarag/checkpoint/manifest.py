@@ -120,13 +120,18 @@ class Manifest:
     #: of an asymmetric model: "query" and "passage" -> `fingerprint`, `unmapped` (the same before its maps), and the
     #: digests of its `maps` in order; None for a symmetric one
     sides: dict[str, dict[str, Any]] | None = None
+    #: it was made by running Python code that came with the model and is in the folder. A record, no consent: whoever
+    #: loads it is asked anew
+    remote_code: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; a symmetric model's are those that older releases read."""
+        """Return plain JSON values, and those only that the model has: older releases read a symmetric one's."""
         values = {**asdict(self), "settings": self.settings.to_dict(), "format": FORMAT}
         if self.sides is None:
             del values["sides"]
             values["format"] = 1
+        if not self.remote_code:
+            del values["remote_code"]
         return values
 
     @property

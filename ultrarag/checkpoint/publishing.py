@@ -13,6 +13,7 @@ from torch import nn
 
 from ultrarag.checkpoint.card import model_card
 from ultrarag.checkpoint.manifest import MANIFEST, Identity, Manifest, Training, changed_files, write_manifest
+from ultrarag.claims import ModelFolder
 from ultrarag.errors import CheckpointError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import publish_directory, quiet_progress, staged_directory
@@ -39,6 +40,7 @@ class Publishable(Protocol):
     adapter: Adapter
     model: nn.Module
     settings: EncoderSettings
+    trust_remote_code: bool
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -99,6 +101,7 @@ def write_checkpoint(
     if more:
         more(folder)
     manifest = Manifest(encoder.adapter.name, encoder.settings, training=training)
+    manifest.remote_code = encoder.trust_remote_code and bool(ModelFolder(folder).code)
     reloaded = _reload(encoder, folder)
     _compare(encoder, reloaded, folder)
     identity = reloaded.identity()
@@ -123,7 +126,12 @@ def _follow_umask(folder: Path) -> None:
 
 
 def _reload(encoder: Publishable, folder: Path) -> Publishable:
-    options = LoadOptions(heads=encoder.heads, pooling=encoder.settings.pooling, normalize=encoder.settings.normalize)
+    options = LoadOptions(
+        heads=encoder.heads,
+        pooling=encoder.settings.pooling,
+        normalize=encoder.settings.normalize,
+        trust_remote_code=encoder.trust_remote_code,
+    )
     with quiet_progress():
         model = encoder.adapter.load(str(folder), options)
     return encoder.around(model)

@@ -85,6 +85,7 @@ def check(
     adapter: str | None = None,
     eval_data: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     **plan: Any,
 ) -> DataReport:
     """Look at every row of the files once; hashes of its texts are kept, not the texts.
@@ -92,8 +93,9 @@ def check(
     Args:
         files: a file, files, or directories of them.
         model: count tokens with this model's tokenizer, estimate memory, and time a few of its forwards.
-        adapter: the kind of model; not needed for a checkpoint of ours.
+        adapter: the kind of model; default: what the folder says.
         eval_data: rows, or a folder in BEIR's layout, whose queries and passages should not be in the files.
+        trust_remote_code: run Python code that comes with the model.
         plan: settings of the fine-tune (see `Plan`), for group sizes, cuts and estimates.
 
     Returns:
@@ -115,7 +117,7 @@ def check(
         with reading(path, "check") as items:
             for place, raw in items:
                 seen.add(place, raw, dataset)
-    return _report(seen, paths, settings, _encoder(model, adapter, device))
+    return _report(seen, paths, settings, _encoder(model, adapter, device, trust_remote_code))
 
 
 def _plan(given: dict[str, Any]) -> Plan:
@@ -139,12 +141,12 @@ def _leaks(eval_data: str | None) -> LeakChecks | None:
     return LeakChecks.of(read_evaluator(eval_data, None, None))
 
 
-def _encoder(model: str | None, adapter: str | None, device: str | None) -> Encoder | None:
+def _encoder(model: str | None, adapter: str | None, device: str | None, trusted: bool) -> Encoder | None:
     if model is None:
         return None
     from ultrarag.encoder import Encoder
 
-    return Encoder.load(model, adapter, device=device)
+    return Encoder.load(model, adapter, device=device, trust_remote_code=trusted)
 
 
 def _report(seen: _Seen, paths: list[str], plan: Plan, encoder: Encoder | None) -> DataReport:
@@ -189,7 +191,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="files of rows, or directories of them")
     parser.add_argument("--model", help="count its tokens, estimate memory, and time a few forwards")
-    parser.add_argument("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
+    parser.add_argument("--adapter", metavar="NAME", help="the kind of model; default: what the folder says")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--device", help="where the timed forwards run; default: the best there is")
     parser.add_argument(
         "--eval",

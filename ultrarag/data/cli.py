@@ -110,7 +110,7 @@ def add_embedder(parser: argparse.ArgumentParser, title: str, *also_query_length
     add(
         "--model_name_or_path", "--embedder_name_or_path", metavar="MODEL", help="checkpoint folder, or name on the Hub"
     )
-    add("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
+    add("--adapter", metavar="NAME", help="the kind of model; default: what the folder says")
     add("--embedder_model_class", choices=[*EMBEDDERS, "decoder-only-base"], help="FlagEmbedding's name for --adapter")
     add("--query_instruction_for_retrieval", metavar="TEXT", help="instruction before queries")
     add(
@@ -155,7 +155,7 @@ def load_embedder(arguments: argparse.Namespace) -> Encoder:
         cache_dir=arguments.cache_dir,
     )
     adapter = arguments.adapter or _adapter(arguments.embedder_model_class, EMBEDDERS, "embedder_model_class")
-    return Encoder.load(
+    encoder = Encoder.load(
         arguments.model_name_or_path,
         adapter,
         device=device(arguments),
@@ -166,6 +166,12 @@ def load_embedder(arguments: argparse.Namespace) -> Encoder:
         query_max_length=arguments.query_max_length,
         passage_max_length=arguments.passage_max_length,
     )
+    if encoder.adapter.declared.pair_input:
+        raise UsageError(
+            f"'{arguments.model_name_or_path}' ({encoder.adapter.name}) is a reranker, which scores pairs and gives no "
+            "vectors: name an embedding model"
+        )
+    return encoder
 
 
 def load_reranker(arguments: argparse.Namespace, **settings: Any) -> Encoder:

@@ -47,6 +47,7 @@ def run_encode(argv: Sequence[str]) -> int:
         arguments.precision,
         arguments.passage_max_length,
         arguments.batch_tokens,
+        arguments.trust_remote_code,
     )
     found = encode_corpus(
         model,
@@ -69,7 +70,8 @@ def _encode_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="checkpoint folder, or name on the Hub")
-    add("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
+    add("--adapter", metavar="NAME", help="the kind of model; default: what the folder says")
+    add_switch(parser, "--trust_remote_code", help="run Python code that comes with the model")
     add("--input_file", "--corpus", required=True, metavar="PATH", help="JSONL of passages, or a BEIR folder")
     add("--output", "-o", "--output_dir", required=True, metavar="DIR", help="the folder of the vectors")
     add("--heads", nargs="+", metavar="HEAD", help="default: all that the model has")
@@ -233,7 +235,7 @@ def _add_filters(parser: Parser) -> None:
         help="share of common 3-word sequences from which a text counts as the positive; 0: any (default: 0.8)",
     )
     add("--reranker_name_or_path", metavar="MODEL", help="a cross-encoder that reads what was drawn")
-    add("--reranker_adapter", metavar="NAME", help="the kind of reranker; not needed for a checkpoint of ours")
+    add("--reranker_adapter", metavar="NAME", help="the kind of reranker; default: what the folder says")
     add("--reranker_model_class", choices=[*RERANKERS], help="FlagEmbedding's name for --reranker_adapter")
     add("--reranker_max_length", type=int, metavar="N", help="longest pair in tokens")
     add("--veto_above", type=float, metavar="X", help="no negative has a reranker score (logit) above X")

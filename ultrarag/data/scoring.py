@@ -273,7 +273,7 @@ def _add_reranker(parser: Parser) -> None:
     group = parser.add_argument_group("a reranker as the teacher")
     add = group.add_argument
     add("--reranker_name_or_path", metavar="MODEL", help="checkpoint folder, or name on the Hub")
-    add("--reranker_adapter", metavar="NAME", help="the kind of reranker; not needed for a checkpoint of ours")
+    add("--reranker_adapter", metavar="NAME", help="the kind of reranker; default: what the folder says")
     classes = [*RERANKERS, "decoder-only-lightweight"]
     add("--reranker_model_class", choices=classes, help="FlagEmbedding's name for --reranker_adapter")
     add("--reranker_max_length", "--max_length", type=int, metavar="N", help="longest pair in tokens")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ class ModelChoice:
     precision: str = "fp32"
     passage_max_length: int | None = None
     batch_tokens: int | None = None
+    #: run Python code that comes with the model
+    trust_remote_code: bool = False
 
     def load(self, device: str | None) -> Encoder:
         """Load it onto a device."""
@@ -51,6 +53,7 @@ class ModelChoice:
             self.adapter,
             device=device,
             precision=self.precision,
+            trust_remote_code=self.trust_remote_code,
             passage_max_length=self.passage_max_length,
         )
 
@@ -80,6 +83,11 @@ def encode_corpus(
     """
     folder, compression = Path(output), compression or Compression()
     encoder = model.load(devices[0])
+    if encoder.adapter.declared.pair_input:
+        raise UsageError(
+            f"'{model.path}' ({encoder.adapter.name}) is a reranker, which scores pairs and gives no vectors: name an "
+            "embedding model"
+        )
     chosen = tuple(heads) if heads else encoder.heads
     unknown = [head for head in chosen if head not in encoder.heads]
     if unknown:
@@ -92,8 +100,9 @@ def encode_corpus(
         if len(devices) == 1:
             encode_shard(encoder, folder, 0, passages, CHUNK_TEXTS, model.batch_tokens, progress)
         else:
+            chosen_once = replace(model, adapter=encoder.adapter.name)
             del encoder
-            _run_processes(model, folder, info, passages.path, devices, progress)
+            _run_processes(chosen_once, folder, info, passages.path, devices, progress)
     write_json(folder / INFO, {**info, "finished": True})
     return EncodedCorpus(folder)
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.encoder.choice import find_adapter
     from ultrarag.encoder.device import in_background
     from ultrarag.encoder.encoder import Encoder
     from ultrarag.encoder.forward import BATCH_TOKENS
-    from ultrarag.encoder.load import likely_adapter
     from ultrarag.encoder.low_rank import LowRank
-    from ultrarag.encoder.pairs import read_pairs
+    from ultrarag.encoder.pairs import render_pairs
     from ultrarag.encoder.sides import MapLayer, Sides, read_passage_maps
     from ultrarag.encoder.tokens import Cuts, pad, render, tokenize
 else:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ultrarag.checkpoint import Identity, Training, fingerprint, local_folder, publish, read_manifest
+from ultrarag.encoder.choice import adapter_name
 from ultrarag.encoder.forward import TokenEncoder
-from ultrarag.encoder.load import adapter_name, declared_options, override_settings, settings_of
+from ultrarag.encoder.load import declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
 from ultrarag.encoder.tokens import Cuts, tokenized_windows
@@ -26,7 +27,7 @@ from ultrarag.packages import quiet_deepspeed
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
 from ultrarag.types import KINDS, Embeddings, Kind, Tokens, head_weights
-from ultrarag.untrusted import check_folder
+from ultrarag.untrusted import check_folder, code_refused
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -60,29 +61,38 @@ class Encoder(TokenEncoder):
         device: str | torch.device | None = None,
         precision: str = "fp32",
         options: LoadOptions | None = None,
+        trust_remote_code: bool = False,
         **settings: Any,
     ) -> Encoder:
         """Load a model folder or hub name.
 
         Args:
-            adapter: name of the plugin; may be left out for a checkpoint of ours, whose manifest names it.
+            adapter: name of the plugin; default: what the manifest of a checkpoint of ours says, else the adapter that
+                claims the folder (docs/plugins.md), which is told once.
             heads: only these heads; default: all that have weights.
             precision: fp32, bf16, fp16, or auto (the fastest that the device is made for), used by `encode`; weights
                 stay in float32.
             options: everything else that a loader may be told.
+            trust_remote_code: run Python code that comes with the model, now and whenever this encoder is loaded again:
+                when it is saved, from an index's copy, by its builders and workers.
             settings: fields of EncoderSettings to set in place of what the checkpoint declares, such as
                 `query_instruction` or `passage_max_length`.
 
         Raises:
-            UsageError: unknown folder, adapter missing, unknown setting.
+            UsageError: unknown folder or setting; no adapter claims the folder, several do, or the one that is named
+                cannot be right.
             CheckpointError: files missing or damaged, or a head without weights.
         """
         options = options or LoadOptions()
         if heads is not None:
             options = replace(options, heads=tuple(heads))
+        if trust_remote_code:
+            options = replace(options, trust_remote_code=True)
         folder = local_folder(str(path), options.cache_dir, options.token)
         check_folder(folder)
         manifest = read_manifest(folder)
+        if manifest and manifest.remote_code and not options.trust_remote_code:
+            raise code_refused(folder)
         plugin = registry().adapter(adapter_name(adapter, manifest, folder))
         if (folder / SIDES).is_file():
             plugin = SidedAdapter.around(plugin)
@@ -95,7 +105,9 @@ class Encoder(TokenEncoder):
             model = plugin.load(str(folder), options)
         found = settings_of(model, plugin, options, manifest)
         override_settings(found, settings)
-        return cls(plugin, model, found, manifest, device, precision)
+        encoder = cls(plugin, model, found, manifest, device, precision)
+        encoder.trust_remote_code = options.trust_remote_code
+        return encoder
 
     @classmethod
     def of_sides(
@@ -130,6 +142,7 @@ class Encoder(TokenEncoder):
         left, right = (sides_of(item.model, item.settings) for item in (passage, query))
         model = join(left, right, query_maps, passage_maps, low_rank)
         found = cls(adapter, model, replace(model.settings), None, passage.device, passage.precision)
+        found.trust_remote_code = passage.trust_remote_code or query.trust_remote_code
         found.check_widths()
         return found
 
@@ -138,11 +151,16 @@ class Encoder(TokenEncoder):
         if not isinstance(self.model, Sides):
             return self
         plain = cast(SidedAdapter, self.adapter).plain
-        return Encoder(plain, self.model.side(kind), self.model.side_settings(kind), None, self.device, self.precision)
+        settings = self.model.side_settings(kind)
+        encoder = Encoder(plain, self.model.side(kind), settings, None, self.device, self.precision)
+        encoder.trust_remote_code = self.trust_remote_code
+        return encoder
 
     def around(self, model: nn.Module) -> Encoder:
         """An encoder of the same adapter, settings and device around another model, such as this one loaded again."""
-        return Encoder(self.adapter, model, replace(self.settings), device=self.device)
+        encoder = Encoder(self.adapter, model, replace(self.settings), device=self.device)
+        encoder.trust_remote_code = self.trust_remote_code
+        return encoder
 
     @property
     def asymmetric(self) -> bool:

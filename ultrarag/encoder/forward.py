@@ -52,6 +52,8 @@ class TokenEncoder:
         self.precision = checked_precision(precision, self.device)
         self.model = model.to(self.device).eval()
         model.settings = settings  # type: ignore[assignment]
+        #: Python code that comes with the model may be run, also when it is loaded again
+        self.trust_remote_code = False
         #: the model's matrices in lower precision, until it is trained
         self.casts = Casts()
 

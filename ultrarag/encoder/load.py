@@ -1,10 +1,8 @@
-"""What loading an Encoder has to decide: adapter, options and settings, out of arguments, manifest and model."""
+"""What loading an Encoder has to decide: options, settings and precision, out of arguments, manifest and model."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,42 +11,13 @@ from torch import nn
 from ultrarag.checkpoint import Manifest
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.hookspecs import LoadOptions
-from ultrarag.plugins import Adapter, registry
+from ultrarag.plugins import Adapter
 from ultrarag.types import EncoderSettings
 
 #: Names of precisions and the dtype of the forward; None: as the weights are.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The fastest precision that the device is made for; see `fastest_precision`.
 AUTO = "auto"
-
-
-def adapter_name(adapter: str | None, manifest: Manifest | None, folder: Path) -> str:
-    """The adapter to load with: the one named, else the manifest's; UsageError where neither says."""
-    if adapter:
-        return adapter
-    if manifest:
-        return manifest.adapter
-    raise UsageError(
-        f"{folder} is no checkpoint of ultrarag's (it has no ultrarag.json): name the adapter, "
-        f"for example adapter='{likely_adapter(folder)}' "
-        f"(installed: {', '.join(registry().names())})"
-    )
-
-
-def likely_adapter(folder: Path) -> str:
-    """The built-in adapter that a folder looks made for; only a suggestion."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "sentence-transformers" if (folder / "modules.json").exists() else "bge"
-    kinds = " ".join(config.get("architectures") or [])
-    if "LayerWise" in kinds:
-        return "bge-reranker-minicpm-layerwise"
-    if config.get("model_type") == "minicpm":
-        return "minicpm-embedding"
-    if "ForSequenceClassification" in kinds:
-        return "bge-reranker"
-    return "bgem3" if (folder / "sparse_linear.pt").exists() else "bge"
 
 
 def declared_options(options: LoadOptions, settings: EncoderSettings) -> LoadOptions:

@@ -28,16 +28,48 @@ def tokenize_pairs(
     """Return the pairs as the model reads them: see `Encoder.tokenize_pairs`."""
     queries, passages = _sides(pairs)
     limit = encoder.max_length("passage", max_length)
-    return read_pairs(
+    return render_pairs(
         encoder,
-        [encoder.settings.render(text, "query", instruction) for text in queries],
-        [encoder.settings.render(text, "passage") for text in passages],
+        queries,
+        passages,
+        [instruction] * len(queries),
         query_limit(query_max_length, limit, encoder.settings.query_max_length),
         limit,
     )
 
 
-def read_pairs(
+def render_pairs(
+    encoder: TokenEncoder,
+    queries: Sequence[str],
+    passages: Sequence[str],
+    instructions: Sequence[str | None],
+    query_max_length: int | None,
+    max_length: int | None,
+    **more: Any,
+) -> Tokens:
+    """Put the instructions of both sides in, and return the tokens of the pairs, in serving and in training.
+
+    Args:
+        instructions: of each pair, None: the model's own. It takes the place of a language model's `prompt`, and of the
+            query's instruction in other models.
+        more: `passage_max_length`, given only where a run sets it.
+    """
+    settings = encoder.settings
+    asks = settings.prompt is not None
+    if asks and any(instruction is not None for instruction in instructions):
+        more["prompts"] = list(instructions)
+    before = [None] * len(queries) if asks else instructions
+    return _read_pairs(
+        encoder,
+        [settings.render(text, "query", instruction) for text, instruction in zip(queries, before, strict=True)],
+        [settings.render(text, "passage") for text in passages],
+        query_max_length,
+        max_length,
+        **more,
+    )
+
+
+def _read_pairs(
     encoder: TokenEncoder,
     queries: Sequence[str],
     passages: Sequence[str],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.errors import UsageError
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from os import PathLike
 
     from ultrarag.finetune.__main__ import main
@@ -37,7 +37,7 @@ def finetune(
         model: a folder or hub name; a checkpoint of ours is trained on incrementally.
         train_data: a path, a list of paths, or a list of rows (`{"query": ..., "pos": [...], "neg": [...]}`).
         output_dir: where the finished checkpoint appears, whole or not at all.
-        adapter: name of the plugin; may be left out when `model` is a checkpoint of ours.
+        adapter: name of the plugin; default: the one that the model's files call for (docs/plugins.md).
         arguments: any flag of the command line, under its name, such as `learning_rate=1e-5`.
 
     Returns:
@@ -56,8 +56,8 @@ def finetune(
     from ultrarag.finetune.flags import from_keywords
     from ultrarag.finetune.run import run
 
-    name = adapter or _adapter_of(str(model))
-    result = run(from_keywords(model, train_data, output_dir, name, adapter_defaults(name), **arguments))
+    defaults = adapter_defaults(adapter) if adapter else None
+    result = run(from_keywords(model, train_data, output_dir, adapter, defaults, choose_adapter, **arguments))
     if result is None:  # another rank of a distributed run: the first one wrote the checkpoint
         from ultrarag.finetune.report import FinetuneResult
 
@@ -72,14 +72,14 @@ def adapter_defaults(name: str) -> dict[str, Any]:
     return dict(registry().adapter(name).declared.finetune_defaults)
 
 
-def _adapter_of(model: str) -> str:
-    from pathlib import Path
+def choose_adapter(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The adapter that the model in these settings calls for, and its own defaults.
 
-    from ultrarag.checkpoint import read_manifest
-    from ultrarag.plugins import registry
+    Raises:
+        UsageError: no adapter claims the model, or several do.
+    """
+    from ultrarag.encoder import find_adapter
 
-    manifest = read_manifest(Path(model)) if Path(model).is_dir() else None
-    if manifest is None:
-        known = ", ".join(registry().names())
-        raise UsageError(f"'{model}' is no checkpoint of ultrarag's: name the adapter, adapter='bge' (known: {known})")
-    return manifest.adapter
+    hub = {name: settings.get(name) for name in ("cache_dir", "token")}
+    name = find_adapter(str(settings["model_name_or_path"]), **hub)
+    return name, adapter_defaults(name)

@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None, adapter: str | None = None) -> int:
 
 
 def _run(words: list[str], adapter: str | None, as_json: bool) -> int:
-    from ultrarag.finetune import adapter_defaults
+    from ultrarag.finetune import adapter_defaults, choose_adapter
     from ultrarag.finetune.flags import named_adapter, parse_command_line
 
     name = adapter or named_adapter(words)
-    arguments = parse_command_line(words, adapter, adapter_defaults(name) if name else None)
+    arguments = parse_command_line(words, adapter, adapter_defaults(name) if name else None, choose_adapter)
     with redirect_stdout(sys.stderr):  # libraries that print (DeepSpeed does) must not spoil the result
         result = _dry_run(arguments) if arguments.dry_run else _train(arguments)
     if result is not None:

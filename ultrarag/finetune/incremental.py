@@ -174,7 +174,12 @@ def read_other(arguments: FinetuneArguments, encoder: Encoder, note: Callable[[s
 
 
 def _load(path: str, name: str, encoder: Encoder) -> Encoder:
-    options = LoadOptions(heads=encoder.heads, pooling=encoder.settings.pooling, normalize=encoder.settings.normalize)
+    options = LoadOptions(
+        heads=encoder.heads,
+        pooling=encoder.settings.pooling,
+        normalize=encoder.settings.normalize,
+        trust_remote_code=encoder.trust_remote_code,
+    )
     try:
         other = Encoder.load(path, encoder.adapter.name, device="cpu", options=options)
     except (UsageError, CheckpointError) as error:

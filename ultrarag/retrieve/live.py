@@ -371,6 +371,7 @@ class LiveIndex:
         ray: RayPool | None = None,
         share: bool | None = None,
         bridge: BridgeTerms | None = None,
+        trust_remote_code: bool = False,
     ) -> Generation:
         """Make a new generation with another encoder, while searches and writes go on.
 
@@ -384,7 +385,8 @@ class LiveIndex:
 
         Args:
             checkpoint: a checkpoint folder, or an Encoder; it is copied into the index.
-            adapter: of a folder that is no checkpoint of ultrarag's; default: the live generation's.
+            adapter: of a folder that is no checkpoint of ultrarag's; default: the one that claims it, and the live
+                generation's where several could read it.
             backend, heads: default: the live generation's engine, and all heads of the encoder; of vectors that are
                 shared or mapped, those that are stored.
             device: default: that of the live encoder.
@@ -396,6 +398,8 @@ class LiveIndex:
                 them where it must be.
             bridge: before the passages are encoded, let the new encoder serve from the old vectors, if it is
                 significantly better so on these queries (docs/bridge.md). It serves until the swap, or `rollback`.
+            trust_remote_code: run Python code that comes with a checkpoint folder; an Encoder says so itself. The index
+                remembers it, with the checksums of the code.
 
         Returns:
             the generation, "ready", for `swap`.
@@ -404,7 +408,7 @@ class LiveIndex:
             UsageError: there are no vectors to share or map, and `share` is True; says why.
         """
         wishes: dict[str, Any] = {"adapter": adapter, "backend": backend, "heads": heads, "device": device}
-        wishes |= {"share": share, "bridge": bridge}
+        wishes |= {"share": share, "bridge": bridge, "trust_remote_code": trust_remote_code}
         return build_generation(self._core, checkpoint, **wishes, threads=threads, progress=progress, ray=ray)
 
     def swap(

@@ -20,8 +20,8 @@ from ultrarag.errors import PluginError, UltraragError
 from ultrarag.hookspecs import CONTRACT
 from ultrarag.plugin_checks import HOOKS
 from ultrarag.plugins import Adapter, registry
+from ultrarag.testing.examples import write_example
 from ultrarag.testing.subject import Failed, NotApplicable, Report, Result, Subject
-from ultrarag.testing.tiny import write_example
 from ultrarag.testing.training_checks import check_gradcache, check_gradients, check_loss_falls, check_other_devices
 from ultrarag.testing.vector_checks import (
     check_batch_invariance,

@@ -6,11 +6,8 @@ Each function fills a folder as `save_pretrained` would, for a test that wants a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from ultrarag.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -52,7 +49,7 @@ def tiny_bert(folder: Path, pooling: str = "mean", seed: int = 0) -> None:
     from ultrarag.types import EncoderSettings
 
     tokenizer = tiny_tokenizer("bert")
-    _write(folder, _random(BertModel, tiny_config(BertConfig, tokenizer), seed), tokenizer)
+    write_model(folder, random_model(BertModel, tiny_config(BertConfig, tokenizer), seed), tokenizer)
     settings = EncoderSettings(
         pooling=pooling, normalize=True, query_max_length=MAX_LENGTH, passage_max_length=MAX_LENGTH
     )
@@ -64,7 +61,123 @@ def tiny_masked_lm(folder: Path, seed: int = 0) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     tokenizer = tiny_tokenizer("bert")
-    _write(folder, _random(BertForMaskedLM, tiny_config(BertConfig, tokenizer), seed), tokenizer)
+    write_model(folder, random_model(BertForMaskedLM, tiny_config(BertConfig, tokenizer), seed), tokenizer)
+
+
+def tiny_embedding_gemma2(folder: Path, seed: int = 0) -> None:
+    """An EmbeddingGemma 2 as published: a root configuration, a tower for images, files of its processors."""
+    from transformers import EmbeddingGemma2Config, EmbeddingGemma2Model
+
+    tokenizer = tiny_tokenizer("decoder")
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "embedding_dim": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "sliding_window_pattern": 2,
+        "sliding_window": 16,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "max_position_embeddings": MAX_LENGTH,
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "position_embedding_size": 16,
+    }
+    config = EmbeddingGemma2Config(
+        text_config={**text, **heads, **special}, vision_config={**vision, **heads}, audio_config=None
+    )
+    write_model(folder, random_model(EmbeddingGemma2Model, config, seed), tokenizer)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).write_text(json.dumps({"processor_class": "EmbeddingGemma2Processor"}), encoding="utf-8")
+    pooling = {"word_embedding_dimension": 48, "pooling_mode": "mean"}
+    _write_modules(folder, {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"})
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+
+
+#: A model that no library knows, as hub models with code of their own have it.
+_OWN_CODE = """
+from transformers import BertConfig, BertModel
+
+
+class AcmeConfig(BertConfig):
+    model_type = "acme"
+
+
+class AcmeModel(BertModel):
+    config_class = AcmeConfig
+"""
+
+
+def tiny_remote_code(folder: Path, seed: int = 0) -> None:
+    """A BERT of an unknown model type, whose class is in a Python file of the folder: `trust_remote_code` runs it."""
+    tiny_bert(folder, seed=seed)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "acme", "architectures": ["AcmeModel"]}
+    config["auto_map"] = {"AutoConfig": "modeling_acme.AcmeConfig", "AutoModel": "modeling_acme.AcmeModel"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "modeling_acme.py").write_text(_OWN_CODE.lstrip(), encoding="utf-8")
+
+
+def tiny_splade(folder: Path, seed: int = 0) -> None:
+    """A SPLADE as sentence-transformers has it: a masked language model under SpladePooling."""
+    tiny_masked_lm(folder, seed)
+    modules = ("base.modules.transformer.Transformer", "sparse_encoder.modules.splade_pooling.SpladePooling")
+    kinds = [f"sentence_transformers.{kind}" for kind in modules]
+    places = dict(zip(("", "1_SpladePooling"), kinds, strict=True))
+    _write_modules(folder, places)
+    values = {"sentence_bert_config.json": {"transformer_task": "fill-mask"}, "1_SpladePooling/config.json": {}}
+    values["config_sentence_transformers.json"] = {"model_type": "SparseEncoder"}
+    for name, value in values.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def tiny_static(folder: Path, model2vec: bool = False, seed: int = 0) -> None:
+    """Static embeddings, 32 numbers a token, as sentence-transformers or model2vec (potion) has them.
+
+    A potion keeps few rows, and for each token the number of its row and a weight.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    tokenizer = tiny_tokenizer("bert")
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(len(tokenizer), 32, generator=draw)
+    weights = {"embedding.weight": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {"": "StaticEmbedding"}
+    if model2vec:
+        numbers = torch.arange(len(tokenizer)) % 100
+        weights = {
+            "embeddings": rows[:100].clone(),
+            "mapping": numbers,
+            "weights": torch.rand(len(rows), generator=draw),
+        }
+        kinds["1_Normalize"] = "Normalize"
+        config = {"model_type": "model2vec", "architectures": ["StaticModel"], "hidden_dim": 32, "normalize": True}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(weights, folder / "model.safetensors")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    _write_modules(folder, kinds)
+
+
+def _write_modules(folder: Path, kinds: dict[str, str]) -> None:
+    """Write modules.json of sentence-transformers: folder -> class, one of its own by the last part alone."""
+    kinds = {path: kind if "." in kind else f"sentence_transformers.models.{kind}" for path, kind in kinds.items()}
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": kind}
+        for number, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    for path in filter(None, kinds):
+        (folder / path).mkdir(exist_ok=True)
 
 
 def tiny_m3(folder: Path, seed: int = 0) -> None:
@@ -73,7 +186,7 @@ def tiny_m3(folder: Path, seed: int = 0) -> None:
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     tokenizer = tiny_tokenizer("roberta")
-    _write(folder, _random(XLMRobertaModel, tiny_config(XLMRobertaConfig, tokenizer), seed), tokenizer)
+    write_model(folder, random_model(XLMRobertaModel, tiny_config(XLMRobertaConfig, tokenizer), seed), tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         for name, width in {"sparse": 1, "colbert": 32}.items():
@@ -88,7 +201,7 @@ def tiny_cross_encoder(folder: Path, seed: int = 0) -> None:
 
     tokenizer = tiny_tokenizer("roberta")
     config = tiny_config(XLMRobertaConfig, tokenizer, num_labels=1)
-    _write(folder, _random(XLMRobertaForSequenceClassification, config, seed), tokenizer)
+    write_model(folder, random_model(XLMRobertaForSequenceClassification, config, seed), tokenizer)
 
 
 def tiny_decoder(folder: Path, seed: int = 0) -> None:
@@ -97,7 +210,7 @@ def tiny_decoder(folder: Path, seed: int = 0) -> None:
 
     tokenizer = tiny_tokenizer("decoder")
     config = tiny_config(MistralConfig, tokenizer, num_key_value_heads=2, sliding_window=None)
-    _write(folder, _random(MistralModel, config, seed), tokenizer)
+    write_model(folder, random_model(MistralModel, config, seed), tokenizer)
 
 
 def tiny_minicpm(folder: Path, seed: int = 0) -> None:
@@ -107,7 +220,7 @@ def tiny_minicpm(folder: Path, seed: int = 0) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     tokenizer = tiny_tokenizer("decoder")
-    model = _random(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
+    model = random_model(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(_minicpm_config(len(tokenizer))), encoding="utf-8")
     weights = dict(model.state_dict())
@@ -124,7 +237,7 @@ def tiny_yes_reranker(folder: Path, seed: int = 0) -> None:
     tokenizer = _prompted_tokenizer()
     config = tiny_config(GemmaConfig, tokenizer, num_key_value_heads=1, head_dim=8)
     config.max_position_embeddings = 2 * MAX_LENGTH
-    _write(folder, _random(GemmaForCausalLM, config, seed), tokenizer)
+    write_model(folder, random_model(GemmaForCausalLM, config, seed), tokenizer)
 
 
 def tiny_layerwise(folder: Path, seed: int = 0) -> None:
@@ -134,13 +247,14 @@ def tiny_layerwise(folder: Path, seed: int = 0) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     tokenizer = _prompted_tokenizer()
-    body = _random(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
+    body = random_model(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
     weights = {f"model.{name}": tensor for name, tensor in body.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     for number in range(2):
         weights[f"lm_head.{number}.linear_head.weight"] = torch.randn(1, 32, generator=generator)
     tokenizer.save_pretrained(folder)
-    heads = {"start_layer": 1, "head_multi": True, "head_type": "simple"}
+    heads: dict[str, Any] = {"start_layer": 1, "head_multi": True, "head_type": "simple"}
+    heads["architectures"] = ["LayerWiseMiniCPMForCausalLM"]
     config = {**_minicpm_config(len(tokenizer)), **heads, "max_position_embeddings": 2 * MAX_LENGTH}
     for name in ("is_causal", "adapt_mean_pooling", "rope_scaling"):  # an embedder's
         del config[name]
@@ -237,7 +351,7 @@ def tiny_config(kind: Any, tokenizer: PreTrainedTokenizerFast, **more: Any) -> A
     )
 
 
-def _random(kind: Any, config: Any, seed: int) -> PreTrainedModel:
+def random_model(kind: Any, config: Any, seed: int) -> PreTrainedModel:
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -246,41 +360,10 @@ def _random(kind: Any, config: Any, seed: int) -> PreTrainedModel:
     return model
 
 
-def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     from ultrarag.io import quiet_progress
 
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-#: Writes a model that the adapter can load into a folder.
-ExampleModel = Callable[[Path], None]
-
-#: One line per built-in adapter. A third party's plugin has an attribute `example_model` instead.
-EXAMPLES: dict[str, ExampleModel] = {
-    "bge": tiny_bert,
-    "bge-reranker": tiny_cross_encoder,
-    "bge-reranker-gemma": tiny_yes_reranker,
-    "bge-reranker-minicpm-layerwise": tiny_layerwise,
-    "bgem3": tiny_m3,
-    "icl": tiny_decoder,
-    "minicpm-embedding": tiny_minicpm,
-    "sentence-transformers": tiny_bert,
-}
-
-
-def write_example(name: str, plugin: Any, folder: Path) -> None:
-    """Write the example model of an adapter into `folder`.
-
-    Raises:
-        UsageError: when there is none.
-    """
-    make = getattr(plugin, "example_model", None) or EXAMPLES.get(name)
-    if make is None:
-        raise UsageError(
-            f"adapter '{name}' has no example model: name a model with --path (check_adapter(name, path) in Python), "
-            "or give the plugin a function `example_model(folder)` that writes a tiny one"
-        )
-    make(folder)

@@ -306,7 +306,7 @@ def _dense(subject: Subject, encoder: Encoder, folder: Path) -> tuple[np.ndarray
 
 def _scores(subject: Subject, encoder: Encoder, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     architecture = next(iter(getattr(encoder.model.config, "architectures", None) or [""]))
-    if not architecture.endswith("ForSequenceClassification"):
+    if not architecture.endswith("ForSequenceClassification") and not (folder / "modules.json").is_file():
         raise NotApplicable(f"a {architecture or 'model of this kind'} is no CrossEncoder of sentence-transformers")
     from sentence_transformers import CrossEncoder
 

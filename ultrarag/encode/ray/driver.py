@@ -116,6 +116,7 @@ class Driver:
             threads=pool.cpus,
             batch_tokens=pool.batch_tokens,
             vectors={name: (folder / name).read_bytes() for name in (SCHEMA_FILE, COLLECTION_FILE)},
+            trust_remote_code=self.job.trust_remote_code,
         )
 
     def _check(self, found: dict[str, Any]) -> None:

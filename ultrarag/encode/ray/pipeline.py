@@ -238,9 +238,13 @@ class RayJob:
     #: a path that every node has, or a name on the Hub
     checkpoint: str
     adapter: str | None = None
+    #: Python code that comes with the model may be run
+    trust_remote_code: bool = False
 
     @classmethod
-    def of(cls, pool: RayPool, checkpoint: Any, adapter: str | None, backend: str) -> RayJob:
+    def of(
+        cls, pool: RayPool, checkpoint: Any, adapter: str | None, backend: str, trust_remote_code: bool = False
+    ) -> RayJob:
         """Check what can be checked before anything is begun.
 
         Raises:
@@ -258,7 +262,8 @@ class RayJob:
         if parse_uri(backend).folder is not None:
             raise UsageError(f"'{backend}' is a folder that one process can open; Ray's workers need a server")
         folder = Path(checkpoint).expanduser()
-        return cls(pool, str(folder.absolute()) if folder.exists() else str(checkpoint), adapter)
+        path = str(folder.absolute()) if folder.exists() else str(checkpoint)
+        return cls(pool, path, adapter, trust_remote_code)
 
     def to_json(self) -> str:
         """As the builder's command line has it."""

@@ -44,6 +44,8 @@ class Order:
     batch_tokens: int | None
     #: name -> content of the files that say which collection the vectors are in
     vectors: dict[str, bytes]
+    #: Python code that comes with the model may be run
+    trust_remote_code: bool = False
 
 
 class Attempts:
@@ -113,7 +115,9 @@ class Worker:
 
         order = self._order
         torch.set_num_threads(order.threads)
-        self._encoder = Encoder.load(order.checkpoint, order.adapter, device=order.device, precision=order.precision)
+        options: dict[str, Any] = {"device": order.device, "precision": order.precision}
+        options["trust_remote_code"] = order.trust_remote_code
+        self._encoder = Encoder.load(order.checkpoint, order.adapter, **options)
         if self._encoder.fingerprint != order.fingerprint:
             raise CheckpointError(
                 f"'{order.checkpoint}' is another encoder here than where the build was started (fingerprint "

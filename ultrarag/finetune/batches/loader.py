@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from ultrarag.encoder import in_background, pad, read_pairs, tokenize
+from ultrarag.encoder import in_background, pad, render_pairs, tokenize
 from ultrarag.finetune.batches.plan import AnyPlan, Batch
 from ultrarag.hookspecs import Features
 from ultrarag.types import KINDS, EncoderSettings, Kind
@@ -144,21 +144,15 @@ class PairCollator:
         )
 
     def _features(self, batch: Batch) -> Features:
-        settings = self.encoder.settings
-        asks = settings.prompt is not None
-        instructions = [None] * len(batch.queries) if asks else batch.prompts
-        queries = [settings.render(t, "query", p) for t, p in zip(batch.queries, instructions, strict=True)]
         lengths = self.lengths
-        limits: dict[str, Any] = {"passage_max_length": lengths.passage} if lengths.passage else {}
-        if asks:
-            limits["prompts"] = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
-        tokens = read_pairs(
+        tokens = render_pairs(
             self.encoder,
-            [query for query in queries for _ in range(batch.group_size)],
-            [settings.render(text, "passage") for text in batch.passages],
+            [query for query in batch.queries for _ in range(batch.group_size)],
+            batch.passages,
+            [prompt for prompt in batch.prompts for _ in range(batch.group_size)],
             lengths.query,
             lengths.pair,
-            **limits,
+            **({"passage_max_length": lengths.passage} if lengths.passage else {}),
         )
         return self.encoder.features(tokens, multiple_of=self.pad_to_multiple_of)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ _OWN = {
 _RUN = {
     flag.name: flag
     for flag in (
-        Flag("adapter", "str", None, "The kind of model, such as bgem3.", "Run", metavar="NAME"),
+        Flag("adapter", "str", None, "The kind of model; default: what its files say.", "Run", metavar="NAME"),
         Flag(
             "output_dir",
             "str",
@@ -85,6 +85,10 @@ _RUN = {
         Flag("logging_dir", "str", None, "TensorBoard's directory.", "Run", optional=True, metavar="DIR"),
     )
 }
+
+
+#: From the settings given, by the names of flags: an adapter, and its own defaults.
+Choose = Callable[[Mapping[str, Any]], tuple[str, Mapping[str, Any]]]
 
 
 @dataclass
@@ -132,7 +136,10 @@ class FinetuneArguments:
 
 
 def parse_command_line(
-    argv: Sequence[str], adapter: str | None, defaults: Mapping[str, Any] | None = None
+    argv: Sequence[str],
+    adapter: str | None,
+    defaults: Mapping[str, Any] | None = None,
+    choose: Choose | None = None,
 ) -> FinetuneArguments:
     """Return the settings that `argv` (without the program's name) asks for; `--help` prints and exits with 0.
 
@@ -140,6 +147,7 @@ def parse_command_line(
         argv: the words of the command line.
         adapter: the adapter's name where the command fixes it; None: `--adapter` names it.
         defaults: the adapter's own defaults, by the names of flags.
+        choose: finds the adapter where none is named.
 
     Raises:
         UsageError: for a flag that is unknown (names the nearest), given twice, or has an unusable value.
@@ -148,16 +156,17 @@ def parse_command_line(
     known = with_defaults(flags, defaults or {})
     old = old_flags(known)
     everything = {**known, **{name: item.flag for name, item in old.items()}}
-    given = read_command_line(argv, everything, program_name(adapter))
-    return _assemble(given, adapter, defaults or {}, flags)
+    given = read_command_line(argv, everything, program_name())
+    return _assemble(given, adapter, defaults or {}, flags, choose)
 
 
 def from_keywords(
     model: str | os.PathLike[str],
     train_data: Any,
     output_dir: str | os.PathLike[str],
-    adapter: str,
+    adapter: str | None,
     defaults: Mapping[str, Any] | None = None,
+    choose: Choose | None = None,
     **arguments: Any,
 ) -> FinetuneArguments:
     """Return the settings that the keywords of `finetune()` ask for.
@@ -166,8 +175,9 @@ def from_keywords(
         model: a directory, or a name on the Hub.
         train_data: a path, a list of paths, or a list of rows (dicts, kept as they are).
         output_dir: where the finished model goes.
-        adapter: the adapter's name.
+        adapter: the adapter's name; None: `choose` finds it.
         defaults: the adapter's own defaults, by the names of flags.
+        choose: finds the adapter where none is named.
         arguments: anything that the command line has, under the same names.
 
     Raises:
@@ -181,7 +191,7 @@ def from_keywords(
     twice = [item.spelling for item in given if item.spelling in named and item.spelling in arguments]
     if twice:
         raise UsageError(f"{twice[0]} is given twice")
-    return _assemble({item.spelling: item for item in given}, adapter, defaults or {}, flags)
+    return _assemble({item.spelling: item for item in given}, adapter, defaults or {}, flags, choose)
 
 
 def _settings() -> dict[str, Flag]:
@@ -193,27 +203,33 @@ def _settings() -> dict[str, Flag]:
 
 
 def _assemble(
-    given: Mapping[str, Given], adapter: str | None, defaults: Mapping[str, Any], flags: Mapping[str, Flag]
+    given: Mapping[str, Given],
+    adapter: str | None,
+    defaults: Mapping[str, Any],
+    flags: Mapping[str, Flag],
+    choose: Choose | None,
 ) -> FinetuneArguments:
-    refuse_unknown(defaults, flags, f"the default of adapter '{adapter}' for")
     notes: list[str] = []
     chosen = translated(given, flags, notes)
+    if choose and not adapter and not chosen.get("adapter") and chosen.get("model_name_or_path"):
+        adapter, defaults = choose(chosen)
+    refuse_unknown(defaults, flags, f"the default of adapter '{adapter}' for")
     values = {
         name: flags[name].read(value, f"the default of adapter '{adapter}' for {name}")
         for name, value in defaults.items()
     }
     values.update(chosen)
-    return _bundle(values, _the_adapter(adapter, values.pop("adapter", None)), notes)
+    return _bundle(values, _the_adapter(adapter, values.pop("adapter", None), values.get("model_name_or_path")), notes)
 
 
-def _the_adapter(fixed: str | None, named: str | None) -> str:
+def _the_adapter(fixed: str | None, named: str | None, model: object) -> str:
     if fixed and named and fixed != named:
         raise UsageError(
             f"this command trains adapter '{fixed}'; for '{named}' use ultrarag.finetune --adapter {named}"
         )
-    if not (fixed or named):
+    if not (fixed or named) and model:
         raise UsageError("--adapter is required: the kind of model, such as bgem3")
-    return str(fixed or named)
+    return str(fixed or named or "")  # without a model, which is the first thing to name
 
 
 def _bundle(values: dict[str, Any], adapter: str, notes: list[str]) -> FinetuneArguments:
@@ -366,7 +382,7 @@ def _refuse_for_pairs(arguments: FinetuneArguments) -> None:
 
 def _refuse_without_pairs(arguments: FinetuneArguments) -> None:
     """Refuse flags that only a cross-encoder can follow."""
-    for name in ("max_len", "sep_token"):
+    for name in ("max_len", "sep_token", "prompt"):
         if getattr(arguments.data, name) is not None:
             raise UsageError(
                 f"--{name} is for rerankers, and '{arguments.adapter}' encodes query and passage by themselves: "

@@ -189,9 +189,9 @@ def with_defaults(flags: Mapping[str, Flag], defaults: Mapping[str, Any]) -> dic
     }
 
 
-def program_name(adapter: str | None) -> str:
+def program_name() -> str:
     """Return how the running command was called, for its help."""
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     if module is not None and module.name.startswith("ultrarag.finetune"):
-        return f"python -m {module.name.removesuffix('.__main__')}" + ("" if adapter else " --adapter NAME")
+        return f"python -m {module.name.removesuffix('.__main__')}"
     return os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "ultrarag"

@@ -133,6 +133,11 @@ class DataArguments:
         "Rerankers that are language models: what stands between query, passage and prompt.",
         shown_default="what the model was trained with: a line break",
     )
+    prompt: str | None = flag(
+        None,
+        "Rerankers that are language models: the question or instruction put to the model, where a row has none.",
+        shown_default="the model's own",
+    )
     pad_to_multiple_of: int | None = flag(None, "Pad the batch's length up to a multiple of this.")
     max_example_num_per_dataset: int = flag(100_000_000, "Use at most this many rows of each dataset.")
     query_instruction_for_retrieval: str | None = flag(None, "Instruction put before every query.")
@@ -167,8 +172,9 @@ class DataArguments:
             _at_least(self, name, 1)
         _at_least(self, "pad_to_multiple_of", 1)
         _at_least(self, "max_len", 8)
-        if self.sep_token is not None:
-            self.sep_token = self.sep_token.replace("\\n", "\n")
+        for name in ("sep_token", "prompt"):
+            if (text := getattr(self, name)) is not None:
+                setattr(self, name, text.replace("\\n", "\n"))
         for name in ("small_threshold", "drop_threshold"):
             _at_least(self, name, 0)
         if not 0 <= self.shuffle_ratio <= 1:

@@ -7,14 +7,13 @@ a query's positive, and a group that a teacher has scored is never hidden either
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ultrarag.checkpoint import probe_vectors, read_manifest
-from ultrarag.encoder import Encoder
+from ultrarag.checkpoint import probe_vectors
+from ultrarag.encoder import Encoder, find_adapter
 from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import Batch, Collator
 from ultrarag.finetune.flags import DataArguments, FalseNegativeArguments
@@ -109,9 +108,9 @@ class FalseNegatives:
         _check_honoured(encoder.adapter, encoder, heads)
         if asked.guide_model is None:
             return cls(asked)
-        adapter = asked.guide_adapter or _guide_adapter(asked.guide_model, encoder.adapter.name)
-        chunk_texts = arguments.model.chunk_texts
-        return cls(asked, Guide.load(asked.guide_model, adapter, arguments.data, encoder.device, chunk_texts))
+        adapter = asked.guide_adapter or find_adapter(asked.guide_model, usual=encoder.adapter.name)
+        trusted, chunk_texts = arguments.model.trust_remote_code, arguments.model.chunk_texts
+        return cls(asked, Guide.load(asked.guide_model, adapter, arguments.data, encoder.device, chunk_texts, trusted))
 
     def features(self, batch: Batch) -> dict[str, Any]:
         """What the mask needs of a batch's texts."""
@@ -191,17 +190,18 @@ class Guide:
         data: DataArguments,
         device: torch.device,
         chunk_texts: int | None = None,
+        trust_remote_code: bool = False,
     ) -> Guide:
         """Load the model at `path`.
 
         Args:
-            adapter: None: the one in its manifest.
+            adapter: None: see `Encoder.load`.
             data: the run's lengths of a query and of a passage; the guide reads as much of that as it can.
 
         Raises:
             UsageError: it gives no vectors.
         """
-        encoder = Encoder.load(path, adapter, device=device)
+        encoder = Encoder.load(path, adapter, device=device, trust_remote_code=trust_remote_code)
         if encoder.adapter.declared.pair_input:
             raise UsageError(
                 f"--guide_model {path}: {encoder.adapter.describe()} reads pairs and gives no vectors; a guide must be "
@@ -234,9 +234,3 @@ class Guide:
             for part in split(features, self.chunk_texts)
         ]
         return Embeddings.cat(parts)
-
-
-def _guide_adapter(path: str, otherwise: str) -> str | None:
-    """The adapter of a guide that names none: None where its manifest says it, else that of the trained model."""
-    folder = Path(path).expanduser()
-    return None if folder.is_dir() and read_manifest(folder) else otherwise

@@ -111,7 +111,7 @@ def _load_options(arguments: FinetuneArguments) -> LoadOptions:
 
 
 def _set_up_pairs(encoder: Encoder, data: DataArguments, note: Callable[[str], None]) -> None:
-    """Check the lengths of pairs, and set what separates their texts."""
+    """Check the lengths of pairs, and set what stands between their texts and is asked of them."""
     lengths = PairLengths.of(data)
     encoder.max_length("passage", lengths.pair)
     if data.max_len is not None:
@@ -124,6 +124,11 @@ def _set_up_pairs(encoder: Encoder, data: DataArguments, note: Callable[[str], N
             note("sep_token has no effect: the tokenizer of this model has a separator of its own")
         else:
             encoder.settings.separator = data.sep_token
+    if data.prompt is not None:
+        if encoder.settings.prompt is None:
+            note("prompt has no effect: this model is no language model, and reads query and passage alone")
+        else:
+            encoder.settings.prompt = data.prompt
 
 
 def choose_heads(encoder: Encoder, unified: bool) -> tuple[str, ...]:

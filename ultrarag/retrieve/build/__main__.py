@@ -20,7 +20,7 @@ from ultrarag.errors import IndexStateError
 from ultrarag.io import print_error, print_result, read_owner, run_command
 from ultrarag.retrieve.build.origin import origin_of
 from ultrarag.retrieve.command import built, share_flags
-from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, Source, inherited_adapter
+from ultrarag.retrieve.generation import Catalog, IndexLayout, Progress, Source, generation_adapter
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages import Store
 
@@ -34,6 +34,7 @@ def encode_share(
     device: str,
     backend: str | None = None,
     share: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> int:
     """Encode this rank's blocks that have no file yet, and return the number of passages."""
     from ultrarag.encoder import Encoder
@@ -41,8 +42,9 @@ def encode_share(
     store = Store.open(root, read_only=True)
     try:
         live = Catalog(store).live()
-        adapter, precision = adapter or inherited_adapter(checkpoint, IndexLayout(root), live), live.precision
-        encoder = Encoder.load(checkpoint, adapter, device=device, precision=precision)
+        adapter, precision = adapter or generation_adapter(checkpoint, IndexLayout(root), live), live.precision
+        options: dict[str, Any] = {"device": device, "precision": precision, "trust_remote_code": trust_remote_code}
+        encoder = Encoder.load(checkpoint, adapter, **options)
         catalog = Catalog(store)
         origin, chosen = origin_of(IndexLayout(root), catalog, Source(encoder), backend, heads, share)
         if origin.vectors_of is not None or origin.mapped_from is not None:
@@ -108,13 +110,14 @@ def _run(asked: argparse.Namespace, rank: Rank) -> dict[str, Any] | None:
     if not root.is_dir():
         raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
     device = asked.device or rank.device()
-    wanted = (asked.adapter, asked.heads, device, asked.backend, asked.share)
+    wanted = (asked.adapter, asked.heads, device, asked.backend, asked.share, asked.trust_remote_code)
     count = encode_share(root, asked.checkpoint, rank, *wanted)
     print_error(f"rank {rank.number} of {rank.world}: {count} passages encoded")
     rank.wait()
     if rank.number:
         return None
-    wishes = {name: getattr(asked, name) for name in ("adapter", "heads", "backend", "threads", "share")}
+    names = ("adapter", "heads", "backend", "threads", "share", "trust_remote_code")
+    wishes = {name: getattr(asked, name) for name in names}
     return join(root, asked.checkpoint, device, **wishes)
 
 
@@ -129,8 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter",
         metavar="NAME",
-        help="the kind of model; default: what the checkpoint says, else the live generation's",
+        help="the kind of model; default: what the checkpoint says",
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--heads", type=lambda text: tuple(text.split(",")), metavar="A,B", help="default: all")
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--device", help="default: the GPU of the process's local rank, or the CPU")

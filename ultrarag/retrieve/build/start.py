@@ -27,8 +27,7 @@ from ultrarag.retrieve.generation import (
     Progress,
     Source,
     Unencoded,
-    inherited_adapter,
-    inherited_source,
+    find_source,
     prepare,
     publish,
 )
@@ -55,6 +54,7 @@ def build_generation(
     ray: RayPool | None = None,
     share: bool | None = None,
     bridge: BridgeTerms | None = None,
+    trust_remote_code: bool = False,
 ) -> Generation:
     """Build, or go on building, a generation of an open index; see `LiveIndex.build`."""
     if not core.building.acquire(blocking=False):
@@ -62,8 +62,10 @@ def build_generation(
     try:
         with core.leading():
             live = core.live.generation
-            source = _source(core.layout, live, checkpoint, adapter)
-            job = RayJob.of(ray, checkpoint, source.adapter, backend or live.backend) if ray else None
+            source = find_source(checkpoint, adapter, core.layout, live, trust_remote_code)
+            job = None
+            if ray:
+                job = RayJob.of(ray, checkpoint, source.adapter, backend or live.backend, source.trust_remote_code)
             generation = _prepared(core, source, backend, heads, share)
             if core.serving.generation.id != generation.id:
                 drop(core)  # a bridge to a generation that was given up for this one
@@ -91,16 +93,6 @@ def build_generation(
     finally:
         core.builder = None
         core.building.release()
-
-
-def _source(
-    layout: IndexLayout, live: Generation, checkpoint: str | os.PathLike[str] | Encoder, adapter: str | None
-) -> Source:
-    """The encoder to build with; a folder that does not name its adapter is read with the live generation's."""
-    inherited = None if adapter else inherited_adapter(checkpoint, layout, live)
-    if inherited is None or not isinstance(checkpoint, str | os.PathLike):
-        return Source(checkpoint, adapter, live.precision)
-    return inherited_source(checkpoint, inherited, live)
 
 
 def end_build(core: Core) -> None:

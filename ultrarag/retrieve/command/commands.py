@@ -34,7 +34,12 @@ def create(arguments: argparse.Namespace) -> None:
 
     lengths = {name: getattr(arguments, name) for name in ("query_max_length", "passage_max_length")}
     encoder = Encoder.load(
-        arguments.model, arguments.adapter, device=arguments.device, precision=arguments.precision, **lengths
+        arguments.model,
+        arguments.adapter,
+        device=arguments.device,
+        precision=arguments.precision,
+        trust_remote_code=arguments.trust_remote_code,
+        **lengths,
     )
     chosen = {"backend": arguments.backend, "heads": arguments.heads, "bm25": not arguments.no_bm25}
     chosen |= {"uri": arguments.uri, "checkpoints": arguments.checkpoints}
@@ -118,7 +123,8 @@ def status(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace) -> None:
     """Build a generation."""
-    wishes = {name: getattr(arguments, name) for name in ("adapter", "backend", "heads", "threads", "share")}
+    names = ("adapter", "backend", "heads", "threads", "share", "trust_remote_code")
+    wishes = {name: getattr(arguments, name) for name in names}
     ray = _ray_pool(arguments)  # before the index is opened, which may take a while
     terms = None
     if arguments.bridge:

@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder, or name on the Hub")
-    parser.add_argument("--adapter", metavar="NAME", help="the kind of model; not needed for a checkpoint of ours")
+    parser.add_argument("--adapter", metavar="NAME", help="the kind of model; default: what the folder says")
+    _trust(parser)
     parser.add_argument("--heads", type=_names, metavar="A,B", help="the heads to store; default: all of the model's")
     parser.add_argument(
         "--backend", help="the vector engine: qdrant-edge, numpy, or a server: qdrant://HOST:6333, milvus://HOST:19530"
@@ -119,8 +120,9 @@ def _build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="NAME",
-        help="the kind of model; default: what the checkpoint says, else the live generation's",
+        help="the kind of model; default: what the checkpoint says",
     )
+    _trust(parser)
     parser.add_argument("--heads", type=_names, metavar="A,B", help="the heads to store; default: all of the model's")
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--threads", type=int, metavar="N", help="of the builder; default: half of the cores")
@@ -231,6 +233,10 @@ def _fusion_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fusion", choices=["weighted", "rrf"], help="weighted sum, or reciprocal rank fusion")
     parser.add_argument("--normalize", choices=["minmax", "raw"], help="of each head's scores before they are weighted")
+
+
+def _trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
 
 
 def _device(parser: argparse.ArgumentParser) -> None:

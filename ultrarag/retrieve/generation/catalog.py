@@ -128,6 +128,11 @@ class IndexLayout:
         return directory / "checkpoint"
 
     @staticmethod
+    def consent(directory: Path) -> Path:
+        """The record that code which comes with the encoder may be run, and which; only where there is such code."""
+        return directory / "consent.json"
+
+    @staticmethod
     def vectors(directory: Path) -> Path:
         """The vector engine's directory."""
         return directory / "vectors"

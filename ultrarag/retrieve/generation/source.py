@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,23 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrarag.checkpoint import MANIFEST, Identity, Manifest, copy_checkpoint, local_folder, read_manifest
+from ultrarag.claims import ModelFolder
 from ultrarag.encode import Encode, Encoded
 from ultrarag.encoder import Cuts
-from ultrarag.errors import CheckpointError, UltraragError, UsageError, did_you_mean
-from ultrarag.io import sync_tree
+from ultrarag.errors import CheckpointError, UsageError, did_you_mean
+from ultrarag.io import sha256_of, sync_tree, write_json
 from ultrarag.retrieve.engines import SCHEMA_FILE, Backend, Schema, create, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Generation, IndexLayout, Progress
 from ultrarag.retrieve.generation.replay import GenerationVectors, Noted
 from ultrarag.retrieve.passages import Store
+from ultrarag.untrusted import code_refused
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
 
-
-#: What a folder looks made for that looks made for nothing else: it says nothing against another adapter.
-USUAL = "bge"
-
-logger = logging.getLogger("ultrarag")
 
 #: The heads that an index can store.
 STORED = ("dense", "sparse", "colbert")
@@ -39,6 +36,10 @@ def stored_heads(available: Sequence[str], wanted: Sequence[str] | None) -> tupl
     Raises:
         UsageError: when the encoder lacks one, or has none (a cross-encoder).
     """
+    if "scores" in available:
+        raise UsageError(
+            "the encoder is a reranker, which scores (query, passage) pairs: an index needs an embedding model"
+        )
     known = tuple(head for head in STORED if head in available)
     if not known:
         raise UsageError(f"the encoder has the heads {', '.join(available)}: none that an index can store")
@@ -51,67 +52,64 @@ def stored_heads(available: Sequence[str], wanted: Sequence[str] | None) -> tupl
     return tuple(head for head in STORED if head in chosen)
 
 
-def inherited_adapter(
-    checkpoint: str | os.PathLike[str] | Encoder, layout: IndexLayout, live: Generation
-) -> str | None:
-    """The live generation's adapter, for a model folder that does not name its own; None for one that does.
+def find_source(
+    checkpoint: str | os.PathLike[str] | Encoder,
+    adapter: str | None,
+    layout: IndexLayout,
+    live: Generation,
+    trust_remote_code: bool = False,
+) -> Source:
+    """The encoder to build a generation with; `adapter` where it is named, else the one that claims the folder.
 
     Raises:
-        UsageError: when the folder looks made for another one; names both.
+        UsageError: no adapter is named, and the one that claims the folder gives no head that the live generation has.
     """
-    if not isinstance(checkpoint, str | os.PathLike):
-        return None
-    folder = local_folder(str(checkpoint))
-    if read_manifest(folder) is not None:
-        return None
-    from ultrarag.encoder import likely_adapter
-
-    held = read_manifest(layout.checkpoint(layout.directory(live.id)))
-    if held is None:
-        return None
-    if (likely := likely_adapter(folder)) not in (held.adapter, USUAL):
-        raise _other_adapter(folder, held.adapter, f"it looks made for '{likely}'")
-    logger.warning(
-        "'%s' has no ultrarag.json: it is read with '%s', the adapter of the live generation", folder, held.adapter
-    )
-    return held.adapter
-
-
-def inherited_source(folder: str | os.PathLike[str], adapter: str, live: Generation) -> Source:
-    """The encoder in a folder, with the live generation's adapter.
-
-    Raises:
-        UsageError: when the adapter cannot load it, or without a head that the live generation has.
-    """
-    try:
-        found = Source(folder, adapter, live.precision)
-    except UltraragError as error:
-        raise _other_adapter(folder, adapter, str(error)) from error
-    if missing := [head for head in live.heads if head not in found.heads]:
-        raise _other_adapter(folder, adapter, f"read so it has no head '{missing[0]}', which the live generation has")
+    name = adapter or generation_adapter(checkpoint, layout, live)
+    found = Source(checkpoint, name, live.precision, trust_remote_code)
+    stored_heads(found.heads, None)
+    if name is not None and adapter is None and (missing := [head for head in live.heads if head not in found.heads]):
+        raise UsageError(
+            f"'{checkpoint}' has no ultrarag.json; read with the adapter '{name}' it has no head '{missing[0]}', which "
+            f"the live generation has: name its adapter (adapter=, --adapter) if that is meant"
+        )
     return found
 
 
-def _other_adapter(folder: str | os.PathLike[str], adapter: str, why: str) -> UsageError:
-    return UsageError(
-        f"'{folder}' has no ultrarag.json, and '{adapter}', the adapter of the live generation, does not fit: {why}; "
-        f"name its adapter (adapter=, --adapter)"
-    )
+def generation_adapter(
+    checkpoint: str | os.PathLike[str] | Encoder, layout: IndexLayout, live: Generation
+) -> str | None:
+    """The adapter of a model folder without a manifest; the live generation's, where several could read it."""
+    if not isinstance(checkpoint, str | os.PathLike) or read_manifest(local_folder(str(checkpoint))) is not None:
+        return None
+    from ultrarag.encoder import find_adapter
+
+    held = read_manifest(layout.checkpoint(layout.directory(live.id)))
+    return find_adapter(checkpoint, usual=held.adapter if held else None)
 
 
 class Source:
     """The encoder that a generation is to have: a checkpoint of ours, or one that is loaded."""
 
     def __init__(
-        self, checkpoint: str | os.PathLike[str] | Encoder, adapter: str | None = None, precision: str = "fp32"
+        self,
+        checkpoint: str | os.PathLike[str] | Encoder,
+        adapter: str | None = None,
+        precision: str = "fp32",
+        trust_remote_code: bool = False,
     ) -> None:
-        """Read a checkpoint's manifest; `precision` is for one that is not loaded."""
+        """Read a checkpoint's manifest; `precision` and `trust_remote_code` are for one that is not loaded.
+
+        Raises:
+            UsageError: it is run by code that comes with it, and that was not allowed.
+        """
         self._folder: Path | None = None
         self._encoder: Encoder | None = None
         self._manifest: Manifest | None = None
         #: named, where the checkpoint does not name its own
         self.adapter = adapter
         self.precision = precision
+        #: code that comes with the model may be run, by whatever process loads the index's copy
+        self.trust_remote_code = trust_remote_code
         if isinstance(checkpoint, str | os.PathLike):
             self._read(Path(checkpoint).expanduser(), str(checkpoint), adapter)
         else:
@@ -120,15 +118,18 @@ class Source:
     def _read(self, folder: Path, name: str, adapter: str | None) -> None:
         manifest = read_manifest(folder) if folder.is_dir() else None
         if manifest is not None and manifest.fingerprint and adapter in (None, manifest.adapter):
+            if manifest.remote_code and not self.trust_remote_code:
+                raise code_refused(folder)
             self._folder, self._manifest = folder, manifest
             self.fingerprint, self.heads = manifest.fingerprint, manifest.settings.heads
             return
         from ultrarag.encoder import Encoder
 
-        self._take(Encoder.load(name, adapter, precision=self.precision))
+        self._take(Encoder.load(name, adapter, precision=self.precision, trust_remote_code=self.trust_remote_code))
 
     def _take(self, encoder: Encoder) -> None:
         self._encoder, self.precision = encoder, encoder.precision
+        self.adapter, self.trust_remote_code = encoder.adapter.name, encoder.trust_remote_code
         self.fingerprint, self.heads = encoder.fingerprint, encoder.heads
 
     @cached_property
@@ -163,8 +164,13 @@ def prepare(layout: IndexLayout, generation: Generation, source: Source) -> None
     directory = layout.directory(generation.id)
     directory.mkdir(parents=True, exist_ok=True)
     copy = layout.checkpoint(directory)
-    if copy.exists():
-        return
+    if not copy.exists():
+        _save(source, copy, generation)
+    if source.trust_remote_code and not layout.consent(directory).exists():
+        record_consent(directory)
+
+
+def _save(source: Source, copy: Path, generation: Generation) -> None:
     fingerprint = source.save(copy)
     if fingerprint != generation.fingerprint:
         shutil.rmtree(copy)
@@ -174,12 +180,47 @@ def prepare(layout: IndexLayout, generation: Generation, source: Source) -> None
         )
 
 
+def record_consent(directory: Path) -> None:
+    """Write down that the code in a generation's copy of its checkpoint may be run, as it is now."""
+    folder = IndexLayout.checkpoint(directory)
+    if ModelFolder(folder).code:
+        write_json(IndexLayout.consent(directory), {"trust_remote_code": True, "code": _code(folder)})
+
+
+def has_consent(directory: Path) -> bool:
+    """Whether code in a generation's copy of its checkpoint may be run.
+
+    Raises:
+        CheckpointError: it is not the code that was consented to.
+    """
+    file = IndexLayout.consent(directory)
+    if not file.is_file():
+        return False
+    try:
+        allowed = json.loads(file.read_text(encoding="utf-8"))["code"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    folder = IndexLayout.checkpoint(directory)
+    if _code(folder) != allowed:
+        raise CheckpointError(
+            f"the Python code in {folder} is not what was allowed to run when the encoder came into the index: restore "
+            "the folder from a copy, or build a new generation"
+        )
+    return True
+
+
+def _code(folder: Path) -> dict[str, str]:
+    """The checksums of the Python files in a folder, by name."""
+    return {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*.py"))}
+
+
 def load_encoder(directory: Path, generation: Generation, device: str | None = None) -> Encoder:
     """Load a generation's own copy of its encoder; CheckpointError when it is not the one it was."""
     from ultrarag.encoder import Encoder
 
     folder = IndexLayout.checkpoint(directory)
-    encoder = Encoder.load(folder, device=device, precision=generation.precision)
+    trusted = has_consent(directory)
+    encoder = Encoder.load(folder, device=device, precision=generation.precision, trust_remote_code=trusted)
     if encoder.fingerprint != generation.fingerprint:
         raise CheckpointError(
             f"{folder} is not the encoder of generation {generation.id} any more (fingerprint "

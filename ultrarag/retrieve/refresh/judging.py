@@ -109,6 +109,7 @@ def compare_encoders(
     precision: str,
     device: str | None,
     ignore_identical_ids: bool = False,
+    trust_remote_code: bool = False,
 ) -> Verdict:
     """Search the questions' own corpus with both checkpoints, exactly: with the dense head, or the first there is."""
     from ultrarag.encoder import Encoder
@@ -116,10 +117,11 @@ def compare_encoders(
 
     assert asked.corpus is not None
     names = list(dict.fromkeys((metric, *DEFAULT_METRICS)))
+    options: dict[str, Any] = {"device": device, "precision": precision, "trust_remote_code": trust_remote_code}
     evaluator = Evaluator(asked.corpus, asked.queries, asked.qrels, ignore_identical_ids=ignore_identical_ids)
     before, after = (
         evaluator.evaluate(encoder, encoder.heads, names)
-        for encoder in (Encoder.load(folder, device=device, precision=precision) for folder in (old, new))
+        for encoder in (Encoder.load(folder, **options) for folder in (old, new))
     )
     return Verdict.of(metric, before, after)
 

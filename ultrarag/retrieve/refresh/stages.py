@@ -285,7 +285,8 @@ class _Refresh:
         """Load a checkpoint as the live one is loaded."""
         from ultrarag.encoder import Encoder
 
-        return Encoder.load(folder, device=self.core.device, precision=self.parent.precision)
+        options: dict[str, Any] = {"device": self.core.device, "precision": self.parent.precision}
+        return Encoder.load(folder, **options, trust_remote_code=self._trusted)
 
     def texts(self, ids: Sequence[str]) -> dict[str, str]:
         """The contents of passages of the index."""
@@ -300,7 +301,10 @@ class _Refresh:
         if self.state.generation is not None and self._generation().state != "retired":
             return
         with self._timed("build"):
-            self.state.generation = build_generation(self.core, self.output, bridge=self._bridge_terms()).id
+            built = build_generation(
+                self.core, self.output, trust_remote_code=self._trusted, bridge=self._bridge_terms()
+            )
+            self.state.generation = built.id
         self.save()
 
     def _bridge_terms(self) -> BridgeTerms | None:
@@ -341,9 +345,13 @@ class _Refresh:
     def _compare_encoders(self, asked: Questions) -> Verdict:
         precision, device = self.parent.precision, self.core.device
         ignore = bool(self.search.get("ignore_identical_ids", False))
-        return compare_encoders(
-            Path(self._parent_checkpoint()), self.output, asked, self.terms.metric, precision, device, ignore
-        )
+        folders = Path(self._parent_checkpoint()), self.output
+        return compare_encoders(*folders, asked, self.terms.metric, precision, device, ignore, self._trusted)
+
+    @property
+    def _trusted(self) -> bool:
+        """Whether code that comes with the live encoder, and so with the one trained from it, may be run."""
+        return self.core.live.encoder.trust_remote_code
 
     def _note(self, verdict: Verdict) -> None:
         """Keep what was measured before the flip: after a crash behind it, the old side can no longer be asked."""
@@ -462,7 +470,7 @@ class _Refresh:
         """The arguments given, and ours."""
         from ultrarag.finetune import UNMERGED, checkpoints_in
 
-        given = dict(self.arguments)
+        given = {**({"trust_remote_code": True} if self._trusted else {}), **self.arguments}
         if rung == FULL and steps is None:
             if self.eval_data is not None:
                 held_out = self.eval_data
