@@ -9,7 +9,7 @@ ARGS ?=
 .PHONY: help demo test lint bench venv
 
 help:
-	@echo "make demo    index Python's documentation, fine-tune a small model on it, swap it in while it answers (four minutes)"
+	@echo "make demo    index Python's documentation, fine-tune a small model on it, swap it in while it answers (two minutes)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   measure speed, memory and quality"

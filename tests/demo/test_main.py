@@ -21,7 +21,7 @@ def few_pairs(monkeypatch):
 
 def test_the_demo_shows_the_whole_journey(few_pairs, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(demo.TRAINING, "per_device_train_batch_size", 4)
-    demo.run_demo(tmp_path, demo.small_model(), pairs=10, held_out=3)
+    demo.run_demo(tmp_path, demo.small_model(), pairs=10, held_out=3, effort="full")
     out, err = capsys.readouterr()
     rows = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines() if "@10  " in line}
     assert rows["dense", "nDCG@10"] == rows["hybrid", "nDCG@10"] == ["1.000", "1.000", "+0.000"]

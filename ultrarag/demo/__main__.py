@@ -20,6 +20,7 @@ from ultrarag.errors import UsageError
 from ultrarag.evaluation import Collection, read_beir, significance
 from ultrarag.io import print_error, run_command, visible
 from ultrarag.packages import install
+from ultrarag.retrieve.refresh import EFFORTS
 
 if TYPE_CHECKING:
     from ultrarag.retrieve import Evaluation, LiveIndex, RefreshReport
@@ -62,12 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--uri",
         help="keep the index in a server: qdrant://HOST:6333/NAME, milvus://HOST:19530/NAME (default: in the folder)",
     )
+    parser.add_argument(
+        "--effort", default="auto", choices=EFFORTS, help="what learns: see docs/refresh.md (default: %(default)s)"
+    )
     return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
     with _without_notes_of_cut_texts():
-        run_demo(args.output, small_model(), uri=args.uri)
+        run_demo(args.output, small_model(), uri=args.uri, effort=args.effort)
 
 
 @contextmanager
@@ -82,7 +86,14 @@ def _without_notes_of_cut_texts() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def run_demo(output: Path, model: str | Path, pairs: int = 1500, held_out: int = 300, uri: str | None = None) -> None:
+def run_demo(
+    output: Path,
+    model: str | Path,
+    pairs: int = 1500,
+    held_out: int = 300,
+    uri: str | None = None,
+    effort: str = "auto",
+) -> None:
     """Index, search, refresh under searches, compare, roll back; print what came of it.
 
     Raises:
@@ -96,14 +107,16 @@ def run_demo(output: Path, model: str | Path, pairs: int = 1500, held_out: int =
     with create_index(output / "index", model, task, uri) as live:
         say(f"searching for {data.held_out} held-out queries, before")
         before = search(live, task)
-        say(f"refreshing: fine-tuning on {data.train} other pairs, while a thread keeps searching")
-        report, visitor = refresh(live, data, task, output / "checkpoint")
+        say(f"refreshing: learning from {data.train} other pairs, while a thread keeps searching")
+        report, visitor = refresh(live, data, task, output / "checkpoint", effort)
         say("searching again, rolling back, and searching once more")
         after = search(live, task)
         rollback = live.rollback()
         restored = search(live, task) == before
         say("done")
         show(task, before, after, visitor)
+        for step in report.ladder:
+            print(f"\nRung {step['rung']}, {step['seconds']:.0f} s: {step['decision']}")
         print(
             f"\nRolled back to generation {rollback.new.id}: every hit and score is "
             f"{'as it was before' if restored else 'NOT as it was before'}."
@@ -141,12 +154,15 @@ def search(live: LiveIndex, task: Collection) -> Evaluations:
     return {name: live.evaluate(task.queries, task.qrels, **options) for name, options in SEARCHES.items()}
 
 
-def refresh(live: LiveIndex, data: DemoData, task: Collection, output: Path) -> tuple[RefreshReport, Visitor]:
-    """Fine-tune for one epoch, build, gate on the held-out queries and swap, with a visitor who searches throughout."""
+def refresh(
+    live: LiveIndex, data: DemoData, task: Collection, output: Path, effort: str
+) -> tuple[RefreshReport, Visitor]:
+    """Learn, build, gate on the held-out queries and swap, with a visitor who searches throughout."""
     options: dict[str, Any] = {"cache_path": str(output.parent / "cache"), "overwrite_output_dir": True, **TRAINING}
     with Visitor(live, list(task.queries.values()), SEARCHES["hybrid"]) as visitor:
         gate = (task.queries, task.qrels)
-        report = live.refresh(str(data.train_file), output_dir=output, gate=gate, search=SEARCHES["dense"], **options)
+        options |= {"gate": gate, "search": SEARCHES["dense"], "effort": effort}
+        report = live.refresh(str(data.train_file), output_dir=output, **options)
     return report, visitor
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ultrarag.encode import CorpusVectors
-from ultrarag.errors import UsageError
+from ultrarag.errors import TrainingError, UsageError
 from ultrarag.maps import LinearMap
 from ultrarag.retrieve.refresh.judging import Questions
-from ultrarag.retrieve.refresh.ladder import Comparison, Guard, Judge, Step, checked_effort, climb
+from ultrarag.retrieve.refresh.ladder import EFFORTS, Comparison, Guard, Judge, Step, checked_effort, climb
 
 DIM, PASSAGES = 8, 60
 
@@ -134,6 +134,20 @@ def test_a_rung_that_forgets_the_guard_is_passed_over(corpus, asked, tmp_path) -
     assert "the guard falls" in steps[0].decision
 
 
+def test_a_rung_that_cannot_be_trained_is_passed_over(corpus, asked, tmp_path) -> None:
+    class Refusing(Work):
+        def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
+            if rung != "query":
+                raise TrainingError("the map gains nothing")
+            return super().train(rung, folder, steps)
+
+    steps: list[Step] = []
+    found = climb(Refusing(corpus, {"query": 0.2}), steps, tmp_path, judge_of(corpus, asked), None)
+    assert found.rung == "query"
+    assert steps[0].decision == "passed over: it cannot be trained: the map gains nothing"
+    assert "passage-map cannot be trained: the map gains nothing" in found.decision
+
+
 def test_what_was_tried_before_a_crash_is_not_tried_again(corpus, asked, tmp_path) -> None:
     noise = {"query-map": 2.0, "query": 0.2, "passage-map-pilot": 0.2}
     first, steps = Work(corpus, noise), []
@@ -154,3 +168,11 @@ def test_an_unknown_effort_is_refused() -> None:
 def test_a_comparison_is_of_the_queries_that_both_have() -> None:
     found = Comparison.of("m", {"a": 0.0, "b": 0.5}, {"b": 1.0})
     assert (found.old, found.new, found.change["queries"]) == (0.5, 1.0, 1)
+
+
+def test_the_command_line_knows_the_same_efforts(capsys) -> None:
+    from ultrarag.retrieve.command.parser import main
+
+    with pytest.raises(SystemExit):
+        main(["refresh", "--help"])
+    assert f"--effort {{{','.join(EFFORTS)}}}" in " ".join(capsys.readouterr().out.split())

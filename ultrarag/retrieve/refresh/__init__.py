@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.retrieve.refresh.ladder import EFFORTS
     from ultrarag.retrieve.refresh.report import RefreshReport
     from ultrarag.retrieve.refresh.stages import RefreshTerms, refresh
 else:

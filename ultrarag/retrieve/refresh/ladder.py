@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.errors import TrainingError, UsageError, did_you_mean
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Significance, deepest, evaluate_run, significance
 from ultrarag.maps import apply_chain
 from ultrarag.retrieve.refresh.judging import Questions
@@ -282,7 +282,13 @@ def climb(work: Climber, steps: list[Step], folder: Path, judge: Judge, guard: G
 
 def _try(work: Climber, name: str, folder: Path, judge: Judge, guard: Guard | None) -> Step:
     started = time.monotonic()
-    trained = work.train(name, folder, None)
+    try:
+        trained = work.train(name, folder, None)
+    except (TrainingError, UsageError) as error:  # such as a map that gains nothing on held-out documents
+        if name == FULL:
+            raise
+        seconds = time.monotonic() - started
+        return Step(name, {}, None, None, True, seconds, 0, decision=f"passed over: it cannot be trained: {error}")
     if name == FULL:
         return Step(name, trained, None, None, True, time.monotonic() - started, 0)
     encoder = work.load(folder)
@@ -306,7 +312,12 @@ def _decide(work: Climber, step: Step, steps: Sequence[Step], above: Sequence[st
     elif earlier and not Comparison.of(judge.metric, earlier[-1].values, step.values).better:
         step.decision = f"passed over: not significantly better than {earlier[-1].rung}, which is cheaper"
     else:
-        step.promise = _pilot(work, step, above[0], folder, judge)
+        try:
+            step.promise = _pilot(work, step, above[0], folder, judge)
+        except (TrainingError, UsageError) as error:
+            step.taken = True
+            step.decision = f"taken: {step.gain}; {above[0]} cannot be trained: {error}"
+            return
         if not step.promise.better:
             step.taken = True
             step.decision = f"taken: {step.gain}; a pilot of {above[0]} promises no more: {step.promise}"

@@ -186,6 +186,12 @@ class _Refresh:
 
         overlap = looked_for(leak_checks(self.asked, self.core.store), read_data(self.settings))
         refuse_shared(overlap, self.settings)
+        if self.effort == AUTO and overlap.too_much and "shared_eval_data" not in self.arguments:
+            raise DataError(
+                f"effort='auto' is chosen by the held-out queries, and these promise what no new query sees, for "
+                f"training shares their documents: {overlap}. Hold out by document (ultrarag data split), or name an "
+                f"effort (shared_eval_data='warn' goes on all the same)"
+            )
         if overlap.too_much:
             logger.warning("training and evaluation are not apart: %s", overlap)
         return overlap.to_dict()
@@ -279,7 +285,7 @@ class _Refresh:
         folder = self.ladder / "corpus"
         if (folder / INFO).is_file():
             return CorpusVectors.open(folder)
-        return corpus_vectors(self.core, folder, ("dense",))
+        return corpus_vectors(self.core, folder, None)
 
     def load(self, folder: Path) -> Encoder:
         """Load a checkpoint as the live one is loaded."""
@@ -415,14 +421,13 @@ class _Refresh:
         from ultrarag.finetune.flags import from_keywords
 
         adapter = self.core.live.encoder.adapter.name
-        self.settings = from_keywords(
-            self._parent_checkpoint(),
-            self.train_data,
-            self.output,
-            adapter,
-            adapter_defaults(adapter),
-            **self._for_finetune(FULL, self.output, None),
-        )
+        known = self._parent_checkpoint(), self.train_data, self.output, adapter, adapter_defaults(adapter)
+        self.settings = from_keywords(*known, **self._for_finetune(FULL, self.output, None))
+        for rung in RUNGS if self.effort == AUTO else (self.effort,):
+            try:
+                from_keywords(*known, **self._for_finetune(rung, self.output, None))
+            except UsageError as error:
+                raise UsageError(f"effort='{self.effort}', which trains '{rung}': {error}") from error
 
     def _check_effort(self) -> None:
         """Refuse an effort that the index or the evaluation data cannot carry.
@@ -441,6 +446,11 @@ class _Refresh:
             raise UsageError(
                 f"effort='{self.effort}' learns by the stored dense vectors, and the live generation has "
                 f"{', '.join(self.parent.heads)}: give effort='full'"
+            )
+        if missing := [head for head in self.core.live.encoder.heads if head not in self.parent.heads]:
+            raise UsageError(
+                f"effort='{self.effort}' trains against the stored vectors of all the model's heads, and the live "
+                f"generation has none of {', '.join(missing)}: give effort='full'"
             )
         if self.effort != AUTO:
             return

@@ -1,0 +1,108 @@
+"""Refreshes that encode no passage again, from the rows to the generation that is live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES, ROWS, TEXTS
+from ultrarag.errors import DataError, UsageError
+from ultrarag.retrieve.live import LiveIndex
+from ultrarag.retrieve.refresh import RefreshReport, ladder
+from ultrarag.types import Passage
+
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
+GATE = (QUERIES, QRELS)
+#: without what goes with several heads alone
+SETTINGS = {name: value for name, value in ARGUMENTS.items() if name != "unified_finetuning"}
+
+
+@pytest.fixture
+def dense(tmp_path: Path, tiny_m3: Any) -> Iterator[LiveIndex]:
+    from ultrarag import Encoder
+
+    live = LiveIndex.create(tmp_path / "kb", Encoder.load(tiny_m3, "bge", device="cpu"), backend="numpy")
+    live.add([Passage(IDS[text], text) for text in TEXTS])
+    yield live
+    live.close()
+
+
+@pytest.fixture
+def refresh(dense: LiveIndex, tmp_path: Path) -> Callable[..., RefreshReport]:
+    def call(**changes: Any) -> RefreshReport:
+        asked = {"output_dir": tmp_path / "out", "cache_path": str(tmp_path / "cache"), "gate": GATE, **SETTINGS}
+        asked |= {"shared_eval_data": "warn", **changes}
+        return dense.refresh(ROWS, **{name: value for name, value in asked.items() if value is not None})
+
+    return call
+
+
+def test_a_refresh_of_the_query_side_encodes_no_passage(dense, refresh, tmp_path) -> None:
+    before = dense.search(TEXTS[0], k=3)
+    report = refresh(effort="query")
+    assert report.outcome == "swapped"
+    live = dense.generation(report.generation)
+    assert (live.shares, live.encodes) == (True, False)
+    assert dense.encoder.asymmetric
+    assert not (tmp_path / "out" / "ladder").exists()
+    dense.add([Passage("new", TEXTS[0] + " and more")])
+    assert "new" in [hit.id for hit in dense.search(TEXTS[0] + " and more", k=100)]
+    dense.delete(["new"])
+    dense.rollback()
+    assert dense.search(TEXTS[0], k=3) == before
+
+
+def test_it_is_refreshed_again_from_there(dense, refresh, tmp_path) -> None:
+    refresh(effort="query")
+    second = refresh(effort="query", output_dir=tmp_path / "second", allow_seen_data=True)
+    assert dense.generation(second.generation).shares
+    third = refresh(effort="full", output_dir=tmp_path / "third", allow_seen_data=True)
+    assert dense.generation(third.generation).encodes
+
+
+def test_auto_takes_a_rung_and_says_why(dense, refresh, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ladder, "FEWEST", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.stages.FEWEST", 1)
+    report = refresh(effort="auto")
+    assert report.outcome == "swapped"
+    (taken,) = [step for step in report.ladder if step["taken"]]
+    assert all(step["decision"] for step in report.ladder)
+    assert dense.generation(report.generation).encodes == (taken["rung"] == "full")
+    page = (tmp_path / "out" / "refresh.html").read_text(encoding="utf-8")
+    assert "The ladder" in page
+    assert taken["rung"] in page
+    assert not (tmp_path / "out" / "ladder").exists()
+    assert refresh(effort="auto") == report  # it is done
+
+
+def test_an_index_without_some_of_the_models_heads_is_refreshed_in_full(tmp_path, tiny) -> None:
+    with LiveIndex.create(tmp_path / "m3", tiny, backend="numpy", heads=["dense"]) as live:
+        live.add([Passage(IDS[text], text) for text in TEXTS])
+        with pytest.raises(UsageError, match="the live generation has none of sparse, colbert: give effort='full'"):
+            live.refresh(ROWS, output_dir=tmp_path / "out", gate=GATE, effort="query", **SETTINGS)
+
+
+def test_auto_refuses_held_out_queries_that_training_shares(refresh, monkeypatch) -> None:
+    monkeypatch.setattr("ultrarag.retrieve.refresh.stages.FEWEST", 1)
+    with pytest.raises(DataError, match="effort='auto' is chosen by the held-out queries.*Hold out by document"):
+        refresh(effort="auto", shared_eval_data=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"effort": "most"}, "unknown effort 'most'"),
+        ({"effort": "auto", "gate": True}, "chooses by held-out queries"),
+        ({"effort": "auto", "gate": ({"q": "x"}, {"q": {IDS[TEXTS[0]]: 1}})}, "1 queries tell no gain from chance"),
+        ({"effort": "query", "corpus": "somewhere"}, "'corpus' cannot be given"),
+        ({"bridge": True, "gate": False}, "bridge=True measures on queries"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_is_written(changes, message, refresh, tmp_path) -> None:
+    with pytest.raises(UsageError, match=message):
+        refresh(**changes)
+    assert not (tmp_path / "out").exists()
