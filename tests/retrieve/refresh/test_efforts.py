@@ -88,7 +88,7 @@ def test_an_index_without_some_of_the_models_heads_is_refreshed_in_full(tmp_path
 
 def test_auto_refuses_held_out_queries_that_training_shares(refresh, monkeypatch) -> None:
     monkeypatch.setattr("ultrarag.retrieve.refresh.stages.FEWEST", 1)
-    with pytest.raises(DataError, match="effort='auto' is chosen by the held-out queries.*Hold out by document"):
+    with pytest.raises(DataError, match=r"effort='auto' is chosen by the held-out queries.*Hold out by document"):
         refresh(effort="auto", shared_eval_data=None)
 
 
