@@ -188,6 +188,13 @@ class EncoderSettings:
     separator: str | None = None
     #: a layerwise reranker: the layer whose score counts; None: the last one
     cutoff_layer: int | None = None
+    #: dense vectors are cut to so many dimensions, and given unit length again where `normalize` is set; None: whole
+    truncate_dim: int | None = None
+    #: what the checkpoint declares for other tools, by name: kept when it is saved, used nowhere here
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    #: how other tools compare its vectors: cosine, dot, euclidean or manhattan
+    similarity: str | None = None
 
     def render(self, text: str, kind: Kind, instruction: str | None = None) -> str:
         """Return `text` with the instruction of its kind (or `instruction`) in the declared format."""

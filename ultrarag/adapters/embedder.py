@@ -83,6 +83,17 @@ def pool(hidden: Tensor, mask: Tensor, method: str) -> Tensor:
     return _POOLING[method](hidden, mask)
 
 
+def first_dimensions(vectors: Tensor, dim: int) -> Tensor:
+    """Return (batch, dim) of (batch, more) vectors, as models trained with Matryoshka losses allow.
+
+    Raises:
+        UsageError: there are fewer dimensions.
+    """
+    if not 1 <= dim <= vectors.shape[1]:
+        raise UsageError(f"truncate_dim is {dim}, but the vectors have {vectors.shape[1]} dimensions")
+    return vectors[:, :dim]
+
+
 #: Heads and the file that holds each one's weights, as FlagEmbedding names them.
 HEAD_FILES = {"colbert": "colbert_linear.pt", "sparse": "sparse_linear.pt"}
 
@@ -124,6 +135,8 @@ class Embedder(nn.Module):
         vector = pool(hidden, mask, self.settings.pooling or "cls")
         for layer in self.dense_layers:
             vector = layer(vector)
+        if self.settings.truncate_dim is not None:
+            vector = first_dimensions(vector, self.settings.truncate_dim)
         return F.normalize(vector, dim=-1) if self.settings.normalize else vector
 
     def _sparse(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Sparse:

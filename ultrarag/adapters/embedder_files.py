@@ -113,15 +113,12 @@ def read_settings(declared: ModulesDeclaration | None, options: LoadOptions) -> 
             f"sentence_pooling_method '{pooling}' is unknown{did_you_mean(pooling, METHODS)} "
             f"(one of {', '.join(METHODS)})"
         )
-    prompts = declared.prompts
-    default = prompts.get(declared.default_prompt or "", "")
     return EncoderSettings(
         pooling=pooling,
         normalize=declared.normalize if options.normalize is None else options.normalize,
-        query_instruction=prompts.get("query", default),
-        passage_instruction=prompts.get("passage", prompts.get("document", default)),
         query_max_length=declared.max_length,
         passage_max_length=declared.max_length,
+        **declared.config.settings(),
     )
 
 

@@ -52,7 +52,7 @@ def tiny_bert(folder: Path, pooling: str = "mean", seed: int = 0) -> None:
     from ultrarag.types import EncoderSettings
 
     tokenizer = tiny_tokenizer("bert")
-    _write(folder, _random(BertModel, tiny_config(BertConfig, tokenizer), seed), tokenizer)
+    write_model(folder, random_model(BertModel, tiny_config(BertConfig, tokenizer), seed), tokenizer)
     settings = EncoderSettings(
         pooling=pooling, normalize=True, query_max_length=MAX_LENGTH, passage_max_length=MAX_LENGTH
     )
@@ -64,7 +64,7 @@ def tiny_masked_lm(folder: Path, seed: int = 0) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     tokenizer = tiny_tokenizer("bert")
-    _write(folder, _random(BertForMaskedLM, tiny_config(BertConfig, tokenizer), seed), tokenizer)
+    write_model(folder, random_model(BertForMaskedLM, tiny_config(BertConfig, tokenizer), seed), tokenizer)
 
 
 def tiny_m3(folder: Path, seed: int = 0) -> None:
@@ -73,7 +73,7 @@ def tiny_m3(folder: Path, seed: int = 0) -> None:
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     tokenizer = tiny_tokenizer("roberta")
-    _write(folder, _random(XLMRobertaModel, tiny_config(XLMRobertaConfig, tokenizer), seed), tokenizer)
+    write_model(folder, random_model(XLMRobertaModel, tiny_config(XLMRobertaConfig, tokenizer), seed), tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         for name, width in {"sparse": 1, "colbert": 32}.items():
@@ -88,7 +88,7 @@ def tiny_cross_encoder(folder: Path, seed: int = 0) -> None:
 
     tokenizer = tiny_tokenizer("roberta")
     config = tiny_config(XLMRobertaConfig, tokenizer, num_labels=1)
-    _write(folder, _random(XLMRobertaForSequenceClassification, config, seed), tokenizer)
+    write_model(folder, random_model(XLMRobertaForSequenceClassification, config, seed), tokenizer)
 
 
 def tiny_decoder(folder: Path, seed: int = 0) -> None:
@@ -97,7 +97,7 @@ def tiny_decoder(folder: Path, seed: int = 0) -> None:
 
     tokenizer = tiny_tokenizer("decoder")
     config = tiny_config(MistralConfig, tokenizer, num_key_value_heads=2, sliding_window=None)
-    _write(folder, _random(MistralModel, config, seed), tokenizer)
+    write_model(folder, random_model(MistralModel, config, seed), tokenizer)
 
 
 def tiny_minicpm(folder: Path, seed: int = 0) -> None:
@@ -107,7 +107,7 @@ def tiny_minicpm(folder: Path, seed: int = 0) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     tokenizer = tiny_tokenizer("decoder")
-    model = _random(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
+    model = random_model(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(_minicpm_config(len(tokenizer))), encoding="utf-8")
     weights = dict(model.state_dict())
@@ -124,7 +124,7 @@ def tiny_yes_reranker(folder: Path, seed: int = 0) -> None:
     tokenizer = _prompted_tokenizer()
     config = tiny_config(GemmaConfig, tokenizer, num_key_value_heads=1, head_dim=8)
     config.max_position_embeddings = 2 * MAX_LENGTH
-    _write(folder, _random(GemmaForCausalLM, config, seed), tokenizer)
+    write_model(folder, random_model(GemmaForCausalLM, config, seed), tokenizer)
 
 
 def tiny_layerwise(folder: Path, seed: int = 0) -> None:
@@ -134,7 +134,7 @@ def tiny_layerwise(folder: Path, seed: int = 0) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     tokenizer = _prompted_tokenizer()
-    body = _random(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
+    body = random_model(LlamaModel, tiny_config(LlamaConfig, tokenizer, num_key_value_heads=2), seed)  # the same keys
     weights = {f"model.{name}": tensor for name, tensor in body.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     for number in range(2):
@@ -237,7 +237,7 @@ def tiny_config(kind: Any, tokenizer: PreTrainedTokenizerFast, **more: Any) -> A
     )
 
 
-def _random(kind: Any, config: Any, seed: int) -> PreTrainedModel:
+def random_model(kind: Any, config: Any, seed: int) -> PreTrainedModel:
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -246,7 +246,7 @@ def _random(kind: Any, config: Any, seed: int) -> PreTrainedModel:
     return model
 
 
-def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     from ultrarag.io import quiet_progress
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,24 +42,19 @@ class Lora:
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Put the adapters into the weights for a while; afterwards the weights are, to the bit, what they were."""
-        kept = [(layer, layer.get_base_layer().weight.detach().clone()) for _, layer in _layers(self.model)]
-        for layer, _ in kept:
-            layer.merge()
+        """Make the model one of plain layers for a while, as `save` hooks know it, with the adapters in its weights.
+
+        Afterwards the adapters are there again, and the weights are, to the bit, what they were.
+        """
+        kept = [(name, layer, layer.get_base_layer().weight.detach().clone()) for name, layer in _layers(self.model)]
+        self.remove()
         try:
             yield
         finally:
-            for layer, weight in kept:
+            for name, layer, weight in kept:
                 layer.get_base_layer().weight.data.copy_(weight)
                 layer.merged_adapters.clear()
-
-    def weights(self) -> dict[str, Tensor]:
-        """The state dict under the names that the model has without adapters; theirs are left out."""
-        return {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in self.model.state_dict().items()
-            if not _low_rank(name)
-        }
+                _put(self.model, name, layer)
 
     def matrices(self) -> dict[str, Tensor]:
         """The low-rank matrices, named as peft names them in a file."""
@@ -108,8 +103,7 @@ class Lora:
         """Merge the adapters into the weights for good: the model is then of plain layers again."""
         for name, layer in _layers(self.model):
             layer.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
+            _put(self.model, name, layer.get_base_layer())
 
 
 def add_lora(encoder: Encoder, arguments: LoraArguments) -> Lora:
@@ -167,6 +161,11 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def _low_rank(name: str) -> bool:
