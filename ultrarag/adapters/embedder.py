@@ -32,6 +32,17 @@ def last_token(mask: Tensor) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)
 
 
+def padded_right(features: Features) -> Features:
+    """The same batch with its padding at the end of the rows, for models that count positions by column."""
+    mask = features["attention_mask"]
+    first = first_token(mask)
+    if not bool(first.any()):
+        return features
+    columns = (torch.arange(mask.shape[1], device=mask.device) + first[:, None]) % mask.shape[1]
+    moved = {name: value.gather(1, columns) for name, value in features.items() if isinstance(value, Tensor)}
+    return {**features, **moved}  # type: ignore[typeddict-item]
+
+
 def _cls(hidden: Tensor, mask: Tensor) -> Tensor:
     return _at(hidden, first_token(mask))
 

@@ -41,6 +41,10 @@ def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Em
     backbone = _load_backbone(folder / (declared.transformer if declared else ""), options)
     tokenizer = load_tokenizer(folder / (declared.transformer if declared else ""), options)
     settings = read_settings(declared, options)
+    if options.pooling is None and (declared is None or declared.pooling is None):
+        settings.pooling = usual_pooling(backbone)
+    if settings.pooling == "cls":
+        refuse_first_token(backbone, folder)
     model = Embedder(backbone, tokenizer, settings)
     for name in declared.dense if declared else []:
         model.dense_layers.append(_load_dense(folder / name))
@@ -53,6 +57,8 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
 
     remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
     config = AutoConfig.from_pretrained(options.config_name or folder, **remote)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _two_parts(folder, config)
     with without_loading_report():
         backbone, report = AutoModel.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, **remote
@@ -62,10 +68,63 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
         if report["missing_keys"]:
             backbone.pooler = None  # random weights that nothing uses would still be saved and hashed
         return backbone
+    if all(key.startswith("decoder.") for key in missing):
+        raise _two_parts(folder, config)
     raise CheckpointError(
         f"{folder}: the weights lack {len(missing)} tensor(s) that a {type(backbone).__name__} needs, "
         f"first '{missing[0]}'; the checkpoint is incomplete or of another architecture"
     )
+
+
+def _two_parts(folder: Path, config: Any) -> CheckpointError:
+    """What to do with a model of which only the encoder would be run, such as a T5."""
+    declared = any((place / "modules.json").is_file() for place in (folder, folder.parent))
+    remedy = "use the adapter 'sentence-transformers', which runs the encoder alone"
+    if not declared:
+        remedy = (
+            "save it by sentence-transformers, SentenceTransformer(path).save_pretrained(folder), and use the adapter "
+            "'sentence-transformers' on that folder"
+        )
+    return CheckpointError(
+        f"{folder}: a model of type '{config.model_type}' has an encoder and a decoder, of which this adapter runs no "
+        f"part; {remedy}"
+    )
+
+
+def usual_pooling(backbone: PreTrainedModel) -> str:
+    """The pooling of a model whose files say none.
+
+    An encoder's is cls; a causal decoder's last token is the only one that has seen the text; of a decoder that was
+    made to look both ways (`is_causal: false`) it is the mean, as sentence-transformers has it.
+    """
+    if is_causal(backbone):
+        return "last_token"
+    return "mean" if getattr(backbone.config, "is_causal", None) is False else "cls"
+
+
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether a token sees only those before it."""
+    config: Any = getattr(backbone, "config", None)
+    if getattr(config, "is_causal", None) is False:
+        return False
+    named = next(iter(getattr(config, "architectures", None) or [""]))
+    attention = [getattr(module, "is_causal", None) for module in backbone.modules()]
+    known = [value for value in attention if isinstance(value, bool)]
+    return all(known) if known else named.endswith("ForCausalLM")
+
+
+def refuse_first_token(backbone: nn.Module, folder: Path) -> None:
+    """Refuse cls pooling where the first token sees no other.
+
+    Raises:
+        CheckpointError: the model is causal.
+    """
+    if is_causal(backbone):
+        raise CheckpointError(
+            f"{folder}: pooling 'cls' takes the first token, and this {type(backbone).__name__} is causal: its first "
+            "token sees no other, so texts that begin alike would all have one vector; use the pooling last_token "
+            "(--sentence_pooling_method last_token)"
+        )
 
 
 @contextmanager

@@ -112,8 +112,8 @@ def read_declaration(folder: Path) -> ModulesDeclaration | None:
         name, path = str(module["type"]).rsplit(".", 1)[-1], str(module.get("path", ""))
         if name not in _HANDLED:
             raise CheckpointError(
-                f"{folder / 'modules.json'}: module '{module['type']}' is not supported by this adapter "
-                f"(supported: {', '.join(_HANDLED)})"
+                f"{folder / 'modules.json'}: module '{module['type']}' is not one that this adapter runs by itself "
+                f"({', '.join(_HANDLED)}); use the adapter 'sentence-transformers', which runs the library's modules"
             )
         if name == "Transformer":
             found.transformer = path
@@ -133,12 +133,16 @@ def read_declaration(folder: Path) -> ModulesDeclaration | None:
 def _read_pooling(path: Path) -> str:
     values = _json(path)
     if "pooling_mode" in values:
-        theirs = values["pooling_mode"]
-        names = [ours for ours, name in _POOLING_NAMES.items() if name == theirs] or [str(theirs)]
+        given = values["pooling_mode"]
+        known = {theirs: ours for ours, theirs in _POOLING_NAMES.items()}
+        names = [known.get(name, str(name)) for name in ([given] if isinstance(given, str) else given)]
     else:
         names = [name for flag, name in _OLD_FLAGS.items() if values.get(flag)]
     if len(names) != 1 or names[0] not in _POOLING_NAMES:
-        raise CheckpointError(f"{path}: pooling {names} is not supported (supported: {', '.join(_POOLING_NAMES)})")
+        raise CheckpointError(
+            f"{path}: pooling {' and '.join(names) or 'of no kind'} is not one that this adapter runs by itself "
+            f"({', '.join(_POOLING_NAMES)}); use the adapter 'sentence-transformers', which runs the library's modules"
+        )
     if not values.get("include_prompt", True):
         raise CheckpointError(f"{path}: pooling that leaves the prompt out (include_prompt false) is not supported")
     return names[0]

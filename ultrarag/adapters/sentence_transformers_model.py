@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrarag.adapters.embedder import first_dimensions
+from ultrarag.adapters.embedder import first_dimensions, padded_right
 from ultrarag.adapters.sentence_transformers_files import prompts_of, read_model_config
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.types import Embeddings, EncoderSettings, Sparse
@@ -53,6 +53,7 @@ class SentenceTransformersModel(nn.Module):
 
     def encode(self, features: Features) -> Embeddings:
         """Run the modules in order; the sparse head is the nonzero part of a sparse encoder's vector."""
+        features = padded_right(features)
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in features]
         state: dict[str, Any] = {name: features[name] for name in names}
         for module in (self.backbone, *self.modules_after):

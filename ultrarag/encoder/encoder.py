@@ -15,7 +15,7 @@ from torch import nn
 
 from ultrarag.checkpoint import Training, fingerprint, local_folder, publish, read_manifest
 from ultrarag.encoder.forward import TokenEncoder
-from ultrarag.encoder.load import adapter_name, declared_options, override_settings, settings_of
+from ultrarag.encoder.load import adapter_name, check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.tokens import Cuts, tokenized_windows
 from ultrarag.errors import UsageError
@@ -87,6 +87,7 @@ class Encoder(TokenEncoder):
         quiet_deepspeed()
         with quiet_progress():
             model = plugin.load(str(folder), options)
+        check_vocabulary(model, folder)
         found = settings_of(model, plugin, options, manifest)
         override_settings(found, settings)
         return cls(plugin, model, found, manifest, device, precision)

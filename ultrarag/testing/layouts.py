@@ -68,6 +68,7 @@ def write_layout(folder: Path, layout: Layout, seed: int = 0) -> None:
 def _tokenizer(layout: Layout) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer(layout.style)
     tokenizer.padding_side = layout.padding_side
+    tokenizer.init_kwargs["padding_side"] = layout.padding_side  # what is saved
     if layout.closing:
         from tokenizers.processors import TemplateProcessing
 
