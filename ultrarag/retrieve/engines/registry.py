@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import UsageError, did_you_mean
-from ultrarag.optional import install
+from ultrarag.packages import install
 from ultrarag.retrieve.engines.address import CLIENTS, is_uri, parse_uri
 from ultrarag.retrieve.engines.base import Backend, Schema, read_schema
 from ultrarag.retrieve.engines.server import COLLECTION_FILE
