@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultrarag.adapters.embedder import first_dimensions, padded_right
+from ultrarag.adapters.embedder_files import refuse_first_token
 from ultrarag.adapters.sentence_transformers_files import prompts_of, read_model_config
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.types import Embeddings, EncoderSettings, Sparse
@@ -174,6 +175,8 @@ def _check_modules(library_model: Any, folder: Path) -> None:
                 f"{folder}: module '{name}' runs queries and passages through different modules, which this adapter "
                 "cannot: a hook is not told which it has"
             )
+        if "cls" in (getattr(module, "pooling_mode", None) or ()):
+            refuse_first_token(library_model[0].auto_model, folder)
         if getattr(module, "include_prompt", True) is False:
             raise CheckpointError(
                 f"{folder}: pooling that leaves the prompt out (include_prompt false) is not supported"

@@ -101,6 +101,9 @@ def check_vocabulary(model: nn.Module, folder: Path) -> None:
     tokenizer: Any = getattr(model, "tokenizer", None)
     if not isinstance(rows, int) or not callable(getattr(tokenizer, "get_vocab", None)):
         return
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    if max(len(tokenizer) - 1, *added) < rows:  # building the vocabulary of 250,000 tokens takes a while
+        return
     media = {getattr(tokenizer, name, None) for name in _OTHER_MEDIA}
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows and token not in media}
     if beyond:
