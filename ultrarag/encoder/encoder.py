@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ultrarag.checkpoint import Training, fingerprint, local_folder, publish, read_manifest
+from ultrarag.encoder.adapted import base_of, joined, merge_matrices
 from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.load import adapter_name, check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
@@ -78,6 +79,24 @@ class Encoder(TokenEncoder):
             options = replace(options, heads=tuple(heads))
         folder = local_folder(str(path), options.cache_dir, options.token)
         check_folder(folder)
+        if base := base_of(folder, options):
+            known = adapter or (found.adapter if (found := read_manifest(base)) else None)
+            with joined(folder, base) as place:
+                encoder = cls._load(place, known, device, precision, options, settings)
+            merge_matrices(encoder.model, folder)
+            return encoder
+        return cls._load(folder, adapter, device, precision, options, settings)
+
+    @classmethod
+    def _load(
+        cls,
+        folder: Path,
+        adapter: str | None,
+        device: str | torch.device | None,
+        precision: str,
+        options: LoadOptions,
+        settings: dict[str, Any],
+    ) -> Encoder:
         manifest = read_manifest(folder)
         plugin = registry().adapter(adapter_name(adapter, manifest, folder))
         if manifest and manifest.adapter == plugin.name:

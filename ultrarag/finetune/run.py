@@ -177,7 +177,9 @@ class FinetuneRun:
         self.start = Start.of(self.encoder)
         self.other = read_other(self.arguments, self.encoder, self.notes.add)
         self.masking = FalseNegatives.of(self.arguments, self.encoder, self.heads)
-        self.lora = add_lora(self.encoder, self.arguments.lora) if self.arguments.lora.use_lora else None
+        lora, name = self.arguments.lora, model.model_name_or_path
+        base = str(Path(name).resolve()) if Path(name).is_dir() else name
+        self.lora = add_lora(self.encoder, lora, base) if lora.use_lora else None
 
     def check(self) -> None:
         """Look for faults in the rows; a resumed run must take the steps that the first would have taken."""

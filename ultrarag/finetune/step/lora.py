@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultrarag.encoder import Encoder
+from ultrarag.encoder import Encoder, adapted_part
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.flags import LoraArguments
 from ultrarag.packages import install
@@ -106,8 +106,11 @@ class Lora:
             _put(self.model, name, layer.get_base_layer())
 
 
-def add_lora(encoder: Encoder, arguments: LoraArguments) -> Lora:
+def add_lora(encoder: Encoder, arguments: LoraArguments, base: str | None = None) -> Lora:
     """Put low-rank adapters into the model's linear layers; they and the heads are then all that is trained.
+
+    Args:
+        base: path or hub name of the model, for whoever reads the adapters without it.
 
     Raises:
         UsageError: peft is not installed, or `target_modules` names no linear layer.
@@ -117,13 +120,14 @@ def add_lora(encoder: Encoder, arguments: LoraArguments) -> Lora:
     except ImportError as error:
         raise UsageError(f"--use_lora needs the package peft: {install('peft')}") from error
     model = encoder.model
-    root: nn.Module = getattr(model, "backbone", model)
+    root = adapted_part(model)
     heads = {name for name, p in model.named_parameters() if p.requires_grad and _in_head(model, name)}
     config = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=arguments.lora_dropout,
         target_modules=_targets(model, root, arguments.target_modules),
+        base_model_name_or_path=base,
     )
     inject_adapter_in_model(config, root, adapter_name=_NAME)
     for name, parameter in model.named_parameters():
@@ -134,7 +138,7 @@ def add_lora(encoder: Encoder, arguments: LoraArguments) -> Lora:
 
 def _targets(model: nn.Module, root: nn.Module, wanted: tuple[str, ...]) -> list[str]:
     """The full names, within `root`, of the linear layers that are to get an adapter."""
-    prefix = "" if root is model else "backbone."
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is root)
     output = getattr(root, "get_output_embeddings", lambda: None)()
     known = [
         name
