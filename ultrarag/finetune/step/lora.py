@@ -26,6 +26,8 @@ from ultrarag.packages import install
 #: Where a checkpoint holds the low-rank matrices, as peft reads them.
 FOLDER = "adapter"
 _FILE = "adapter_model.safetensors"
+#: The matrices' file within a checkpoint.
+LORA_FILE = f"{FOLDER}/{_FILE}"
 #: peft's name of the one set of adapters
 _NAME = "default"
 
