@@ -20,6 +20,9 @@ from ultrarag.errors import UsageError
 #: What a text is to the model; some models prefix queries or passages with an instruction.
 Kind = Literal["query", "passage"]
 
+#: The part of a prompt of passages that a passage's title takes the place of.
+NO_TITLE = "title: none"
+
 #: The heads a model may have, in the order in which they are reported.
 HEADS = ("dense", "sparse", "colbert", "scores")
 
@@ -196,14 +199,23 @@ class EncoderSettings:
     #: how other tools compare its vectors: cosine, dot, euclidean or manhattan
     similarity: str | None = None
 
-    def render(self, text: str, kind: Kind, instruction: str | None = None) -> str:
+    def render(self, text: str | Passage, kind: Kind, instruction: str | None = None) -> str:
         """Return `text` with the instruction of its kind (or `instruction`) in the declared format."""
+        if isinstance(text, Passage):
+            return self._render_passage(text, kind, instruction)
         declared = self.query_instruction if kind == "query" else self.passage_instruction
         template = self.query_format if kind == "query" else self.passage_format
         chosen = declared if instruction is None else instruction
         if chosen:
             return template.format(chosen, text)
         return self.query_plain_format.format(text) if kind == "query" else text
+
+    def _render_passage(self, passage: Passage, kind: Kind, instruction: str | None) -> str:
+        """A title stands where the prompt of passages has a place for it, as EmbeddingGemma's; else before the text."""
+        prompt = self.passage_instruction if instruction is None else instruction
+        if kind != "passage" or NO_TITLE not in prompt or is_blank(passage.title):
+            return self.render(passage.content, kind, instruction)
+        return self.passage_format.format(prompt.replace(NO_TITLE, f"title: {passage.title}", 1), passage.text)
 
     def max_length(self, kind: Kind) -> int | None:
         """Return the token limit of texts of this kind."""
@@ -251,9 +263,19 @@ class Passage:
         return f"{self.title}\n{self.text}" if self.title else self.text
 
     @property
+    def encodable(self) -> str | Passage:
+        """What an encoder is given: its text, or itself where it has a title, which the model's prompt may place."""
+        return self if self.title else self.text
+
+    @property
     def blank(self) -> bool:
         """Neither title nor text has a visible character: it says nothing, and vectors put it near short queries."""
         return is_blank(self.title) and is_blank(self.text)
+
+
+def text_of(item: str | Passage) -> str:
+    """The text that words are searched in, and hashes taken of: a passage's `content`."""
+    return item if isinstance(item, str) else item.content
 
 
 @dataclass(frozen=True)

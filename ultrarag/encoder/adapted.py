@@ -52,8 +52,8 @@ def base_of(folder: Path, options: LoadOptions) -> Path | None:
         base = local_folder(str(name), options.cache_dir, options.token)
     except UsageError as error:
         raise CheckpointError(
-            f"{folder} holds LoRA matrices of the model '{name}', which is not here: {error}; or give the merged model, "
-            f"or the base's path as base_model_name_or_path in {file}"
+            f"{folder} holds LoRA matrices of the model '{name}', which is not here: {error}; or give the merged "
+            f"model, or the base's path as base_model_name_or_path in {file}"
         ) from error
     check_folder(base)
     return base
@@ -100,7 +100,7 @@ def merge_matrices(model: nn.Module, folder: Path) -> None:
     root = adapted_part(model)
     matrices, others = _fitted(_read(folder), root, folder)
     inject_adapter_in_model(config, root, state_dict=matrices)
-    found = set_peft_model_state_dict(root, matrices)
+    found: Any = set_peft_model_state_dict(root, matrices)
     lacking = [name for name in found.missing_keys if ".lora_" in name]
     if found.unexpected_keys or lacking:
         name = next(iter([*found.unexpected_keys, *lacking]))
@@ -109,7 +109,7 @@ def merge_matrices(model: nn.Module, folder: Path) -> None:
     for name, tensor in others.items():
         parameters[name].data.copy_(tensor)
     for name, layer in [(name, module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]:
-        layer.merge()  # type: ignore[operator]
+        layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(root.get_submodule(parent), child, layer.get_base_layer())
     for parameter in root.parameters():

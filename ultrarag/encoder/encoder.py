@@ -25,7 +25,7 @@ from ultrarag.io import progress_bar, quiet_progress
 from ultrarag.packages import quiet_deepspeed
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
-from ultrarag.types import Embeddings, Kind, Tokens, head_weights
+from ultrarag.types import Embeddings, Kind, Passage, Tokens, head_weights
 from ultrarag.untrusted import check_folder
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Encoder(TokenEncoder):
 
     def encode(
         self,
-        texts: str | Sequence[str],
+        texts: str | Passage | Sequence[str | Passage],
         kind: Kind = "passage",
         *,
         heads: Sequence[str] | None = None,
@@ -165,6 +165,8 @@ class Encoder(TokenEncoder):
         """Return the texts' embeddings as numpy arrays, in the order given.
 
         Args:
+            texts: texts, or passages whose titles go where the model's prompt has a place for them (EmbeddingGemma's
+                "title: none | text: "), else before the text.
             kind: "query" or "passage": which instruction and length limit apply.
             heads: the heads to compute; default: all that the model has.
             batch_tokens: padded tokens per forward.
@@ -180,7 +182,7 @@ class Encoder(TokenEncoder):
         Raises:
             UsageError: an unknown head or kind, or a text that is no string.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str | Passage) else list(texts)
         if not texts:
             return self.encode([""], kind, heads=heads, progress=False)[:0]
         with progress_bar(len(texts), "encode", "text", progress) as bar:
@@ -199,7 +201,7 @@ class Encoder(TokenEncoder):
 
     def iter_encode(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Passage],
         kind: Kind = "passage",
         *,
         heads: Sequence[str] | None = None,

@@ -109,9 +109,9 @@ def check_vocabulary(model: nn.Module, folder: Path) -> None:
     if beyond:
         first = min(beyond)
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(beyond)} token(s) that the model has no embedding for (it has {rows}), "
-            f"first '{beyond[first]}' with number {first}: they are not of one model; take the tokenizer that the model "
-            "was trained with, or enlarge the model's embeddings (resize_token_embeddings) and train them"
+            f"{folder}: the tokenizer has {len(beyond)} token(s) without an embedding in the model, which has {rows}, "
+            f"first '{beyond[first]}' with number {first}: they are not of one model; take the tokenizer that the "
+            "model was trained with, or enlarge the model's embeddings (resize_token_embeddings) and train them"
         )
 
 

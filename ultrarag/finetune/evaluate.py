@@ -28,7 +28,7 @@ from ultrarag.evaluation import (
 from ultrarag.finetune.batches import PairLengths
 from ultrarag.finetune.step import rank, world_size
 from ultrarag.io import progress_bar
-from ultrarag.types import Embeddings, Kind, Tokens
+from ultrarag.types import Embeddings, Kind, Passage, Tokens
 
 if TYPE_CHECKING:
     from ultrarag.finetune.flags import FinetuneArguments
@@ -92,13 +92,17 @@ class Evaluator(HeldOut):
     passage_max_length: int | None = None
     #: tokenize once and keep the token ids, for many evaluations of one model in memory
     keep_tokens: bool = False
+    #: id -> the passage as an encoder is given it, where that is not its text in the corpus
+    titled: dict[str, Passage] = field(default_factory=dict)
     _tokens: dict[Kind, Tokens] = field(default_factory=dict, repr=False)
 
     def search(self, encoder: Encoder, heads: tuple[str, ...], depth: int) -> dict[str, dict[str, float]]:
         """The best passages of each judged query, best first."""
         head = "dense" if "dense" in heads else heads[0]
         query = self._encode(encoder, [self.queries[key] for key in self.judged], "query", head)
-        passage = self._encode(encoder, list(self.corpus.values()), "passage", head)
+        passage = self._encode(
+            encoder, [self.titled.get(id, text) for id, text in self.corpus.items()], "passage", head
+        )
         if head == "dense":
             scores, rows = top_k(query.dense, passage.dense, depth)
         else:
@@ -107,7 +111,7 @@ class Evaluator(HeldOut):
             scores = np.take_along_axis(scores, rows, axis=1)
         return run_of(self.judged, list(self.corpus), scores, rows)
 
-    def _encode(self, encoder: Encoder, texts: Sequence[str], kind: Kind, head: str) -> Embeddings:
+    def _encode(self, encoder: Encoder, texts: Sequence[str | Passage], kind: Kind, head: str) -> Embeddings:
         mine = list(texts[rank() :: world_size()])
         part = self._encode_kept(encoder, mine, kind, head) if self.keep_tokens else None
         if part is None:
@@ -117,7 +121,7 @@ class Evaluator(HeldOut):
         order = np.argsort(np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())]))
         return Embeddings.cat(_of_all_ranks(part))[order]
 
-    def _encode_kept(self, encoder: Encoder, texts: list[str], kind: Kind, head: str) -> Embeddings | None:
+    def _encode_kept(self, encoder: Encoder, texts: list[str | Passage], kind: Kind, head: str) -> Embeddings | None:
         if not texts:
             return None
         if kind not in self._tokens:
@@ -194,13 +198,15 @@ def read_evaluator(
         folder = Path(str(eval_data))
         collection = read_beir(folder, _split(folder))
         corpus = {key: passage.content for key, passage in collection.corpus.items()}
+        titled = {key: passage for key, passage in collection.corpus.items() if passage.title}
         queries, qrels = collection.queries, collection.qrels
     else:
         corpus, queries, qrels = read_eval_rows(_sources(eval_data))
+        titled = {}
     if not any(grade > 0 for key in queries for grade in qrels.get(key, {}).values()):
         given = f" {eval_data}" if isinstance(eval_data, str) else ""
         raise DataError(f"{name}{given} has no query with a relevant passage")
-    return Evaluator(corpus, queries, qrels, query_max_length, passage_max_length)
+    return Evaluator(corpus, queries, qrels, query_max_length, passage_max_length, titled=titled)
 
 
 def read_rerank_evaluator(

@@ -1,4 +1,4 @@
-"""Tiny random copies of the embedding models that people use, in the files and with the prompts they are published with.
+"""Tiny random copies of the embedding models that people use, in the files and with the prompts of the published ones.
 
 Each is a body with the folders of sentence-transformers around it. `LAYOUTS` names them by family.
 """
@@ -103,7 +103,7 @@ def _write_modules(folder: Path, layout: Layout, seed: int) -> None:
             _dump(folder / path / "config.json", config)
     _dump(folder / "modules.json", rows)
     _dump(folder / "sentence_bert_config.json", {"max_seq_length": MAX_LENGTH, "do_lower_case": False})
-    declared = {
+    declared: dict[str, Any] = {
         "prompts": dict(layout.prompts),
         "default_prompt_name": layout.default_prompt,
         "similarity_fn_name": layout.similarity,

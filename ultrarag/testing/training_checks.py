@@ -227,7 +227,7 @@ def check_lora(subject: Subject) -> str:
     return f"{count:,} numbers in adapters, merged and saved without a difference"
 
 
-_LAYERS = "call the layers of the backbone as they are; do not compute with a layer's `weight`, or keep layers elsewhere"
+_LAYERS = "call the layers of the backbone as they are; do not compute with a layer's `weight`, or hold it elsewhere"
 
 
 def _same(wanted: Embeddings, found: Embeddings, what: str) -> None:
