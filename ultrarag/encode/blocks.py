@@ -36,7 +36,7 @@ MOST_BLOCKS = 20_000
 SYNC_EVERY = 1.0
 
 #: Writes a block and marks it as done: its number, its texts, and their vectors (None where it has no texts).
-Write = Callable[[int, Sequence[str], Embeddings | None], None]
+Write = Callable[[int, Sequence[str | Passage], Embeddings | None], None]
 
 
 def same_work(note: Path, made_by: dict[str, Any], remedy: str) -> bool:
@@ -76,7 +76,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 def encode_blocks(
     encoder: Encoder,
-    blocks: Iterable[tuple[int, Sequence[str]]],
+    blocks: Iterable[tuple[int, Sequence[str | Passage]]],
     write: Write,
     *,
     chunk_texts: int,
@@ -95,7 +95,7 @@ def encode_blocks(
     Args:
         total: texts altogether, for the bar; `done` of them by earlier runs.
     """
-    cuts, source, begun = Cuts(), iter(blocks), deque[tuple[int, Sequence[str]]]()
+    cuts, source, begun = Cuts(), iter(blocks), deque[tuple[int, Sequence[str | Passage]]]()
 
     def texts_from(first: tuple[int, Sequence[str | Passage]]) -> Iterator[str | Passage]:
         """The texts of full blocks and of the first that is not full, which ends the encoder's chunks."""
