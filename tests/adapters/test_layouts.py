@@ -14,6 +14,7 @@ from tests.finetune.test_run import QUICK, ROWS
 from ultrarag import Encoder
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune import finetune
+from ultrarag.hookspecs import LoadOptions
 from ultrarag.testing.layouts import LAYOUTS, write_layout
 from ultrarag.testing.tiny import TEXTS, tiny_cross_encoder
 from ultrarag.types import EncoderSettings, Passage
@@ -157,8 +158,6 @@ def test_a_causal_model_without_modules_pools_the_last_token(tmp_path, body):
     assert off(encoder.encode(TEXT[:1]).dense[0], (hidden / hidden.norm()).numpy()) < 1e-5
     assert load(encoder.save(tmp_path / "saved"), None).settings.pooling == "last_token"
     with pytest.raises(CheckpointError, match=r"pooling 'cls' takes the first token, and this \w+ is causal"):
-        from ultrarag.hookspecs import LoadOptions
-
         load(folder, options=LoadOptions(pooling="cls"))
 
 

@@ -86,5 +86,5 @@ def test_matrices_of_another_model_are_refused(tmp_path):
     write_layout(tmp_path / "other", LAYOUTS["Qwen3-Embedding"])
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "other")}))
-    with pytest.raises(CheckpointError, match="its matrices are not of a Qwen3Model, which has no 'encoder.layer.0"):
+    with pytest.raises(CheckpointError, match=r"its matrices are not of a Qwen3Model, which has no 'encoder\.layer\.0"):
         Encoder.load(tmp_path / "lora", "bge")

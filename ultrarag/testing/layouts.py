@@ -49,6 +49,8 @@ class Layout:
     architecture: str = ""
     #: the adapter that runs it best
     adapter: str = "bge"
+    #: a published model of the family
+    example: str = ""
 
 
 def write_layout(folder: Path, layout: Layout, seed: int = 0) -> None:
@@ -145,21 +147,39 @@ _QWEN3 = Layout(
     padding_side="left",
     architecture="Qwen3ForCausalLM",
     adapter="icl",
+    example="Qwen/Qwen3-Embedding-0.6B",
 )
 
 #: Family -> its layout.
 LAYOUTS: dict[str, Layout] = {
-    "MiniLM": Layout("Bert"),
-    "bge": Layout("Bert", pooling="cls", prompts={"query": "Represent this sentence for searching passages: "}),
-    "e5": Layout("XLMRoberta", style="roberta", prompts={"query": "query: ", "passage": "passage: "}),
-    "mpnet": Layout("MPNet", style="roberta"),
-    "multi-qa-dot": Layout("Bert", pooling="cls", normalize=False, similarity="dot"),
+    "MiniLM": Layout("Bert", example="sentence-transformers/all-MiniLM-L6-v2"),
+    "bge": Layout(
+        "Bert",
+        pooling="cls",
+        prompts={"query": "Represent this sentence for searching passages: "},
+        example="BAAI/bge-base-en-v1.5",
+    ),
+    "e5": Layout(
+        "XLMRoberta",
+        style="roberta",
+        prompts={"query": "query: ", "passage": "passage: "},
+        example="intfloat/multilingual-e5-base",
+    ),
+    "mpnet": Layout("MPNet", style="roberta", example="sentence-transformers/all-mpnet-base-v2"),
+    "multi-qa-dot": Layout(
+        "Bert",
+        pooling="cls",
+        normalize=False,
+        similarity="dot",
+        example="sentence-transformers/multi-qa-mpnet-base-dot-v1",
+    ),
     "Qwen3-Embedding": _QWEN3,
     "harrier-oss": Layout(
         **{
             **{name: getattr(_QWEN3, name) for name in _QWEN3.__dataclass_fields__},
             "prompts": {"web_search_query": f"{_INSTRUCT} ", "sts_query": "Instruct: Retrieve similar text\nQuery: "},
             "default_prompt": "web_search_query",
+            "example": "",
         }
     ),
     "EmbeddingGemma": Layout(
@@ -173,6 +193,7 @@ LAYOUTS: dict[str, Layout] = {
             "STS": "task: sentence similarity | query: ",
         },
         config={"num_key_value_heads": 1, "head_dim": 8, "use_bidirectional_attention": True},
+        example="google/embeddinggemma-300m",
     ),
     "Nemotron-3-Embed": Layout(
         "Ministral3",
@@ -187,15 +208,20 @@ LAYOUTS: dict[str, Layout] = {
         config={"num_key_value_heads": 2, "is_causal": False},
         architecture="Qwen2ForCausalLM",
     ),
-    "gte-modernbert": Layout("ModernBert", pooling="cls"),
-    "gte-multilingual": Layout("Gte", style="roberta", pooling="cls"),
-    "nomic-embed": Layout("NomicBert", prompts={"query": "search_query: ", "document": "search_document: "}),
+    "gte-modernbert": Layout("ModernBert", pooling="cls", example="Alibaba-NLP/gte-modernbert-base"),
+    "gte-multilingual": Layout("Gte", style="roberta", pooling="cls", example="Alibaba-NLP/gte-multilingual-base"),
+    "nomic-embed": Layout(
+        "NomicBert",
+        prompts={"query": "search_query: ", "document": "search_document: "},
+        example="nomic-ai/nomic-embed-text-v1.5",
+    ),
     "jina-v3": Layout(
         "JinaEmbeddingsV3",
         style="roberta",
         prompts={"retrieval.query": "Represent the query for retrieving evidence documents: ", "separation": ""},
+        example="jinaai/jina-embeddings-v3",
     ),
-    "EuroBERT": Layout("EuroBert", config=_GROUPED),
+    "EuroBERT": Layout("EuroBert", config=_GROUPED, example="EuroBERT/EuroBERT-210m"),
     "matryoshka": Layout("Bert", truncate_dim=16),
     "Qwen3 without modules.json": Layout(
         "Qwen3", style="decoder", pooling="", config=_GROUPED, padding_side="left", architecture="Qwen3ForCausalLM"
@@ -206,6 +232,7 @@ LAYOUTS: dict[str, Layout] = {
         dense=(48,),
         config={"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
         adapter="sentence-transformers",
+        example="sentence-transformers/sentence-t5-base",
     ),
     "max pooling": Layout("Bert", pooling="max", adapter="sentence-transformers"),
 }
