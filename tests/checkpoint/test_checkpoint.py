@@ -135,7 +135,7 @@ def test_unsupported_module_is_named(minilm, tmp_path):
     modules = json.loads((folder / "modules.json").read_text())
     modules.append({"idx": 3, "name": "3", "path": "3_CNN", "type": "sentence_transformers.models.CNN"})
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(CheckpointError, match=r"sentence_transformers.models.CNN' is not one .* 'sentence-transformers'"):
+    with pytest.raises(CheckpointError, match=r"models.CNN' is not one .* adapter 'sentence-transformers'"):
         Encoder.load(folder, adapter="bge")
 
 
