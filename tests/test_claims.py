@@ -127,7 +127,6 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a classifier": ({"architecture": "BertForSequenceClassification"}, "a classifier .*2 labels"),
     "T5": ({"architecture": "T5ForConditionalGeneration", "is_encoder_decoder": True}, "an encoder with a decoder"),
-    "LoRA": ({"files": {"adapter_config.json": "{}"}}, "LoRA matrices without their base"),
 }
 
 

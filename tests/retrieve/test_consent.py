@@ -98,7 +98,7 @@ def test_ranks_are_told(own_code: Path, tmp_path: Path) -> None:
     share = (tmp_path / "index", str(own_code), Rank.of_environment(), None, None, "cpu")
     with pytest.raises(UsageError, match=REFUSED):
         encode_share(*share)
-    assert encode_share(*share, True) in (0, len(TEXTS))
+    assert encode_share(*share, trust_remote_code=True) in (0, len(TEXTS))
 
 
 def test_the_processes_of_a_corpus_have_consent(own_code: Path, tmp_path: Path, monkeypatch) -> None:

@@ -14,7 +14,7 @@ from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation.catalog import Generation
 from ultrarag.retrieve.generation.replay import Unencoded
-from ultrarag.types import Embeddings, Kind
+from ultrarag.types import Embeddings, Kind, Passage, text_of
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -179,14 +179,16 @@ class Serving:
         cuts.tell()
         return found
 
-    def encode_passages(self, texts: Sequence[str]) -> Embeddings:
+    def encode_passages(self, texts: Sequence[str | Passage]) -> Embeddings:
         """Encode passages with all heads stored, a few at a time, so that queries come in between."""
         window = WINDOW.get(self.encoder.device.type, WINDOW["cuda"])
         return self._encode(texts, "passage", self.heads, window, self.cuts)
 
-    def _encode(self, texts: Sequence[str], kind: Kind, heads: Sequence[str], window: int, cuts: Cuts) -> Embeddings:
+    def _encode(
+        self, texts: Sequence[str | Passage], kind: Kind, heads: Sequence[str], window: int, cuts: Cuts
+    ) -> Embeddings:
         options: dict[str, Any] = {"heads": tuple(heads), "progress": False, "cuts": cuts}
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding within a window
+        order = sorted(range(len(texts)), key=lambda row: len(text_of(texts[row])))  # little padding within a window
         parts = []
         for start in range(0, len(texts), window):
             chunk = [texts[row] for row in order[start : start + window]]
