@@ -33,7 +33,8 @@ def refused_by_embedder(folder: ModelFolder) -> Refusal | None:
     family = folder.family
     if family.name not in ("dense", "body", "causal-lm", "encoder-decoder"):
         return Refusal(str(family))
-    if family.name == "encoder-decoder" or folder.config.get("is_encoder_decoder"):
+    half = any("EncoderModel" in name for name in folder.architectures)  # such as T5EncoderModel
+    if family.name == "encoder-decoder" or half or folder.config.get("is_encoder_decoder"):
         return Refusal(
             f"{family} over an encoder with a decoder (config.json: model_type {folder.model_type})"
             + ("" if folder.modules else _SAVE_FIRST)
