@@ -29,7 +29,7 @@ RESULT = Path(__file__).parent / "results" / "ladder.json"
 #: the recipe of shared/ladder.md
 LENGTH = 128
 FULL = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 2e-5}
-CORPUS = {"num_train_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 2e-5}
+CORPUS = {"num_train_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 2e-5, "bf16": True}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,6 +26,7 @@ SUITE = {
     "retrieve_backends": ["retrieve_backends.py"],
     "live_index": ["live_index.py"],
     "live_index_cost": ["live_index_cost.py"],
+    "live_index_share": ["live_index_share.py"],
     "live_faults": ["live_faults.py", "--rounds", "50"],
     "campaign": ["campaign.py"],
     "gpu": ["gpu.py"],

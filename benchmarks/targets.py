@@ -168,6 +168,20 @@ TARGETS = (
         lambda report: report["build_to_encode"]["processor"],
     ),
     Target(
+        "Live index, build beside two searchers without a pause, time to alone",
+        "live_index_share",
+        2,
+        True,
+        lambda report: report["2 searchers"]["build: time to alone"],
+    ),
+    Target(
+        "the same searches beside `add`, searches per second to without",
+        "live_index_share",
+        0.5,
+        False,
+        lambda report: report["2 searchers"]["add: searches per second to without"],
+    ),
+    Target(
         "Live index, p99 during a build to idle, the worse of two kinds of search",
         "live_index",
         2,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests import golden
+from tests import forked, golden
 
 PRESENT = golden.VISIBLE_SET.present()
 CASES = golden.read(golden.VISIBLE_SET.data / "ddp.json")["cases"] if PRESENT else []
@@ -18,10 +16,7 @@ CASES = golden.read(golden.VISIBLE_SET.data / "ddp.json")["cases"] if PRESENT el
 def measured(tmp_path_factory):
     """Every case's loss and gradient norms, measured by two processes once."""
     path = tmp_path_factory.mktemp("ddp") / "results.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "tests.ddp_worker", str(path)], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = forked.torchrun(["-m", "tests.ddp_worker", str(path)])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(path.read_text())
 

@@ -6,14 +6,13 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests import golden
+from tests import forked, golden
 from ultrarag import Encoder
 from ultrarag.adapters.reranker_model import load_cross_encoder
 from ultrarag.checkpoint.manifest import read_manifest
@@ -362,11 +361,8 @@ def test_two_processes_give_the_weights_and_metrics_of_one(xlmr, tmp_path):
     flags += " --train_group_size 3 --query_max_len 16 --passage_max_len 24 --learning_rate 1e-2 --optim sgd"
     flags += " --max_grad_norm 0 --max_steps 2 --json"
     assert main([*flags.split(), *BATCH, "4", "--output_dir", str(tmp_path / "one")], adapter="bge-reranker") == 0
-    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    words = ["ultrarag.finetune.bge_reranker", *flags.split(), *BATCH, "2"]
-    done = subprocess.run(
-        [*python, *words, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True, check=False
-    )
+    words = ["-m", "ultrarag.finetune.bge_reranker", *flags.split(), *BATCH, "2"]
+    done = forked.torchrun([*words, "--output_dir", str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in one.items():

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import forked
 from ultrarag import Encoder, hookimpl
 from ultrarag.adapters.embedders import BGEM3Adapter
 from ultrarag.checkpoint.manifest import changed_files, read_manifest
@@ -205,16 +205,13 @@ def test_readers_never_see_a_half_written_checkpoint(m3_encoder, tmp_path):
             encoder.save(sys.argv[1])
     """
     for wait in (0.0, 0.05, 0.17):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(target)], stdout=subprocess.PIPE, text=True
-        )
+        process = forked.Popen(["-c", textwrap.dedent(code), str(target)])
         assert process.stdout.readline() == "ready\n"
         try:
             process.wait(0.15 + wait)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.communicate()
         found = Encoder.load(target)
         assert changed_files(target, found.manifest) == []
         assert found.fingerprint == m3_encoder.fingerprint

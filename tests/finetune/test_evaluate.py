@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ultrarag import Encoder
-from ultrarag.errors import DataError
+from ultrarag.errors import DataError, UsageError
 from ultrarag.evaluation import evaluate_run, write_beir
 from ultrarag.finetune.evaluate import Evaluator, Measures, read_evaluator, read_rerank_evaluator
+from ultrarag.finetune.flags import from_keywords
 from ultrarag.types import Passage
 
 WORDS = [f"word {number}" for number in range(15)]
@@ -96,3 +97,18 @@ def test_a_query_that_is_a_passage_is_noted_and_can_be_ignored(m3_encoder):
     assert "a" in evaluator.evaluate(m3_encoder, ("dense",)).run["a"]
     evaluator.ignore_identical_ids = True
     assert sorted(evaluator.evaluate(m3_encoder, ("dense",)).run["a"]) == ["b", "c"]
+
+
+def test_a_fine_tune_can_ignore_passages_that_are_the_query(m3_encoder, tiny_m3, tmp_path):
+    write_beir(tmp_path / "beir", CORPUS, {"a": "the a text"}, {"test": {"a": {"b": 1}}})
+    given = {"eval_data": str(tmp_path / "beir"), "guard_data": str(tmp_path / "beir"), "ignore_identical_ids": True}
+    rows = [{"query": "a", "pos": ["b"], "neg": ["c"]}]
+    arguments = from_keywords(tiny_m3, rows, tmp_path / "out", "bgem3", **given)
+    measures = Measures.of(arguments, pairs=False)
+    measures.take("before", m3_encoder, ("dense",))
+    assert {stage: "a" in found.run["a"] for stage, found in measures.found.items()} == {
+        "before": False,
+        "guard_before": False,
+    }
+    with pytest.raises(UsageError, match="ignore_identical_ids is for embedders"):
+        Measures.of(arguments, pairs=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import forked
 from ultrarag import Encoder
 from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.errors import DataError, TrainingError, UltraragError, UsageError
@@ -58,19 +59,21 @@ def command(tiny_m3, train_file, tmp_path):
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-def launch(words, processes=1, **options):
-    python = [sys.executable, "-m"]
-    if processes > 1:
-        python += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    return subprocess.Popen(
-        [*python, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+def launch(words):
+    return forked.Popen(["-m", *words])
 
 
 def run(words, processes=1):
-    process = launch(words, processes)
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
+    done = forked.run(["-m", *words]) if processes == 1 else forked.torchrun(["-m", *words], processes)
+    return done.returncode, done.stdout, done.stderr
+
+
+def run_anew(words, processes=1):
+    """The same in interpreters of their own, several under torchrun."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m"] if processes > 1 else []
+    command = [sys.executable, "-m", *map(str, [*launcher, *words])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
 
 
 def weights(folder):
@@ -112,7 +115,7 @@ def test_training_goes_on_from_a_checkpoint_of_ours(tiny_m3, tmp_path):
 
 
 def test_result_is_on_stdout_and_everything_else_on_stderr(command, tmp_path):
-    status, out, err = run(
+    status, out, err = run_anew(
         ["ultrarag.finetune.bgem3", *command, "--output_dir", tmp_path / "out", "--max_steps", 2, "--json"]
     )
     assert status == 0, err
@@ -138,7 +141,7 @@ def test_whole_flag_list_of_the_ultrarag_page_on_two_processes(tiny_m3, train_fi
     paths = ["--model_name_or_path", tiny_m3, "--cache_dir", tmp_path / "m", "--cache_path", tmp_path / "d"]
     paths += ["--train_data", train_file, "--output_dir", tmp_path / "out"]
     paths += ["--deepspeed", Path(__file__).parents[2] / "resources" / "deepspeed" / "ds_stage0.json"]
-    status, out, err = run(["ultrarag.finetune.bgem3", *paths, *ULTRARAG_PAGE.split()], processes=2)
+    status, out, err = run_anew(["ultrarag.finetune.bgem3", *paths, *ULTRARAG_PAGE.split()], processes=2)
     assert status == 0, err[-3000:]
     assert "fp16 needs a GPU and none is used here: training in fp32" in err
     assert err.count("step 4/4") == 1  # one rank speaks

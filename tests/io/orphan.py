@@ -1,24 +1,12 @@
-"""A child for test_child: `python -m tests.io.orphan late|early`; prints what a child that lives on would do."""
+"""A child for test_child: `python -m tests.io.orphan`; it imports for a minute, and prints when it would live on."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 
-from ultrarag.io.child import PARENT, end_with_parent
+from ultrarag.io.child import PARENT
 
-
-def main() -> None:
-    if sys.argv[1] == "late":  # its parent ends while it still imports
-        while os.getppid() == int(os.environ[PARENT]):
-            time.sleep(0.01)
-    end_with_parent()
-    print("PARENT" if PARENT in os.environ else "ready", flush=True)
-    if sys.argv[1] == "early":
-        time.sleep(60)
-    print("lives on", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+print("PARENT" if PARENT in os.environ else "importing", flush=True)
+time.sleep(60)
+print("lives on", flush=True)

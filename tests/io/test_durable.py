@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from ultrarag.io import (
     CHECKSUM_FILE,
     read_seal,
     remove_left_over,
+    remove_stale_stages,
     replacing,
     seal,
     staged_directory,
@@ -51,6 +53,47 @@ def test_stages_of_killed_processes_are_removed(tmp_path: Path) -> None:
     with staged_directory(tmp_path / "b") as stage:
         (stage / "file").write_text("x")
     assert names(tmp_path) == sorted([*kept, "a"])
+
+
+def test_stages_of_killed_processes_go_when_anything_is_staged_beside_them(tmp_path: Path) -> None:
+    def left_by_a_killed_process() -> None:
+        if (child := os.fork()) == 0:
+            with staged_directory(tmp_path / "model") as stage, replacing(tmp_path / "run.trec") as file:
+                (stage / "weights").write_text("x")
+                file.write(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert len(names(tmp_path)) == 2
+
+    for act in (write_another_file, stage_another_folder, lambda folder: remove_stale_stages(folder)):
+        left_by_a_killed_process()
+        act(tmp_path)
+        for name in ("other.json", "other"):
+            (tmp_path / name).unlink(missing_ok=True)
+        assert names(tmp_path) == []
+
+
+def write_another_file(folder: Path) -> None:
+    write_json(folder / "other.json", {})
+
+
+def stage_another_folder(folder: Path) -> None:
+    with staged_directory(folder / "other"):
+        pass
+
+
+def test_a_stage_in_use_stays_where_its_process_cannot_be_seen(tmp_path: Path) -> None:
+    """In another container with the same host name the number of its process is nobody's, or somebody else's."""
+    with staged_directory(tmp_path / "model") as stage, replacing(tmp_path / "file") as file:
+        mine, mark = (f"{socket.gethostname()}.{process}.tmp" for process in (os.getpid(), _ended_process()))
+        for name in (stage.name, os.path.basename(file.name)):
+            os.rename(tmp_path / name, tmp_path / name.replace(mine, mark))
+        remove_stale_stages(tmp_path)
+        seen = names(tmp_path)
+        for name in seen:
+            os.rename(tmp_path / name, tmp_path / name.replace(mark, mine))
+    assert seen == [f".file.{mark}", f".model.{mark}"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_no_directory_is_opened_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from ultrarag.errors import CheckpointError, DataError, FingerprintError, GateEr
 from ultrarag.retrieve import evaluate, read_passages, read_status, rerank
 from ultrarag.retrieve.engines.registry import default_backend
 from ultrarag.retrieve.generation import source as sources
-from ultrarag.retrieve.generation.serving import FairLock
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.passages.store import Written
 from ultrarag.types import Hit, Passage
@@ -691,22 +690,3 @@ def test_an_error_of_the_builder_is_raised_here(live: LiveIndex, other, monkeypa
     monkeypatch.setattr("ultrarag.retrieve.build.start.prepare", spoiled)
     with pytest.raises(CheckpointError, match=r"building generation 2: .*model\.safetensors"):
         live.build(other)
-
-
-def test_a_lock_is_given_away_in_order() -> None:
-    lock, order = FairLock(), []
-    threads = []
-    with lock.turn():
-        for number in range(5):
-            threads.append(threading.Thread(target=lambda n: queue(lock, order, n), args=(number,)))
-            threads[-1].start()
-            while len(lock._waiting) <= number:
-                time.sleep(0.001)
-    for thread in threads:
-        thread.join()
-    assert order == [0, 1, 2, 3, 4]
-
-
-def queue(lock: FairLock, order: list[int], number: int) -> None:
-    with lock.turn():
-        order.append(number)

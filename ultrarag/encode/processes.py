@@ -23,7 +23,7 @@ from ultrarag.encode.blocks import CHUNK_TEXTS, encode_rest, same_work
 from ultrarag.encode.corpus import IDS, INFO, Compression, EncodedCorpus, Shard, committed_rows
 from ultrarag.encode.vectors import KEYS, write_keys
 from ultrarag.errors import DataError, UsageError
-from ultrarag.io import end_with_parent, progress_bar, run_command, sha256_of, start_child, write_json
+from ultrarag.io import progress_bar, run_command, sha256_of, start_child, write_json
 from ultrarag.retrieve.passages import PassageFile, passage_file
 
 if TYPE_CHECKING:
@@ -207,7 +207,6 @@ def _check(children: Sequence[subprocess.Popen[bytes]], devices: Sequence[str | 
 
 def main() -> int:
     """Encode one shard on one device; errors go to stderr."""
-    end_with_parent()
     return run_command(lambda: _encode(json.loads(sys.argv[1])))
 
 

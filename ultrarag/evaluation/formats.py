@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from ultrarag.errors import DataError, UsageError
 from ultrarag.evaluation.qrels import Qrels, checked_qrels, relevance
+from ultrarag.io import replacing
 from ultrarag.types import Passage
 
 log = logging.getLogger(__name__)
@@ -237,15 +237,10 @@ def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str
     if not re.fullmatch(r"\S+", tag):
         raise UsageError(f"the tag of a run is one word, not '{tag}'")
     path = Path(path)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with staging.open("w", encoding="utf-8", newline="\n") as file:
-                for query_id, hits in run.items():
-                    file.writelines(_run_lines(query_id, hits, tag))
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+        with replacing(path) as file:
+            for query_id, hits in run.items():
+                file.writelines(line.encode("utf-8") for line in _run_lines(query_id, hits, tag))
     except OSError as error:
         raise DataError(f"cannot write '{path}': {error.strerror or error}") from error
 

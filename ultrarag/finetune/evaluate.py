@@ -298,9 +298,12 @@ class Measures:
                 return None
             data = arguments.data
             if pairs:
+                if arguments.evaluation.ignore_identical_ids:
+                    raise UsageError("ignore_identical_ids is for embedders: a cross-encoder orders given candidates")
                 return read_rerank_evaluator(source, PairLengths.of(data), name)
             found = read_evaluator(source, data.query_max_len, data.passage_max_len, name)
             found.keep_tokens = arguments.incremental.merge_with is not None
+            found.ignore_identical_ids = arguments.evaluation.ignore_identical_ids
             return found
 
         domain = read("eval_data", arguments.evaluation.eval_data)

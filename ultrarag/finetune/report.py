@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from ultrarag.checkpoint import Training
 from ultrarag.evaluation import MAIN_METRIC, Measured
 from ultrarag.finetune.output import checkpoints_in
-from ultrarag.io import write_json
+from ultrarag.io import write_bytes, write_json
 from ultrarag.report import Page, render
 from ultrarag.rows.checks import described
 
@@ -80,9 +79,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def write_text(path: Path, value: str) -> None:
     """Replace a text file in one step."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staging.write_text(value, encoding="utf-8")
-    os.replace(staging, path)
+    write_bytes(path, value.encode("utf-8"))
 
 
 def _worse(metrics: Mapping[str, Mapping[str, float]]) -> bool:

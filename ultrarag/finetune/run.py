@@ -57,6 +57,7 @@ from ultrarag.finetune.step import (
     rank,
     world_size,
 )
+from ultrarag.io import remove_stale_stages
 from ultrarag.plugins import registry
 from ultrarag.rows.checks import LeakChecks, Overlap
 
@@ -239,6 +240,7 @@ class FinetuneRun:
         """Clear the output directory of what an earlier run left there; record which rows are trained on."""
         if rank() != 0:
             return
+        remove_stale_stages(self.output.parent)  # of a run that was killed when it was about to publish
         if self.resume is None:
             claim_output_dir(self.output, self.arguments.overwrite_output_dir, self.notes.add)
             if not asked_to_resume(self.arguments):

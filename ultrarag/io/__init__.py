@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.io.child import end_with_parent, start_child, stop_child
+    from ultrarag.io.child import start_child, stop_child
     from ultrarag.io.command import print_error, print_result, run_command, standard_input
     from ultrarag.io.conditions import UNWRITABLE, check_room, named_conditions, resource_error
     from ultrarag.io.durable import (
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         read_seal,
         remove_left_over,
         remove_seal,
+        remove_stale_stages,
         replacing,
         seal,
         sha256_of,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ def start_child(
 ) -> subprocess.Popen[Any]:
     """Start `python -m module words` with this process's import path.
 
-    It gets a session of its own: Ctrl-C reaches this process only, which then ends the child in good order. The
-    module calls `end_with_parent` first of all.
+    It gets a session of its own: Ctrl-C reaches this process only, which then ends the child in good order. It ends
+    with this process, from its first moments on: before the module and all that it imports.
 
     Args:
         env: variables beside those of this process.
@@ -29,12 +30,12 @@ def start_child(
     """
     paths = os.pathsep.join(path for path in sys.path if path)  # a program run from its source folder
     variables = {**os.environ, "PYTHONPATH": paths, **(env or {}), PARENT: str(os.getpid())}
-    command = [sys.executable, "-m", module, *words]
+    command = [sys.executable, "-m", __name__, module, *words]
     return subprocess.Popen(command, env=variables, start_new_session=True, **options)
 
 
 def end_with_parent() -> None:
-    """Called by a child: be killed with the process that started this one, or end now if that is gone already.
+    """Be killed with the process that started this one, or end now if that is gone already.
 
     Linux sends the signal. It comes only for a death after this call, so that the parent is looked for as well:
     it may have ended while this process imported its modules.
@@ -44,6 +45,13 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != int(parent):
         raise SystemExit(f"process {parent}, which started this one, has ended")
+
+
+def _main() -> None:
+    """Be the module that the first word names."""
+    end_with_parent()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def stop_child(child: subprocess.Popen[Any], patience: float) -> None:
@@ -65,3 +73,7 @@ def process_exists(process: int) -> bool:
     except OSError:  # it is somebody else's
         return True
     return process > 0
+
+
+if __name__ == "__main__":
+    _main()

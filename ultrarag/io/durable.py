@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 
 from ultrarag.errors import IndexStateError
 from ultrarag.io.child import process_exists
-from ultrarag.io.lock import LOCK_FILE
+from ultrarag.io.lock import LOCK_FILE, hold, is_held
 
 #: Folders in which the embedded vector engine writes a file before it takes its place.
 ENGINE_STAGE = ".atomicwrite"
@@ -29,10 +28,11 @@ _RENAME_EXCHANGE = 2
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write into; it takes the place of `path`, atomically and durably, when the block ends well."""
-    remove_stale_stages(path)
+    remove_stale_stages(path.parent, path.name)
     stage = _stage_of(path)
     try:
         with open(stage, "wb") as file:
+            hold(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -83,14 +83,19 @@ def sync_tree(path: Path) -> None:
 def staged_directory(target: Path) -> Iterator[Path]:
     """Give a new hidden sibling of `target` to write into; it is removed unless it was moved away."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_stages(target)
+    remove_stale_stages(target.parent, target.name)
     stage = _stage_of(target)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
+    handle = None if os.name == "nt" else os.open(stage, os.O_RDONLY)
     try:
+        if handle is not None:
+            hold(handle)
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def _stage_of(target: Path) -> Path:
@@ -98,10 +103,17 @@ def _stage_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
-def remove_stale_stages(target: Path) -> None:
-    """Remove what killed processes of this machine left beside `target`."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        if not _in_use(left.name.removeprefix(f".{target.name}.").removesuffix(".tmp")):
+def remove_stale_stages(folder: Path, name: str = "") -> None:
+    """Remove the stages that killed processes of this machine left in a folder, whatever they were of.
+
+    So whoever stages anything in a folder cleans it, and a process that was killed and is never started again leaves
+    nothing for long.
+
+    Args:
+        name: of a file or folder whose stages of earlier versions, which did not name the machine, are removed too.
+    """
+    for left in folder.glob(".*.tmp"):
+        if _is_stale_stage(left) or (name and _is_stale_stage_of_before(left, name)):
             _remove(left)
 
 
@@ -121,23 +133,24 @@ def remove_left_over(folder: Path, working: Callable[[Path], bool] = lambda path
     for place, folders, files in os.walk(folder):
         engine = not working(Path(place))
         for name in [*folders, *files]:
-            if (engine and name.startswith(ENGINE_STAGE)) or _is_stale_stage(name):
+            if (engine and name.startswith(ENGINE_STAGE)) or _is_stale_stage(Path(place, name)):
                 _remove(Path(place, name))
 
 
-def _is_stale_stage(name: str) -> bool:
-    """Whether a name is that of a stage whose process of this machine has ended."""
-    rest, _, owner = name[1:].removesuffix(".tmp").rpartition(".")
-    ours = name.startswith(".") and name.endswith(".tmp") and rest.endswith(f".{socket.gethostname()}")
-    return ours and owner.isdigit() and not process_exists(int(owner))
+def _is_stale_stage(path: Path) -> bool:
+    """Whether a path is a stage whose process of this machine has ended.
+
+    The number of the process does not decide alone: of two containers with one host name and a common folder, neither
+    sees the processes of the other. A stage in use is locked, which they both see.
+    """
+    rest, _, owner = path.name[1:].removesuffix(".tmp").rpartition(".")
+    ours = path.name.startswith(".") and path.name.endswith(".tmp") and rest.endswith(f".{socket.gethostname()}")
+    return ours and owner.isdigit() and not process_exists(int(owner)) and not is_held(path)
 
 
-def _in_use(mark: str) -> bool:
-    """Whether the process in a stage's name may still write to it: HOST.PID, or PID as earlier versions wrote it."""
-    host, _, owner = mark.rpartition(".")
-    if not owner.isdigit() or host not in ("", socket.gethostname()):
-        return True
-    return process_exists(int(owner))
+def _is_stale_stage_of_before(path: Path, target: str) -> bool:
+    owner = path.name.removeprefix(f".{target}.").removesuffix(".tmp")
+    return owner.isdigit() and not process_exists(int(owner))
 
 
 def _remove(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,6 +124,32 @@ def read_owner(directory: Path) -> Owner | None:
                 return _holder(directory)
             return None
     return _holder(directory)
+
+
+def hold(handle: int) -> None:
+    """Lock an open file or folder until it is closed, where the file system knows such locks."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_held(path: Path) -> bool:
+    """Whether any process has a file or folder open that it locked with `hold`."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # it has gone, or is somebody else's
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without such locks
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def _lock(file: IO[str], shared: bool) -> bool:

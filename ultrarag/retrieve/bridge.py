@@ -155,8 +155,10 @@ class BridgedVectors:
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages, (len(ids),); NaN for an id that is not stored."""
         scores = np.full(len(ids), np.nan, np.float32)
-        held = np.flatnonzero(~np.isnan(self._old.backend.score_dense(vector, ids))) if len(ids) else np.zeros(0, int)
-        if len(held):
+        if not len(ids):
+            return scores
+        held = [place for place, score in enumerate(self._old.backend.score_dense(vector, ids)) if not np.isnan(score)]
+        if held:
             scores[held] = self.dense([ids[place] for place in held]) @ vector
         return scores
 
@@ -306,7 +308,8 @@ def cross(core: Core, generation: Generation, terms: BridgeTerms) -> BridgeRepor
     encoder = load_encoder(core.layout.directory(generation.id), generation, core.device)
     old, sample = _old_vectors(core)
     width = old.shape[1]
-    raw = Bridge(core, generation, encoder, LinearMap.identity(width, encoder.settings.normalize), folder)
+    unit = encoder.settings.normalize is not False
+    raw = Bridge(core, generation, encoder, LinearMap.identity(width, unit), folder)
     try:
         new = np.asarray(raw.serving.encode_passages([passage.encodable for passage in sample]).dense)
         if new.shape != old.shape:
@@ -314,7 +317,7 @@ def cross(core: Core, generation: Generation, terms: BridgeTerms) -> BridgeRepor
                 f"the vectors of generation {generation.id} are {new.shape[1]} wide, the live ones {width}: no bridge"
             )
         raw.kept.add(sample, new)
-        fit = fit_ridge(old, new, normalize=encoder.settings.normalize)
+        fit = fit_ridge(old, new, normalize=unit)
         found = {"raw": _measure(core, raw, terms)}
     finally:
         raw.close()
@@ -330,7 +333,7 @@ def cross(core: Core, generation: Generation, terms: BridgeTerms) -> BridgeRepor
         raise
     if mode != "mapped":
         bridge.close()
-    item = fit.map if mode == "mapped" else LinearMap.identity(width, encoder.settings.normalize)
+    item = fit.map if mode == "mapped" else LinearMap.identity(width, unit)
     report = replace(report, seconds=round(time.monotonic() - started, 3))
     if mode is None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ultrarag.encode import passages_of
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
-from ultrarag.io import UNWRITABLE, OwnerLock, named_conditions, only, remove_left_over, resource_error
+from ultrarag.io import (
+    UNWRITABLE,
+    OwnerLock,
+    named_conditions,
+    only,
+    remove_left_over,
+    remove_stale_stages,
+    resource_error,
+)
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import remove
 from ultrarag.retrieve.generation import (
@@ -42,6 +50,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ultrarag")
 
 _Result = TypeVar("_Result")
+#: The named value with the output folder of a refresh that was begun: what it left when it was killed is removed.
+REFRESHING = "refreshing"
 
 
 class Bridging(Protocol):
@@ -87,6 +97,9 @@ class Core:
                 remove_left_over(root, working=self.layout.is_building)
             self.store = Store.open(root, read_only=bool(reading))
             undo.callback(self.store.close)
+            if not reading and (refreshed := self.store.get_meta(REFRESHING)):
+                for folder in (Path(refreshed).parent, Path(refreshed)):
+                    remove_stale_stages(folder)
             self.catalog = Catalog(self.store)
             self.link = self._linked(repair, checkpoints)
             if self.link is not None:

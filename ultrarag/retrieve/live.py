@@ -454,6 +454,7 @@ class LiveIndex:
         metric: str = "nDCG@10",
         search: Mapping[str, Any] | None = None,
         effort: str = "full",
+        bridge: bool = False,
         **finetune_arguments: Any,
     ) -> RefreshReport:
         """Fine-tune the live encoder, build a generation with it, and swap if the gate lets it; searches go on.
@@ -475,6 +476,8 @@ class LiveIndex:
                 "passage-map" (the query side, and a matrix on the passages' vectors) encode no passage again; "full"
                 trains both sides and encodes all; "auto" climbs from the cheapest to the first that is enough, by
                 the held-out queries (docs/refresh.md).
+            bridge: while a full refresh encodes the passages, let the new encoder serve from the old vectors, if it is
+                significantly better so on the gate's queries (docs/bridge.md).
             finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`. Rows that the live model, or
                 one before it, was trained on are refused without `allow_seen_data=True`.
 
@@ -489,7 +492,7 @@ class LiveIndex:
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
-            terms = RefreshTerms(gate, force, metric, search, effort)
+            terms = RefreshTerms(gate, force, metric, search, effort, bridge)
             return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
         finally:
             self._refreshing.release()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.finetune.batches.planning import train_data
 from tests.rows.row_files import GOOD, numbered, write
 from ultrarag.errors import DataError, UsageError
@@ -210,6 +211,7 @@ def test_a_damaged_cache_is_rebuilt(tmp_path, cache, damage, suffix):
 KILLED = """
 import os, signal, sys
 from ultrarag.rows import cache
+from tests import forked
 from tests.finetune.batches.planning import train_data
 point = sys.argv[2]
 def die(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
@@ -230,7 +232,7 @@ train_data(sys.argv[1])
 @pytest.mark.parametrize("point", ["rows", "sync", "manifest"])
 def test_a_killed_write_leaves_a_cache_that_works(tmp_path, cache, point):
     path = write(tmp_path / "a.jsonl", *numbered(9))
-    killed = subprocess.run([sys.executable, "-c", KILLED, path, point], timeout=60, check=False)
+    killed = forked.run(["-c", KILLED, path, point])
     assert killed.returncode == -signal.SIGKILL
     assert any(cache.iterdir())
     assert not list(cache.glob("*.json"))
@@ -248,9 +250,7 @@ def test_two_runs_may_build_the_same_cache_at_once(tmp_path, cache):
         "import sys; from tests.finetune.batches.planning import train_data; "
         "data = train_data(sys.argv[1]); print(len(data), data[2999].query)"
     )
-    running = [
-        subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
+    running = [forked.Popen(["-c", code, path]) for _ in range(3)]
     assert [process.communicate(timeout=60)[0] for process in running] == ["3000 q2999\n"] * 3
     assert sorted(file.suffix for file in cache.iterdir()) == [".arrow", ".json"]
 

@@ -246,6 +246,7 @@ def test_booleans_that_are_off(parse: Any, words: str) -> None:
         ("--shuffle_ratio 2", "between 0 and 1"),
         ("--eval_strategy epoch", "needs --eval_data"),
         ("--early_stopping_patience 2", "needs --eval_data"),
+        ("--ignore_identical_ids", "needs --eval_data"),
         ("--load_best_model_at_end", "needs --eval_data"),
         ("--eval_data nowhere.jsonl", "'nowhere.jsonl' does not exist"),
         ("--per_device_train_batch_size 0", "at least 1"),

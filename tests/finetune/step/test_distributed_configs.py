@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.finetune.test_run import ROWS, assert_same_weights
 from ultrarag import Encoder
 from ultrarag.checkpoint.manifest import read_manifest
@@ -91,9 +90,7 @@ def together(work: Path, runs: list[list[str]]) -> str:
     """Two processes do the runs in turn; what they said on stderr."""
     file = work / "runs.json"
     file.write_text(json.dumps(runs))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command = [sys.executable, *launch, "tests.finetune.step.engine_worker", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.torchrun(["-m", "tests.finetune.step.engine_worker", str(file)])
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forked
 from tests.finetune.batches.planning import batch_plan, train_data
 from tests.finetune.step.masking_worker import BATCH, MASKS, arguments_of, embeddings, loss_of, make
 from tests.finetune.test_run import QUICK, ROWS
@@ -102,9 +101,8 @@ def test_gradcache_gives_the_gradients_of_the_whole_batch(tiny_m3, mask):
 
 
 def test_two_processes_have_the_loss_and_the_gradient_of_one(tiny_m3, tmp_path):
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    words += ["tests.finetune.step.masking_worker", tiny_m3, str(tmp_path / "found.json")]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    words = ["-m", "tests.finetune.step.masking_worker", tiny_m3, str(tmp_path / "found.json")]
+    done = forked.torchrun(words, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     for mask, found in json.loads((tmp_path / "found.json").read_text()).items():
         for name in ("two", "chunks"):

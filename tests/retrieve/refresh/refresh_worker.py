@@ -24,17 +24,17 @@ def die(*args: object, **kwargs: object) -> None:
 
 
 def arm(stage: str) -> None:
-    """Put the end into a stage: after a saved step, with some vectors built, or right behind the flip."""
+    """Put the end into a stage: behind a saved step, in publishing, with some vectors built, or behind the flip."""
     if stage == "finetune":
         from ultrarag.finetune.step.trainer import EmbeddingTrainer
 
         saved = EmbeddingTrainer._save_checkpoint
         EmbeddingTrainer._save_checkpoint = lambda *args: (saved(*args), die())  # type: ignore[method-assign]
     if stage == "published":
-        from ultrarag.finetune import output as finishing
+        from ultrarag.checkpoint import publishing
 
-        published = finishing.publish
-        finishing.publish = lambda *args, **kwargs: (published(*args, **kwargs), die())  # type: ignore[assignment]
+        published = publishing.publish_directory
+        publishing.publish_directory = lambda *args, **kwargs: (published(*args, **kwargs), die())  # type: ignore[assignment]
     if stage == "build":
         from ultrarag.retrieve.build import child as builder
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, GATE, IDS, QRELS, QUERIES, ROWS, TEXTS
 from ultrarag.checkpoint.manifest import read_manifest
 from ultrarag.errors import DataError, GateError, IndexStateError, UltraragError, UsageError
@@ -104,13 +103,11 @@ def test_killed_in_every_stage_it_ends_as_if_nothing_had_been(stages, corpus, ag
     corpus.close()
     for stage in stages:
         words = [str(tmp_path / "kb"), str(tmp_path / "out"), str(tmp_path / "cache"), stage]
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.retrieve.refresh.refresh_worker", *words],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        done = forked.run(["-m", "tests.retrieve.refresh.refresh_worker", *words], cwd=ROOT)
         assert done.returncode == -9, f"{stage}: {done.stderr[-2000:]}"
+        assert bool(list(tmp_path.glob(".out.*.tmp"))) == (stage == "published")
+        LiveIndex.open(tmp_path / "kb").close()
+        assert list(tmp_path.glob(".*.tmp")) == []  # whether or not it is ever refreshed again
     with LiveIndex.open(tmp_path / "kb") as live:
         assert live.fingerprint == straight  # the last was killed behind the flip
         report = live.refresh(
@@ -163,7 +160,7 @@ def test_other_arguments_in_the_same_folder_are_an_error_that_names_them(again):
 
 
 def test_an_unfinished_refresh_with_other_arguments_is_an_error(again, monkeypatch):
-    monkeypatch.setattr(stages, "build_generation", lambda *_: (_ for _ in ()).throw(IndexStateError("no disk")))
+    monkeypatch.setattr(stages, "build_generation", lambda *_, **__: (_ for _ in ()).throw(IndexStateError("no disk")))
     with pytest.raises(IndexStateError, match="no disk"):
         again()
     with pytest.raises(UsageError, match="begun with other train_data, learning_rate: give the same"):

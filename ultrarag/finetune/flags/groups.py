@@ -234,6 +234,11 @@ class EvaluationArguments:
     early_stopping_patience: int | None = flag(
         None, "Stop after this many evaluations in a row without a better result."
     )
+    ignore_identical_ids: bool = flag(
+        False,
+        "Leave out the passage that has the query's own id, of --eval_data and --guard_data whose queries are passages "
+        "(ArguAna, Quora).",
+    )
 
     shared_eval_data: str = flag(
         "warn",
@@ -250,6 +255,8 @@ class EvaluationArguments:
             raise UsageError(f"eval_data '{self.eval_data}' does not exist")
         if self.early_stopping_patience is not None and self.eval_data is None:
             raise UsageError("early_stopping_patience needs --eval_data, on which to see whether the model improves")
+        if self.ignore_identical_ids and self.eval_data is None:
+            raise UsageError("ignore_identical_ids needs --eval_data, a folder in BEIR's layout with ids of its own")
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from ultrarag.encode import Encoded, Known
 from ultrarag.errors import UltraragError, kind_of
-from ultrarag.io import end_with_parent, named_conditions, progress_bar
+from ultrarag.io import named_conditions, progress_bar
 from ultrarag.retrieve.generation import (
     Catalog,
     Draft,
@@ -177,9 +177,8 @@ def _strategy(asked: argparse.Namespace) -> Strategy:
 
 
 def _behave(threads: int) -> None:
-    """Low priority, few threads, a clean end on SIGTERM, and an end with the parent."""
+    """Low priority, few threads, and a clean end on SIGTERM."""
     signal.signal(signal.SIGTERM, _stop)
-    end_with_parent()
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     import torch

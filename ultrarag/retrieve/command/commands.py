@@ -14,6 +14,7 @@ from ultrarag.encode.ray import RayPool
 from ultrarag.errors import DataError, IndexStateError, UsageError
 from ultrarag.evaluation import Collection, differences, evaluate_run, read_beir, read_run, write_run
 from ultrarag.io import print_error, print_result, progress_bar, standard_input
+from ultrarag.retrieve.bridge import BridgeTerms
 from ultrarag.retrieve.command import printing
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.live import LiveIndex
@@ -125,8 +126,12 @@ def build(arguments: argparse.Namespace) -> None:
     names = ("adapter", "backend", "heads", "threads", "share", "trust_remote_code")
     wishes = {name: getattr(arguments, name) for name in names}
     ray = _ray_pool(arguments)  # before the index is opened, which may take a while
+    terms = None
+    if arguments.bridge:
+        judged = read_beir(arguments.bridge, "test")
+        terms = BridgeTerms(judged.queries, judged.qrels)
     with _open(arguments) as live:
-        generation = live.build(arguments.checkpoint, ray=ray, **wishes)
+        generation = live.build(arguments.checkpoint, ray=ray, bridge=terms, **wishes)
     _show(arguments, {**asdict(generation), "built": generation.how_built()}, printing.built)
 
 
@@ -221,6 +226,7 @@ def refresh(arguments: argparse.Namespace) -> None:
             metric=arguments.metric,
             search=_options(arguments) or None,
             effort=arguments.effort,
+            bridge=arguments.bridge,
             **arguments.finetune,
         )
     _show(arguments, report.to_dict(), lambda found: str(report))

@@ -127,6 +127,12 @@ def _build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--threads", type=int, metavar="N", help="of the builder; default: half of the cores")
     share_flags(parser)
+    parser.add_argument(
+        "--bridge",
+        metavar="FOLDER",
+        help="BEIR folder about this index's passages: serve by the new model from the old vectors while the build "
+        "runs, if that is significantly better on its test queries (docs/bridge.md)",
+    )
     _device(parser)
     ray = parser.add_argument_group("Ray", "Encode on a Ray cluster and write to a server; see docs/distributed.md.")
     ray.add_argument("--ray", metavar="ADDRESS", help="local, auto (the cluster of this machine), or HOST:PORT")
@@ -187,6 +193,12 @@ def _refresh(parser: argparse.ArgumentParser) -> None:
         default="full",
         choices=("auto", "query-map", "query", "passage-map", "full"),
         help="what learns: all but full encode no passage again; auto takes the first that is enough (default: full)",
+    )
+    parser.add_argument(
+        "--bridge",
+        action="store_true",
+        help="while a full refresh is built, serve by the new model from the old vectors, if that is significantly "
+        "better (docs/bridge.md)",
     )
     parser.add_argument("--no_gate", action="store_true", help="swap without comparing")
     parser.add_argument("--metric", default="nDCG@10", help="what the gate compares (default: nDCG@10)")

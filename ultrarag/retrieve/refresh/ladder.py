@@ -73,8 +73,8 @@ class Comparison:
         """Compare the values of the queries that both have, query id -> value."""
         both = [query_id for query_id in before if query_id in after]
         old, new = ({query_id: side[query_id] for query_id in both} for side in (before, after))
-        means = (sum(side.values()) / len(both) for side in (old, new))
-        return cls(metric, *means, asdict(significance(old, new)))
+        before_mean, after_mean = (sum(side.values()) / len(both) for side in (old, new))
+        return cls(metric, before_mean, after_mean, asdict(significance(old, new)))
 
     @property
     def significance(self) -> Significance:
@@ -203,7 +203,7 @@ class Judge:
             rows = np.concatenate([rows, np.broadcast_to(np.arange(first, first + len(block)), found.shape)], axis=1)
             best = np.argpartition(-scores, k - 1, axis=1)[:, :k] if scores.shape[1] > k else np.arange(scores.shape[1])
             best = np.broadcast_to(best, (len(queries), best.shape[-1]))
-            scores, rows = (np.take_along_axis(array, best, axis=1) for array in (scores, rows))
+            scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
         named = [
             [(self._corpus.ids[row], float(s)) for row, s in zip(*pair, strict=True)]
             for pair in zip(rows, scores, strict=True)

@@ -18,8 +18,9 @@ from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
 from ultrarag.evaluation import MAIN_METRIC, Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.io import link_tree, publish_directory, staged_directory
+from ultrarag.retrieve.bridge import BridgeTerms
 from ultrarag.retrieve.build import build_generation
-from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.core import REFRESHING, Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
@@ -40,7 +41,7 @@ _OWN = (
 #: Arguments of `finetune` about measuring, which is done here for all rungs but the last.
 _EVALUATION = (
     *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "metric_for_best_model"),
-    *("load_best_model_at_end", "greater_is_better"),
+    *("load_best_model_at_end", "greater_is_better", "ignore_identical_ids"),
 )
 #: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
 _INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data", "shared_eval_data")
@@ -59,6 +60,8 @@ class RefreshTerms:
     search: Mapping[str, Any] | None = None
     #: one of `ultrarag.retrieve.refresh.ladder.EFFORTS`
     effort: str = FULL
+    #: serve by the new encoder while its vectors are made; see `ultrarag.retrieve.bridge`
+    bridge: bool = False
 
 
 def refresh(
@@ -73,6 +76,7 @@ def refresh(
     work = _Refresh(core, train_data, eval_data, Path(output_dir), terms, arguments)
     if (done := work.finished()) is not None:
         return done
+    core.store.set_meta(**{REFRESHING: str(work.output.absolute())})
     work.begin()
     try:
         work.learn()
@@ -297,8 +301,17 @@ class _Refresh:
         if self.state.generation is not None and self._generation().state != "retired":
             return
         with self._timed("build"):
-            self.state.generation = build_generation(self.core, self.output, trust_remote_code=self._trusted).id
+            built = build_generation(
+                self.core, self.output, trust_remote_code=self._trusted, bridge=self._bridge_terms()
+            )
+            self.state.generation = built.id
         self.save()
+
+    def _bridge_terms(self) -> BridgeTerms | None:
+        if not self.terms.bridge or self.asked is None:
+            return None
+        search = {name: value for name, value in self.search.items() if name != "ignore_identical_ids"}
+        return BridgeTerms(self.asked.queries, self.asked.qrels, self.terms.metric, search)
 
     def swap(self) -> RefreshReport:
         """Measure, decide and go live, unless that was done before the crash; then write the report."""
@@ -312,6 +325,7 @@ class _Refresh:
                 refused = error
         report = self._report(refused)
         write_report(report, self._shown(), self.output)
+        self.core.store.set_meta(**{REFRESHING: ""})
         if refused is not None:
             raise GateError(f"{refused}; see '{report.html}'") from refused
         shutil.rmtree(self.ladder, ignore_errors=True)
@@ -416,6 +430,11 @@ class _Refresh:
         Raises:
             UsageError: see above.
         """
+        if self.terms.bridge and (self.asked is None or self.asked.corpus is not None):
+            raise UsageError(
+                "bridge=True measures on queries about the passages of this index: give eval_data, a BEIR folder, or "
+                "gate=(queries, qrels)"
+            )
         if self.effort == FULL:
             return
         if "dense" not in self.parent.heads:
@@ -456,6 +475,8 @@ class _Refresh:
             if self.eval_data is not None:
                 held_out = self.eval_data
                 given["eval_data"] = os.fspath(held_out) if isinstance(held_out, os.PathLike) else held_out
+                if (self.terms.search or {}).get("ignore_identical_ids"):
+                    given["ignore_identical_ids"] = True
         else:  # judged here, from stored vectors: the fine-tuning would encode the evaluation's corpus
             given = {name: value for name, value in given.items() if name not in _EVALUATION}
         if rung != FULL:

@@ -16,7 +16,7 @@ from pathlib import Path
 import qdrant_edge
 
 from ultrarag.errors import IndexStateError
-from ultrarag.io import end_with_parent, start_child
+from ultrarag.io import start_child
 from ultrarag.retrieve.engines.base import Progress
 
 
@@ -47,7 +47,6 @@ def _wait(child: subprocess.Popen[str], tick: Callable[[], object]) -> str:
 
 def main(shard: str) -> None:
     """Optimise the shard in a directory, until there is nothing more to do."""
-    end_with_parent()
     if hasattr(os, "nice"):
         os.nice(10)
     edge = qdrant_edge.EdgeShard.load(shard)
