@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from ultrarag import Encoder
+from ultrarag.encoder import find_adapter
+from ultrarag.errors import UsageError
 from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
 from ultrarag.testing.layouts import LAYOUTS, Layout, write_layout
@@ -54,23 +56,39 @@ class Outcome:
     lora: float
     #: each query's passage is scored in an index as by the vectors
     index: float
+    #: the adapter that was chosen where none was named is the one that the layout says
+    chosen: bool = True
 
     @property
     def sound(self) -> bool:
-        return all(value <= TOLERANCE for value in (self.loaded, self.tuned, self.lora, self.index))
+        return self.chosen and all(value <= TOLERANCE for value in (self.loaded, self.tuned, self.lora, self.index))
 
 
 def run(layout: Layout, folder: Path) -> Outcome:
     """Take one family's tiny copy through everything, in `folder`."""
     write_layout(folder / "model", layout)
-    encoder = Encoder.load(folder / "model", layout.adapter, device="cpu")
+    adapter = layout.adapter if layout.chosen is not None else None  # by itself, where that is the best
+    encoder = Encoder.load(folder / "model", adapter, device="cpu")
     loaded = _difference(encoder, folder / "model", layout)
     tuned, lora = (
-        finetune(str(folder / "model"), ROWS, folder / name, adapter=layout.adapter, **RUN, **more).checkpoint
+        finetune(str(folder / "model"), ROWS, folder / name, adapter=adapter, **RUN, **more).checkpoint
         for name, more in {"tuned": {}, "lora": {"use_lora": True, "lora_rank": 4}}.items()
     )
-    return Outcome(loaded, *(_difference(Encoder.load(path), Path(path), layout) for path in (tuned, lora)),
-                   _indexed(Encoder.load(tuned), folder / "index"))  # fmt: skip
+    wanted = layout.adapter if layout.chosen is None else layout.chosen
+    return Outcome(
+        loaded,
+        *(_difference(Encoder.load(path), Path(path), layout) for path in (tuned, lora)),
+        index=_indexed(Encoder.load(tuned), folder / "index"),
+        chosen=_chosen(folder / "model") == wanted,
+    )
+
+
+def _chosen(folder: Path) -> str:
+    """The adapter that is chosen for a folder; empty where one has to be named."""
+    try:
+        return find_adapter(folder)
+    except UsageError:
+        return ""
 
 
 def _difference(encoder: Encoder, folder: Path, layout: Layout) -> float:
@@ -104,12 +122,17 @@ def _indexed(encoder: Encoder, folder: Path) -> float:
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """The page's table, one line per family."""
-    lines = ["| family | for example | adapter | loaded | fine-tuned | LoRA | index |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| family | for example | adapter | chosen by itself | loaded | fine-tuned | LoRA | index |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, outcome in outcomes.items():
         layout = LAYOUTS[name]
         stages = [_word(value) for value in (outcome.loaded, outcome.tuned, outcome.lora, outcome.index)]
         example = f"`{layout.example}`" if layout.example else ""
-        lines.append(f"| {name} | {example} | `{layout.adapter}` | {' | '.join(stages)} |")
+        other = f"`{layout.chosen}`, which is equal too" if layout.chosen else "no: it has to be named"
+        chosen = ("yes" if layout.chosen is None else other) if outcome.chosen else "another"
+        lines.append(f"| {name} | {example} | `{layout.adapter}` | {chosen} | {' | '.join(stages)} |")
     return "\n".join(lines)
 
 

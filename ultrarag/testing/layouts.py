@@ -49,6 +49,8 @@ class Layout:
     architecture: str = ""
     #: the adapter that runs it best
     adapter: str = "bge"
+    #: the one that is chosen where none is named; None: the same, empty: one has to be named
+    chosen: str | None = None
     #: a published model of the family
     example: str = ""
 
@@ -147,6 +149,7 @@ _QWEN3 = Layout(
     padding_side="left",
     architecture="Qwen3ForCausalLM",
     adapter="icl",
+    chosen="bge",
     example="Qwen/Qwen3-Embedding-0.6B",
 )
 
@@ -224,7 +227,13 @@ LAYOUTS: dict[str, Layout] = {
     "EuroBERT": Layout("EuroBert", config=_GROUPED, example="EuroBERT/EuroBERT-210m"),
     "matryoshka": Layout("Bert", truncate_dim=16),
     "Qwen3 without modules.json": Layout(
-        "Qwen3", style="decoder", pooling="", config=_GROUPED, padding_side="left", architecture="Qwen3ForCausalLM"
+        "Qwen3",
+        style="decoder",
+        pooling="",
+        config=_GROUPED,
+        padding_side="left",
+        architecture="Qwen3ForCausalLM",
+        chosen="",
     ),
     "sentence-t5": Layout(
         "T5Encoder",
