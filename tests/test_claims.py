@@ -312,16 +312,13 @@ def test_a_model_of_two_sides_is_claimed_as_its_passage_side_is(tmp_path: Path) 
     plain = Encoder.load(tmp_path / "bert", device="cpu")
     saved = Encoder.of_sides(plain, query_maps=[LinearMap.identity(32, True)]).save(tmp_path / "sided")
     assert find_adapter(saved) == "bge"
-    with pytest.raises(
-        UsageError, match=r"'bge-reranker' cannot be right|is an embedding|reads \(query, passage\) pairs"
-    ):
-        Encoder.load(saved, "bge-reranker")
     (saved / "ultrarag.json").unlink()
     assert find_adapter(saved) == "bge"  # by the files of the side, and not as a Router of other modules
     assert Encoder.load(saved, "bge", device="cpu").asymmetric
     assert Encoder.load(saved, device="cpu").adapter.name == "bge"
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_lora_folder_is_claimed_as_its_base_is(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel

@@ -94,13 +94,14 @@ def test_consent_holds_for_both_sides_of_a_model(own_code: Path, tmp_path: Path,
         assert live.encoder.trust_remote_code
 
 
-def test_a_refresh_loads_checkpoints_with_the_live_encoders_consent(own_code: Path, tmp_path: Path) -> None:
-    from ultrarag.retrieve.refresh.stages import _Refresh
-
+def test_a_refresh_runs_the_code_that_the_live_encoder_may(own_code: Path, tmp_path: Path, quick_builds: None) -> None:
+    guard = [{"query": text, "pos": [text], "neg": [TEXTS[0]]} for text in TEXTS[1:3]]
     with LiveIndex.create(tmp_path / "index", Encoder.load(own_code, trust_remote_code=True), backend="numpy") as live:
-        refresh = object.__new__(_Refresh)
-        refresh.core, refresh.parent = live._core, live._core.live.generation
-        assert refresh.load(own_code).trust_remote_code
+        live.add([{"id": str(number), "text": text} for number, text in enumerate(TEXTS)])
+        asked = {"gate": False, "effort": "query", "guard_data": guard, "max_forgetting": 1.0, "learning_rate": 1e-3}
+        live.refresh(ROWS, output_dir=tmp_path / "out", **asked, **SMALL)
+        assert live.encoder.asymmetric
+        assert live.encoder.trust_remote_code
 
 
 def test_a_model_without_code_records_nothing(tmp_path: Path) -> None:
