@@ -283,6 +283,13 @@ class Crashes(Toy):
 
 
 #: (check, adapter, what its result says)
+class ComputesWithAWeight(Toy):
+    @hookimpl
+    def encode(self, model, features):
+        weight = model.backbone.encoder.layer[0].attention.self.query.weight
+        return Embeddings(dense=F.normalize(model.encode(features).dense + weight[0], dim=-1))
+
+
 BROKEN = [
     ("load", Half, "is not float32"),
     ("load", UndeclaredHead, "has the head 'sparse', which the adapter does not declare"),
@@ -314,6 +321,7 @@ BROKEN = [
     ("gradcache", LooksPastEmbeddings, "--sub_batch_size would train differently"),
     ("other devices", OwnPassagesOnly, "more passages than queries x G stop 'loss'"),
     ("other devices", ForgetsOthers, "with 3 more negatives the loss is"),
+    ("lora", ComputesWithAWeight, "merging the adapters into the weights changes the vectors: by"),
     ("save", SavesItsOwn, "after saving and loading, head 'dense' differs by"),
     ("save", ZeroedLayer, "the vectors agree but the fingerprint is another"),
     ("publish", SavesTheOriginal, "Something is lost between the hooks 'save' and 'load'"),

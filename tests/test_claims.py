@@ -127,7 +127,6 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a classifier": ({"architecture": "BertForSequenceClassification"}, "a classifier .*2 labels"),
     "T5": ({"architecture": "T5ForConditionalGeneration", "is_encoder_decoder": True}, "an encoder with a decoder"),
-    "LoRA": ({"files": {"adapter_config.json": "{}"}}, "LoRA matrices without their base"),
 }
 
 
@@ -301,3 +300,31 @@ def test_nothing_heavy_is_read_to_answer(tmp_path: Path) -> None:
     assert str(ModelFolder(folder).family) == "an encoder without a declared use (config.json: BertModel)"
     with pytest.raises(UltraragError):
         find_adapter(lay_out(tmp_path / "empty"))
+
+
+# ---- models of two sides, and LoRA folders
+
+
+def test_a_model_of_two_sides_is_claimed_as_its_passage_side_is(tmp_path: Path) -> None:
+    from ultrarag.maps import LinearMap
+
+    tiny_bert(tmp_path / "bert")
+    plain = Encoder.load(tmp_path / "bert", device="cpu")
+    saved = Encoder.of_sides(plain, query_maps=[LinearMap.identity(32, True)]).save(tmp_path / "sided")
+    assert find_adapter(saved) == "bge"
+    (saved / "ultrarag.json").unlink()
+    assert find_adapter(saved) == "bge"  # by the files of the side, and not as a Router of other modules
+    assert Encoder.load(saved, "bge", device="cpu").asymmetric
+    assert Encoder.load(saved, device="cpu").adapter.name == "bge"
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_lora_folder_is_claimed_as_its_base_is(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    tiny_bert(tmp_path / "bert")
+    model = get_peft_model(AutoModel.from_pretrained(tmp_path / "bert"), LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path / "lora")
+    assert find_adapter(tmp_path / "lora") == "bge"
+    assert Encoder.load(tmp_path / "lora", device="cpu").adapter.name == "bge"

@@ -46,7 +46,12 @@ class LossArguments:
     mrl_dims: tuple[int, ...] = flag(
         (), "The numbers of dimensions for use_mrl, such as 64 128 256 or 64,128,256.", split=True
     )
-    normalize_embeddings: bool = flag(True, "Give dense vectors unit length.")
+    #: None: not said, which is True for a loss by itself; a run settles it when it has seen the model
+    normalize_embeddings: bool | None = flag(
+        None,
+        "Give dense vectors unit length.",
+        shown_default="True, unless the checkpoint says that its vectors are compared by dot product",
+    )
     negatives_cross_device: bool = flag(False, "The passages of all processes are negatives.")
 
     #: passages per query in this batch, positive first; None: passages / queries

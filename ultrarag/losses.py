@@ -196,7 +196,7 @@ def matryoshka(
     """
     losses = []
     for dim in args.mrl_dims:
-        short = (_truncate(side.dense, dim, args.normalize_embeddings) for side in (query, passage))
+        short = (_truncate(side.dense, dim, args.normalize_embeddings is not False) for side in (query, passage))
         scores = head_scores(*(Embeddings(dense=dense) for dense in short))["dense"] / args.temperature
         losses.append(ranking_loss(adjusted(scores, args), teacher, args, group_size))
     return torch.stack(losses).mean()

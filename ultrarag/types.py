@@ -22,6 +22,9 @@ from ultrarag.errors import UsageError
 Kind = Literal["query", "passage", "text"]
 KINDS: tuple[Kind, ...] = ("query", "passage", "text")
 
+#: The part of a prompt of passages that a passage's title takes the place of.
+NO_TITLE = "title: none"
+
 #: The heads a model may have, in the order in which they are reported.
 HEADS = ("dense", "sparse", "colbert", "scores")
 
@@ -192,12 +195,21 @@ class EncoderSettings:
     separator: str | None = None
     #: a layerwise reranker: the layer whose score counts; None: the last one
     cutoff_layer: int | None = None
+    #: dense vectors are cut to so many dimensions, and given unit length again where `normalize` is set; None: whole
+    truncate_dim: int | None = None
+    #: what the checkpoint declares for other tools, by name: kept when it is saved, used nowhere here
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    #: how other tools compare its vectors: cosine, dot, euclidean or manhattan
+    similarity: str | None = None
 
-    def render(self, text: str, kind: Kind, instruction: str | None = None) -> str:
+    def render(self, text: str | Passage, kind: Kind, instruction: str | None = None) -> str:
         """Return `text` with the instruction of its kind (or `instruction`) in the declared format.
 
         A text of a symmetric task has an instruction only where one is given, in the format of queries.
         """
+        if isinstance(text, Passage):
+            return self._render_passage(text, kind, instruction)
         if kind == "text":
             return self.query_format.format(instruction, text) if instruction else text
         declared = self.query_instruction if kind == "query" else self.passage_instruction
@@ -206,6 +218,13 @@ class EncoderSettings:
         if chosen:
             return template.format(chosen, text)
         return self.query_plain_format.format(text) if kind == "query" else text
+
+    def _render_passage(self, passage: Passage, kind: Kind, instruction: str | None) -> str:
+        """A title stands where the prompt of passages has a place for it, as EmbeddingGemma's; else before the text."""
+        prompt = self.passage_instruction if instruction is None else instruction
+        if kind != "passage" or NO_TITLE not in prompt or is_blank(passage.title):
+            return self.render(passage.content, kind, instruction)
+        return self.passage_format.format(prompt.replace(NO_TITLE, f"title: {passage.title}", 1), passage.text)
 
     def max_length(self, kind: Kind) -> int | None:
         """Return the token limit of texts of this kind."""
@@ -253,9 +272,19 @@ class Passage:
         return f"{self.title}\n{self.text}" if self.title else self.text
 
     @property
+    def encodable(self) -> str | Passage:
+        """What an encoder is given: its text, or itself where it has a title, which the model's prompt may place."""
+        return self if self.title else self.text
+
+    @property
     def blank(self) -> bool:
         """Neither title nor text has a visible character: it says nothing, and vectors put it near short queries."""
         return is_blank(self.title) and is_blank(self.text)
+
+
+def text_of(item: str | Passage) -> str:
+    """The text that words are searched in, and hashes taken of: a passage's `content`."""
+    return item if isinstance(item, str) else item.content
 
 
 @dataclass(frozen=True)

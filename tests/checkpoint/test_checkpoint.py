@@ -18,7 +18,7 @@ from tests import forked
 from ultrarag import Encoder, hookimpl
 from ultrarag.adapters.embedders import BGEM3Adapter
 from ultrarag.checkpoint.manifest import changed_files, read_manifest
-from ultrarag.errors import CheckpointError
+from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.io.durable import publish_directory, remove_stale_stages, staged_directory
 from ultrarag.plugins import registry
 
@@ -135,7 +135,7 @@ def test_unsupported_module_is_named(minilm, tmp_path):
     modules = json.loads((folder / "modules.json").read_text())
     modules.append({"idx": 3, "name": "3", "path": "3_CNN", "type": "sentence_transformers.models.CNN"})
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(CheckpointError, match=r"module 'sentence_transformers.models.CNN' is not supported"):
+    with pytest.raises(UsageError, match=r"models.CNN' is not one .* adapter 'sentence-transformers'"):
         Encoder.load(folder, adapter="bge")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ultrarag import Encoder
 from ultrarag.checkpoint import read_manifest
@@ -65,6 +67,43 @@ def test_consent_holds_through_training_and_in_an_index(own_code: Path, tmp_path
         LiveIndex.open(tmp_path / "index")
 
 
+def test_consent_holds_for_both_sides_of_a_model(own_code: Path, tmp_path: Path, quick_builds: None) -> None:
+    plain = Encoder.load(own_code, trust_remote_code=True)
+    query = plain.around(copy.deepcopy(plain.model))
+    with torch.no_grad():
+        next(iter(query.model.parameters())).add_(0.1)
+    sided = Encoder.of_sides(plain, query)
+    assert sided.trust_remote_code
+    assert sided.side("query").trust_remote_code
+    out = sided.save(tmp_path / "out")
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.remote_code
+    assert manifest.sides is not None
+    with pytest.raises(UsageError, match=r"run by Python code .*modeling_acme.py; named in passage/config.json"):
+        Encoder.load(out)
+    with LiveIndex.create(tmp_path / "index", plain, backend="numpy") as live:
+        live.add([{"id": str(number), "text": text} for number, text in enumerate(TEXTS)])
+        with pytest.raises(UsageError, match="run by Python code that comes with it"):
+            live.build(out)
+        generation = live.build(out, trust_remote_code=True)
+        assert generation.shares
+        live.swap(generation)
+    with LiveIndex.open(tmp_path / "index") as live:
+        assert live.encoder.asymmetric
+        assert live.encoder.trust_remote_code
+
+
+def test_a_refresh_runs_the_code_that_the_live_encoder_may(own_code: Path, tmp_path: Path, quick_builds: None) -> None:
+    guard = [{"query": text, "pos": [text], "neg": [TEXTS[0]]} for text in TEXTS[1:3]]
+    with LiveIndex.create(tmp_path / "index", Encoder.load(own_code, trust_remote_code=True), backend="numpy") as live:
+        live.add([{"id": str(number), "text": text} for number, text in enumerate(TEXTS)])
+        asked = {"gate": False, "effort": "query", "guard_data": guard, "max_forgetting": 1.0, "learning_rate": 1e-3}
+        live.refresh(ROWS, output_dir=tmp_path / "out", **asked, **SMALL)
+        assert live.encoder.asymmetric
+        assert live.encoder.trust_remote_code
+
+
 def test_a_model_without_code_records_nothing(tmp_path: Path) -> None:
     from ultrarag.testing.tiny import tiny_bert
 
@@ -98,7 +137,7 @@ def test_ranks_are_told(own_code: Path, tmp_path: Path) -> None:
     share = (tmp_path / "index", str(own_code), Rank.of_environment(), None, None, "cpu")
     with pytest.raises(UsageError, match=REFUSED):
         encode_share(*share)
-    assert encode_share(*share, True) in (0, len(TEXTS))
+    assert encode_share(*share, trust_remote_code=True) in (0, len(TEXTS))
 
 
 def test_the_processes_of_a_corpus_have_consent(own_code: Path, tmp_path: Path, monkeypatch) -> None:

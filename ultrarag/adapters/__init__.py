@@ -13,6 +13,6 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.adapters.embedders import EmbedderAdapter
     from ultrarag.adapters.llm_reranker_model import RERANKER_PROMPT
-    from ultrarag.adapters.sentence_transformers_files import prompts_of, write_declaration
+    from ultrarag.adapters.sentence_transformers_files import compares_by_length, prompts_of, write_declaration
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -34,6 +34,17 @@ def last_token(mask: Tensor) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)
 
 
+def padded_right(features: Features) -> Features:
+    """The same batch with its padding at the end of the rows, for models that count positions by column."""
+    mask = features["attention_mask"]
+    first = first_token(mask)
+    if not bool(first.any()):
+        return features
+    columns = (torch.arange(mask.shape[1], device=mask.device) + first[:, None]) % mask.shape[1]
+    moved = {name: value.gather(1, columns) for name, value in features.items() if isinstance(value, Tensor)}
+    return {**features, **moved}  # type: ignore[typeddict-item]
+
+
 def _cls(hidden: Tensor, mask: Tensor) -> Tensor:
     return _at(hidden, first_token(mask))
 
@@ -85,6 +96,17 @@ def pool(hidden: Tensor, mask: Tensor, method: str) -> Tensor:
     return _POOLING[method](hidden, mask)
 
 
+def first_dimensions(vectors: Tensor, dim: int) -> Tensor:
+    """Return (batch, dim) of (batch, more) vectors, as models trained with Matryoshka losses allow.
+
+    Raises:
+        UsageError: there are fewer dimensions.
+    """
+    if not 1 <= dim <= vectors.shape[1]:
+        raise UsageError(f"truncate_dim is {dim}, but the vectors have {vectors.shape[1]} dimensions")
+    return vectors[:, :dim]
+
+
 #: Heads and the file that holds each one's weights, as FlagEmbedding names them.
 HEAD_FILES = {"colbert": "colbert_linear.pt", "sparse": "sparse_linear.pt"}
 
@@ -128,6 +150,8 @@ class Embedder(nn.Module):
         vector = pool(hidden, mask, self.settings.pooling or "cls")
         for layer in self.dense_layers:
             vector = layer(vector)
+        if self.settings.truncate_dim is not None:
+            vector = first_dimensions(vector, self.settings.truncate_dim)
         return F.normalize(vector, dim=-1) if self.settings.normalize else vector
 
     def _sparse(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Sparse:

@@ -43,6 +43,10 @@ def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Em
     backbone = _load_backbone(folder / (declared.transformer if declared else ""), options)
     tokenizer = load_tokenizer(folder / (declared.transformer if declared else ""), options)
     settings = read_settings(declared, options)
+    if options.pooling is None and (declared is None or declared.pooling is None):
+        settings.pooling = usual_pooling(backbone)
+    if settings.pooling == "cls":
+        refuse_first_token(backbone, folder)
     model = Embedder(backbone, tokenizer, settings)
     if ModelFolder(folder).model_type == MODEL_TYPE:
         model.published = published_files(folder / (declared.transformer if declared else ""))
@@ -75,6 +79,42 @@ def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
         f"{folder}: the weights lack {len(missing)} tensor(s) that a {type(backbone).__name__} needs, "
         f"first '{missing[0]}'; the checkpoint is incomplete or of another architecture"
     )
+
+
+def usual_pooling(backbone: PreTrainedModel) -> str:
+    """The pooling of a model whose files say none.
+
+    An encoder's is cls; a causal decoder's last token is the only one that has seen the text; of a decoder that was
+    made to look both ways (`is_causal: false`) it is the mean, as sentence-transformers has it.
+    """
+    if is_causal(backbone):
+        return "last_token"
+    return "mean" if getattr(backbone.config, "is_causal", None) is False else "cls"
+
+
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether a token sees only those before it."""
+    config: Any = getattr(backbone, "config", None)
+    if getattr(config, "is_causal", None) is False:
+        return False
+    named = next(iter(getattr(config, "architectures", None) or [""]))
+    attention = [getattr(module, "is_causal", None) for module in backbone.modules()]
+    known = [value for value in attention if isinstance(value, bool)]
+    return all(known) if known else named.endswith("ForCausalLM")
+
+
+def refuse_first_token(backbone: nn.Module, folder: Path) -> None:
+    """Refuse cls pooling where the first token sees no other.
+
+    Raises:
+        CheckpointError: the model is causal.
+    """
+    if is_causal(backbone):
+        raise CheckpointError(
+            f"{folder}: pooling 'cls' takes the first token, and this {type(backbone).__name__} is causal: its first "
+            "token sees no other, so texts that begin alike would all have one vector; use the pooling last_token "
+            "(--sentence_pooling_method last_token)"
+        )
 
 
 @contextmanager
@@ -122,15 +162,12 @@ def read_settings(declared: ModulesDeclaration | None, options: LoadOptions) -> 
             f"sentence_pooling_method '{pooling}' is unknown{did_you_mean(pooling, METHODS)} "
             f"(one of {', '.join(METHODS)})"
         )
-    prompts = declared.prompts
-    default = prompts.get(declared.default_prompt or "", "")
     return EncoderSettings(
         pooling=pooling,
         normalize=declared.normalize if options.normalize is None else options.normalize,
-        query_instruction=prompts.get("query", default),
-        passage_instruction=prompts.get("passage", prompts.get("document", default)),
         query_max_length=declared.max_length,
         passage_max_length=declared.max_length,
+        **declared.config.settings(),
     )
 
 

@@ -19,22 +19,34 @@ if TYPE_CHECKING:
     from ultrarag.loss_arguments import LossArguments
 
 
+#: What to do with a model of which only the encoder would be run.
+_SAVE_FIRST = (
+    ", which is run once it is saved by sentence-transformers: SentenceTransformer(path).save_pretrained(folder)"
+)
+
+
 def refused_by_embedder(folder: ModelFolder) -> Refusal | None:
     """Why a folder cannot be an `Embedder`: another kind of model, or modules that are unknown here."""
-    from ultrarag.adapters.sentence_transformers_files import read_declaration
+    from ultrarag.adapters.sentence_transformers_files import OtherModules, read_declaration
     from ultrarag.errors import CheckpointError
 
     family = folder.family
-    if family.name not in ("dense", "body", "causal-lm"):
+    if family.name not in ("dense", "body", "causal-lm", "encoder-decoder"):
         return Refusal(str(family))
-    if folder.config.get("is_encoder_decoder"):
-        return Refusal(f"{family} over an encoder with a decoder (config.json: model_type {folder.model_type})")
+    half = any("EncoderModel" in name for name in folder.architectures)  # such as T5EncoderModel
+    if family.name == "encoder-decoder" or half or folder.config.get("is_encoder_decoder"):
+        return Refusal(
+            f"{family} over an encoder with a decoder (config.json: model_type {folder.model_type})"
+            + ("" if folder.modules else _SAVE_FIRST)
+        )
     if folder.modules and "Pooling" not in {library_module(row["type"]) for row in folder.modules}:
         return Refusal(f"{family}, without a Pooling module of that library")
     try:
         read_declaration(folder.path)
-    except CheckpointError as error:
+    except OtherModules as error:
         return Refusal(f"{family}; {error}")
+    except CheckpointError:  # damaged, of which the loader tells
+        pass
     return None
 
 

@@ -24,7 +24,7 @@ INSTRUCT_FORMAT = "Instruct: {}\nQuery: {}"
 ICL_FORMAT = "<instruct>{}\n<query>{}\n<response>"
 _ICL_TOKENS = ("<instruct>", "<query>", "<response>")
 _PROBE = "a b c d e f"
-_DECLARED = re.compile(r"Instruct: (?P<instruction>.*)\nQuery: ?", re.DOTALL)
+_DECLARED = re.compile(r"Instruct: (?P<instruction>.*)\nQuery:(?P<space> ?)", re.DOTALL)
 
 
 def load_icl(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Embedder:
@@ -54,12 +54,23 @@ def close_with_end_token(tokenizer: Any, path: str) -> None:
     if end is None:
         raise CheckpointError(f"{path}: the tokenizer has no end token (eos_token), whose hidden state is the vector")
     before = tokenizer(_PROBE)["input_ids"]
-    if before[-1:] != [end]:
+    if not _closes_texts(tokenizer, before):
         _append_end_token(tokenizer)
         before = [*before, end]
     cut = tokenizer(_PROBE, truncation=True, max_length=4)["input_ids"]
-    if tokenizer(_PROBE)["input_ids"] != before or cut[-1:] != [end]:
+    if tokenizer(_PROBE)["input_ids"] != before or cut[-1:] != before[-1:]:
         raise CheckpointError(f"{path}: the tokenizer cannot be made to append its end token '{tokenizer.eos_token}'")
+
+
+def _closes_texts(tokenizer: Any, ids: list[int]) -> bool:
+    """Whether a text ends with its end token, or with another that the tokenizer puts after every text.
+
+    Qwen3-Embedding closes texts with `<|endoftext|>`, and its end token is `<|im_end|>`.
+    """
+    content = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return bool(
+        ids[-1:] == [tokenizer.eos_token_id] or (ids[-1:] != content[-1:] and ids[-1] in tokenizer.all_special_ids)
+    )
 
 
 def _append_end_token(tokenizer: Any) -> None:
@@ -110,5 +121,6 @@ def _format_queries(settings: EncoderSettings, tokenizer: Any) -> None:
     declared = _DECLARED.fullmatch(settings.query_instruction)
     if declared:
         settings.query_instruction = declared["instruction"]
-    if declared or not settings.query_instruction:
+        settings.query_format = "Instruct: {}\nQuery:" + declared["space"] + "{}"
+    elif not settings.query_instruction:
         settings.query_format = INSTRUCT_FORMAT

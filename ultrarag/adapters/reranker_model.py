@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ultrarag.adapters.causal_reranker_files import CrossEncoderFiles, read_files
+from ultrarag.adapters.embedder import padded_right
 from ultrarag.adapters.embedder_files import load_tokenizer, without_loading_report
 from ultrarag.adapters.pair_format import PairFormat, fast_backend, join_pairs, save_tokenizer
 from ultrarag.errors import CheckpointError, UsageError
@@ -82,6 +83,7 @@ class CrossEncoder(nn.Module):
 
     def encode(self, features: Features) -> Embeddings:
         """Return the pairs' logits as `scores`, (batch,)."""
+        features = padded_right(features)  # most classifiers read the first column, whatever is in it
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: features[name] for name in names if name in features}  # type: ignore[literal-required]
         return Embeddings(scores=self.backbone(**inputs, return_dict=True).logits.view(-1))

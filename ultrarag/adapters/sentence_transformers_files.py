@@ -21,8 +21,73 @@ _OLD_FLAGS = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
 }
+#: Prompts of passages, in the order in which the library looks for them.
+_PASSAGE_PROMPTS = ("document", "passage", "corpus")
 #: Modules that only route or mark; anything else that is not handled below is refused.
 _HANDLED = ("Transformer", "Pooling", "Normalize", "Dense")
+
+
+class OtherModules(CheckpointError):
+    """The modules of a checkpoint are not those that are run here; nothing is wrong with it."""
+
+
+@dataclass
+class ModelConfig:
+    """What `config_sentence_transformers.json` says of a model beside its modules."""
+
+    #: name -> text put before what is encoded; an empty one is as good as any
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    similarity: str | None = None
+    truncate_dim: int | None = None
+
+    @property
+    def query_prompt(self) -> str:
+        """The prompt called "query"; the default one where the model names its query prompt otherwise."""
+        return self.prompts.get("query", self.prompts.get(self.default_prompt or "", ""))
+
+    @property
+    def passage_prompt(self) -> str:
+        """The first declared of the names that the library looks for; never the default, as in `encode_document`."""
+        return next((self.prompts[name] for name in _PASSAGE_PROMPTS if name in self.prompts), "")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of EncoderSettings that it decides."""
+        return {
+            "query_instruction": self.query_prompt,
+            "passage_instruction": self.passage_prompt,
+            "prompts": self.prompts,
+            "default_prompt": self.default_prompt,
+            "similarity": self.similarity,
+            "truncate_dim": self.truncate_dim,
+        }
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Read `config_sentence_transformers.json`; an empty one where there is none.
+
+    Raises:
+        CheckpointError: it is damaged, or cuts vectors to no dimensions.
+    """
+    path = folder / "config_sentence_transformers.json"
+    values = read_json(path) if path.is_file() else {}
+    prompts = {name: text for name, text in (values.get("prompts") or {}).items() if text is not None}
+    default, cut = values.get("default_prompt_name"), values.get("truncate_dim")
+    if cut is not None and (isinstance(cut, bool) or not isinstance(cut, int) or cut < 1):
+        raise CheckpointError(f"{path}: truncate_dim is {cut!r}; it is a whole number above 0, or left out")
+    return ModelConfig(prompts, default if default in prompts else None, values.get("similarity_fn_name"), cut)
+
+
+def compares_by_length(folder: Path) -> bool:
+    """Whether a checkpoint declares that its vectors are compared by dot product, and does not give them unit length.
+
+    Raises:
+        CheckpointError: its files cannot be read.
+    """
+    if read_model_config(folder).similarity != "dot" or not (folder / "modules.json").is_file():
+        return False
+    modules = read_json(folder / "modules.json")
+    return not any(library_module(str(module["type"])) == "Normalize" for module in modules)
 
 
 @dataclass
@@ -36,8 +101,7 @@ class ModulesDeclaration:
     #: folders of Dense projections in order
     dense: list[str] = field(default_factory=list)
     max_length: int | None = None
-    prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str | None = None
+    config: ModelConfig = field(default_factory=lambda: ModelConfig())
 
 
 def read_declaration(folder: Path) -> ModulesDeclaration | None:
@@ -52,9 +116,9 @@ def read_declaration(folder: Path) -> ModulesDeclaration | None:
     for module in read_json(folder / "modules.json"):
         name, path = library_module(str(module["type"])), str(module.get("path", ""))
         if name not in _HANDLED:
-            raise CheckpointError(
-                f"{folder / 'modules.json'}: module '{module['type']}' is not supported by this adapter "
-                f"(supported: {', '.join(_HANDLED)})"
+            raise OtherModules(
+                f"{folder / 'modules.json'}: module '{module['type']}' is not one that this adapter runs by itself "
+                f"({', '.join(_HANDLED)})"
             )
         if name == "Transformer":
             found.transformer = path
@@ -64,32 +128,28 @@ def read_declaration(folder: Path) -> ModulesDeclaration | None:
             found.dense.append(path)
         else:
             found.normalize = True
-    _read_lengths_and_prompts(folder, found)
-    return found
-
-
-def _read_lengths_and_prompts(folder: Path, found: ModulesDeclaration) -> None:
     lengths = folder / found.transformer / "sentence_bert_config.json"
     if lengths.is_file():
         found.max_length = read_json(lengths).get("max_seq_length")
-    prompts = folder / "config_sentence_transformers.json"
-    if prompts.is_file():
-        values = read_json(prompts)
-        found.prompts = {name: text for name, text in (values.get("prompts") or {}).items() if text}
-        found.default_prompt = values.get("default_prompt_name")
+    found.config = read_model_config(folder)
+    return found
 
 
 def _read_pooling(path: Path) -> str:
     values = read_json(path)
     if "pooling_mode" in values:
-        theirs = values["pooling_mode"]
-        names = [ours for ours, name in _POOLING_NAMES.items() if name == theirs] or [str(theirs)]
+        given = values["pooling_mode"]
+        known = {theirs: ours for ours, theirs in _POOLING_NAMES.items()}
+        names = [known.get(name, str(name)) for name in ([given] if isinstance(given, str) else given)]
     else:
         names = [name for flag, name in _OLD_FLAGS.items() if values.get(flag)]
     if len(names) != 1 or names[0] not in _POOLING_NAMES:
-        raise CheckpointError(f"{path}: pooling {names} is not supported (supported: {', '.join(_POOLING_NAMES)})")
+        raise OtherModules(
+            f"{path}: pooling {' and '.join(names) or 'of no kind'} is not one that this adapter runs by itself "
+            f"({', '.join(_POOLING_NAMES)})"
+        )
     if not values.get("include_prompt", True):
-        raise CheckpointError(f"{path}: pooling that leaves the prompt out (include_prompt false) is not supported")
+        raise OtherModules(f"{path}: pooling that leaves the prompt out (include_prompt false) is not supported")
     return names[0]
 
 
@@ -118,10 +178,14 @@ def write_declaration(folder: Path, settings: EncoderSettings, dim: int, dense: 
         folder / "sentence_bert_config.json",
         {"max_seq_length": length or None, "do_lower_case": False},
     )
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": prompts_of(settings), "default_prompt_name": None, "similarity_fn_name": _similarity(settings)},
-    )
+    config: dict[str, Any] = {
+        "prompts": prompts_of(settings),
+        "default_prompt_name": settings.default_prompt,
+        "similarity_fn_name": settings.similarity or ("cosine" if settings.normalize else "dot"),
+    }
+    if settings.truncate_dim is not None:
+        config["truncate_dim"] = settings.truncate_dim
+    write_json(folder / "config_sentence_transformers.json", config)
 
 
 def _pooling_config(pooling: str, dim: int) -> dict[str, Any]:
@@ -131,17 +195,19 @@ def _pooling_config(pooling: str, dim: int) -> dict[str, Any]:
 
 
 def prompts_of(settings: EncoderSettings) -> dict[str, str]:
-    """Prompts as plain prefixes; a format that puts text before the instruction cannot be one, and is left out."""
+    """All named prompts, those of queries and passages as they are now.
+
+    They are plain prefixes: a format that puts text after the query cannot be one, and is left out.
+    """
     query = _prefix(settings.query_format, settings.query_instruction) or _prefix(settings.query_plain_format)
-    return {"query": query, "document": _prefix(settings.passage_format, settings.passage_instruction)}
+    passage = _prefix(settings.passage_format, settings.passage_instruction)
+    found = {**settings.prompts, "query": query, "document": passage}
+    used = next((name for name in _PASSAGE_PROMPTS if name in settings.prompts), "document")
+    return {**found, used: passage}
 
 
 def _prefix(template: str, *instruction: str) -> str:
     return template.format(*instruction, "") if all(instruction) and template.endswith("{}") else ""
-
-
-def _similarity(settings: EncoderSettings) -> str:
-    return "cosine" if settings.normalize else "dot"
 
 
 def read_json(path: Path) -> Any:

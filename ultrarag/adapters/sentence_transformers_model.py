@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrarag.adapters.sentence_transformers_files import prompts_of
+from ultrarag.adapters.embedder import first_dimensions, padded_right
+from ultrarag.adapters.embedder_files import refuse_first_token
+from ultrarag.adapters.sentence_transformers_files import prompts_of, read_model_config
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.types import Embeddings, EncoderSettings, Sparse
 
@@ -51,6 +54,7 @@ class SentenceTransformersModel(nn.Module):
 
     def encode(self, features: Features) -> Embeddings:
         """Run the modules in order; the sparse head is the nonzero part of a sparse encoder's vector."""
+        features = padded_right(features)
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in features]
         state: dict[str, Any] = {name: features[name] for name in names}
         for module in (self.backbone, *self.modules_after):
@@ -61,7 +65,10 @@ class SentenceTransformersModel(nn.Module):
         vector = state["sentence_embedding"]
         if self.settings.heads == ("sparse",):
             return Embeddings(sparse=nonzero(vector))
-        return Embeddings(dense=vector)
+        if self.settings.truncate_dim is None:
+            return Embeddings(dense=vector)
+        vector = first_dimensions(vector, self.settings.truncate_dim)
+        return Embeddings(dense=F.normalize(vector, dim=-1) if self.settings.normalize else vector)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in backward (--gradient_checkpointing)."""
@@ -118,7 +125,7 @@ def load_model(path: str, options: LoadOptions) -> SentenceTransformersModel:
     sparse = type(library_model).__name__ == "SparseEncoder"
     _check_modules(library_model, folder)
     normalize = _normalized(library_model, sparse, options, folder)
-    settings = _settings(library_model, "sparse" if sparse else "dense", normalize)
+    settings = _settings(library_model, "sparse" if sparse else "dense", normalize, folder)
     _check_heads(settings, options, folder)
     return SentenceTransformersModel(library_model, settings)
 
@@ -127,7 +134,8 @@ def save_model(model: SentenceTransformersModel, path: str, state_dict: Mapping[
     """Write with the library's own save, with the prompts of the model's settings."""
     holder = _holding(model, state_dict)
     with holder.complete() as library_model:
-        library_model.prompts = {**library_model.prompts, **prompts_of(holder.settings)}
+        library_model.prompts = prompts_of(holder.settings)
+        library_model.truncate_dim = holder.settings.truncate_dim
         library_model.save_pretrained(path, create_model_card=False)
 
 
@@ -167,6 +175,8 @@ def _check_modules(library_model: Any, folder: Path) -> None:
                 f"{folder}: module '{name}' runs queries and passages through different modules, which this adapter "
                 "cannot: a hook is not told which it has"
             )
+        if "cls" in (getattr(module, "pooling_mode", None) or ()):
+            refuse_first_token(library_model[0].auto_model, folder)
         if getattr(module, "include_prompt", True) is False:
             raise CheckpointError(
                 f"{folder}: pooling that leaves the prompt out (include_prompt false) is not supported"
@@ -198,18 +208,15 @@ def _normalized(library_model: Any, sparse: bool, options: LoadOptions, folder: 
     return present or bool(options.normalize)
 
 
-def _settings(library_model: Any, head: str, normalize: bool) -> EncoderSettings:
-    prompts = {name: text for name, text in (library_model.prompts or {}).items() if text}
-    default = prompts.get(library_model.default_prompt_name or "", "")
+def _settings(library_model: Any, head: str, normalize: bool, folder: Path) -> EncoderSettings:
     length = library_model.max_seq_length
     length = int(length) if length and length < _NO_LIMIT else None
     return EncoderSettings(
         heads=(head,),
         normalize=normalize,
-        query_instruction=prompts.get("query", default),
-        passage_instruction=prompts.get("document", prompts.get("passage", default)),
         query_max_length=length,
         passage_max_length=length,
+        **read_model_config(folder).settings(),
     )
 
 

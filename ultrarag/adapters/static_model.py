@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultrarag.adapters.embedder import first_dimensions
 from ultrarag.adapters.embedder_files import read_settings
-from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, prompts_of
+from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, prompts_of, read_model_config, write_json
 from ultrarag.claims import ModelFolder, library_module
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.types import Embeddings, EncoderSettings
@@ -52,6 +53,8 @@ class StaticEmbedder(nn.Module):
         empty = (counts == 1) & ((ids != self.tokenizer.pad_token_id) * mask).sum(dim=1, keepdim=True).eq(0)
         share = mask / counts.clamp(min=1) * ~empty
         dense = F.embedding_bag(ids, table, mode="sum", per_sample_weights=share.to(table.dtype))
+        if self.settings.truncate_dim is not None:
+            dense = first_dimensions(dense, self.settings.truncate_dim)
         return Embeddings(dense=F.normalize(dense, dim=-1) if self.settings.normalize else dense)
 
 
@@ -88,13 +91,11 @@ def load_static(path: str, options: LoadOptions) -> StaticEmbedder:
 
 def _declared(folder: ModelFolder, tokenizer: Mapping[str, Any]) -> ModulesDeclaration:
     normalize = len(folder.modules) > 1 if folder.modules else bool(folder.config.get("normalize"))
-    prompts = folder.library.get("prompts") or {}
     return ModulesDeclaration(
         pooling="mean",
         normalize=normalize,
         max_length=(tokenizer.get("truncation") or {}).get("max_length"),
-        prompts={name: text for name, text in prompts.items() if text},
-        default_prompt=folder.library.get("default_prompt_name"),
+        config=read_model_config(folder.path),
     )
 
 
@@ -145,18 +146,14 @@ def save_static(model: StaticEmbedder, path: str, state_dict: Mapping[str, Any])
         {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{kind}"}
         for number, (place, kind) in enumerate(kinds.items())
     ]
-    _write(folder / "modules.json", modules)
+    write_json(folder / "modules.json", modules)
     if model.settings.normalize:
         (folder / "1_Normalize").mkdir()
-        _write(folder / "1_Normalize" / "config.json", {})
+        write_json(folder / "1_Normalize" / "config.json", {})
     library = json.loads(model.files.get("config_sentence_transformers.json", "{}"))
-    prompts = {**(library.get("prompts") or {}), **prompts_of(model.settings)}
-    similarity = library.get("similarity_fn_name") or ("cosine" if model.settings.normalize else "dot")
-    _write(
-        folder / "config_sentence_transformers.json",
-        {"default_prompt_name": None, **library, "prompts": prompts, "similarity_fn_name": similarity},
-    )
-
-
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = model.settings
+    library |= {"prompts": prompts_of(settings), "default_prompt_name": settings.default_prompt}
+    library["similarity_fn_name"] = settings.similarity or ("cosine" if settings.normalize else "dot")
+    if settings.truncate_dim is not None:
+        library["truncate_dim"] = settings.truncate_dim
+    write_json(folder / "config_sentence_transformers.json", library)

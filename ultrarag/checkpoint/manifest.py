@@ -283,10 +283,15 @@ def fingerprint(model: nn.Module, adapter: str, settings: EncoderSettings) -> st
     return digest.hexdigest()
 
 
+#: Settings that no vector depends on.
+_KEPT_FOR_OTHERS = ("prompts", "default_prompt", "similarity")
+
+
 def _declared(settings: EncoderSettings) -> dict[str, Any]:
     """The settings that are not the default, so that a field added in a later release changes no identity."""
     default = EncoderSettings(heads=()).to_dict()
-    return {name: value for name, value in settings.to_dict().items() if value != default[name]}
+    values = {name: value for name, value in settings.to_dict().items() if name not in _KEPT_FOR_OTHERS}
+    return {name: value for name, value in values.items() if value != default[name]}
 
 
 def tokenizer_content(tokenizer: Any) -> bytes:

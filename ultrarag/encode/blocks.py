@@ -36,7 +36,7 @@ MOST_BLOCKS = 20_000
 SYNC_EVERY = 1.0
 
 #: Writes a block and marks it as done: its number, its texts, and their vectors (None where it has no texts).
-Write = Callable[[int, Sequence[str], Embeddings | None], None]
+Write = Callable[[int, Sequence[str | Passage], Embeddings | None], None]
 
 
 def same_work(note: Path, made_by: dict[str, Any], remedy: str) -> bool:
@@ -76,7 +76,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 def encode_blocks(
     encoder: Encoder,
-    blocks: Iterable[tuple[int, Sequence[str]]],
+    blocks: Iterable[tuple[int, Sequence[str | Passage]]],
     write: Write,
     *,
     chunk_texts: int,
@@ -95,9 +95,9 @@ def encode_blocks(
     Args:
         total: texts altogether, for the bar; `done` of them by earlier runs.
     """
-    cuts, source, begun = Cuts(), iter(blocks), deque[tuple[int, Sequence[str]]]()
+    cuts, source, begun = Cuts(), iter(blocks), deque[tuple[int, Sequence[str | Passage]]]()
 
-    def texts_from(first: tuple[int, Sequence[str]]) -> Iterator[str]:
+    def texts_from(first: tuple[int, Sequence[str | Passage]]) -> Iterator[str | Passage]:
         """The texts of full blocks and of the first that is not full, which ends the encoder's chunks."""
         for block in chain([first], source):
             begun.append(block)
@@ -127,11 +127,11 @@ class Growing(Protocol):
 
 
 def encode_rest(
-    encoder: Encoder, target: Growing, texts: Iterable[str], total: int, chunk_texts: int, **options: Any
+    encoder: Encoder, target: Growing, texts: Iterable[str | Passage], total: int, chunk_texts: int, **options: Any
 ) -> None:
     """Encode the texts after those that `target` has, which make `total` with them, and commit each block."""
 
-    def write(block: int, texts: Sequence[str], vectors: Embeddings | None) -> None:
+    def write(block: int, texts: Sequence[str | Passage], vectors: Embeddings | None) -> None:
         if vectors is not None:
             target.append(vectors)
             target.commit()
@@ -244,7 +244,7 @@ class Ledger(Blocks):
         self._synced = time.monotonic()
 
 
-Encode = Callable[[Sequence[str]], Embeddings]
+Encode = Callable[[Sequence[str | Passage]], Embeddings]
 
 #: Texts of which a sound encoder can encode one at least; with none of them it is the encoder that fails.
 PROBES = ("dimension", "1", "a b c")
@@ -279,7 +279,7 @@ def _halved(passages: list[Passage], encode: Encode) -> Apart:
     if not passages:
         return Apart([], None)
     try:
-        return _finite(passages, encode([passage.content for passage in passages]))
+        return _finite(passages, encode([passage.encodable for passage in passages]))
     except Exception as error:
         if resource_error(error, Path()):  # no passage is at fault
             raise

@@ -161,7 +161,7 @@ def encode_shard(
     start, stop = info["shards"][number]
     options: dict[str, Any] = {"heads": info["heads"], "batch_tokens": batch_tokens, "progress": progress}
     with Shard(folder, info, number) as shard:
-        texts = (passage.content for passage in islice(passages, start + shard.rows, stop))
+        texts = (passage.encodable for passage in islice(passages, start + shard.rows, stop))
         encode_rest(encoder, shard, texts, stop - start, chunk_texts, **options)
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.encode.blocks import Blocks, encode_apart, encode_blocks
+from ultrarag.encode.blocks import Blocks, Encode, encode_apart, encode_blocks
 from ultrarag.errors import IndexStateError, UltraragError
 from ultrarag.io import padded_sparse, padded_tokens, resource_error, write_bytes, write_json
 from ultrarag.retrieve.passages import Store, content_hash
-from ultrarag.types import Embeddings, Passage, Sparse
+from ultrarag.types import Embeddings, Passage, Sparse, text_of
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -100,7 +100,9 @@ class Encoded(Blocks):
         first = self.block_of(after_row + 1)
         blocks = [block for block in self.missing() if block >= first and block % rank.world == rank.number]
         self.begin()
-        found = ((block, [passage.content for passage in passages_of(store, *self.rows_of(block))]) for block in blocks)
+        found = (
+            (block, [passage.encodable for passage in passages_of(store, *self.rows_of(block))]) for block in blocks
+        )
         try:
             encode_blocks(
                 encoder,
@@ -123,11 +125,11 @@ class Encoded(Blocks):
     def _encode_apart(self, encoder: Encoder, store: Store, block: int) -> None:
         """Encode and write what can be encoded of a block."""
 
-        def encode(texts: Sequence[str]) -> Embeddings:
+        def encode(texts: Sequence[str | Passage]) -> Embeddings:
             return encoder.encode(list(texts), "passage", heads=self._heads, progress=False)
 
         found = encode_apart(passages_of(store, *self.rows_of(block)), encode)
-        self.write(block, [passage.content for passage in found.passages], found.embeddings)
+        self.write(block, [passage.encodable for passage in found.passages], found.embeddings)
 
     def known(self, rows: Sequence[int]) -> Known:
         """What is held of the blocks of these rows (in ascending order)."""
@@ -139,9 +141,9 @@ class Encoded(Blocks):
         """Remove the folder: a build has taken what it holds."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def write(self, block: int, texts: Sequence[str], vectors: Embeddings | None) -> None:
+    def write(self, block: int, texts: Sequence[str | Passage], vectors: Embeddings | None) -> None:
         """Write the vectors of a block's texts, durably; None where it has no texts."""
-        hashes = np.frombuffer(b"".join(map(content_hash, texts)), np.uint8).reshape(-1, 32)
+        hashes = np.frombuffer(b"".join(content_hash(text_of(text)) for text in texts), np.uint8).reshape(-1, 32)
         held: dict[str, Any] = {"hashes": hashes, **({} if vectors is None else _flat(vectors))}
         content = io.BytesIO()
         np.savez(content, **held)
@@ -173,9 +175,9 @@ class Known:
         hashes = [hash for found, _ in held for hash in found]
         self._row, self._count = {hash: row for row, hash in enumerate(hashes)}, len(hashes)
 
-    def fill(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Embeddings]) -> Embeddings:
+    def fill(self, texts: Sequence[str | Passage], encode: Encode) -> Embeddings:
         """The vectors of texts, those that are not held made by `encode`."""
-        rows = [self._row.get(content_hash(text)) for text in texts]
+        rows = [self._row.get(content_hash(text_of(text))) for text in texts]
         new = [text for text, row in zip(texts, rows, strict=True) if row is None]
         if len(new) == len(texts):
             return encode(texts)

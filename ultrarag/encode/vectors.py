@@ -146,7 +146,7 @@ class CorpusVectors:
     def of(cls, encoder: Encoder, passages: Sequence[Passage], heads: Sequence[str] | None = None) -> CorpusVectors:
         """Encode passages into memory, for corpora that are small."""
         chosen = tuple(heads or encoder.heads)
-        vectors = encoder.encode([passage.content for passage in passages], "passage", heads=chosen)
+        vectors = encoder.encode([passage.encodable for passage in passages], "passage", heads=chosen)
         ids = [passage.id for passage in passages]
         return cls(
             encoder.passage_fingerprint,

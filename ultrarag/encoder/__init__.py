@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.encoder.adapted import adapted_part
     from ultrarag.encoder.choice import find_adapter
     from ultrarag.encoder.device import in_background
     from ultrarag.encoder.encoder import Encoder

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ultrarag.checkpoint import Manifest, local_folder, read_manifest
 from ultrarag.claims import LEVELS, Claim, ModelFolder, Refusal
+from ultrarag.encoder.adapted import base_of, joined
 from ultrarag.errors import UsageError
+from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import registry
 from ultrarag.untrusted import check_folder
 
@@ -35,7 +37,13 @@ def find_adapter(
     """
     folder = local_folder(str(model), cache_dir, token)
     check_folder(folder)
-    return adapter_name(None, read_manifest(folder), folder, usual)
+    base = base_of(folder, LoadOptions(cache_dir=cache_dir, token=token))
+    if base is None:
+        return adapter_name(None, read_manifest(folder), folder, usual)
+    if held := read_manifest(base):
+        return held.adapter
+    with joined(folder, base) as place:
+        return adapter_name(None, None, place, usual)
 
 
 def adapter_name(name: str | None, manifest: Manifest | None, folder: Path, usual: str | None = None) -> str:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ultrarag.checkpoint import Identity, Training, fingerprint, local_folder, publish, read_manifest
+from ultrarag.encoder.adapted import base_of, joined, merge_matrices
 from ultrarag.encoder.choice import adapter_name
 from ultrarag.encoder.forward import TokenEncoder
-from ultrarag.encoder.load import declared_options, override_settings, settings_of
+from ultrarag.encoder.load import check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
 from ultrarag.encoder.tokens import Cuts, tokenized_windows
@@ -26,7 +27,7 @@ from ultrarag.io import progress_bar, quiet_progress
 from ultrarag.packages import quiet_deepspeed
 from ultrarag.plugins import registry
 from ultrarag.scores import head_scores
-from ultrarag.types import KINDS, Embeddings, Kind, Tokens, head_weights
+from ultrarag.types import KINDS, Embeddings, Kind, Passage, Tokens, head_weights
 from ultrarag.untrusted import check_folder, code_refused
 
 if TYPE_CHECKING:
@@ -90,6 +91,24 @@ class Encoder(TokenEncoder):
             options = replace(options, trust_remote_code=True)
         folder = local_folder(str(path), options.cache_dir, options.token)
         check_folder(folder)
+        if base := base_of(folder, options):
+            known = adapter or (found.adapter if (found := read_manifest(base)) else None)
+            with joined(folder, base) as place:
+                encoder = cls._load(place, known, device, precision, options, settings)
+            merge_matrices(encoder.model, folder)
+            return encoder
+        return cls._load(folder, adapter, device, precision, options, settings)
+
+    @classmethod
+    def _load(
+        cls,
+        folder: Path,
+        adapter: str | None,
+        device: str | torch.device | None,
+        precision: str,
+        options: LoadOptions,
+        settings: dict[str, Any],
+    ) -> Encoder:
         manifest = read_manifest(folder)
         if manifest and manifest.remote_code and not options.trust_remote_code:
             raise code_refused(folder)
@@ -103,6 +122,7 @@ class Encoder(TokenEncoder):
         quiet_deepspeed()
         with quiet_progress():
             model = plugin.load(str(folder), options)
+        check_vocabulary(model, folder)
         found = settings_of(model, plugin, options, manifest)
         override_settings(found, settings)
         encoder = cls(plugin, model, found, manifest, device, precision)
@@ -251,7 +271,7 @@ class Encoder(TokenEncoder):
 
     def encode(
         self,
-        texts: str | Sequence[str],
+        texts: str | Passage | Sequence[str | Passage],
         kind: Kind = "passage",
         *,
         heads: Sequence[str] | None = None,
@@ -265,6 +285,8 @@ class Encoder(TokenEncoder):
         """Return the texts' embeddings as numpy arrays, in the order given.
 
         Args:
+            texts: texts, or passages whose titles go where the model's prompt has a place for them (EmbeddingGemma's
+                "title: none | text: "), else before the text.
             kind: "query" or "passage": which side of the model, which instruction and which length limit apply; "text"
                 for a symmetric task, where all texts are read alike: no instruction but the one given.
             heads: the heads to compute; default: all that the model has.
@@ -281,7 +303,7 @@ class Encoder(TokenEncoder):
         Raises:
             UsageError: an unknown head or kind, or a text that is no string.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str | Passage) else list(texts)
         if not texts:
             return self.encode([""], kind, heads=heads, progress=False)[:0]
         with progress_bar(len(texts), "encode", "text", progress) as bar:
@@ -300,7 +322,7 @@ class Encoder(TokenEncoder):
 
     def iter_encode(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Passage],
         kind: Kind = "passage",
         *,
         heads: Sequence[str] | None = None,

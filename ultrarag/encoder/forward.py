@@ -27,7 +27,7 @@ from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.hookspecs import Features
 from ultrarag.plugins import Adapter
 from ultrarag.transfer import remember_host, to_device, to_host
-from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
+from ultrarag.types import Embeddings, EncoderSettings, Kind, Passage, Tokens
 
 #: Padded tokens per forward: small enough for a CPU's caches, large enough for a GPU to be busy.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -82,7 +82,7 @@ class TokenEncoder:
         return effective_length(asked, self.settings.max_length(kind), token_limit(reader.tokenizer, reader.config))
 
     def tokenize(
-        self, texts: Sequence[str], kind: Kind, max_length: int | None = None, instruction: str | None = None
+        self, texts: Sequence[str | Passage], kind: Kind, max_length: int | None = None, instruction: str | None = None
     ) -> Tokens:
         """Render the texts with their kind's instruction and tokenize them.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ultrarag.checkpoint import Manifest
-from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.errors import CheckpointError, UsageError, did_you_mean
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import Adapter
 from ultrarag.types import EncoderSettings
@@ -49,6 +50,39 @@ def override_settings(settings: EncoderSettings, changes: dict[str, Any]) -> Non
             raise UsageError(f"Encoder.load has no argument '{name}'{did_you_mean(name, known)}")
         if value is not None:
             setattr(settings, name, value)
+
+
+#: Attributes of a tokenizer that name tokens which stand for something else than text.
+_OTHER_MEDIA = ("image_token", "boi_token", "eoi_token", "audio_token", "boa_token", "eoa_token", "video_token")
+
+
+def check_vocabulary(model: nn.Module, folder: Path) -> None:
+    """Refuse a tokenizer with tokens for which the model has no embedding: it would fail at the first text with one.
+
+    Tokens that stand for images or sounds are let be: text models keep them in the tokenizer of their family.
+
+    Raises:
+        CheckpointError: names the first such token.
+    """
+    from transformers import PreTrainedModel
+
+    body = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    rows = getattr(body.get_input_embeddings(), "num_embeddings", None) if body is not None else None
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if not isinstance(rows, int) or not callable(getattr(tokenizer, "get_vocab", None)):
+        return
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    if max(len(tokenizer) - 1, *added) < rows:  # building the vocabulary of 250,000 tokens takes a while
+        return
+    media = {getattr(tokenizer, name, None) for name in _OTHER_MEDIA}
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows and token not in media}
+    if beyond:
+        first = min(beyond)
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(beyond)} token(s) without an embedding in the model, which has {rows}, "
+            f"first '{beyond[first]}' with number {first}: they are not of one model; take the tokenizer that the "
+            "model was trained with, or enlarge the model's embeddings (resize_token_embeddings) and train them"
+        )
 
 
 def checked_precision(precision: str, device: torch.device) -> str:

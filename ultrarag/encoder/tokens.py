@@ -14,7 +14,7 @@ import numpy as np
 from ultrarag.encoder.device import in_background
 from ultrarag.errors import DataError, UsageError
 from ultrarag.tokenizer_limits import keep_limits
-from ultrarag.types import EncoderSettings, Kind, Tokens
+from ultrarag.types import EncoderSettings, Kind, Passage, Tokens
 
 if TYPE_CHECKING:
     from ultrarag.hookspecs import Features
@@ -60,9 +60,10 @@ def effective_length(asked: int | None, declared: int | None, limit: int | None)
     return min(known) if known else None
 
 
-def check_texts(texts: Sequence[str]) -> None:
+def check_texts(texts: Sequence[str | Passage]) -> None:
     """Raise UsageError or DataError when something in `texts` cannot be tokenized; names its position."""
-    for position, text in enumerate(texts):
+    for position, item in enumerate(texts):
+        text = item.content if isinstance(item, Passage) else item
         if not isinstance(text, str):
             raise UsageError(f"texts[{position}] is {type(text).__name__}, not a string")
         if not text.isascii():
@@ -108,7 +109,9 @@ def _lock_of(tokenizer: Any) -> threading.Lock:
         return _locks.setdefault(tokenizer, threading.Lock())
 
 
-def render(settings: EncoderSettings, texts: Sequence[str], kind: Kind, instruction: str | None = None) -> list[str]:
+def render(
+    settings: EncoderSettings, texts: Sequence[str | Passage], kind: Kind, instruction: str | None = None
+) -> list[str]:
     """Put the instruction of their kind before the texts."""
     return [settings.render(text, kind, instruction) for text in texts]
 

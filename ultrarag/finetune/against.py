@@ -40,7 +40,7 @@ from ultrarag.finetune.flags import FinetuneArguments
 from ultrarag.finetune.step import encode_by_ranks
 from ultrarag.io import progress_bar
 from ultrarag.maps import LinearMap
-from ultrarag.types import Embeddings, Example
+from ultrarag.types import Embeddings, Example, Passage, text_of
 
 #: Passages that a map is learned on, where the corpus has more: all positives, and others at random.
 MAP_PASSAGES = 100_000
@@ -237,7 +237,7 @@ class Against:
         which = "all" if count is None else f"about {count} (the nearest, and a weighted sample)"
         self.note(f"negatives: {which} of the {len(bank)} {kind} passages at each step")
 
-    def stored(self, encoder: Encoder, texts: Sequence[str], head: str) -> Embeddings:
+    def stored(self, encoder: Encoder, texts: Sequence[str | Passage], head: str) -> Embeddings:
         """Held-out passages as an index that keeps its vectors has them: stored, or encoded once, then mapped."""
         assert self.negatives is not None
         bank = self._held_out.get(head)
@@ -245,11 +245,11 @@ class Against:
             vectors, cpu = self.negatives.bank.vectors, torch.device("cpu")
             bank = self._held_out[head] = Bank(vectors, (head,), cpu)
 
-        def encode(mine: list[str]) -> Embeddings:
+        def encode(mine: list[str | Passage]) -> Embeddings:
             return encode_by_ranks(mine, lambda part: self.parent.encode(part, "passage", heads=(head,)))
 
         bank.add(texts, encode)
-        found = bank.read(bank.row_of(keys_of(texts))).numpy()
+        found = bank.read(bank.row_of(keys_of(map(text_of, texts)))).numpy()
         for item in encoder.passage_maps[len(self.parent.passage_maps) :]:
             if item.head == head == "dense":
                 found.dense = item.apply(found.dense)

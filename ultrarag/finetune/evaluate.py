@@ -28,7 +28,7 @@ from ultrarag.evaluation import (
 from ultrarag.finetune.batches import PairLengths
 from ultrarag.finetune.step import encode_by_ranks, rank, world_size
 from ultrarag.io import progress_bar
-from ultrarag.types import Embeddings, Kind, Tokens
+from ultrarag.types import Embeddings, Kind, Passage, Tokens
 
 if TYPE_CHECKING:
     from ultrarag.finetune.flags import FinetuneArguments
@@ -92,15 +92,19 @@ class Evaluator(HeldOut):
     passage_max_length: int | None = None
     #: tokenize once and keep the token ids, for many evaluations of one model in memory
     keep_tokens: bool = False
+    #: id -> the passage as an encoder is given it, where that is not its text in the corpus
+    titled: dict[str, Passage] = field(default_factory=dict)
     #: reads passages in place of the encoder, for some head: the passage side is frozen, and these are its vectors
-    stored: Callable[[Encoder, Sequence[str], str], Embeddings] | None = field(default=None, repr=False)
+    stored: Callable[[Encoder, Sequence[str | Passage], str], Embeddings] | None = field(default=None, repr=False)
     _tokens: dict[Kind, Tokens] = field(default_factory=dict, repr=False)
 
     def search(self, encoder: Encoder, heads: tuple[str, ...], depth: int) -> dict[str, dict[str, float]]:
         """The best passages of each judged query, best first."""
         head = "dense" if "dense" in heads else heads[0]
         query = self._encode(encoder, [self.queries[key] for key in self.judged], "query", head)
-        passage = self._encode(encoder, list(self.corpus.values()), "passage", head)
+        passage = self._encode(
+            encoder, [self.titled.get(id, text) for id, text in self.corpus.items()], "passage", head
+        )
         if head == "dense":
             scores, rows = top_k(query.dense, passage.dense, depth)
         else:
@@ -109,17 +113,17 @@ class Evaluator(HeldOut):
             scores = np.take_along_axis(scores, rows, axis=1)
         return run_of(self.judged, list(self.corpus), scores, rows)
 
-    def _encode(self, encoder: Encoder, texts: Sequence[str], kind: Kind, head: str) -> Embeddings:
+    def _encode(self, encoder: Encoder, texts: Sequence[str | Passage], kind: Kind, head: str) -> Embeddings:
         if kind == "passage" and self.stored:
             return self.stored(encoder, texts, head)
 
-        def encode(mine: list[str]) -> Embeddings:
+        def encode(mine: list[str | Passage]) -> Embeddings:
             part = self._encode_kept(encoder, mine, kind, head) if self.keep_tokens else None
             return part or encoder.encode(mine, kind, heads=(head,), max_length=self._limit(kind))
 
         return encode_by_ranks(texts, encode)
 
-    def _encode_kept(self, encoder: Encoder, texts: list[str], kind: Kind, head: str) -> Embeddings | None:
+    def _encode_kept(self, encoder: Encoder, texts: list[str | Passage], kind: Kind, head: str) -> Embeddings | None:
         if not texts:
             return None
         if kind not in self._tokens:
@@ -196,13 +200,15 @@ def read_evaluator(
         folder = Path(str(eval_data))
         collection = read_beir(folder, _split(folder))
         corpus = {key: passage.content for key, passage in collection.corpus.items()}
+        titled = {key: passage for key, passage in collection.corpus.items() if passage.title}
         queries, qrels = collection.queries, collection.qrels
     else:
         corpus, queries, qrels = read_eval_rows(_sources(eval_data))
+        titled = {}
     if not any(grade > 0 for key in queries for grade in qrels.get(key, {}).values()):
         given = f" {eval_data}" if isinstance(eval_data, str) else ""
         raise DataError(f"{name}{given} has no query with a relevant passage")
-    return Evaluator(corpus, queries, qrels, query_max_length, passage_max_length)
+    return Evaluator(corpus, queries, qrels, query_max_length, passage_max_length, titled=titled)
 
 
 def read_rerank_evaluator(
@@ -309,7 +315,7 @@ class Measures:
             if held_out:
                 self.found[prefix + stage] = held_out.evaluate(encoder, heads)
 
-    def keep_passages(self, stored: Callable[[Encoder, Sequence[str], str], Embeddings]) -> None:
+    def keep_passages(self, stored: Callable[[Encoder, Sequence[str | Passage], str], Embeddings]) -> None:
         """Have passages read from where they are stored, since their side is not trained."""
         for held_out in (self.domain, self.guard):
             if isinstance(held_out, Evaluator):

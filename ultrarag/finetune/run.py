@@ -189,8 +189,10 @@ class FinetuneRun:
         self.start = Start.of(self.parent)
         self.other = read_other(self.arguments, self.encoder, self.notes.add)
         self.masking = FalseNegatives.of(self.arguments, self.encoder, self.heads)
-        side = None if frozen is None else trained
-        self.lora = add_lora(self.encoder, self.arguments.lora, side) if self.arguments.lora.use_lora else None
+        side, lora, name = None if frozen is None else trained, self.arguments.lora, model.model_name_or_path
+        folder = str(Path(name).resolve()) if Path(name).is_dir() else name
+        base = None if self.parent.asymmetric else folder  # matrices of one side are no model of the whole
+        self.lora = add_lora(self.encoder, lora, side, base) if lora.use_lora else None
         parts = [self.data, self.plan.old.data] if isinstance(self.plan, ReplayPlan) else [self.data]
         self.against = Against.of(self.arguments, self.parent, self.heads, parts, self.notes.add)
 

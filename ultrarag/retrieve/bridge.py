@@ -245,7 +245,7 @@ def fill(serving: Serving, store: Store, kept: Kept, ids: Sequence[str]) -> int:
     held = kept.of(passages)
     missing = [passage for passage in passages if passage.id not in held]
     if missing:
-        found = serving.encode_passages([passage.content for passage in missing])
+        found = serving.encode_passages([passage.encodable for passage in missing])
         kept.add(missing, np.asarray(found.dense))
     return len(missing)
 
@@ -311,7 +311,7 @@ def cross(core: Core, generation: Generation, terms: BridgeTerms) -> BridgeRepor
     unit = encoder.settings.normalize is not False
     raw = Bridge(core, generation, encoder, LinearMap.identity(width, unit), folder)
     try:
-        new = np.asarray(raw.serving.encode_passages([passage.content for passage in sample]).dense)
+        new = np.asarray(raw.serving.encode_passages([passage.encodable for passage in sample]).dense)
         if new.shape != old.shape:
             raise UsageError(
                 f"the vectors of generation {generation.id} are {new.shape[1]} wide, the live ones {width}: no bridge"

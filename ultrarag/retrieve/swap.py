@@ -136,7 +136,7 @@ def _check_values(serving: Serving, passages: list[Passage], held: Embeddings) -
 
 def _check_canaries(serving: Serving, passages: list[Passage], held: Embeddings) -> Embeddings:
     """Encode some passages again, whose stored vectors must be the same; return what the encoder gave."""
-    fresh = serving.encode_passages([passage.content for passage in passages])
+    fresh = serving.encode_passages([passage.encodable for passage in passages])
     for row, passage in enumerate(passages):
         for head, difference in _differences(held[row : row + 1], fresh[row : row + 1]).items():
             if not difference <= TOLERANCE:

@@ -22,7 +22,13 @@ from ultrarag.plugin_checks import HOOKS
 from ultrarag.plugins import Adapter, registry
 from ultrarag.testing.examples import write_example
 from ultrarag.testing.subject import Failed, NotApplicable, Report, Result, Subject
-from ultrarag.testing.training_checks import check_gradcache, check_gradients, check_loss_falls, check_other_devices
+from ultrarag.testing.training_checks import (
+    check_gradcache,
+    check_gradients,
+    check_lora,
+    check_loss_falls,
+    check_other_devices,
+)
 from ultrarag.testing.vector_checks import (
     check_batch_invariance,
     check_determinism,
@@ -50,6 +56,7 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "loss falls": check_loss_falls,
     "gradcache": check_gradcache,
     "other devices": check_other_devices,
+    "lora": check_lora,
     "save": check_save,
     "publish": check_publish,
     "fingerprint": check_fingerprint,

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ultrarag.checkpoint import write_checkpoint
 from ultrarag.encoder import Encoder
-from ultrarag.finetune.step import Trainable, cached_step
+from ultrarag.finetune.flags import LoraArguments
+from ultrarag.finetune.step import LORA_FILE, Trainable, add_lora, cached_step
 from ultrarag.hookspecs import Features
 from ultrarag.loss_arguments import LossArguments
+from ultrarag.packages import install
 from ultrarag.scores import head_scores
-from ultrarag.testing.subject import GROUP, Failed, NotApplicable, Subject
+from ultrarag.testing.subject import GROUP, Failed, NotApplicable, Subject, difference
 from ultrarag.types import Embeddings
 
 #: Learning rates that are tried, largest first: tiny random models need the first, real ones the last.
@@ -22,6 +28,8 @@ RATES = (1e-2, 1e-3, 1e-4, 1e-5)
 STEPS = 8
 #: Largest relative difference between GradCache's gradient and the plain one.
 GRADIENT_TOLERANCE = 1e-4
+#: Largest difference of a component between a model with adapters and the same with them in its weights.
+MERGED_TOLERANCE = 1e-4
 #: Texts per piece in the GradCache check; no divisor of the batch, so that the last piece is smaller.
 CHUNK = 3
 
@@ -183,6 +191,49 @@ def check_other_devices(subject: Subject) -> str:
     if not all(torch.isfinite(value) for value in (alone, among, local)) or values[0] == values[1]:
         raise Failed(f"with 3 more negatives the loss is {values[1]:.6g}, without {values[0]:.6g}", remedy)
     return f"loss {values[0]:.4g}, with 3 more negatives {values[1]:.4g}"
+
+
+def check_lora(subject: Subject) -> str:
+    """Low-rank adapters (--use_lora) learn, are saved merged, and leave the model as it was in all else."""
+    if importlib.util.find_spec("peft") is None:
+        raise NotApplicable(f"the package peft is not installed: {install('peft')}")
+    encoder, rows = subject.fresh(), subject.rows
+    features = subject.features(encoder, rows)
+    before, names = subject.embed(encoder, features), set(encoder.model.state_dict())
+    unified = subject.modes()[0]
+    arguments = subject.arguments(encoder, unified)
+    module = subject.trainable(encoder, unified)
+    lora = add_lora(encoder, LoraArguments(use_lora=True, lora_rank=4, lora_alpha=8, lora_dropout=0.0))
+    _same(before, subject.embed(encoder, features), "adding adapters, which are zero at first, changes the vectors")
+    _train(subject, encoder, module, arguments, RATES[0])
+    trained = subject.embed(encoder, features)
+    if not difference(before, trained)[0] > 0:
+        raise Failed(f"{STEPS} steps of the adapters move no vector", _LAYERS)
+    folder = subject.scratch / "lora"
+    folder.mkdir()
+    matrices = lora.matrices()
+    with lora.merged():
+        _same(trained, subject.embed(encoder, features), "merging the adapters into the weights changes the vectors")
+        write_checkpoint(encoder, folder, encoder.model.state_dict(), more=partial(lora.save, matrices=matrices))
+    _same(trained, subject.embed(encoder, features), "after a save in the middle of training the vectors are others")
+    loaded = Encoder.load(folder, device=subject.device)
+    _same(trained, subject.embed(loaded, features), "the saved model, with the adapters in its weights, is another")
+    lora.remove()
+    if set(encoder.model.state_dict()) != names:
+        raise Failed("with the adapters merged for good the model has other weights than before", _LAYERS)
+    if load_file(folder / LORA_FILE).keys() != matrices.keys():
+        raise Failed(f"{LORA_FILE} does not hold the adapters", _LAYERS)
+    count = sum(tensor.numel() for tensor in matrices.values())
+    return f"{count:,} numbers in adapters, merged and saved without a difference"
+
+
+_LAYERS = "call the layers of the backbone as they are; do not compute with a layer's `weight`, or hold it elsewhere"
+
+
+def _same(wanted: Embeddings, found: Embeddings, what: str) -> None:
+    off, head = difference(wanted, found)
+    if not off <= MERGED_TOLERANCE:
+        raise Failed(f"{what}: by {off:.3g} in head '{head}' (at most {MERGED_TOLERANCE:g})", _LAYERS)
 
 
 def _backward(subject: Subject, encoder: Encoder, module: Trainable, arguments: LossArguments) -> float:

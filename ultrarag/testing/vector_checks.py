@@ -298,7 +298,11 @@ def _dense(subject: Subject, encoder: Encoder, folder: Path) -> tuple[np.ndarray
     with quiet_progress():
         model = SentenceTransformer(str(folder), device=subject.device)
         theirs = model.encode(
-            render(encoder.settings, texts, "passage"), prompt="", convert_to_numpy=True, show_progress_bar=False
+            render(encoder.settings, texts, "passage"),
+            prompt="",
+            convert_to_numpy=True,
+            show_progress_bar=False,
+            normalize_embeddings=bool(encoder.settings.normalize),  # which it undoes where it truncates
         )
     ours = encoder.encode(texts, "passage", heads=("dense",), progress=False).dense
     return ours, np.asarray(theirs)

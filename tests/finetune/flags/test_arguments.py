@@ -88,7 +88,7 @@ def test_defaults_are_the_peers(parse: Any) -> None:
         32,
         128,
     )
-    assert arguments.loss == LossArguments(temperature=0.02, kd_loss_type="kl_div", normalize_embeddings=True)
+    assert arguments.loss == LossArguments(temperature=0.02, kd_loss_type="kl_div", normalize_embeddings=None)
     assert (arguments.training.learning_rate, arguments.training.seed) == (5e-5, 42)
     assert arguments.training.remove_unused_columns is False
     assert arguments.training.ddp_find_unused_parameters is False
@@ -113,6 +113,7 @@ def test_ultrarags_whole_command_line(parse: Any) -> None:
         unified_finetuning=True,
         negatives_cross_device=True,
         self_distill_start_step=0,
+        normalize_embeddings=True,
     )
     assert arguments.data.same_dataset_within_batch
     assert arguments.data.pad_to_multiple_of == 8

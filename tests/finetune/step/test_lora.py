@@ -19,6 +19,7 @@ from ultrarag.finetune.__main__ import main
 from ultrarag.finetune.flags.groups import LoraArguments
 from ultrarag.finetune.step.lora import add_lora
 from ultrarag.testing import tiny
+from ultrarag.testing.layouts import LAYOUTS, write_layout
 
 LORA = {**QUICK, "use_lora": True, "lora_rank": 4, "lora_alpha": 8, "train_group_size": 2}
 
@@ -147,3 +148,20 @@ def test_wrong_flags(tiny_m3, tmp_path, capsys, words, message):
     flags = "--use_lora --query_max_len 16 --passage_max_len 24 --train_group_size 2"
     assert main([*paths.split(), *flags.split(), *words.split()], adapter="bge") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["MiniLM", "gte-multilingual", "Qwen3-Embedding"])
+def test_models_of_sentence_transformers_are_trained_and_their_adapters_are_a_model(name, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    write_layout(tmp_path / "m", LAYOUTS[name])
+    run = {**LORA, "adapter": "sentence-transformers", "max_steps": 2, "save_steps": 1}
+    result = finetune(str(tmp_path / "m"), ROWS, tmp_path / "out", **run)
+    encoder = Encoder.load(result.checkpoint)
+    assert encoder.fingerprint == result.fingerprint
+    found = encoder.encode(["a", "seals sleep"]).dense
+    theirs = SentenceTransformer(result.checkpoint, device="cpu").encode_document(["a", "seals sleep"])
+    assert np.abs(found - theirs).max() < 1e-5
+    apart = Encoder.load(f"{result.checkpoint}/adapter", adapter="bge").encode(["a", "seals sleep"]).dense
+    assert np.abs(found - apart).max() < 1e-5
+    assert np.abs(found - Encoder.load(tmp_path / "m", "bge").encode(["a", "seals sleep"]).dense).max() > 1e-4

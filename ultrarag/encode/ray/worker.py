@@ -76,10 +76,11 @@ def read_block(batch: Any, root: str, first: int, chunk_texts: int, up_to_seq: i
         finally:
             store.close()
     except (UltraragError, OSError) as error:
-        return _row(block=block, ids=[], texts=[], metadata=[], error=_told(error))
+        return _row(block=block, ids=[], titles=[], texts=[], metadata=[], error=_told(error))
     metadata = [json.dumps(passage.metadata) for passage in found]
-    texts = [passage.content for passage in found]
-    return _row(block=block, ids=[passage.id for passage in found], texts=texts, metadata=metadata, error="")
+    titles, texts = [passage.title for passage in found], [passage.text for passage in found]
+    ids = [passage.id for passage in found]
+    return _row(block=block, ids=ids, titles=titles, texts=texts, metadata=metadata, error="")
 
 
 class Worker:
@@ -99,8 +100,9 @@ class Worker:
         if not error and row["ids"]:
             try:
                 self._begin(row["block"])
-                rows = zip(row["ids"], row["texts"], row["metadata"], strict=True)
-                failed = self._take([Passage(id, text, "", json.loads(metadata)) for id, text, metadata in rows], cuts)
+                rows = zip(row["ids"], row["titles"], row["texts"], row["metadata"], strict=True)
+                passages = [Passage(id, text, title, json.loads(about)) for id, title, text, about in rows]
+                failed = self._take(passages, cuts)
             except (UltraragError, OSError) as problem:
                 error = _told(problem)
         counted = [[what, limit, *counts] for (what, limit), counts in cuts.take().items()]
@@ -144,7 +146,7 @@ class Worker:
         failed: dict[str, str] = {}
         sent: Future[None] | None = None
 
-        def encode(texts: Sequence[str]) -> Embeddings:
+        def encode(texts: Sequence[str | Passage]) -> Embeddings:
             return self._encoder.encode(
                 list(texts), "passage", heads=order.heads, batch_tokens=order.batch_tokens, progress=False, cuts=cuts
             )

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ultrarag.finetune.batches import Batch, Draws, TrainData
 from ultrarag.io import replacing
 from ultrarag.rows import text_key
 from ultrarag.scores import head_scores
-from ultrarag.types import Embeddings
+from ultrarag.types import Embeddings, Passage, text_of
 
 #: Passages up to which all of them are negatives at every step, and the memory that they may take for that.
 FULL_ROWS, FULL_BYTES = 100_000, 2 << 30
@@ -33,8 +34,7 @@ NEAREST = 16
 #: Says that a stream of draws is this one: see the first numbers of the others in `plan.py`.
 _CORPUS = 4
 
-#: Encodes passages, as the frozen side does.
-Encode = Callable[[list[str]], Embeddings]
+_Text = TypeVar("_Text", bound=str | Passage)
 
 
 def keys_of(texts: Iterable[str]) -> np.ndarray:
@@ -54,9 +54,10 @@ class Bank:
     def __len__(self) -> int:
         return len(self.vectors) + len(self._more_keys)
 
-    def add(self, texts: Iterable[str], encode: Encode) -> int:
+    def add(self, texts: Iterable[_Text], encode: Callable[[list[_Text]], Embeddings]) -> int:
         """Have those of the texts encoded that are no passage of the corpus; how many there were."""
-        distinct = {text_key(text): text for text in reversed(list(texts))}  # of equal keys the first text counts
+        # of equal keys the first text counts
+        distinct = {text_key(text_of(text)): text for text in reversed(list(texts))}
         keys = np.array(list(reversed(distinct)), np.int64)
         found = np.zeros(len(keys), bool)
         found[self.rows_of(keys)[0]] = True

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ultrarag.finetune.step.callbacks import Interrupted
     from ultrarag.finetune.step.distributed import encode_by_ranks, least, rank, wait, world_size
     from ultrarag.finetune.step.gradcache import cached_step
-    from ultrarag.finetune.step.lora import Lora, add_lora
+    from ultrarag.finetune.step.lora import LORA_FILE, Lora, add_lora
     from ultrarag.finetune.step.masking import FalseNegatives
     from ultrarag.finetune.step.trainable import Trainable, choose_heads, freeze, load_encoder
     from ultrarag.finetune.step.trainer import EmbeddingTrainer, Learner

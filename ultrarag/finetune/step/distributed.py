@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ultrarag.encoder import Encoder
-from ultrarag.types import Embeddings, Sparse, pad_tokens
+from ultrarag.types import Embeddings, Passage, Sparse, pad_tokens
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
+#: What an encoder is given.
+_Text = TypeVar("_Text", bound=str | Passage)
 #: What wrappers put into the names of parameters.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -72,7 +74,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return _own_first(tensor, [int(count) for count in counts])
 
 
-def encode_by_ranks(texts: Sequence[str], encode: Callable[[list[str]], Embeddings]) -> Embeddings:
+def encode_by_ranks(texts: Sequence[_Text], encode: Callable[[list[_Text]], Embeddings]) -> Embeddings:
     """Encode texts, each rank its share, into numpy arrays that every rank has, in the order given."""
     mine = encode(list(texts[rank() :: world_size()]))
     if world_size() == 1:

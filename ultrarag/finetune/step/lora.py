@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultrarag.encoder import Encoder, LowRank
+from ultrarag.encoder import Encoder, LowRank, adapted_part
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.flags import LoraArguments
 from ultrarag.packages import install
@@ -26,6 +26,8 @@ from ultrarag.packages import install
 #: Where a checkpoint holds the low-rank matrices, as peft reads them.
 FOLDER = "adapter"
 _FILE = "adapter_model.safetensors"
+#: The matrices' file within a checkpoint.
+LORA_FILE = f"{FOLDER}/{_FILE}"
 #: peft's name of the one set of adapters
 _NAME = "default"
 
@@ -44,24 +46,19 @@ class Lora:
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Put the adapters into the weights for a while; afterwards the weights are, to the bit, what they were."""
-        kept = [(layer, layer.get_base_layer().weight.detach().clone()) for _, layer in _layers(self.model)]
-        for layer, _ in kept:
-            layer.merge()
+        """Make the model one of plain layers for a while, as `save` hooks know it, with the adapters in its weights.
+
+        Afterwards the adapters are there again, and the weights are, to the bit, what they were.
+        """
+        kept = [(name, layer, layer.get_base_layer().weight.detach().clone()) for name, layer in _layers(self.model)]
+        self.remove()
         try:
             yield
         finally:
-            for layer, weight in kept:
+            for name, layer, weight in kept:
                 layer.get_base_layer().weight.data.copy_(weight)
                 layer.merged_adapters.clear()
-
-    def weights(self) -> dict[str, Tensor]:
-        """The state dict under the names that the model has without adapters; theirs are left out."""
-        return {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in self.whole.state_dict().items()
-            if not _low_rank(name)
-        }
+                _put(self.model, name, layer)
 
     def matrices(self) -> dict[str, Tensor]:
         """The low-rank matrices, named as peft names them in a file."""
@@ -113,22 +110,22 @@ class Lora:
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and not _low_rank(name)
         }
-        root = "" if self.root is self.model else "backbone."
-        return LowRank.of_peft(self.matrices(), self.config.lora_alpha / self.config.r, root, others)
+        prefix = _prefix(self.model, self.root)
+        return LowRank.of_peft(self.matrices(), self.config.lora_alpha / self.config.r, prefix, others)
 
     def remove(self) -> None:
         """Merge the adapters into the weights for good: the model is then of plain layers again."""
         for name, layer in _layers(self.model):
             layer.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
+            _put(self.model, name, layer.get_base_layer())
 
 
-def add_lora(encoder: Encoder, arguments: LoraArguments, side: str | None = None) -> Lora:
+def add_lora(encoder: Encoder, arguments: LoraArguments, side: str | None = None, base: str | None = None) -> Lora:
     """Put low-rank adapters into the model's linear layers; they and the heads are then all that is trained.
 
     Args:
         side: the one that is trained, of a model of two sides.
+        base: path or hub name of the model, for whoever reads the adapters without it.
 
     Raises:
         UsageError: peft is not installed, or `target_modules` names no linear layer.
@@ -138,13 +135,14 @@ def add_lora(encoder: Encoder, arguments: LoraArguments, side: str | None = None
     except ImportError as error:
         raise UsageError(f"--use_lora needs the package peft: {install('peft')}") from error
     model: nn.Module = getattr(encoder.model, side) if side else encoder.model
-    root: nn.Module = getattr(model, "backbone", model)
+    root = adapted_part(model)
     heads = {name for name, p in model.named_parameters() if p.requires_grad and _in_head(model, name)}
     config = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=arguments.lora_dropout,
         target_modules=_targets(model, root, arguments.target_modules),
+        base_model_name_or_path=base,
     )
     inject_adapter_in_model(config, root, adapter_name=_NAME)
     for name, parameter in model.named_parameters():
@@ -155,7 +153,7 @@ def add_lora(encoder: Encoder, arguments: LoraArguments, side: str | None = None
 
 def _targets(model: nn.Module, root: nn.Module, wanted: tuple[str, ...]) -> list[str]:
     """The full names, within `root`, of the linear layers that are to get an adapter."""
-    prefix = "" if root is model else "backbone."
+    prefix = _prefix(model, root)
     output = getattr(root, "get_output_embeddings", lambda: None)()
     known = [
         name
@@ -170,6 +168,11 @@ def _targets(model: nn.Module, root: nn.Module, wanted: tuple[str, ...]) -> list
     return chosen
 
 
+def _prefix(model: nn.Module, root: nn.Module) -> str:
+    """What the names of a part's parameters begin with in the whole model."""
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is root)
+
+
 def _in_head(model: nn.Module, name: str) -> bool:
     """Whether a parameter or module belongs to a head, which is trained whole."""
     if not hasattr(model, "backbone"):
@@ -182,6 +185,11 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def _low_rank(name: str) -> bool:

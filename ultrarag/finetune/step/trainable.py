@@ -6,10 +6,13 @@ Before that the model is loaded as the run's flags say, and what is not to be tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ultrarag.adapters import compares_by_length
+from ultrarag.checkpoint import local_folder
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import PairLengths
@@ -71,6 +74,7 @@ def load_encoder(arguments: FinetuneArguments, note: Callable[[str], None]) -> E
     from transformers import set_seed
 
     load_models_whole()
+    _settle_length(arguments, note)
     set_seed(arguments.training.seed)  # fresh heads are drawn from the run's seed, the same on every rank
     data = arguments.data
     with arguments.training.main_process_first(desc="loading the model"):
@@ -90,6 +94,22 @@ def load_encoder(arguments: FinetuneArguments, note: Callable[[str], None]) -> E
         encoder.max_length("query", data.query_max_len)
         encoder.max_length("passage", data.passage_max_len)
     return encoder
+
+
+def _settle_length(arguments: FinetuneArguments, note: Callable[[str], None]) -> None:
+    """Say for the whole run whether vectors get unit length: if not told, unless the model compares by dot product."""
+    loss, model = arguments.loss, arguments.model
+    if loss.normalize_embeddings is not None:
+        return
+    folder = local_folder(model.model_name_or_path, model.cache_dir, model.token)
+    by_length = compares_by_length(folder)
+    arguments.loss = replace(loss, normalize_embeddings=not by_length)
+    if by_length:
+        note(
+            f"{folder} compares vectors by dot product, so they keep their length (--normalize_embeddings True gives "
+            f"them unit length); their scores are divided by the temperature of {loss.temperature:g}: for scores far "
+            "above 1 give --temperature 1"
+        )
 
 
 def _load_options(arguments: FinetuneArguments) -> LoadOptions:

@@ -320,7 +320,7 @@ class EmbeddingTrainer(Trainer):
                 matrices = self.lora.matrices()
                 with self.lora.merged():
                     more = functools.partial(self.lora.save, matrices=matrices)
-                    write_checkpoint(self.encoder, folder, self.lora.weights(), record, more)
+                    write_checkpoint(self.encoder, folder, self.encoder.model.state_dict(), record, more)
             else:
                 write_checkpoint(self.encoder, folder, self.encoder.model.state_dict(), record)
 

@@ -41,7 +41,7 @@ COMMIT_SHARE = 0.05
 LEFT_OVER = 64
 NICENESS = 10
 
-Encode = Callable[[Sequence[str]], Embeddings]
+Encode = Callable[[Sequence[str | Passage]], Embeddings]
 
 
 class Strategy(Protocol):
@@ -137,7 +137,7 @@ class Build:
         draft.backend.flush()
         draft.progress.applied = follower.applied
 
-    def encode(self, texts: Sequence[str]) -> Embeddings:
+    def encode(self, texts: Sequence[str | Passage]) -> Embeddings:
         """Encode passages with the heads that the generation stores."""
         heads, cuts = self.draft.generation.heads, self.draft.cuts
         return self.encoder.encode(list(texts), "passage", heads=heads, progress=False, cuts=cuts)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from ultrarag.encode import encode_apart
+from ultrarag.encode import Encode, encode_apart
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import Backend
@@ -109,7 +109,7 @@ class GenerationVectors:
     def __init__(
         self,
         backend: Backend,
-        encode: Callable[[Sequence[str]], Embeddings],
+        encode: Encode,
         unencoded: Notes,
         check: Callable[[], object] = lambda: None,
     ) -> None:

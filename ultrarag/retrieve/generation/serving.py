@@ -15,7 +15,7 @@ from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation.catalog import Generation
 from ultrarag.retrieve.generation.replay import Unencoded
-from ultrarag.types import Embeddings, Kind
+from ultrarag.types import Embeddings, Kind, Passage, text_of
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -212,7 +212,7 @@ class Serving:
         cuts.tell()
         return found
 
-    def encode_passages(self, texts: Sequence[str]) -> Embeddings:
+    def encode_passages(self, texts: Sequence[str | Passage]) -> Embeddings:
         """Encode passages with all heads stored, a few at a time, so that queries come in between."""
         return self._encode(texts, "passage", self.heads, self._window, self.cuts)
 
@@ -224,10 +224,15 @@ class Serving:
         return max(1, min(most, int(BESIDE_SEARCHES / self._passage_seconds))) if self._passage_seconds else 1
 
     def _encode(
-        self, texts: Sequence[str], kind: Kind, heads: Sequence[str], window: Callable[[], int], cuts: Cuts
+        self,
+        texts: Sequence[str | Passage],
+        kind: Kind,
+        heads: Sequence[str],
+        window: Callable[[], int],
+        cuts: Cuts,
     ) -> Embeddings:
         options: dict[str, Any] = {"heads": tuple(heads), "progress": False, "cuts": cuts}
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding within a window
+        order = sorted(range(len(texts)), key=lambda row: len(text_of(texts[row])))  # little padding within a window
         parts, start = [], 0
         while start < len(texts):
             chunk = [texts[row] for row in order[start : start + window()]]
