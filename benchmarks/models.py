@@ -68,8 +68,9 @@ def run(layout: Layout, folder: Path) -> Outcome:
     """Take one family's tiny copy through everything, in `folder`."""
     write_layout(folder / "model", layout)
     adapter = layout.adapter if layout.chosen is not None else None  # by itself, where that is the best
-    encoder = Encoder.load(folder / "model", adapter, device="cpu")
-    loaded = _difference(encoder, folder / "model", layout)
+    names = {adapter, layout.chosen or adapter}
+    encoders = [Encoder.load(folder / "model", name, device="cpu") for name in names]
+    loaded = max(_difference(encoder, folder / "model", layout) for encoder in encoders)
     tuned, lora = (
         finetune(str(folder / "model"), ROWS, folder / name, adapter=adapter, **RUN, **more).checkpoint
         for name, more in {"tuned": {}, "lora": {"use_lora": True, "lora_rank": 4}}.items()

@@ -114,3 +114,9 @@ def _text_part(root: Path, folder: Path) -> np.ndarray:
 
     model = SentenceTransformer(str(folder), device="cpu")
     return np.asarray(model.encode(HARD[:-1], show_progress_bar=False))
+
+
+def test_lora_has_nothing_to_adapt(tmp_path):
+    tiny_static(tmp_path / "static")
+    with pytest.raises(UsageError, match="a StaticEmbedder has no linear layer to adapt; leave the flag out"):
+        finetune(tmp_path / "static", ROWS, tmp_path / "out", use_lora=True, skip_data_check=True)

@@ -33,6 +33,7 @@ class StandIn:
 
     heads, precision = ("dense",), "fp32"
     device, settings = SimpleNamespace(type="cpu"), SimpleNamespace(normalize=True)
+    adapter, trust_remote_code = SimpleNamespace(name="stand-in"), False
 
     def __init__(self, number: int) -> None:
         self.number = number

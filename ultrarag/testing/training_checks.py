@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultrarag.checkpoint import write_checkpoint
-from ultrarag.encoder import Encoder
+from ultrarag.encoder import Encoder, adapted_part
 from ultrarag.finetune.flags import LoraArguments
 from ultrarag.finetune.step import LORA_FILE, Trainable, add_lora, cached_step
 from ultrarag.hookspecs import Features
@@ -198,6 +198,8 @@ def check_lora(subject: Subject) -> str:
     if importlib.util.find_spec("peft") is None:
         raise NotApplicable(f"the package peft is not installed: {install('peft')}")
     encoder, rows = subject.fresh(), subject.rows
+    if not any(isinstance(module, nn.Linear) for module in adapted_part(encoder.model).modules()):
+        raise NotApplicable("the model has no linear layer")
     features = subject.features(encoder, rows)
     before, names = subject.embed(encoder, features), set(encoder.model.state_dict())
     unified = subject.modes()[0]

@@ -160,6 +160,8 @@ def _targets(model: nn.Module, root: nn.Module, wanted: tuple[str, ...]) -> list
         for name, module in root.named_modules()
         if isinstance(module, nn.Linear) and module is not output and not _in_head(model, f"{prefix}{name}")
     ]
+    if not known:
+        raise UsageError(f"--use_lora: a {type(model).__name__} has no linear layer to adapt; leave the flag out")
     chosen = [name for name in known if not wanted or any(f".{name}".endswith(f".{end}") for end in wanted)]
     for end in wanted:
         if not any(f".{name}".endswith(f".{end}") for name in known):
