@@ -43,7 +43,8 @@ def test_sparse_scores_in_chunks_are_the_same(monkeypatch):
     (query, _), (passage, _) = random_sparse(4, 9, 0), random_sparse(6, 20, 1)
     whole = scores.sparse_scores(query, passage)
     monkeypatch.setattr(scores, "SPARSE_BUDGET", 1)
-    assert torch.equal(scores.sparse_scores(query, passage), whole)
+    # in what order a sum is taken is the processor's affair
+    torch.testing.assert_close(scores.sparse_scores(query, passage), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_sparse_scores_of_queries_without_tokens_are_zero_and_differentiable():

@@ -236,7 +236,7 @@ def test_stages_of_living_processes_are_left_alone(tmp_path):
     dead = tmp_path / ".x.999999999.tmp"
     mine.mkdir()
     dead.mkdir()
-    remove_stale_stages(tmp_path / "x")
+    remove_stale_stages(tmp_path, "x")
     assert mine.exists()
     assert not dead.exists()
 

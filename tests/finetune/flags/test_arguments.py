@@ -500,7 +500,7 @@ def test_help_lists_every_flag_with_its_default(
     assert [name for name in sorted(names) if f"\n  --{name} " not in out] == []
     groups = [line[:-1] for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert groups[1:] == ["Run", "Model", "Data", "Loss and training of embeddings", "False negatives",
-                          "Low-rank adapters", "Evaluation", "Incremental fine-tuning",
+                          "Low-rank adapters", "Evaluation", "Incremental fine-tuning", "One side, or a map",
                           "transformers' TrainingArguments", "Older spellings"]  # fmt: skip
     assert "(default: 777)" in out
     assert "hf_secret" not in out

@@ -259,6 +259,7 @@ def test_the_flags_of_fine_tuning_are_handed_on(full: str, monkeypatch, capsys: 
     flags = {"learning_rate": "1e-5", "bf16": True, "heads": ["dense", "sparse"], "seed": "7"}
     gate = {"gate": True, "force": False, "metric": "nDCG@10", "search": {"weights": {"dense": 1.0, "bm25": 1.5}}}
     fixed = {"train_data": ["a.jsonl", "b.jsonl"], "output_dir": "out", "eval_data": None, **gate}
+    fixed |= {"effort": "full", "bridge": False}
     assert given == {**fixed, **flags}
     assert main([*words, "--no-gate"]) == 0
     assert capsys.readouterr().out == "swapped\n"

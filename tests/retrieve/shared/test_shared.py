@@ -452,7 +452,7 @@ def test_vacuum_deletes_what_no_generation_has(
     writer: LiveIndex, reader: LiveIndex, swapped: int, uri: str, other, tiny
 ) -> None:
     poll(reader)
-    first = writer.build(tiny)
+    first = writer.build(tiny, share=False)
     writer.swap(first)  # the one before the swap is retired by this
     poll(reader)
     assert sorted(path.name for path in (reader.path / "generations").iterdir()) == [str(swapped), str(first.id)]
