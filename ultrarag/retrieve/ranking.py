@@ -6,6 +6,7 @@ k best are the first k of the k + 1 best.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -68,16 +69,16 @@ def through_ties(
     while True:
         hits = search(asked)
         few = len(hits) < asked
-        if exact is not None and (few or _tied(hits, k) > MOST_TIED_IN_GRAPH):
+        if exact is not None and (few or _largest_tie(hits) > MOST_TIED_IN_GRAPH):
             return through_ties(exact, k)
         if few or hits[-1][1] < hits[k - 1][1] or asked == most:
             return hits[:k]
         asked = min(2 * asked, most)
 
 
-def _tied(hits: list[Scored], k: int) -> int:
-    """How many hits have the score of the k-th."""
-    return sum(score == hits[k - 1][1] for _, score in hits)
+def _largest_tie(hits: list[Scored]) -> int:
+    """How many hits have the same score, wherever they stand: a graph may have missed others of theirs."""
+    return max(Counter(score for _, score in hits).values(), default=0)
 
 
 def beam(hits: int, least: int) -> int:
