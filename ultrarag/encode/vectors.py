@@ -8,6 +8,7 @@ training row's passage is found by the key of its text. The vectors come from a 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -229,6 +230,7 @@ class _Shards:
         rest = [head for head in info["heads"] if head != "dense"]
         if rest:
             self.others = [Vectors(name / "others", rest) for name in names]
+            weakref.finalize(self, _close, self.others)
 
     def only_dense(self) -> np.ndarray | None:
         """The dense vectors as one array, where they are one shard's."""
@@ -258,6 +260,11 @@ class _Shards:
                 if head == "colbert":
                     found.colbert, found.mask = part.colbert, part.mask
         return found
+
+
+def _close(parts: Sequence[Vectors]) -> None:
+    for part in parts:
+        part.close()
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> np.ndarray:
