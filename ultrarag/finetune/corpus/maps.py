@@ -270,7 +270,10 @@ def choose_settings(
     strengths: tuple[float, ...] = STRENGTHS,
     look: Callable[[int], object] | None = None,
 ) -> Choice:
-    """Find the learning rate, then the strength, each with the number of steps that is best on held-out queries.
+    """Find the learning rate, then the strength and the number of steps, on held-out queries.
+
+    Of all that were tried, those within one standard error of the best are as good; the one among them that is held
+    hardest to the identity, with the fewest steps, forgets least of what the model knew.
 
     Args:
         data: what is trained on; shares no document with `held_out`.
@@ -281,6 +284,7 @@ def choose_settings(
     identity = Maps.identity(dim, False, False, settings, device)
     without = ndcg(identity, held_out)
     found = Choice(replace(settings, steps=0), float(without.mean()), float(without.mean()))
+    trials: list[tuple[MapSettings, np.ndarray]] = []
 
     def attempt(rate: float, strength: float) -> None:
         trial = replace(settings, learning_rate=rate, strength=strength)
@@ -291,15 +295,27 @@ def choose_settings(
             each = ndcg(maps, held_out)
             value = float(each.mean())
             found.tried.append({"learning_rate": rate, "strength": strength, "steps": step, "metric": value})
-            if value > found.after:
-                found.after, found.settings = value, replace(trial, steps=step)
-                found.error = float((each - without).std() / len(each) ** 0.5)
+            trials.append((replace(trial, steps=step), each))
             if look:
                 look((step - 1) % LOOK + 1)
 
     for rate in rates:
         attempt(rate, strengths[0])
-    best = found.settings.learning_rate if found.settings.steps else rates[0]
+    best = max(trials, key=lambda trial: float(trial[1].mean()))[0].learning_rate
     for strength in strengths[1:]:
         attempt(best, strength)
+    top = max((each for _, each in trials), key=lambda each: float(each.mean()))
+    if float(top.mean()) > found.before:
+        alike = [trial for trial in trials if _within_error(top, trial[1])]
+        found.settings, each = max(alike, key=lambda trial: (trial[0].strength, -trial[0].steps))
+        found.after, found.error = float(each.mean()), _error(each, without)
     return found
+
+
+def _error(each: np.ndarray, other: np.ndarray) -> float:
+    """The standard error of the mean difference, over queries."""
+    return float((each - other).std() / len(each) ** 0.5)
+
+
+def _within_error(best: np.ndarray, each: np.ndarray) -> bool:
+    return float((best - each).mean()) <= _error(best, each)
