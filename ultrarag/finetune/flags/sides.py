@@ -34,8 +34,8 @@ class SideArguments:
     passage_map: str | None = flag(
         None,
         "linear: learn a linear map of the passage vectors, by which stored ones are mapped without encoding. Its "
-        "strength of regularisation is found on queries whose documents training does not see; it is left out where "
-        "it gains nothing there.",
+        "regularisation is the strongest that costs nothing on queries whose documents training does not see; it is "
+        "left out where it gains nothing there.",
         choices=LINEAR,
     )
     corpus: Any = flag(  # noqa: RUF009 - a field
