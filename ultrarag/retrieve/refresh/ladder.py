@@ -167,6 +167,8 @@ class Judge:
         order = np.random.default_rng(0).permutation(len(self._ids))
         queries = self._queries(encoder, [self._ids[place] for place in order])
         found = self._search(queries, (), PILOT_CANDIDATES)
+        texts = passages(sorted({id for hits in found for id, _ in hits}))
+        found = [[hit for hit in hits if hit[0] in texts] for hits in found]  # some may have been deleted since
         needed: dict[str, int] = {}
         taken = 0
         for hits in found:
@@ -175,7 +177,6 @@ class Judge:
                 break
             needed.update({id: place for place, id in enumerate(new, len(needed))})
             taken += 1
-        texts = passages(list(needed))
         vectors = encoder.encode([texts[id] for id in needed], "passage", heads=("dense",), progress=False).dense
         rescored = []
         for row in range(taken):

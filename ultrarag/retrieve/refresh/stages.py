@@ -43,6 +43,8 @@ _EVALUATION = (
     *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "metric_for_best_model"),
     *("load_best_model_at_end", "greater_is_better", "ignore_identical_ids"),
 )
+#: Arguments of `finetune` about maps: of a climb's rungs, those with a map take them.
+_OF_MAPS = ("map_learning_rate", "map_regularization", "map_steps", "map_rank")
 #: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
 _INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data", "shared_eval_data")
 
@@ -152,6 +154,7 @@ class _Refresh:
         claim_output_dir(self.output, overwrite, logger.info)
         for name in (JSON_FILE, STATE_FILE):
             (self.output / name).unlink(missing_ok=True)
+        shutil.rmtree(self.ladder, ignore_errors=True)  # vectors and rungs of a refresh that was asked for differently
         self.state = RefreshState(self.request, self.parent.fingerprint, self.parent.id, overlap=overlap)
         self.save()
 
@@ -408,7 +411,8 @@ class _Refresh:
     def _worth_keeping(self, found: RefreshState) -> bool:
         from ultrarag.finetune import checkpoints_in
 
-        return found.trained is not None or bool(checkpoints_in(self.output))
+        folders = [self.output, *self.ladder.glob("*/")]
+        return found.trained is not None or bool(found.ladder) or any(map(checkpoints_in, folders))
 
     def _check_arguments(self) -> None:
         """Refuse what `finetune` would refuse, before anything is written."""
@@ -422,7 +426,8 @@ class _Refresh:
 
         adapter = self.core.live.encoder.adapter.name
         known = self._parent_checkpoint(), self.train_data, self.output, adapter, adapter_defaults(adapter)
-        self.settings = from_keywords(*known, **self._for_finetune(FULL, self.output, None))
+        settled = FULL if self.effort == AUTO else self.effort
+        self.settings = from_keywords(*known, **self._for_finetune(settled, self.output, None))
         for rung in RUNGS if self.effort == AUTO else (self.effort,):
             try:
                 from_keywords(*known, **self._for_finetune(rung, self.output, None))
@@ -491,6 +496,8 @@ class _Refresh:
             given = {name: value for name, value in given.items() if name not in _EVALUATION}
         if rung != FULL:
             given |= {**RUNGS[rung], "corpus": str(self.ladder / "corpus")}
+        if self.effort == AUTO and not {"query_map", "passage_map"} & RUNGS[rung].keys():
+            given = {name: value for name, value in given.items() if name not in _OF_MAPS}
         if steps is not None and self._steps() > steps:
             given["max_steps"] = steps
         # the folder is ours by its state file: where nothing can be resumed, what lies there is written anew
