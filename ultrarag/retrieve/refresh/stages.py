@@ -151,6 +151,10 @@ class _Refresh:
             overlap = self._look_for_leaks()
         else:
             overlap = None
+        if not overwrite and (self.output / JSON_FILE).exists():
+            raise UsageError(
+                f"'{self.output}' holds another refresh, finished: give another output_dir, or overwrite_output_dir=True"
+            )
         claim_output_dir(self.output, overwrite, logger.info)
         for name in (JSON_FILE, STATE_FILE):
             (self.output / name).unlink(missing_ok=True)
@@ -421,6 +425,11 @@ class _Refresh:
                 raise UsageError(
                     f"'{name}' cannot be given: a refresh trains the live encoder, and goes on by itself after a crash"
                 )
+        if self.effort != FULL and self.arguments.get("merge_with"):
+            raise UsageError(
+                f"effort='{self.effort}' trains against stored vectors, and what came of that cannot be merged: leave "
+                "merge_with out, or give effort='full'"
+            )
         from ultrarag.finetune import adapter_defaults
         from ultrarag.finetune.flags import from_keywords
 
