@@ -449,7 +449,7 @@ def _measure_encoded(core: Core, bridge: Bridge, terms: BridgeTerms) -> Verdict:
     bridge.backend.missed = lambda ids: wanted.update(dict.fromkeys(ids))
     searcher = Searcher(bridge.serving, core.store, core.bm25)
     asked: dict[str, dict[str, int]] = {}
-    order = np.random.default_rng(0).permutation(sorted(terms.qrels))
+    order = np.random.default_rng(0).permutation(sorted(id for id in terms.qrels if id in terms.queries))
     for query_id in map(str, order):
         searcher.search_many([terms.queries[query_id]], k=CANDIDATES, **dict(terms.search or {}))
         asked[query_id] = dict(terms.qrels[query_id])

@@ -98,6 +98,16 @@ def test_a_pilot_encodes_what_the_old_vectors_propose(corpus, asked) -> None:
     assert found.metrics["nDCG@10"] > 0.9
 
 
+def test_a_pilot_goes_without_passages_that_were_deleted_meanwhile(corpus, asked) -> None:
+    work = Work(corpus, {})
+
+    def left(ids: Any) -> dict[str, str]:
+        return {id: work.texts([id])[id] for id in list(ids)[1:]}
+
+    _, encoded = judge_of(corpus, asked).promised(FakeEncoder(corpus, 0.1), left)  # type: ignore[arg-type]
+    assert 0 < encoded < PASSAGES
+
+
 @pytest.mark.parametrize(
     ("noise", "taken", "trained"),
     [

@@ -153,7 +153,8 @@ class _Refresh:
             overlap = None
         if not overwrite and (self.output / JSON_FILE).exists():
             raise UsageError(
-                f"'{self.output}' holds another refresh, finished: give another output_dir, or overwrite_output_dir=True"
+                f"'{self.output}' holds a finished model of an earlier run, a refresh that was asked for differently: "
+                "give another output_dir, or overwrite_output_dir=True (--overwrite_output_dir) to start anew"
             )
         claim_output_dir(self.output, overwrite, logger.info)
         for name in (JSON_FILE, STATE_FILE):
@@ -452,7 +453,7 @@ class _Refresh:
         if self.terms.bridge and (self.asked is None or self.asked.corpus is not None):
             raise UsageError(
                 "bridge=True measures on queries about the passages of this index: give eval_data, a BEIR folder, or "
-                "gate=(queries, qrels)"
+                "gate=(queries, qrels), and no gate=False (--no_gate)"
             )
         if self.effort == FULL:
             return
