@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES, ROWS, TEXTS
-from ultrarag.errors import DataError, UsageError
+from ultrarag.errors import DataError, UltraragError, UsageError
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.refresh import RefreshReport, ladder
 from ultrarag.types import Passage

@@ -155,7 +155,7 @@ def test_a_gate_about_some_other_passages_says_so_in_the_report(again, tmp_path)
 def test_other_arguments_in_the_same_folder_are_an_error_that_names_them(again):
     perfect_before = QUERIES, {query_id: {"p0": 1} for query_id in QUERIES}
     again(gate=perfect_before, force=True)
-    with pytest.raises(UsageError, match=r"holds a finished model of an earlier run, a refresh that was asked for differently"):
+    with pytest.raises(UsageError, match="a refresh that was asked for differently"):
         again(learning_rate=5e-4)
 
 
