@@ -158,6 +158,19 @@ def test_a_rung_that_cannot_be_trained_is_passed_over(corpus, asked, tmp_path) -
     assert "passage-map cannot be trained: the map gains nothing" in found.decision
 
 
+def test_a_promised_rung_that_cannot_be_trained_gives_way_to_the_one_below(corpus, asked, tmp_path) -> None:
+    class Refusing(Work):
+        def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
+            if rung == "query" and steps is None:
+                raise TrainingError("too little memory")
+            return super().train(rung, folder, steps)
+
+    steps: list[Step] = []
+    work = Refusing(corpus, {"query-map": 1.2, "query-pilot": 0.2})
+    assert climb(work, steps, tmp_path, judge_of(corpus, asked), None).rung == "query-map"
+    assert "taken all the same: query did not keep the promise" in steps[0].decision
+
+
 def test_what_was_tried_before_a_crash_is_not_tried_again(corpus, asked, tmp_path) -> None:
     noise = {"query-map": 2.0, "query": 0.2, "passage-map-pilot": 0.2}
     first, steps = Work(corpus, noise), []

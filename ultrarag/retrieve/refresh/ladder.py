@@ -274,6 +274,7 @@ def climb(work: Climber, steps: list[Step], folder: Path, judge: Judge, guard: G
             _decide(work, done, steps, names[place + 1 :], folder, judge)
             work.save()
             logger.info("effort auto: %s: %s", name, done.decision)
+        _fall_back(done, steps)
         if done.taken:
             return done
         if (fallen_back := next((step for step in steps if step.taken), None)) is not None:
@@ -325,7 +326,12 @@ def _decide(work: Climber, step: Step, steps: Sequence[Step], above: Sequence[st
         else:
             step.decision = f"passed over: a pilot of {above[0]} promises more: {step.promise}"
         return
-    if earlier:  # this was climbed to by a pilot's promise, which did not hold
+
+
+def _fall_back(step: Step, steps: Sequence[Step]) -> None:
+    """Take the rung below, which is good enough, where this one was climbed to by a promise that it does not keep."""
+    earlier = [one for one in steps if one is not step and one.accepted]
+    if earlier and not step.taken and step.promise is None and not any(one.taken for one in steps):
         earlier[-1].taken = True
         earlier[-1].decision += f"; taken all the same: {step.rung} did not keep the promise"
 

@@ -25,7 +25,15 @@ from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb
-from ultrarag.retrieve.refresh.report import JSON_FILE, STATE_FILE, RefreshReport, RefreshState, Request, write_report
+from ultrarag.retrieve.refresh.report import (
+    JSON_FILE,
+    STATE_FILE,
+    RefreshReport,
+    RefreshState,
+    Request,
+    digest,
+    write_report,
+)
 from ultrarag.retrieve.swap import Gate, SwapTerms, swap
 from ultrarag.types import Passage
 
@@ -113,11 +121,12 @@ class _Refresh:
         self.effort = checked_effort(terms.effort)
         self._check_arguments()
         shaping = {name: value for name, value in arguments.items() if name not in _INCIDENTAL}
-        # left out where it is what every refresh was before there were others, so that these can be taken up again
-        self.request = Request.of(
-            train_data, eval_data, shaping if self.effort == FULL else {**shaping, "effort": self.effort}
-        )
         self.asked = questions(self.core.store, terms.gate, eval_data)
+        if self.effort != FULL:  # left out where it is what every refresh was, so that those can be taken up again
+            shaping["effort"] = self.effort
+        if self.effort == AUTO and self.asked is not None:  # rungs judged by different queries cannot be compared
+            shaping["judged_by"] = digest([dict(self.asked.queries), dict(self.asked.qrels), terms.metric])
+        self.request = Request.of(train_data, eval_data, shaping)
         self.search = self._search_options()
         self._check_effort()
 
