@@ -6,7 +6,7 @@ vectors, and these are scored by their new vectors where there are any (the samp
 searches have met, which are encoded in the background and kept), else by their mapped ones: one scale, one ranking.
 Nothing is served so that did not gain significantly on held-out queries of this index.
 
-Source: the measurements in benchmarks/bridge.py; maps from new queries to the old space serve worse and are not made.
+Maps from new queries to the old space serve worse, and are not made; benchmarks/bridge.py measures what is.
 """
 
 from __future__ import annotations
