@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         run_of,
         significance,
         top_k,
+        top_k_of_blocks,
     )
     from ultrarag.evaluation.qrels import Qrels, checked_qrels, checked_queries, coverage
     from ultrarag.evaluation.results import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,9 +181,12 @@ def top_k(
         UsageError: k below 1, no passages, dimensions that differ, or scores that are not numbers.
     """
     _check_vectors(query_vectors, passage_vectors, k)
+
+    def blocks() -> Iterator[tuple[int, np.ndarray]]:
+        return ((start, passage_vectors[start : start + chunk]) for start in range(0, len(passage_vectors), chunk))
+
     found = [
-        _top_k_of_block(query_vectors[start : start + 256], passage_vectors, k, chunk)
-        for start in range(0, len(query_vectors), 256)
+        top_k_of_blocks(query_vectors[start : start + 256], blocks(), k) for start in range(0, len(query_vectors), 256)
     ]
     if not found:
         width = min(k, len(passage_vectors))
@@ -201,11 +204,25 @@ def _check_vectors(query_vectors: np.ndarray, passage_vectors: np.ndarray, k: in
         raise UsageError(f"queries of shape {shapes[0]} cannot search passages of shape {shapes[1]}")
 
 
-def _top_k_of_block(queries: np.ndarray, passages: np.ndarray, k: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    scores = np.empty((len(queries), 0), np.result_type(queries, passages))
+def top_k_of_blocks(
+    queries: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find what `top_k` finds, of passages that come a block at a time.
+
+    Args:
+        queries: (queries, dim).
+        blocks: the first row number of each block, ascending, and its vectors, (passages, dim).
+
+    Returns:
+        scores, (queries, k) and descending, and the passages' row numbers, (queries, k) int64.
+
+    Raises:
+        UsageError: scores that are not numbers.
+    """
+    scores = np.empty((len(queries), 0), queries.dtype)
     rows = np.empty((len(queries), 0), np.int64)
-    for start in range(0, len(passages), chunk):
-        new = queries @ passages[start : start + chunk].T
+    for start, passages in blocks:
+        new = queries @ passages.T
         if not np.isfinite(new).all():
             raise UsageError("some scores are not finite numbers: the vectors hold NaN or infinity")
         best = best_columns(new, k)

@@ -33,6 +33,7 @@ from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation import Generation, Serving, VectorSet, load_encoder
 from ultrarag.retrieve.passages import Store
+from ultrarag.retrieve.ranking import Scored, ranked
 from ultrarag.retrieve.search import Filter, Searcher
 from ultrarag.retrieve.swap import compare
 from ultrarag.rows import text_key
@@ -140,17 +141,15 @@ class BridgedVectors:
         #: told the ids of candidates without a new vector
         self.missed: Callable[[Sequence[str]], object] = lambda ids: None
 
-    def search_dense(
-        self, vector: np.ndarray, k: int, filter: Filter = None, exact: bool = False
-    ) -> list[tuple[str, float]]:
+    def search_dense(self, vector: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """The k best of the candidates that the transposed map finds."""
         query, _ = self._map.transposed(vector)
         depth = min(max(k, CANDIDATES), max(1, self._old.backend.count()))
         found = self._old.backend.search_dense(query, depth, filter, exact)
         ids = [id for id, _ in found]
         scores = self.score_dense(vector, ids)
-        ranked = sorted(zip(ids, map(float, scores), strict=True), key=lambda hit: (-hit[1], hit[0]))
-        return [hit for hit in ranked if not np.isnan(hit[1])][:k]
+        held = np.flatnonzero(~np.isnan(scores))
+        return ranked([ids[place] for place in held], scores[held], k)
 
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages, (len(ids),); NaN for an id that is not stored."""

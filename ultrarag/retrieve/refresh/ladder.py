@@ -16,8 +16,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ultrarag.errors import TrainingError, UsageError, did_you_mean
-from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Significance, deepest, evaluate_run, significance
+from ultrarag.evaluation import (
+    DEFAULT_METRICS,
+    Evaluation,
+    Significance,
+    deepest,
+    evaluate_run,
+    significance,
+    top_k_of_blocks,
+)
 from ultrarag.maps import apply_chain
+from ultrarag.retrieve.ranking import ranked
 from ultrarag.retrieve.refresh.judging import Questions
 
 if TYPE_CHECKING:
@@ -151,9 +160,7 @@ class Judge:
         best = self._search(self._queries(encoder, self._ids), maps, self._depth)
         return self._evaluation(self._ids, best)
 
-    def promised(
-        self, encoder: Encoder, passages: Callable[[Sequence[str]], Mapping[str, str]]
-    ) -> tuple[Evaluation, int]:
+    def promised(self, encoder: Encoder, passages: Texts) -> tuple[Evaluation, int]:
         """Measure an encoder with another passage side: the old vectors give candidates, which it encodes.
 
         As many of the queries are measured as `PILOT_PASSAGES` allow.
@@ -182,7 +189,7 @@ class Judge:
         for row in range(taken):
             ids = [id for id, _ in found[row]]
             scores = vectors[[needed[id] for id in ids]] @ queries[row]
-            rescored.append(_ordered(ids, scores))
+            rescored.append(ranked(ids, scores, len(ids)))
         return self._evaluation([self._ids[place] for place in order[:taken]], rescored), len(needed)
 
     @property
@@ -195,31 +202,15 @@ class Judge:
 
     def _search(self, queries: np.ndarray, maps: Sequence[Any], k: int) -> list[list[tuple[str, float]]]:
         """The k best passages of each query, by an exact search, block by block."""
-        k = min(k, len(self._corpus))
-        scores = np.zeros((len(queries), 0), np.float32)
-        rows = np.zeros((len(queries), 0), np.int64)
-        for first, block in self._corpus.blocks(("dense",)):
-            found = queries @ apply_chain(maps, block.dense).T
-            scores = np.concatenate([scores, found], axis=1)
-            rows = np.concatenate([rows, np.broadcast_to(np.arange(first, first + len(block)), found.shape)], axis=1)
-            best = np.argpartition(-scores, k - 1, axis=1)[:, :k] if scores.shape[1] > k else np.arange(scores.shape[1])
-            best = np.broadcast_to(best, (len(queries), best.shape[-1]))
-            scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
-        named = [
-            [(self._corpus.ids[row], float(s)) for row, s in zip(*pair, strict=True)]
-            for pair in zip(rows, scores, strict=True)
-        ]
-        return [sorted(hits, key=lambda hit: (-hit[1], hit[0])) for hits in named]
+        blocks = ((first, apply_chain(maps, block.dense)) for first, block in self._corpus.blocks(("dense",)))
+        scores, rows = top_k_of_blocks(queries, blocks, k)
+        ids = self._corpus.ids
+        return [ranked([ids[row] for row in of], found, k) for of, found in zip(rows, scores, strict=True)]
 
     def _evaluation(self, ids: Sequence[str], found: Sequence[Sequence[tuple[str, float]]]) -> Evaluation:
         run = {query_id: dict(hits) for query_id, hits in zip(ids, found, strict=True)}
         qrels = {query_id: self._asked.qrels[query_id] for query_id in ids}
         return evaluate_run(qrels, run, self._metrics, ignore_identical_ids=self._ignore)
-
-
-def _ordered(ids: Sequence[str], scores: np.ndarray) -> list[tuple[str, float]]:
-    """Hits with their scores, the best first, equal ones by id."""
-    return sorted(zip(ids, map(float, scores), strict=True), key=lambda hit: (-hit[1], hit[0]))
 
 
 class Climber(Protocol):
