@@ -29,7 +29,7 @@ RESULT = Path(__file__).parent / "results" / "ladder.json"
 #: the recipe of shared/ladder.md
 LENGTH = 128
 FULL = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 2e-5}
-CORPUS = {"num_train_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 2e-5, "bf16": True}
+CORPUS = {"num_train_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 5e-5, "bf16": True}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.getLogger("ultrarag").setLevel(logging.ERROR)
     report: dict[str, Any] = {**origin(), "guard": options.guard.name, "data": []}
+    if options.output.exists():  # data sets that are not measured now keep what was measured of them
+        report["data"] = json.loads(options.output.read_text(encoding="utf-8"))["data"]
     for folder in options.data:
         with tempfile.TemporaryDirectory() as place:
             for part in Measuring(folder, Path(place), options).parts():
@@ -81,6 +83,7 @@ class Measuring:
         """Yield what was measured so far, after every refresh."""
         found: dict[str, Any] = {
             "name": self.folder.resolve().name,
+            **origin(),
             "passages": len(self.test.corpus),
             "train_rows": sum(1 for _ in self.rows.open(encoding="utf-8")),
             "held_out_queries": len(self.dev[1]),
