@@ -2,7 +2,8 @@
 
     python benchmarks/train_step.py --data MEDQUAD [--threads 2] [--rounds 4] [--json FILE]
 
-The same rows, model, precision (fp32, dropout on) and number of threads; batch 32, at most 128 tokens. Processor
+The same rows, model, precision (fp32, dropout on; bf16 beside it, the default on CPUs that have it) and number of
+threads; batch 32, at most 128 tokens. Processor
 seconds are the steadier number on a shared machine. The optimizer is the same in both and is left out.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -19,11 +19,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine import origin
+
 BATCH, TOKENS, TEMPERATURE = 32, 128, 0.05
 
 
 def contenders(model_path: str) -> dict[str, Callable[[list[dict[str, Any]]], None]]:
     """Functions that run one step on some rows."""
+    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -38,11 +41,12 @@ def contenders(model_path: str) -> dict[str, Callable[[list[dict[str, Any]]], No
     theirs.max_seq_length = TOKENS
     criterion = MultipleNegativesRankingLoss(theirs, scale=1 / TEMPERATURE)
 
-    def ours(rows: list[dict[str, Any]], packing: str) -> None:
+    def ours(rows: list[dict[str, Any]], packing: str, half: bool = False) -> None:
         os.environ["ULTRARAG_PACKING"] = packing
         queries = encoder.tokenize([row["query"] for row in rows], "query", TOKENS)
         passages = encoder.tokenize([row["pos"][0] for row in rows], "passage", TOKENS)
-        vectors = module([encoder.features(queries), encoder.features(passages)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            vectors = module([encoder.features(queries), encoder.features(passages)])
         encoder.adapter.loss(encoder.model, *vectors, None, 0, arguments).backward()
         module.zero_grad()
 
@@ -53,6 +57,7 @@ def contenders(model_path: str) -> dict[str, Callable[[list[dict[str, Any]]], No
 
     return {
         "ultrarag": lambda rows: ours(rows, "on"),
+        "ultrarag, bf16": lambda rows: ours(rows, "on", half=True),
         "ultrarag, padded": lambda rows: ours(rows, "off"),
         "sentence-transformers": peer,
     }
@@ -87,8 +92,7 @@ def main() -> None:
 def report(options: argparse.Namespace, found: dict[str, list[tuple[float, float]]]) -> None:
     peer = found["sentence-transformers"]
     result: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads",
-        "load average": round(os.getloadavg()[0], 1),
+        **origin(options.threads),
         "data": options.data.name,
         "median seconds": {
             name: {"wall": median(t[0] for t in times), "processor": median(t[1] for t in times)}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ultrarag.encoder.device import in_background
     from ultrarag.encoder.encoder import Encoder
     from ultrarag.encoder.forward import BATCH_TOKENS
+    from ultrarag.encoder.load import fastest_precision
     from ultrarag.encoder.low_rank import LowRank
     from ultrarag.encoder.pairs import render_pairs
     from ultrarag.encoder.sides import MapLayer, Sides, read_passage_maps

@@ -315,10 +315,45 @@ def test_json_on_the_command_line(parse: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["fp16", "bf16", "tf32", "bf16_full_eval"])
-def test_precision_without_an_accelerator(parse: Any, flag: str) -> None:
+def test_precision_without_an_accelerator(parse: Any, flag: str, cpu_of) -> None:
+    cpu_of(bf16=False)
     arguments = parse(f"--{flag}")
     assert not getattr(arguments.training, flag)
     assert [note for note in arguments.notes if flag in note and "fp32" in note] == arguments.notes != []
+
+
+@pytest.fixture
+def cpu_of(monkeypatch):
+    """A machine without a GPU whose CPU has bf16 products, or has not."""
+    from ultrarag.encoder import load
+    from ultrarag.finetune.flags import transformers as transformers_arguments
+
+    def make(bf16: bool) -> None:
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        monkeypatch.setattr(transformers_arguments, "_has_accelerator", lambda values: False)
+        monkeypatch.setattr(load, "_cpu_has_bf16", lambda: bf16)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("words", "bf16"),
+    [("", True), ("--bf16", True), ("--bf16 False", False), ("--fp16", False), ("--bf16 --use_cpu", True)],
+)
+def test_cpus_that_have_bf16_train_in_it(parse: Any, cpu_of, words: str, bf16: bool) -> None:
+    cpu_of(bf16=True)
+    arguments = parse(words)
+    assert bool(arguments.training.bf16) is bf16
+    said = any("this CPU is made for" in note for note in arguments.notes)
+    assert said is (words == "")
+
+
+def test_other_cpus_train_in_fp32_and_what_accelerate_chose_counts(parse: Any, cpu_of, monkeypatch) -> None:
+    cpu_of(bf16=False)
+    assert not parse("").training.bf16
+    cpu_of(bf16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch --mixed_precision no` sets it
+    assert not parse("").training.bf16
 
 
 def test_bf16_on_the_cpu_where_it_is_asked_for(parse: Any) -> None:
@@ -528,6 +563,7 @@ def test_gpus_that_have_bf16_train_in_it(monkeypatch, flags, capability, bf16):
     from ultrarag.finetune.flags import transformers as transformers_arguments
 
     monkeypatch.setattr(transformers_arguments, "_has_accelerator", lambda values: True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 0))
     values, notes = {"output_dir": "x", **({flags.split()[0][2:]: flags.split()[1] == "True"} if flags else {})}, []

@@ -111,15 +111,28 @@ def _move_logging_dir(values: dict[str, Any]) -> None:
 
 
 def _fit_precision(values: dict[str, Any], notes: list[str]) -> None:
-    """Switch off the precisions that need an accelerator, where there is none."""
+    """Train in bf16 where the device is made for it and no precision was chosen; without what needs a GPU on a CPU."""
     asked = [name for name in _LOW_PRECISION if values.get(name)]
-    if _has_accelerator(values):
-        _prefer_bf16(values, notes)
-        return
+    accelerated = _has_accelerator(values)
+    made_for_bf16 = _made_for_bf16(accelerated)
+    if not accelerated:
+        _stay_on_cpu(values, asked, made_for_bf16, notes)
+    # `accelerate launch --mixed_precision` chooses one too, by its environment variable
+    chosen = any(values.get(name) is not None for name in ("bf16", "fp16")) or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not chosen and not values.get("deepspeed") and made_for_bf16:
+        values["bf16"] = True
+        which = "GPU" if accelerated else "CPU"
+        notes.append(
+            f"training in bf16, which this {which} is made for (float32 weights and optimizer; --bf16 False: fp32)"
+        )
+
+
+def _stay_on_cpu(values: dict[str, Any], asked: list[str], made_for_bf16: bool, notes: list[str]) -> None:
+    """Switch off the precisions that need an accelerator; bf16 only where it is slow, and the CPU was not asked for."""
     on_cpu = bool(values.get("use_cpu"))
     values["use_cpu"] = True  # without it several processes on a CPU would not know of each other
-    if on_cpu:
-        asked = [name for name in asked if not name.startswith("bf16")]  # torch computes it on any CPU
+    if on_cpu or made_for_bf16:
+        asked = [name for name in asked if not name.startswith("bf16")]
     for name in asked:
         values[name] = False if name != "tf32" else None
     if asked:
@@ -127,14 +140,15 @@ def _fit_precision(values: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"{', '.join(asked)} needs a GPU and none is used here: training in fp32{hint}")
 
 
-def _prefer_bf16(values: dict[str, Any], notes: list[str]) -> None:
-    """Train in bf16 on GPUs that have it, unless a precision was chosen."""
+def _made_for_bf16(accelerated: bool) -> bool:
+    """Whether the device multiplies bf16 in hardware: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
     import torch
 
-    chosen = any(values.get(name) is not None for name in ("bf16", "fp16")) or values.get("deepspeed")
-    if not chosen and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
-        values["bf16"] = True
-        notes.append("training in bf16, which this GPU is made for (float32 weights and optimizer; --bf16 False: fp32)")
+    from ultrarag.encoder import fastest_precision
+
+    if accelerated and not torch.cuda.is_available():
+        return False
+    return fastest_precision(torch.device("cuda" if accelerated else "cpu")) == "bf16"
 
 
 def _has_accelerator(values: Mapping[str, Any]) -> bool:
