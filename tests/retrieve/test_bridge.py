@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from ultrarag.retrieve.bridge import BridgeTerms, ahead, crossing
 from ultrarag.retrieve.bridge.kept import Kept
 from ultrarag.retrieve.bridge.serving import BridgedVectors
 from ultrarag.retrieve.build import start
+from ultrarag.retrieve.command import printing
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.types import Embeddings, Passage
 
@@ -170,7 +172,12 @@ def test_rollback_ends_it(dense, checkpoint, tiny, terms, taken, stopped) -> Non
 def test_the_swap_ends_it(dense, checkpoint, other, terms, taken, quick_builds) -> None:
     ready = dense.build(checkpoint, heads=["dense"], bridge=terms)
     assert dense.status()["bridge"]["generation"] == ready.id
+    decided = dense.status()["generations"][-1]["bridge"]
+    shown = printing.built({**asdict(ready), "built": ready.how_built(), "bridge": decided})
+    assert f"bridge to generation {ready.id}: it served from the old vectors, mapped, after" in shown
+    assert "mapped nDCG@10" in shown
     dense.swap(ready)
+    assert dense.status()["live"]["bridge"] == decided  # the record stays
     assert dense.status()["bridge"] is None
     assert dense.status()["live"]["id"] == ready.id
     assert dense.fingerprint == other.fingerprint

@@ -10,6 +10,7 @@ import pytest
 
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES, ROWS, TEXTS
 from ultrarag.errors import DataError, UltraragError, UsageError
+from ultrarag.retrieve.bridge import crossing
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.refresh import RefreshReport, ladder
 from ultrarag.types import Passage
@@ -88,6 +89,15 @@ def test_auto_takes_a_rung_and_says_why(dense, refresh, tmp_path, monkeypatch) -
     assert taken["rung"] in page
     assert not (tmp_path / "out" / "ladder").exists()
     assert refresh(effort="auto") == report  # it is done
+
+
+def test_the_report_says_what_was_decided_of_a_bridge(refresh, monkeypatch) -> None:
+    monkeypatch.setattr(crossing, "FEWEST", 10)
+    report = refresh(effort="full", bridge=True)
+    assert report.bridge is not None
+    assert {"raw", "mapped"} <= set(report.bridge["measured"])
+    assert f"bridge      bridge to generation {report.generation}: " in str(report)
+    assert RefreshReport.read(Path(report.checkpoint) / "refresh.json") == report
 
 
 def test_an_index_without_some_of_the_models_heads_is_refreshed_in_full(tmp_path, tiny) -> None:

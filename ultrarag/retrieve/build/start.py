@@ -71,13 +71,9 @@ def build_generation(
                 drop(core)  # a bridge to a generation that was given up for this one
             if generation.state == "ready":
                 return generation
-            if (
-                bridge is not None
-                and generation.encodes
-                and core.bridge is None
-                and not _decided_against(core, generation)
-            ):
-                cross(core, generation, bridge)
+            wanted = bridge if generation.encodes and core.bridge is None else None
+            if wanted is not None and not _decided_against(core, generation):
+                cross(core, generation, wanted)
             if generation.shares:
                 publish(core.layout, generation)
             elif not core.layout.final(generation.id).exists():

@@ -18,7 +18,7 @@ from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
 from ultrarag.evaluation import MAIN_METRIC, Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.io import link_tree, publish_directory, staged_directory
-from ultrarag.retrieve.bridge import BridgeTerms
+from ultrarag.retrieve.bridge import BridgeTerms, read_report
 from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import REFRESHING, Core
 from ultrarag.retrieve.export import corpus_vectors
@@ -328,6 +328,7 @@ class _Refresh:
                 self.core, self.output, trust_remote_code=self._trusted, bridge=self._bridge_terms()
             )
             self.state.generation = built.id
+            self.state.bridge = read_report(self.core.layout.directory(built.id)) if self.terms.bridge else None
         self.save()
 
     def _bridge_terms(self) -> BridgeTerms | None:
