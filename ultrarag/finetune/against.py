@@ -30,9 +30,7 @@ from ultrarag.finetune.corpus import (
     MapSettings,
     Nearest,
     choose_settings,
-    document_groups,
     encode_asked,
-    hold_out,
     keys_of,
     learned_map,
 )
@@ -40,12 +38,24 @@ from ultrarag.finetune.flags import FinetuneArguments
 from ultrarag.finetune.step import encode_by_ranks
 from ultrarag.io import progress_bar
 from ultrarag.maps import LinearMap
+from ultrarag.rows.checks import DocumentGroups, hold_out
 from ultrarag.types import Embeddings, Example, Passage, text_of
 
 #: Passages that a map is learned on, where the corpus has more: all positives, and others at random.
 MAP_PASSAGES = 100_000
 #: Fewer held-out queries than this cannot choose anything.
 FEWEST_HELD_OUT = 10
+#: The share of the rows that is held out, and how many at most.
+HELD_OUT, MOST_HELD_OUT = 0.1, 400
+
+
+def held_out_rows(rows: Sequence[Example], seed: int) -> np.ndarray:
+    """Which rows choose settings, with their documents: a tenth, `MOST_HELD_OUT` at most; (rows,) bool."""
+    groups = DocumentGroups()
+    for row in rows:
+        groups.add(row.query, row.pos)
+    share = min(HELD_OUT, MOST_HELD_OUT / len(rows))
+    return hold_out(groups.joined().roots(), {"held out": share}, seed) > 0
 
 
 def two_sides(parent: Encoder, arguments: FinetuneArguments) -> Encoder:
@@ -303,8 +313,7 @@ class Against:
         sides = self.arguments.sides
         self._data = self._map_data()
         rows = list(self.rows())
-        groups = document_groups([row.query for row in rows], [row.pos for row in rows])
-        held = hold_out(groups, self.arguments.training.seed)
+        held = held_out_rows(rows, self.arguments.training.seed)
         if held.sum() < FEWEST_HELD_OUT:
             raise UsageError(
                 f"of {len(rows)} rows only {int(held.sum())} can be held out with their documents, too few to say "
