@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES
 from ultrarag.errors import DataError, UltraragError, UsageError
 from ultrarag.retrieve.bridge import crossing
 from ultrarag.retrieve.live import LiveIndex
-from ultrarag.retrieve.refresh import RefreshReport, ladder
+from ultrarag.retrieve.refresh import RefreshReport, apart, ladder, rates
+from ultrarag.rows import read_rows
 from ultrarag.types import Passage
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
@@ -127,3 +129,51 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_written(changes, me
     with pytest.raises(UsageError, match=message):
         refresh(**changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_holds_out_documents_itself_where_no_queries_are_given(dense, refresh, monkeypatch) -> None:
+    monkeypatch.setattr(ladder, "FEWEST", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.stages.FEWEST", 1)
+    report = refresh(effort="auto", gate=True, shared_eval_data=None)
+    assert report.overlap is not None
+    assert report.overlap["split"] == "by document"
+    assert any("training rows, with their documents, were held out to choose by" in note for note in report.notes)
+    assert report.verdict is not None
+
+
+def test_a_query_side_finds_its_rate_and_keeps_its_best_checkpoint(refresh, monkeypatch) -> None:
+    monkeypatch.setattr(apart, "FEWEST_STOP", 1)
+    report = refresh(effort="query", learning_rate=None, save_steps=None, num_train_epochs=4)
+    (found,) = [note for note in report.notes if note.startswith("query: learning rate")]
+    assert found.count("0.") >= 3
+    assert any("held out to say when a query side has learned enough" in note for note in report.notes)
+
+
+def test_rates_of_equal_worth_are_taken_low() -> None:
+    asked: list[tuple[float, int]] = []
+
+    def trial(rate: float, steps: int) -> dict[str, float]:
+        asked.append((rate, steps))
+        return {"nDCG@10": 0.5 if rate < 2e-5 else 0.6}
+
+    assert rates.find_rate(3e-5, 400, trial)["learning_rate"] == pytest.approx(3e-5)
+    assert [steps for _, steps in asked] == [50] * 3
+
+
+def test_held_out_rows_share_no_document_with_those_that_are_trained_on(tmp_path) -> None:
+    rows = [
+        {"query": f"question {n}", "pos": [f"Title {n // 2}\npart {n}"], "neg": ["Title 0\npart 0"]} for n in range(60)
+    ]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    (tmp_path / "two.json").write_text(json.dumps(rows[40:]))
+    parts = apart.Apart([tmp_path / "a", str(tmp_path / "two.json")], [apart.JUDGE, apart.STOP])
+    held = {row.query for name in parts.names for row in parts.rows(name)}
+    assert len(held) == parts.count(apart.JUDGE) + parts.count(apart.STOP) >= 10
+    given = parts.write(tmp_path / "out")
+    assert [Path(path).is_dir() for path in given] == [True, False]
+    kept = [row for row in read_rows(given)]
+    assert {row.query for row in kept} == {row["query"] for row in rows} - held
+    titles = {row["pos"][0].split("\n")[0] for row in rows if row["query"] in held}
+    assert not any(row.pos[0].split("\n")[0] in titles for row in kept)
+    assert all(row.neg == () for row in kept) == ("Title 0" in titles)

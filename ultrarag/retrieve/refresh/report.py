@@ -69,6 +69,8 @@ class RefreshState:
     generation: int | None = None
     #: what was decided of a bridge to it; see `ultrarag.retrieve.bridge.BridgeReport`
     bridge: dict[str, Any] | None = None
+    #: rung -> the learning rate that was found on a slice, and what was tried; see `ultrarag.retrieve.refresh.rates`
+    rates: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: what was measured before the swap; see `ultrarag.evaluation.results`
     measured: dict[str, Any] | None = None
     #: stage -> seconds

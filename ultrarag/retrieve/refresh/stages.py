@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import REFRESHING, Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
+from ultrarag.retrieve.refresh.apart import JUDGE, STOP, Apart, held_out, stopping_rows
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb
+from ultrarag.retrieve.refresh.rates import STOPPED, described, find_rate, stopping
 from ultrarag.retrieve.refresh.report import (
     JSON_FILE,
     STATE_FILE,
@@ -35,6 +38,7 @@ from ultrarag.retrieve.refresh.report import (
     write_report,
 )
 from ultrarag.retrieve.swap import Gate, SwapTerms, swap
+from ultrarag.rows.checks import Overlap
 from ultrarag.types import Passage
 
 if TYPE_CHECKING:
@@ -122,6 +126,8 @@ class _Refresh:
         self._check_arguments()
         shaping = {name: value for name, value in arguments.items() if name not in _INCIDENTAL}
         self.asked = questions(self.core.store, terms.gate, eval_data)
+        #: rows held out of the training data, for what needs them
+        self.apart = self._hold_out()
         if self.effort != FULL:  # left out where it is what every refresh was, so that those can be taken up again
             shaping["effort"] = self.effort
         if self.effort == AUTO and self.asked is not None:  # rungs judged by different queries cannot be compared
@@ -199,6 +205,8 @@ class _Refresh:
         """
         if self.asked is None:
             return None
+        if self.apart is not None and (queries := self.apart.count(JUDGE)):
+            return Overlap("by document", queries, 0, {}, self.apart.total, self.apart.total).to_dict()
         from ultrarag.finetune import looked_for, read_data, refuse_shared
 
         overlap = looked_for(leak_checks(self.asked, self.core.store), read_data(self.settings))
@@ -222,6 +230,7 @@ class _Refresh:
                 self.state.trained = self._climb()
             else:
                 self.state.trained = self.train(self.effort, self.output, None)
+        self.state.trained["notes"] += self._remarks()
         self.save()
 
     def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
@@ -230,9 +239,59 @@ class _Refresh:
 
         if rung != FULL:
             self._corpus()
-        result = finetune(self._parent_checkpoint(), self.train_data, folder, **self._for_finetune(rung, folder, steps))
+        given = self._for_finetune(rung, folder, steps)
+        if rung in STOPPED and self.apart is not None and self.apart.count(STOP):
+            given = self._stopping(rung, given, steps)
+        result = finetune(self._parent_checkpoint(), self._rows(), folder, **given)
         found = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics", "overlap")}
         return {**found, "notes": list(result.notes)}
+
+    def _hold_out(self) -> Apart | None:
+        """Hold out rows, where no queries are given to choose by, and where a query side may stop early."""
+        judge = self.effort == AUTO and self.asked is None and self.terms.gate is True
+        stops = self.effort in (AUTO, *STOPPED) and self.arguments.get("eval_strategy") != "no"
+        found = held_out(self.train_data, judge, stops)
+        if judge and found is not None:
+            self.asked = found.questions(self.core.store)
+        return found
+
+    def _rows(self) -> Any:
+        """The rows to train on."""
+        return self.train_data if self.apart is None else self.apart.write(self.ladder / "rows")
+
+    def _stopping(self, rung: str, given: dict[str, Any], steps: int | None) -> dict[str, Any]:
+        """The arguments of a run that is judged by held-out rows: at a rate that was found, and ended in time."""
+        assert self.apart is not None
+        given = {**given, "eval_data": stopping_rows(self.apart, self.core.store)}
+        if "learning_rate" not in self.arguments:
+            if rung not in self.state.rates:
+                self.state.rates[rung] = find_rate(
+                    self.settings.training.learning_rate, self._steps(), partial(self._slice, rung, given)
+                )
+                self.save()
+            given["learning_rate"] = self.state.rates[rung]["learning_rate"]
+        return stopping(given, self._steps()) if steps is None else {**given, "eval_strategy": "no"}
+
+    def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> dict[str, float]:
+        from ultrarag.finetune import finetune
+
+        folder = self.ladder / f"{rung}-rate"
+        part = {"learning_rate": rate, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
+        part |= {"resume_from_checkpoint": False, "overwrite_output_dir": True}
+        kept = {name: value for name, value in given.items() if name not in ("save_steps", "early_stopping_patience")}
+        found = finetune(self._parent_checkpoint(), self._rows(), folder, **{**kept, **part})
+        shutil.rmtree(folder, ignore_errors=True)
+        return found.metrics["after"]
+
+    def _remarks(self) -> list[str]:
+        """What was held out of the training rows, and found by it."""
+        parts = {JUDGE: "to choose by", STOP: "to say when a query side has learned enough"}
+        held = [
+            f"{self.apart.count(name)} of {self.apart.total} training rows, with their documents, were held out {why}"
+            for name, why in parts.items()
+            if self.apart is not None and self.apart.count(name)
+        ]
+        return [*held, *(f"{rung}: {described(found)}" for rung, found in self.state.rates.items())]
 
     def _climb(self) -> dict[str, Any]:
         """Try rung after rung; the checkpoint of the one that is taken is published in the output folder."""
@@ -480,8 +539,9 @@ class _Refresh:
         if self.effort != AUTO:
             return
         needs = (
-            "effort='auto' chooses by held-out queries about the passages of this index: give eval_data, a BEIR folder "
-            "(`ultrarag data split` makes one), or gate=(queries, qrels); or name an effort"
+            "effort='auto' chooses by held-out queries about the passages of this index: give eval_data, a BEIR folder, "
+            "gate=(queries, qrels), or more training rows whose positives are passages of the index, of which it holds "
+            "out documents itself; or name an effort"
         )
         if self.asked is None:
             raise UsageError(needs)
