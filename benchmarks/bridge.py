@@ -209,7 +209,7 @@ def search_ms(live: Any, task: Any) -> float:
 def render(report: dict[str, Any]) -> str:
     """The page."""
     lines = [
-        "| data | before | serves | at once | candidates encoded | after | share of the gain | search before, bridged |",
+        "| data | before | serves | at once | candidates encoded | after | share of the gain | search, and bridged |",
         "|---|---|---|---|---|---|---|---|",
     ]
     curves = []

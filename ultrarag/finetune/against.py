@@ -339,13 +339,15 @@ class Against:
         )
 
     def _put_map(self, encoder: Encoder) -> None:
-        """Have the encoder's last passage map trained, unless a map gained nothing on held-out documents."""
+        """Have the encoder's last passage map trained; one that gains nothing on held-out documents is taken away."""
         assert self.negatives is not None
         assert self.choice is not None
-        layer = cast(Any, encoder.model).passage_maps[-1]
+        layers = cast(Any, encoder.model).passage_maps
         if not self.choice.gains:
-            self.note("the passage map gains nothing on held-out documents: it stays the identity")
+            self.note("the passage map gains nothing on held-out documents: it is left out, and stored vectors stay")
+            del layers[-1]
             return
+        layer = layers[-1]
         layer.requires_grad_(True)
         self.negatives.map, self.negatives.strength = layer, self.choice.settings.strength
 

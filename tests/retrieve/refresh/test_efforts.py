@@ -172,7 +172,7 @@ def test_held_out_rows_share_no_document_with_those_that_are_trained_on(tmp_path
     assert len(held) == parts.count(apart.JUDGE) + parts.count(apart.STOP) >= 10
     given = parts.write(tmp_path / "out")
     assert [Path(path).is_dir() for path in given] == [True, False]
-    kept = [row for row in read_rows(given)]
+    kept = read_rows(given)
     assert {row.query for row in kept} == {row["query"] for row in rows} - held
     titles = {row["pos"][0].split("\n")[0] for row in rows if row["query"] in held}
     assert not any(row.pos[0].split("\n")[0] in titles for row in kept)

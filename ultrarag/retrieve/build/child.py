@@ -60,7 +60,7 @@ class Strategy(Protocol):
 
 
 class EncodeHere:
-    """Encode in this process, chunk by chunk; vectors that ranks of torchrun, or a bridge, made are taken as they are."""
+    """Encode in this process, chunk by chunk; what ranks of torchrun, or a bridge, made ahead is taken as it is."""
 
     def __init__(self, chunk: int = CHUNK) -> None:
         """`chunk`: passages between two possible commits."""

@@ -539,7 +539,7 @@ class _Refresh:
         if self.effort != AUTO:
             return
         needs = (
-            "effort='auto' chooses by held-out queries about the passages of this index: give eval_data, a BEIR folder, "
+            "effort='auto' chooses by held-out queries about passages of this index: give eval_data (a BEIR folder), "
             "gate=(queries, qrels), or more training rows whose positives are passages of the index, of which it holds "
             "out documents itself; or name an effort"
         )
