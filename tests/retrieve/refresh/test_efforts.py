@@ -62,6 +62,7 @@ def test_a_refresh_of_the_query_side_encodes_no_passage(dense, refresh, tmp_path
 def test_what_a_refresh_left_that_was_asked_for_differently_is_not_used(refresh, tmp_path) -> None:
     with pytest.raises(UltraragError, match=r"too few to say whether a map gains|gains anything"):
         refresh(effort="query-map", map_regularization=0.01)
+    assert not (tmp_path / "out").exists()  # a rung that cannot be trained leaves nothing behind
     stale = tmp_path / "out" / "ladder" / "corpus" / "ids.jsonl"
     stale.parent.mkdir(parents=True, exist_ok=True)
     (stale.parent / "stale").touch()

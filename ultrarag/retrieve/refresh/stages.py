@@ -8,14 +8,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.checkpoint import MANIFEST, read_manifest
-from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
+from ultrarag.errors import DataError, GateError, IndexStateError, TrainingError, UsageError
 from ultrarag.evaluation import MAIN_METRIC, Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.io import link_tree, publish_directory, staged_directory
@@ -226,12 +226,24 @@ class _Refresh:
         if self.state.trained is not None:
             return
         with self._timed("finetune"):
-            if self.effort == AUTO:
-                self.state.trained = self._climb()
-            else:
-                self.state.trained = self.train(self.effort, self.output, None)
+            try:
+                self.state.trained = (
+                    self._climb() if self.effort == AUTO else self.train(self.effort, self.output, None)
+                )
+            except (TrainingError, UsageError):
+                if not self._worth_keeping(self.state):
+                    self._leave_nothing()
+                raise
         self.state.trained["notes"] += self._remarks()
         self.save()
+
+    def _leave_nothing(self) -> None:
+        """Take away what a refresh that could not train has written, so that another may use the folder."""
+        shutil.rmtree(self.ladder, ignore_errors=True)
+        (self.output / STATE_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what others have put there
+            self.output.rmdir()
+        self.core.store.set_meta(**{REFRESHING: ""})
 
     def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
         """Fine-tune by one rung of the ladder into a folder, for so many steps at most."""
