@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES, ROWS, TEXTS
@@ -92,6 +93,19 @@ def test_auto_takes_a_rung_and_says_why(dense, refresh, tmp_path, monkeypatch) -
     assert taken["rung"] in page
     assert not (tmp_path / "out" / "ladder").exists()
     assert refresh(effort="auto") == report  # it is done
+
+
+def test_the_guards_corpus_is_encoded_once_for_a_passage_side(dense, refresh, tmp_path, monkeypatch) -> None:
+    guard = [{"query": "how do cats sleep", "pos": ["cats sleep on the roof"], "neg": ["dogs bark", "rain falls"]}] * 2
+    refresh(effort="query", guard_data=guard, max_forgetting=1.0)
+    (kept,) = (dense.path / "guard").glob("*.npy")
+    monkeypatch.setattr("ultrarag.encode.CorpusVectors.of", lambda *_: pytest.fail("encoded again"))
+    more = {"guard_data": guard, "max_forgetting": 1.0, "allow_seen_data": True}
+    refresh(effort="query", output_dir=tmp_path / "second", **more)
+    monkeypatch.undo()
+    kept.write_bytes(b"damaged")
+    refresh(effort="query", output_dir=tmp_path / "third", **more)
+    assert len(np.load(kept)) == 3
 
 
 def test_the_report_says_what_was_decided_of_a_bridge(refresh, monkeypatch) -> None:

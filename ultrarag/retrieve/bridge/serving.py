@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -32,6 +33,9 @@ logger = logging.getLogger("ultrarag")
 CANDIDATES = 50
 #: Passages waiting to be encoded at most, and how many are encoded at a time.
 WAITING, CHUNK_TEXTS = 2000, 16
+#: Seconds without a search after which they are encoded, and after which they are encoded all the same: a search waits
+#: for the passages that are just being encoded.
+LULL, PATIENCE = 0.05, 1.0
 
 
 class BridgedVectors:
@@ -102,6 +106,8 @@ class Filler:
         self._waiting: OrderedDict[str, None] = OrderedDict()
         self._changed = threading.Condition()
         self._stopped = False
+        #: when the last search was
+        self._searched = 0.0
         self._thread = threading.Thread(target=self._run, name="ultrarag-bridge", daemon=True)
 
     def start(self) -> None:
@@ -109,8 +115,9 @@ class Filler:
         self._thread.start()
 
     def want(self, ids: Sequence[str]) -> None:
-        """Encode these soon; the oldest wishes are forgotten when there are too many."""
+        """Encode these soon; the oldest wishes are forgotten when there are too many. Told at every search."""
         with self._changed:
+            self._searched = time.monotonic()
             for id in ids:
                 self._waiting[id] = None
                 self._waiting.move_to_end(id)
@@ -138,6 +145,9 @@ class Filler:
     def _next(self) -> list[str] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._waiting)
+            until = time.monotonic() + PATIENCE
+            while not self._stopped and time.monotonic() < min(until, self._searched + LULL):
+                self._changed.wait(LULL)
             if self._stopped:
                 return None
             return [self._waiting.popitem()[0] for _ in range(min(CHUNK_TEXTS, len(self._waiting)))]

@@ -317,15 +317,15 @@ class _Refresh:
         return taken.trained
 
     def _guard(self, corpus: CorpusVectors, parent: Encoder) -> Guard | None:
-        from ultrarag.encode import CorpusVectors
-
         if (given := self.arguments.get("guard_data")) is None:
             return None
         asked = questions(self.core.store, True, given)
         assert asked is not None
         if asked.corpus is not None:
+            from ultrarag.retrieve.refresh.guarding import guard_vectors
+
             passages = [Passage(id, text) for id, text in asked.corpus.items()]
-            corpus = CorpusVectors.of(parent, passages, ("dense",))
+            corpus = guard_vectors(self.core.layout.root, parent, passages)
         judge = Judge(asked, corpus, parent, self.terms.metric, self._ignoring)
         return Guard(judge, self.settings.incremental.max_forgetting)
 
