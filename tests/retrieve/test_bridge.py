@@ -17,7 +17,8 @@ from tests.retrieve.test_live import corpus, text_of
 from ultrarag.errors import UsageError
 from ultrarag.maps import LinearMap, fit_ridge
 from ultrarag.retrieve import bridge
-from ultrarag.retrieve.bridge import BridgeTerms, ahead, crossing
+from ultrarag.retrieve.bridge import BridgeTerms, ahead, crossing, serving
+from ultrarag.retrieve.bridge import kept as kept_vectors
 from ultrarag.retrieve.bridge.kept import Kept
 from ultrarag.retrieve.bridge.serving import BridgedVectors
 from ultrarag.retrieve.build import start
@@ -95,6 +96,20 @@ def test_kept_vectors_count_before_mapped_ones_and_belong_to_one_text(tmp_path, 
     assert np.isnan(view.score_dense(new[7], ["nowhere"])[0])
     passages["p7"] = Passage("p7", "another text")
     np.testing.assert_allclose(view.vectors(["p7"]).dense, old[7:8], atol=1e-6)
+    kept.close()
+
+
+def test_a_kept_vector_makes_a_passage_a_candidate(tmp_path, spaces, monkeypatch) -> None:
+    old, new = spaces
+    monkeypatch.setattr(serving, "CANDIDATES", 3)
+    monkeypatch.setattr(kept_vectors, "EVERY", 0.0)
+    view, kept, passages = bridged(tmp_path, old, LinearMap.identity(12))
+    far = int(np.argmin(old @ new[0]))
+    assert f"p{far}" not in [id for id, _ in view.search_dense(new[0], 3)]
+    kept.add([passages[f"p{far}"]], new[:1])
+    assert view.search_dense(new[0], 3)[0] == (f"p{far}", pytest.approx(1.0, abs=1e-5))
+    passages[f"p{far}"] = Passage(f"p{far}", "another text")
+    assert f"p{far}" not in [id for id, _ in view.search_dense(new[0], 3)]
     kept.close()
 
 

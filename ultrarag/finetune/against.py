@@ -16,7 +16,7 @@ import torch
 from ultrarag.checkpoint import read_manifest
 from ultrarag.encode import CorpusVectors
 from ultrarag.encoder import Encoder
-from ultrarag.errors import TrainingError, UsageError
+from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import TrainData
 from ultrarag.finetune.corpus import (
     RATES,
@@ -29,6 +29,7 @@ from ultrarag.finetune.corpus import (
     MapData,
     MapSettings,
     Nearest,
+    NoMap,
     choose_settings,
     encode_asked,
     keys_of,
@@ -315,9 +316,10 @@ class Against:
         rows = list(self.rows())
         held = held_out_rows(rows, self.arguments.training.seed)
         if held.sum() < FEWEST_HELD_OUT:
-            raise UsageError(
+            raise NoMap(
                 f"of {len(rows)} rows only {int(held.sum())} can be held out with their documents, too few to say "
-                f"whether a map gains (at least {FEWEST_HELD_OUT}): give more rows, or train without a map"
+                f"whether a map gains (at least {FEWEST_HELD_OUT})",
+                "give more rows, or train without a map",
             )
         if resume is not None and (earlier := _found(resume)):
             self.choice = earlier
@@ -355,14 +357,14 @@ class Against:
         """Learn the maps on all rows, with what was found on held-out ones; the encoder that has them, and the loss.
 
         Raises:
-            TrainingError: no map gained anything on held-out documents.
+            NoMap: no map gained anything on held-out documents.
         """
         assert self.choice is not None
         if not self.choice.gains:
-            raise TrainingError(
+            raise NoMap(
                 f"no map gains anything on held-out queries of other documents (nDCG@10 {self.choice.before:.4f} "
-                f"without, {self.choice.after:.4f} with the best), so no checkpoint is written: train the query side's "
-                "encoder (--train_side query without --query_map), or both sides"
+                f"without, {self.choice.after:.4f} with the best), so no checkpoint is written",
+                "train the query side's encoder (--train_side query without --query_map), or both sides",
             )
         sides, settings = self.arguments.sides, self.choice.settings
         maps, loss = learned_map(

@@ -63,6 +63,8 @@ def test_a_refresh_of_the_query_side_encodes_no_passage(dense, refresh, tmp_path
 def test_what_a_refresh_left_that_was_asked_for_differently_is_not_used(refresh, tmp_path) -> None:
     with pytest.raises(UltraragError, match=r"too few to say whether a map gains|gains anything"):
         refresh(effort="query-map", map_regularization=0.01)
+    with pytest.raises(UltraragError, match=r"give another effort, such as 'query' or 'auto'$"):
+        refresh(effort="query-map", map_regularization=0.01)
     assert not (tmp_path / "out").exists()  # a rung that cannot be trained leaves nothing behind
     stale = tmp_path / "out" / "ladder" / "corpus" / "ids.jsonl"
     stale.parent.mkdir(parents=True, exist_ok=True)
@@ -138,6 +140,10 @@ def test_auto_refuses_held_out_queries_that_training_shares(refresh, monkeypatch
         ({"effort": "auto", "gate": ({"q": "x"}, {"q": {IDS[TEXTS[0]]: 1}})}, "1 queries tell no gain from chance"),
         ({"effort": "query", "corpus": "somewhere"}, "'corpus' cannot be given"),
         ({"bridge": True, "gate": False}, "bridge=True measures on queries"),
+        (
+            {"effort": "query", "shuffle_ratio": 0.1},
+            "^effort='query': the rung 'query' does not go with --shuffle_ratio: .*; leave it out, or give",
+        ),
     ],
 )
 def test_what_cannot_be_judged_is_refused_before_anything_is_written(changes, message, refresh, tmp_path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Choice,
         MapData,
         MapSettings,
+        NoMap,
         choose_settings,
         learned_map,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ultrarag.types import Embeddings, Passage
 
 #: The file in the bridge's folder.
 KEPT = "vectors.sqlite"
+#: Vectors that are held in memory at most, and seconds between two looks for more.
+MOST_FRESH, EVERY = 100_000, 1.0
 #: Encodes passages with the new encoder.
 EncodePassages = Callable[[Sequence[str | Passage]], Embeddings]
 
@@ -58,6 +61,12 @@ class Kept:
         held = self.of(passages)
         return [passage for passage in passages if passage.id not in held]
 
+    def after(self, row: int, most: int) -> list[tuple[int, str, bytes]]:
+        """(row, id, vector) of what was kept after a row, the earliest first."""
+        query = "SELECT rowid, id, vector FROM kept WHERE rowid > ? ORDER BY rowid LIMIT ?"
+        with self._mutex:
+            return self._db.execute(query, (row, most)).fetchall()
+
     def __len__(self) -> int:
         with self._mutex:
             return int(self._db.execute("SELECT COUNT(*) FROM kept").fetchone()[0])
@@ -66,6 +75,39 @@ class Kept:
         """Close the file."""
         with self._mutex:
             self._db.close()
+
+
+class Fresh:
+    """The kept vectors in memory, to be searched: candidates that the old vectors would not give."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept, self._mutex = kept, threading.Lock()
+        self._ids: list[str] = []
+        self._vectors: np.ndarray | None = None
+        self._last, self._looked = 0, 0.0
+
+    def search(self, vector: np.ndarray, k: int) -> list[str]:
+        """Ids of the k best, in no order; some may have been deleted or changed since, as whoever scores them sees."""
+        with self._mutex:
+            self._look()
+            ids, vectors = self._ids, self._vectors
+        if vectors is None:
+            return []
+        scores = vectors[: len(ids)] @ vector
+        best = np.argpartition(-scores, k)[:k] if len(scores) > k else range(len(scores))
+        return [ids[row] for row in best]
+
+    def _look(self) -> None:
+        """Take over what was kept since, by whichever process, once a second and `MOST_FRESH` at most."""
+        if time.monotonic() - self._looked < EVERY or len(self._ids) >= MOST_FRESH:
+            return
+        self._looked = time.monotonic()
+        rows = self._kept.after(self._last, MOST_FRESH - len(self._ids))
+        if not rows:
+            return
+        new = np.stack([np.frombuffer(vector, "<f4") for _, _, vector in rows])
+        self._vectors = new if self._vectors is None else np.concatenate([self._vectors, new])
+        self._ids, self._last = [*self._ids, *(id for _, id, _ in rows)], rows[-1][0]
 
 
 def fill(kept: Kept, passages: Sequence[Passage], encode: EncodePassages) -> int:

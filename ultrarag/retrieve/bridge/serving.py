@@ -15,7 +15,7 @@ import numpy as np
 
 from ultrarag.errors import IndexStateError
 from ultrarag.maps import LinearMap
-from ultrarag.retrieve.bridge.kept import KEPT, Kept, fill
+from ultrarag.retrieve.bridge.kept import KEPT, Fresh, Kept, fill
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation import Generation, Serving, VectorSet
@@ -44,17 +44,20 @@ class BridgedVectors:
     def __init__(self, old: VectorSet, item: LinearMap, kept: Kept, store: Store, fingerprint: str) -> None:
         """Use vectors that were joined; `close` leaves them."""
         self._old, self._map, self._kept, self._store = old, item, kept, store
+        self._fresh = Fresh(kept)
         self.directory = old.backend.directory
         self.schema = replace(old.backend.schema, fingerprint=fingerprint)
         #: told the ids of candidates without a new vector
         self.missed: Callable[[Sequence[str]], object] = lambda ids: None
 
     def search_dense(self, vector: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
-        """The k best of the candidates that the transposed map finds."""
+        """The k best of the candidates that the transposed map finds, and of those that have new vectors."""
         query, _ = self._map.transposed(vector)
         depth = min(max(k, CANDIDATES), max(1, self._old.backend.count()))
         found = self._old.backend.search_dense(query, depth, filter, exact)
         ids = [id for id, _ in found]
+        if filter is None:  # the old vectors alone know what a filter lets through
+            ids = list(dict.fromkeys([*ids, *self._fresh.search(vector, CANDIDATES)]))
         scores = self.score_dense(vector, ids)
         held = np.flatnonzero(~np.isnan(scores))
         return ranked([ids[place] for place in held], scores[held], k)

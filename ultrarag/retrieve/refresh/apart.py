@@ -26,7 +26,7 @@ from ultrarag.rows.checks import DocumentGroups, hold_out
 #: The parts of the rows that are held out: what judges rungs, and what stops a run and finds its rate.
 JUDGE, STOP = "judge", "stop"
 #: The share of the rows of each, and how many at most.
-SHARES, MOST = {JUDGE: 0.15, STOP: 0.1}, {JUDGE: 1000, STOP: 400}
+SHARES, MOST = {JUDGE: 0.15, STOP: 0.05}, {JUDGE: 1000, STOP: 200}
 #: Rows that can stop a run at least; and passages of the index beside theirs that their queries are searched in.
 FEWEST_STOP, SEARCHED = 20, 2000
 #: Of the split.

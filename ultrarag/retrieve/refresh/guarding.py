@@ -23,9 +23,8 @@ def guard_vectors(root: Path, encoder: Encoder, passages: Sequence[Passage]) -> 
     path = root / FOLDER / f"{_digest(encoder, passages)}.npy"
     dense = _read(path)
     if dense is None or dense.shape != (len(passages), encoder.dim):
-        dense = np.asarray(
-            CorpusVectors.of(encoder, passages, ("dense",)).read(np.arange(len(passages)), ("dense",)).dense
-        )
+        made = CorpusVectors.of(encoder, passages, ("dense",))
+        dense = np.asarray(made.read(np.arange(len(made)), ("dense",)).dense)
         for stale in path.parent.glob("*.npy"):
             stale.unlink()
         path.parent.mkdir(exist_ok=True)

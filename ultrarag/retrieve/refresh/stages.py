@@ -26,7 +26,7 @@ from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.apart import JUDGE, STOP, Apart, held_out, stopping_rows
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
-from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb
+from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb, of_effort
 from ultrarag.retrieve.refresh.rates import STOPPED, described, find_rate, stopping
 from ultrarag.retrieve.refresh.report import (
     JSON_FILE,
@@ -247,14 +247,17 @@ class _Refresh:
 
     def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
         """Fine-tune by one rung of the ladder into a folder, for so many steps at most."""
-        from ultrarag.finetune import finetune
+        from ultrarag.finetune import NoMap, finetune
 
         if rung != FULL:
             self._corpus()
         given = self._for_finetune(rung, folder, steps)
         if rung in STOPPED and self.apart is not None and self.apart.count(STOP):
             given = self._stopping(rung, given, steps)
-        result = finetune(self._parent_checkpoint(), self._rows(), folder, **given)
+        try:
+            result = finetune(self._parent_checkpoint(), self._rows(), folder, **given)
+        except NoMap as error:
+            raise TrainingError(f"{error.reason}: give another effort, such as 'query' or 'auto'") from error
         found = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics", "overlap")}
         return {**found, "notes": list(result.notes)}
 
@@ -513,7 +516,7 @@ class _Refresh:
                 "merge_with out, or give effort='full'"
             )
         from ultrarag.finetune import adapter_defaults
-        from ultrarag.finetune.flags import from_keywords
+        from ultrarag.finetune.flags import from_keywords, refuse_unsupported
 
         adapter = self.core.live.encoder.adapter.name
         known = self._parent_checkpoint(), self.train_data, self.output, adapter, adapter_defaults(adapter)
@@ -521,9 +524,9 @@ class _Refresh:
         self.settings = from_keywords(*known, **self._for_finetune(settled, self.output, None))
         for rung in RUNGS if self.effort == AUTO else (self.effort,):
             try:
-                from_keywords(*known, **self._for_finetune(rung, self.output, None))
+                refuse_unsupported(from_keywords(*known, **self._for_finetune(rung, self.output, None)), False)
             except UsageError as error:
-                raise UsageError(f"effort='{self.effort}', which trains '{rung}': {error}") from error
+                raise UsageError(f"effort='{self.effort}': {of_effort(rung, str(error))}") from error
 
     def _check_effort(self) -> None:
         """Refuse an effort that the index or the evaluation data cannot carry.
