@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -119,11 +120,10 @@ def fill(kept: Kept, passages: Sequence[Passage], encode: EncodePassages) -> int
 
 
 def count_kept(folder: Path) -> int:
-    """How many vectors the file in a bridge's folder holds, from any process; 0 without a file."""
-    if not (path := folder / KEPT).is_file():
-        return 0
-    kept = Kept(path)
+    """How many vectors the file in a bridge's folder holds, from any process; 0 where it is gone."""
+    path = (folder / KEPT).absolute()
     try:
-        return len(kept)
-    finally:
-        kept.close()
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+            return int(db.execute("SELECT COUNT(*) FROM kept").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0

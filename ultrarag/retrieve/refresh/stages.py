@@ -257,7 +257,8 @@ class _Refresh:
         try:
             result = finetune(self._parent_checkpoint(), self._rows(), folder, **given)
         except NoMap as error:
-            raise TrainingError(f"{error.reason}: give another effort, such as 'query' or 'auto'") from error
+            advice = "" if self.effort == AUTO else ": give another effort, such as 'query' or 'auto'"
+            raise TrainingError(f"{error.reason}{advice}") from error
         found = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics", "overlap")}
         return {**found, "notes": list(result.notes)}
 
