@@ -46,7 +46,7 @@ class Ground:
     """An index of one engine that is worked on, and what is known of it; lies in a folder of its own."""
 
     def __init__(self, engine: str, folder: Path, uri: str | None, kinds: list[str]) -> None:
-        self.engine, self.folder, self.uri = engine, folder, uri
+        self.engine, self.folder, self.uri, self.kinds = engine, folder, uri, kinds
         #: names of the checkpoints that builds take
         self.checkpoints = [f"{name}{KINDS[kind]}" for kind in kinds for name in "ab"]
         self.more = {} if kinds == ["encoded"] else {"build": 20, "swap": 20}
@@ -62,7 +62,7 @@ class Ground:
         self.seconds: dict[str, float] = found["seconds"]
 
     def begin(self) -> None:
-        """Make the index, with two generations."""
+        """Make the index: two generations, and one of each kind that encodes nothing, the last of them live."""
         shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "tmp").mkdir(parents=True)
         run_or_raise(self._lay_out)
@@ -78,12 +78,13 @@ class Ground:
                     next(iter(encoder.model.parameters())).add_(shift)
                 encoder.save(self.folder / name)
             _save_children(self.folder)
-            live.swap(live.build(self.folder / "a", progress=False))
-            number = live.status()["live"]["id"]
+            for kind in ["encoded", *(kind for kind in self.kinds if kind != "encoded")]:
+                live.swap(live.build(self.folder / f"a{KINDS[kind]}", progress=False))
+            number, previous = (live.status()[state]["id"] for state in ("live", "previous"))
         if self.uri:
             LiveIndex.open(self.mirrors[1], uri=self.uri, device="cpu").close()
         passages = {row["id"]: (row["text"], row["metadata"]) for row in rows[:20]}
-        self._save({"passages": passages, "live": number, "previous": [number - 1], "ready": []}, {})
+        self._save({"passages": passages, "live": number, "previous": [previous], "ready": []}, {})
         _write_judged(self.folder, rows)
 
     def remember(self, known: dict[str, Any]) -> None:

@@ -156,3 +156,20 @@ def test_a_point_of_each_kind_is_measured(tmp_path):
         assert found["items"] > 0
         assert found["peak_mib"] > 0
     assert POINTS["encode_corpus"](5, options)["items"] == 5
+
+
+def test_increments_share_no_document_and_are_shown_with_their_lowest_guard():
+    import increments
+
+    rows = [{"query": f"question {n}", "pos": [f"Title {n // 3}\npart {n}"]} for n in range(30)]
+    parts = increments.parts_of(rows, 5)
+    assert [len(part) for part in parts] == [6] * 5
+    titles = [{row["pos"][0].partition("\n")[0] for row in part} for part in parts]
+    assert sum(map(len, titles)) == len(set.union(*titles)) == 10
+    steps = [
+        {"seconds": 2.0, "refused": None, "metrics": {"a": 0.5, "guard": 0.6}},
+        {"seconds": 3.0, "refused": None, "metrics": {"a": 0.7, "guard": 0.65}},
+    ]
+    report = {"guard": "guard", "before": {"a": 0.4, "guard": 0.66}, "efforts": {"query": steps}, "at once": steps[1]}
+    page = increments.render(report)
+    assert "| query | 0.7000 | 0.7000 | 0.6500 | 0.6000 | 5 |" in page

@@ -81,3 +81,15 @@ def test_the_visitor_counts_every_failure():
         assert seen.wait(30)
     assert visitor.failures[:2] == ["IndexStateError: gone", "no hits for 'nothing'"]
     assert str(visitor).endswith("2 failed; the first: IndexStateError: gone")
+
+
+def test_effort_auto_shows_the_rungs_that_were_tried(few_pairs, monkeypatch, tmp_path, capsys):
+    from ultrarag.retrieve.refresh import stages
+
+    monkeypatch.setattr(stages, "FEWEST", 1)
+    monkeypatch.setitem(demo.TRAINING, "per_device_train_batch_size", 4)
+    demo.run_demo(tmp_path, demo.small_model(), pairs=10, held_out=3)
+    out = capsys.readouterr().out
+    rungs = [line.split()[1].strip(",") for line in out.splitlines() if line.startswith("Rung ")]
+    assert rungs[:2] == ["query-map", "query"]
+    assert "taken: " in out

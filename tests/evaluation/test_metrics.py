@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ultrarag.errors import DataError, UsageError
-from ultrarag.evaluation import read_beir, run_of, significance, top_k, write_beir
+from ultrarag.evaluation import ndcg_of_rows, read_beir, run_of, significance, top_k, write_beir
 from ultrarag.evaluation.metrics import metrics, per_query
 from ultrarag.types import Passage
 
@@ -279,3 +279,13 @@ def test_run_of_names_what_was_found():
         "q1": {"c": 3.0, "a": 1.0},
         "q2": {"b": 2.0, "a": 0.0},
     }
+
+
+def test_ndcg_of_rows_is_that_of_the_metrics():
+    draws = np.random.default_rng(0)
+    for found in (3, 10, 25):
+        hits, relevant = draws.permutation(40)[:found], draws.permutation(40)[:6]
+        qrels = {"q": {str(row): 1 for row in relevant}}
+        run = {"q": {str(row): 1.0 / (rank + 1) for rank, row in enumerate(hits)}}
+        assert ndcg_of_rows(hits, relevant) == pytest.approx(metrics(qrels, run)["nDCG@10"])
+    assert ndcg_of_rows(hits, np.zeros(0, int)) == 0.0

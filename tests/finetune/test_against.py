@@ -129,6 +129,17 @@ def test_passage_map_is_trained_beside_the_query_side(base, corpus, tmp_path):
     assert _loss_of(child, texts) < _loss_of(parent, texts) - 0.05
 
 
+def test_a_passage_map_that_gains_nothing_is_left_out_beside_the_query_side(base, corpus, tmp_path, capsys):
+    noise = [{"query": row["query"], "pos": ROWS[(i * 37 + 11) % 110]["pos"]} for i, row in enumerate(ROWS)]
+    given = {"train_side": "query", "passage_map": "linear", "corpus": corpus, "map_steps": 20}
+    child = Encoder.load(finetune(base, noise, tmp_path / "out", **given, **QUICK).checkpoint, device="cpu")
+    parent = Encoder.load(base, device="cpu")
+    assert child.passage_maps == ()
+    assert child.passage_fingerprint == parent.passage_fingerprint  # an index shares its vectors
+    assert child.query_fingerprint != parent.query_fingerprint
+    assert "it is left out, and stored vectors stay" in capsys.readouterr().err
+
+
 def test_low_rank_query_side_is_kept_beside_its_parents_weights(base, corpus, tmp_path):
     given = {"train_side": "query", "corpus": corpus, "use_lora": True, "lora_rank": 4, "num_train_epochs": 3}
     result = finetune(base, ROWS, tmp_path / "out", **given, **{**QUICK, "learning_rate": 1e-2})

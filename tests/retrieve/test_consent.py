@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ultrarag.checkpoint import read_manifest
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
+from ultrarag.retrieve.generation import IndexLayout
+from ultrarag.retrieve.generation.source import has_consent, inherit_consent
 from ultrarag.testing.tiny import TEXTS, tiny_remote_code
 
 ROWS = [{"query": TEXTS[i], "pos": [TEXTS[i + 1]], "neg": [TEXTS[(i + 3) % 8]]} for i in (0, 2, 4, 6)]
@@ -65,6 +68,21 @@ def test_consent_holds_through_training_and_in_an_index(own_code: Path, tmp_path
     copy.write_text(copy.read_text() + "\n# changed\n")
     with pytest.raises(CheckpointError, match="is not what was allowed to run"):
         LiveIndex.open(tmp_path / "index")
+
+
+def test_a_generation_that_is_fetched_inherits_consent_to_the_same_code_alone(own_code: Path, tmp_path: Path) -> None:
+    with LiveIndex.create(tmp_path / "index", Encoder.load(own_code, trust_remote_code=True), backend="numpy") as live:
+        live.add([{"id": "a", "text": TEXTS[0]}])
+    layout = IndexLayout(tmp_path / "index")
+    first = layout.final(1)
+    for number, changed in ((2, ""), (3, "\n# changed\n")):
+        fetched = layout.final(number)
+        shutil.copytree(layout.checkpoint(first), layout.checkpoint(fetched))
+        code = layout.checkpoint(fetched) / "modeling_acme.py"
+        code.write_text(code.read_text() + changed)
+        inherit_consent(layout, fetched)
+    assert has_consent(layout.final(2))
+    assert not has_consent(layout.final(3))
 
 
 def test_consent_holds_for_both_sides_of_a_model(own_code: Path, tmp_path: Path, quick_builds: None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,15 @@ from ultrarag.data.cli import Parser
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.io import identity, print_result, resumable, table
 from ultrarag.rows import Paths, Row, as_json, checked_row, file_paths, reading, text_key
-from ultrarag.rows.checks import EVIDENCE, SHOWN, guessed_tokens, name_key, names_in_row, near_pairs, signature
+from ultrarag.rows.checks import (
+    EVIDENCE,
+    SHOWN,
+    Components,
+    DocumentGroups,
+    guessed_tokens,
+    hold_out,
+    names_in_row,
+)
 
 #: The buckets of FlagEmbedding's split_data_by_length.
 LENGTHS = (0, 500, 1000, 2000, 3000, 4000, 5000, 6000, 7000)
@@ -194,20 +201,10 @@ def _by_group(paths: Sequence[str], shares: Mapping[str, float], seed: int, kind
 
 def _grouped(paths: Sequence[str], kinds: list[str] | None) -> Components:
     """Join rows that share a query and, where `kinds` are given, a positive or a document."""
-    rows, seen = Components(), set[int]()
-    owners, signatures = array("I"), []
-    for number, _, row in _rows(paths, "group"):
-        keys = {text_key(row.query): "query"}
-        for text in row.pos if kinds is not None else ():
-            keys.setdefault(key := text_key(text), "positive")
-            if "near" in (kinds or ()) and key not in seen and (found := signature(text)) is not None:
-                owners.append(number)
-                signatures.append(found)
-            seen.add(key)
-        rows.add({**keys, **{name_key(*name): name[0] for name in _names(row, kinds or ())}})
-    for left, right in near_pairs(np.stack(signatures)) if signatures else ():
-        rows.join("near", owners[left], owners[right])
-    return rows
+    groups = DocumentGroups(kinds)
+    for _, _, row in _rows(paths, "group"):
+        groups.add(row.query, row.pos, row.model_extra or {})
+    return groups.joined()
 
 
 def _names(row: Row, kinds: Sequence[str]) -> list[tuple[str, str]]:
@@ -251,21 +248,16 @@ def _hold_out(
     roots: np.ndarray, shares: Mapping[str, float], seed: int, largest: Mapping[str, Any]
 ) -> tuple[np.ndarray, int]:
     """Return each row's file, 0 for train, (rows,) int8; and the number of components."""
-    names, sizes = np.unique(roots, return_counts=True)
-    chosen = np.zeros(len(names), np.int8)
-    order = np.random.default_rng(seed).permutation(len(names))
+    sizes = np.unique(roots, return_counts=True)[1]
+    files = hold_out(roots, shares, seed)
     for number, (name, share) in enumerate(shares.items(), 1):
-        room = int(share * len(roots))
-        for group in order:
-            if not chosen[group] and sizes[group] <= room:
-                chosen[group], room = number, room - sizes[group]
-        if not (chosen == number).any():
+        if not (files == number).any():
             raise DataError(
-                f"no group of rows fits into {name}, {share:.0%} of {len(roots)} rows: the smallest of {len(names)} "
+                f"no group of rows fits into {name}, {share:.0%} of {len(roots)} rows: the smallest of {len(sizes)} "
                 f"groups that stay together holds {sizes.min() if len(sizes) else 0}; "
                 f"{_described(largest, len(roots))}; or raise --{name}_share"
             )
-    return chosen[np.searchsorted(names, roots)], len(names)
+    return files, len(sizes)
 
 
 def _held_out(paths: Sequence[str], files: np.ndarray) -> dict[int, int]:
@@ -322,63 +314,3 @@ def main(argv: Sequence[str]) -> int:
     report = split(files, output, **found)
     print_result(report, as_json)
     return 0
-
-
-class Components:
-    """Rows that share a key are in one component; 4 bytes per row, 9 per sharing, an entry per distinct key."""
-
-    def __init__(self) -> None:
-        self._parents = array("I")
-        self._owners: dict[int, int] = {}
-        self._kinds: list[str] = []
-        #: each time that a row shared what an earlier one had: the row, the earlier one, the kind of what they share
-        self._later, self._earlier, self._shared = array("I"), array("I"), array("B")
-
-    def add(self, keys: Mapping[int, str]) -> None:
-        """Add a row with its keys; of each key the kind."""
-        row = len(self._parents)
-        self._parents.append(row)
-        for key, kind in keys.items():
-            owner = self._owners.setdefault(key, row)
-            if owner != row:
-                self.join(kind, row, owner)
-
-    def join(self, kind: str, row: int, earlier: int) -> None:
-        """Put two rows that share something into one component."""
-        if row == earlier:
-            return
-        if kind not in self._kinds:
-            self._kinds.append(kind)
-        self._later.append(row)
-        self._earlier.append(earlier)
-        self._shared.append(self._kinds.index(kind))
-        one, other = self._root(row), self._root(earlier)
-        # the smaller number stays: a component is called by its first row, whatever the order of keys
-        self._parents[max(one, other)] = min(one, other)
-
-    def _root(self, row: int) -> int:
-        parents = self._parents
-        while parents[row] != row:
-            parents[row] = parents[parents[row]]  # halves the path on the way
-            row = parents[row]
-        return row
-
-    def roots(self) -> np.ndarray:
-        """The component of each row, called by its first row: (rows,) int64."""
-        return np.array([self._root(row) for row in range(len(self._parents))], np.int64)
-
-    def sharing(self, root: int, roots: np.ndarray) -> tuple[dict[str, int], str, list[int]]:
-        """What holds a component together: kind -> how often, the kind of what is shared most, and by which rows."""
-        later, earlier = np.array(self._later, np.int64), np.array(self._earlier, np.int64)
-        shared = np.array(self._shared, np.int64)
-        inside = roots[later] == root if len(later) else np.zeros(0, bool)
-        counts = np.bincount(shared[inside], minlength=len(self._kinds))
-        held = {self._kinds[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
-        if not held:
-            return {}, "", []
-        # who shares with the same earlier row by the same kind shares the same thing, but for rows with several
-        things = earlier[inside] * len(self._kinds) + shared[inside]
-        names, often = np.unique(things, return_counts=True)
-        most = int(names[often.argmax()])
-        owner, kind = divmod(most, len(self._kinds))
-        return held, self._kinds[kind], [owner, *np.unique(later[inside][things == most]).tolist()]

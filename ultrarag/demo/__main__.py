@@ -162,7 +162,6 @@ def refresh(
     with Visitor(live, list(task.queries.values()), SEARCHES["hybrid"]) as visitor:
         gate = (task.queries, task.qrels)
         options |= {"gate": gate, "search": SEARCHES["dense"], "effort": effort}
-        options["shared_eval_data"] = "warn"  # functions are held out, and some share a title with others
         report = live.refresh(str(data.train_file), output_dir=output, **options)
     return report, visitor
 

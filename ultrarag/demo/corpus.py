@@ -14,7 +14,7 @@ import math
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 from ultrarag.errors import DataError
 from ultrarag.evaluation import Collection, Evaluation, Run, write_beir
 from ultrarag.packages import install
+from ultrarag.rows.checks import DocumentGroups, hold_out
 from ultrarag.types import Passage
 
 #: what to read of each package: its folder, or some of its sub-folders ("." for the files beside them)
@@ -73,7 +74,7 @@ def build_demo(folder: str | Path, pairs: int = 1500, held_out: int = 300) -> De
 
     folder = Path(folder)
     chosen = choose(find_pairs(), pairs)
-    train, test = chosen[:-held_out], chosen[-held_out:]
+    train, test = apart(chosen, held_out)
     corpus = [Passage(pair.name, pair.body) for pair in sorted(chosen, key=lambda pair: pair.name)]
     splits = {name: {pair.name: {pair.name: 1} for pair in part} for name, part in (("train", train), ("test", test))}
     write_beir(folder, corpus, {pair.name: pair.summary for pair in chosen}, splits)
@@ -81,6 +82,23 @@ def build_demo(folder: str | Path, pairs: int = 1500, held_out: int = 300) -> De
     with jsonlines.open(train_file, "w") as writer:
         writer.write_all({"query": pair.summary, "pos": [pair.body]} for pair in train)
     return DemoData(folder, train_file, len(train), len(test))
+
+
+def apart(pairs: Sequence[Pair], held_out: int) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to learn from, and those that are held out: as many, and never parts of one document.
+
+    Raises:
+        DataError: too many of them belong together.
+    """
+    groups = DocumentGroups()
+    for pair in pairs:
+        groups.add(pair.summary, [pair.body])
+    held = hold_out(groups.joined().roots(), {"test": (held_out + 0.5) / len(pairs)}, seed=0) > 0
+    if held.sum() < held_out:
+        raise DataError(f"only {held.sum()} of {len(pairs)} functions can be held out with their documents")
+    return [pair for pair, out in zip(pairs, held, strict=True) if not out], [
+        pair for pair, out in zip(pairs, held, strict=True) if out
+    ]
 
 
 def choose(pairs: Iterable[Pair], count: int) -> list[Pair]:

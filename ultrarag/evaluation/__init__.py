@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Significance,
         best_columns,
         deepest,
+        ndcg_of_rows,
         run_of,
         significance,
         top_k,

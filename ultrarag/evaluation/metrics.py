@@ -74,6 +74,22 @@ def per_query(qrels: Qrels, run: Run, names: Sequence[str] = DEFAULT_METRICS) ->
     return values
 
 
+def ndcg_of_rows(hits: np.ndarray, relevant: np.ndarray, k: int = 10) -> float:
+    """nDCG@k of one query from row numbers, where all relevant passages are equally so; 0 without any.
+
+    What `per_query` gives, without its dictionaries, for loops that measure thousands of queries many times.
+
+    Args:
+        hits: (found,) the rows that were found, best first.
+        relevant: the rows that are relevant.
+    """
+    if not len(relevant):
+        return 0.0
+    gains = np.isin(hits[:k], relevant) / np.log2(np.arange(2, len(hits[:k]) + 2))
+    ideal = (1 / np.log2(np.arange(2, min(k, len(relevant)) + 2))).sum()
+    return float(gains.sum() / ideal)
+
+
 def _measure(name: str) -> str:
     """Translate a metric's name to that of ir-measures."""
     match = re.fullmatch(r"([A-Za-z]+)@([1-9]\d*)", name)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ultrarag.finetune.__main__ import main
     from ultrarag.finetune.batches import read_data
     from ultrarag.finetune.check import SAMPLE, DataReport, assembled, looked_for, refuse_shared
+    from ultrarag.finetune.corpus import NoMap
     from ultrarag.finetune.evaluate import Evaluator, read_evaluator
     from ultrarag.finetune.flags import FinetuneArguments
     from ultrarag.finetune.incremental import seen_before

@@ -16,7 +16,7 @@ import torch
 from ultrarag.checkpoint import read_manifest
 from ultrarag.encode import CorpusVectors
 from ultrarag.encoder import Encoder
-from ultrarag.errors import TrainingError, UsageError
+from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import TrainData
 from ultrarag.finetune.corpus import (
     RATES,
@@ -29,10 +29,9 @@ from ultrarag.finetune.corpus import (
     MapData,
     MapSettings,
     Nearest,
+    NoMap,
     choose_settings,
-    document_groups,
     encode_asked,
-    hold_out,
     keys_of,
     learned_map,
 )
@@ -40,12 +39,24 @@ from ultrarag.finetune.flags import FinetuneArguments
 from ultrarag.finetune.step import encode_by_ranks
 from ultrarag.io import progress_bar
 from ultrarag.maps import LinearMap
+from ultrarag.rows.checks import DocumentGroups, hold_out
 from ultrarag.types import Embeddings, Example, Passage, text_of
 
 #: Passages that a map is learned on, where the corpus has more: all positives, and others at random.
 MAP_PASSAGES = 100_000
 #: Fewer held-out queries than this cannot choose anything.
 FEWEST_HELD_OUT = 10
+#: The share of the rows that is held out, and how many at most.
+HELD_OUT, MOST_HELD_OUT = 0.1, 400
+
+
+def held_out_rows(rows: Sequence[Example], seed: int) -> np.ndarray:
+    """Which rows choose settings, with their documents: a tenth, `MOST_HELD_OUT` at most; (rows,) bool."""
+    groups = DocumentGroups()
+    for row in rows:
+        groups.add(row.query, row.pos)
+    share = min(HELD_OUT, MOST_HELD_OUT / len(rows))
+    return hold_out(groups.joined().roots(), {"held out": share}, seed) > 0
 
 
 def two_sides(parent: Encoder, arguments: FinetuneArguments) -> Encoder:
@@ -303,12 +314,12 @@ class Against:
         sides = self.arguments.sides
         self._data = self._map_data()
         rows = list(self.rows())
-        groups = document_groups([row.query for row in rows], [row.pos for row in rows])
-        held = hold_out(groups, self.arguments.training.seed)
+        held = held_out_rows(rows, self.arguments.training.seed)
         if held.sum() < FEWEST_HELD_OUT:
-            raise UsageError(
+            raise NoMap(
                 f"of {len(rows)} rows only {int(held.sum())} can be held out with their documents, too few to say "
-                f"whether a map gains (at least {FEWEST_HELD_OUT}): give more rows, or train without a map"
+                f"whether a map gains (at least {FEWEST_HELD_OUT})",
+                "give more rows, or train without a map",
             )
         if resume is not None and (earlier := _found(resume)):
             self.choice = earlier
@@ -330,13 +341,15 @@ class Against:
         )
 
     def _put_map(self, encoder: Encoder) -> None:
-        """Have the encoder's last passage map trained, unless a map gained nothing on held-out documents."""
+        """Have the encoder's last passage map trained; one that gains nothing on held-out documents is taken away."""
         assert self.negatives is not None
         assert self.choice is not None
-        layer = cast(Any, encoder.model).passage_maps[-1]
+        layers = cast(Any, encoder.model).passage_maps
         if not self.choice.gains:
-            self.note("the passage map gains nothing on held-out documents: it stays the identity")
+            self.note("the passage map gains nothing on held-out documents: it is left out, and stored vectors stay")
+            del layers[-1]
             return
+        layer = layers[-1]
         layer.requires_grad_(True)
         self.negatives.map, self.negatives.strength = layer, self.choice.settings.strength
 
@@ -344,14 +357,14 @@ class Against:
         """Learn the maps on all rows, with what was found on held-out ones; the encoder that has them, and the loss.
 
         Raises:
-            TrainingError: no map gained anything on held-out documents.
+            NoMap: no map gained anything on held-out documents.
         """
         assert self.choice is not None
         if not self.choice.gains:
-            raise TrainingError(
+            raise NoMap(
                 f"no map gains anything on held-out queries of other documents (nDCG@10 {self.choice.before:.4f} "
-                f"without, {self.choice.after:.4f} with the best), so no checkpoint is written: train the query side's "
-                "encoder (--train_side query without --query_map), or both sides"
+                f"without, {self.choice.after:.4f} with the best), so no checkpoint is written",
+                "train the query side's encoder (--train_side query without --query_map), or both sides",
             )
         sides, settings = self.arguments.sides, self.choice.settings
         maps, loss = learned_map(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.io import read_owner
-from ultrarag.retrieve.bridge import read_state
+from ultrarag.retrieve.bridge import read_report, read_state
 from ultrarag.retrieve.generation import Catalog, Generation, IndexLayout, Progress
 from ultrarag.retrieve.passages import FORMAT, URI, Store
 from ultrarag.types import Passage
@@ -62,6 +62,7 @@ def _describe(layout: IndexLayout, store: Store, generation: Generation, last: i
     entry = {**asdict(generation), "heads": list(generation.heads), "behind": last - generation.applied_seq}
     entry["bytes"] = _bytes(directory)
     entry["unencoded"] = store.unencoded(generation.vectors_of)
+    entry["bridge"] = read_report(directory)
     if generation.state == "building":
         entry["progress"] = _progress(directory)
     return entry

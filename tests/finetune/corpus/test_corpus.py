@@ -22,7 +22,6 @@ from ultrarag.finetune.corpus.bank import (
     mask_of_groups,
     nearest_rows,
 )
-from ultrarag.finetune.corpus.held_out import document_groups, hold_out
 from ultrarag.finetune.corpus.maps import (
     MapData,
     Maps,
@@ -196,23 +195,3 @@ def test_sampled_loss_of_a_map_is_near_the_full_one(monkeypatch):
     monkeypatch.setattr(maps, "COLUMNS", 150)
     sampled = [float(map_loss(Maps(), data, chosen, chosen, settings, step)) for step in range(10)]
     assert np.mean(sampled) == pytest.approx(full, rel=0.005)
-
-
-# ---- held-out documents
-
-
-def test_rows_that_share_a_document_stay_together():
-    queries = ["a", "b", "c", "A ", "d"]
-    positives = [["T\none"], ["T\ntwo"], ["x"], ["y"], ["X", "z"]]
-    groups = document_groups(queries, positives)
-    assert groups[0] == groups[1] == groups[3]
-    assert groups[2] == groups[4]
-    assert groups[0] != groups[2]
-
-
-def test_a_tenth_is_held_out_and_never_a_part_of_a_document():
-    groups = np.repeat(np.arange(100), 5)
-    held = hold_out(groups, 1)
-    assert 40 <= held.sum() <= 60
-    assert not set(groups[held]) & set(groups[~held])
-    assert not hold_out(np.zeros(50, np.int64), 1).any()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES, ROWS, TEXTS
 from ultrarag.errors import DataError, UltraragError, UsageError
+from ultrarag.retrieve.bridge import crossing
 from ultrarag.retrieve.live import LiveIndex
-from ultrarag.retrieve.refresh import RefreshReport, ladder
+from ultrarag.retrieve.refresh import RefreshReport, apart, ladder, rates
+from ultrarag.rows import read_rows
 from ultrarag.types import Passage
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
@@ -59,6 +63,9 @@ def test_a_refresh_of_the_query_side_encodes_no_passage(dense, refresh, tmp_path
 def test_what_a_refresh_left_that_was_asked_for_differently_is_not_used(refresh, tmp_path) -> None:
     with pytest.raises(UltraragError, match=r"too few to say whether a map gains|gains anything"):
         refresh(effort="query-map", map_regularization=0.01)
+    with pytest.raises(UltraragError, match=r"give another effort, such as 'query' or 'auto'$"):
+        refresh(effort="query-map", map_regularization=0.01)
+    assert not (tmp_path / "out").exists()  # a rung that cannot be trained leaves nothing behind
     stale = tmp_path / "out" / "ladder" / "corpus" / "ids.jsonl"
     stale.parent.mkdir(parents=True, exist_ok=True)
     (stale.parent / "stale").touch()
@@ -90,6 +97,28 @@ def test_auto_takes_a_rung_and_says_why(dense, refresh, tmp_path, monkeypatch) -
     assert refresh(effort="auto") == report  # it is done
 
 
+def test_the_guards_corpus_is_encoded_once_for_a_passage_side(dense, refresh, tmp_path, monkeypatch) -> None:
+    guard = [{"query": "how do cats sleep", "pos": ["cats sleep on the roof"], "neg": ["dogs bark", "rain falls"]}] * 2
+    refresh(effort="query", guard_data=guard, max_forgetting=1.0)
+    (kept,) = (dense.path / "guard").glob("*.npy")
+    monkeypatch.setattr("ultrarag.encode.CorpusVectors.of", lambda *_: pytest.fail("encoded again"))
+    more = {"guard_data": guard, "max_forgetting": 1.0, "allow_seen_data": True}
+    refresh(effort="query", output_dir=tmp_path / "second", **more)
+    monkeypatch.undo()
+    kept.write_bytes(b"damaged")
+    refresh(effort="query", output_dir=tmp_path / "third", **more)
+    assert len(np.load(kept)) == 3
+
+
+def test_the_report_says_what_was_decided_of_a_bridge(refresh, monkeypatch) -> None:
+    monkeypatch.setattr(crossing, "FEWEST", 10)
+    report = refresh(effort="full", bridge=True)
+    assert report.bridge is not None
+    assert {"raw", "mapped"} <= set(report.bridge["measured"])
+    assert f"bridge      bridge to generation {report.generation}: " in str(report)
+    assert RefreshReport.read(Path(report.checkpoint) / "refresh.json") == report
+
+
 def test_an_index_without_some_of_the_models_heads_is_refreshed_in_full(tmp_path, tiny) -> None:
     with LiveIndex.create(tmp_path / "m3", tiny, backend="numpy", heads=["dense"]) as live:
         live.add([Passage(IDS[text], text) for text in TEXTS])
@@ -111,9 +140,61 @@ def test_auto_refuses_held_out_queries_that_training_shares(refresh, monkeypatch
         ({"effort": "auto", "gate": ({"q": "x"}, {"q": {IDS[TEXTS[0]]: 1}})}, "1 queries tell no gain from chance"),
         ({"effort": "query", "corpus": "somewhere"}, "'corpus' cannot be given"),
         ({"bridge": True, "gate": False}, "bridge=True measures on queries"),
+        (
+            {"effort": "query", "shuffle_ratio": 0.1},
+            "^effort='query': the rung 'query' does not go with --shuffle_ratio: .*; leave it out, or give",
+        ),
     ],
 )
 def test_what_cannot_be_judged_is_refused_before_anything_is_written(changes, message, refresh, tmp_path) -> None:
     with pytest.raises(UsageError, match=message):
         refresh(**changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_holds_out_documents_itself_where_no_queries_are_given(dense, refresh, monkeypatch) -> None:
+    monkeypatch.setattr(ladder, "FEWEST", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.stages.FEWEST", 1)
+    report = refresh(effort="auto", gate=True, shared_eval_data=None)
+    assert report.overlap is not None
+    assert report.overlap["split"] == "by document"
+    assert any("training rows, with their documents, were held out to choose by" in note for note in report.notes)
+    assert report.verdict is not None
+
+
+def test_a_query_side_finds_its_rate_and_keeps_its_best_checkpoint(refresh, monkeypatch) -> None:
+    monkeypatch.setattr(apart, "FEWEST_STOP", 1)
+    report = refresh(effort="query", learning_rate=None, save_steps=None, num_train_epochs=4)
+    (found,) = [note for note in report.notes if note.startswith("query: learning rate")]
+    assert found.count("0.") >= 3
+    assert any("held out to say when a query side has learned enough" in note for note in report.notes)
+
+
+def test_rates_of_equal_worth_are_taken_low() -> None:
+    asked: list[tuple[float, int]] = []
+
+    def trial(rate: float, steps: int) -> dict[str, float]:
+        asked.append((rate, steps))
+        return {"nDCG@10": 0.5 if rate < 2e-5 else 0.6}
+
+    assert rates.find_rate(3e-5, 400, trial)["learning_rate"] == pytest.approx(3e-5)
+    assert [steps for _, steps in asked] == [50] * 3
+
+
+def test_held_out_rows_share_no_document_with_those_that_are_trained_on(tmp_path) -> None:
+    rows = [
+        {"query": f"question {n}", "pos": [f"Title {n // 2}\npart {n}"], "neg": ["Title 0\npart 0"]} for n in range(60)
+    ]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    (tmp_path / "two.json").write_text(json.dumps(rows[40:]))
+    parts = apart.Apart([tmp_path / "a", str(tmp_path / "two.json")], [apart.JUDGE, apart.STOP])
+    held = {row.query for name in parts.names for row in parts.rows(name)}
+    assert len(held) == parts.count(apart.JUDGE) + parts.count(apart.STOP) >= 10
+    given = parts.write(tmp_path / "out")
+    assert [Path(path).is_dir() for path in given] == [True, False]
+    kept = read_rows(given)
+    assert {row.query for row in kept} == {row["query"] for row in rows} - held
+    titles = {row["pos"][0].split("\n")[0] for row in rows if row["query"] in held}
+    assert not any(row.pos[0].split("\n")[0] in titles for row in kept)
+    assert all(row.neg == () for row in kept) == ("Title 0" in titles)

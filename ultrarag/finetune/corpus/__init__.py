@@ -12,13 +12,13 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.finetune.corpus.bank import Bank, Known, Nearest, keys_of
-    from ultrarag.finetune.corpus.held_out import document_groups, hold_out
     from ultrarag.finetune.corpus.maps import (
         RATES,
         STRENGTHS,
         Choice,
         MapData,
         MapSettings,
+        NoMap,
         choose_settings,
         learned_map,
     )

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultrarag.errors import TrainingError
+from ultrarag.evaluation import ndcg_of_rows
 from ultrarag.finetune.batches import Draws
 from ultrarag.finetune.corpus.bank import Columns, draw_columns
 from ultrarag.io import progress_bar
@@ -32,6 +34,14 @@ BATCH, LOOK = 128, 50
 COLUMNS = 2048
 #: What the held-out metric must gain: less is not worth another model.
 LEAST_GAIN = 0.002
+
+
+class NoMap(TrainingError):
+    """No map is worth having, or could be told to be; `reason` says why, without the flags of a command line."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}: {advice}")
+        self.reason = reason
 
 
 class ResidualMap(nn.Module):
@@ -232,9 +242,7 @@ def ndcg(maps: Maps, data: MapData, k: int = 10) -> np.ndarray:
         rows = scores.topk(min(k, scores.shape[1]), dim=1).indices.cpu().numpy()
         for query, hits in enumerate(rows, start):
             relevant = data.positives[data.starts[query] : data.starts[query + 1], 1]
-            gains = np.isin(hits, relevant) / np.log2(np.arange(2, len(hits) + 2))
-            ideal = (1 / np.log2(np.arange(2, min(k, len(relevant)) + 2))).sum()
-            found.append(gains.sum() / ideal)
+            found.append(ndcg_of_rows(hits, relevant, k))
     return np.array(found)
 
 

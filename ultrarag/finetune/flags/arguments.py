@@ -358,7 +358,7 @@ def _refuse_sides(arguments: FinetuneArguments, pairs: bool) -> None:
         refused["unified_finetuning"] = (arguments.loss.unified_finetuning, "a map is of the dense vectors alone")
         refused["knowledge_distillation"] = (arguments.loss.knowledge_distillation, "a map learns from positives")
     if sides.passage_map and arguments.lora.use_lora:
-        refused["use_lora"] = (True, "the adapters' run would not train the map; leave --passage_map out")
+        refused["use_lora"] = (True, "the adapters' run would not train the map")
     for flag_name, (given, why) in refused.items():
         if given:
             raise UsageError(f"{name} does not go with --{flag_name}: {why}; leave one of them out")

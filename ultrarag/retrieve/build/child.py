@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -21,6 +22,7 @@ from typing import Protocol
 from ultrarag.encode import Encoded, Known
 from ultrarag.errors import UltraragError, kind_of
 from ultrarag.io import named_conditions, progress_bar
+from ultrarag.retrieve.bridge import KeptAhead
 from ultrarag.retrieve.generation import (
     Catalog,
     Draft,
@@ -58,7 +60,7 @@ class Strategy(Protocol):
 
 
 class EncodeHere:
-    """Encode in this process, chunk by chunk; vectors that the ranks of torchrun made ahead are taken as they are."""
+    """Encode in this process, chunk by chunk; what ranks of torchrun, or a bridge, made ahead is taken as it is."""
 
     def __init__(self, chunk: int = CHUNK) -> None:
         """`chunk`: passages between two possible commits."""
@@ -68,16 +70,19 @@ class EncodeHere:
         """See `Strategy.fill`."""
         done, ahead, pace = draft.progress, encoded_ahead(draft), _Pace(draft)
         done.ahead, done.own = 0, {}  # what Ray has beyond `row` is encoded again
+        kept = KeptAhead.of(draft.layout.root, draft.generation)
+        kept.fill(draft.store, encode, progress)
         started, spent = time.monotonic(), done.seconds
         with progress_bar(draft.total(), f"build generation {draft.generation.id}", "passage", progress) as bar:
             bar.update(done.encoded)
             while chunk := draft.store.scan(done.row, self.chunk, draft.generation.base_seq):
                 rows, passages = zip(*chunk, strict=True)
-                _put(draft, passages, ahead.known(rows), encode)
+                _put(draft, passages, ahead.known(rows), partial(kept.known(passages).fill, encode=encode))
                 done.row, done.encoded = rows[-1], done.encoded + len(rows)
                 done.seconds = spent + time.monotonic() - started
                 bar.update(len(rows))
                 pace.commit()
+        kept.close()
 
 
 def _put(draft: Draft, passages: Sequence[Passage], known: Known, encode: Encode) -> None:

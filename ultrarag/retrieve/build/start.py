@@ -18,7 +18,7 @@ from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, start_child, stop_child
-from ultrarag.retrieve.bridge import BridgeTerms, cross, drop
+from ultrarag.retrieve.bridge import BridgeTerms, cross, drop, read_report
 from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import (
@@ -71,8 +71,9 @@ def build_generation(
                 drop(core)  # a bridge to a generation that was given up for this one
             if generation.state == "ready":
                 return generation
-            if bridge is not None and generation.encodes and core.bridge is None:
-                cross(core, generation, bridge)
+            wanted = bridge if generation.encodes and core.bridge is None else None
+            if wanted is not None and not _decided_against(core, generation):
+                cross(core, generation, wanted)
             if generation.shares:
                 publish(core.layout, generation)
             elif not core.layout.final(generation.id).exists():
@@ -93,6 +94,12 @@ def build_generation(
     finally:
         core.builder = None
         core.building.release()
+
+
+def _decided_against(core: Core, generation: Generation) -> bool:
+    """Whether an earlier start of this build found that no bridge gains."""
+    found = read_report(core.layout.directory(generation.id))
+    return found is not None and found["mode"] is None
 
 
 def end_build(core: Core) -> None:

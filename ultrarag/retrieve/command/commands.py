@@ -132,7 +132,8 @@ def build(arguments: argparse.Namespace) -> None:
         terms = BridgeTerms(judged.queries, judged.qrels)
     with _open(arguments) as live:
         generation = live.build(arguments.checkpoint, ray=ray, bridge=terms, **wishes)
-    _show(arguments, {**asdict(generation), "built": generation.how_built()}, printing.built)
+        bridge = next(entry["bridge"] for entry in live.status()["generations"] if entry["id"] == generation.id)
+    _show(arguments, {**asdict(generation), "built": generation.how_built(), "bridge": bridge}, printing.built)
 
 
 #: Flag -> field of a RayPool.

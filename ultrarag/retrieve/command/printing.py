@@ -8,6 +8,7 @@ from typing import Any
 
 from ultrarag.evaluation import Significance
 from ultrarag.io import table, visible, width
+from ultrarag.retrieve.bridge import described
 from ultrarag.types import Hit
 
 
@@ -113,7 +114,8 @@ def deleted(found: Mapping[str, Any]) -> str:
 
 def built(found: Mapping[str, Any]) -> str:
     """What `build` made."""
-    return f"{found['built']}\n" + (
+    bridge = f"{described(found['bridge'])}\n" if found.get("bridge") else ""
+    return f"{found['built']}\n{bridge}" + (
         f"generation {found['id']} is {found['state']} (encoder {found['fingerprint'][:12]}, "
         f"heads {', '.join(found['heads'])}); ultrarag index swap makes it live"
     )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         find_source,
         generation_adapter,
         identity_of,
+        inherit_consent,
         load_encoder,
         prepare,
         publish,

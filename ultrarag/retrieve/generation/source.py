@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,6 +186,18 @@ def record_consent(directory: Path) -> None:
     folder = IndexLayout.checkpoint(directory)
     if ModelFolder(folder).code:
         write_json(IndexLayout.consent(directory), {"trust_remote_code": True, "code": _code(folder)})
+
+
+def inherit_consent(layout: IndexLayout, directory: Path) -> None:
+    """Write consent down for a generation that was fetched, where all of its code was allowed here with another one."""
+    folder = IndexLayout.checkpoint(directory)
+    allowed: set[str] = set()
+    for other in layout.generations.iterdir():
+        with suppress(CheckpointError):  # code that was changed since allows nothing
+            if other != directory and has_consent(other):
+                allowed |= set(_code(IndexLayout.checkpoint(other)).values())
+    if allowed and set(_code(folder).values()) <= allowed:
+        record_consent(directory)
 
 
 def has_consent(directory: Path) -> bool:

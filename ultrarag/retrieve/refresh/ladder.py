@@ -63,6 +63,14 @@ def checked_effort(effort: str) -> str:
     return effort
 
 
+def of_effort(rung: str, message: str) -> str:
+    """What a fine-tune refuses, in terms of what a refresh is given: the flags that make a rung are its effort."""
+    flags = [f"--{name} {value}" for name, value in RUNGS[rung].items()]
+    for flag in flags:
+        message = message.replace(flag, f"the rung '{rung}'")
+    return message.replace("leave one of them out", "leave it out, or give another effort")
+
+
 #: Gives the contents of passages by their ids.
 Texts = Callable[[Sequence[str]], Mapping[str, str]]
 

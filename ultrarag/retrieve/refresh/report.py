@@ -20,6 +20,7 @@ from ultrarag.evaluation import Measured
 from ultrarag.finetune import read_history, write_text
 from ultrarag.io import sha256_of, write_json
 from ultrarag.report import Page, Rung, render
+from ultrarag.retrieve.bridge import described as bridge_described
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.ladder import Comparison, Step
 from ultrarag.rows.checks import described
@@ -66,6 +67,10 @@ class RefreshState:
     ladder: list[Step] = field(default_factory=list)
     #: the generation built from it
     generation: int | None = None
+    #: what was decided of a bridge to it; see `ultrarag.retrieve.bridge.BridgeReport`
+    bridge: dict[str, Any] | None = None
+    #: rung -> the learning rate that was found on a slice, and what was tried; see `ultrarag.retrieve.refresh.rates`
+    rates: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: what was measured before the swap; see `ultrarag.evaluation.results`
     measured: dict[str, Any] | None = None
     #: stage -> seconds
@@ -174,6 +179,8 @@ class RefreshReport:
     #: by which split it was judged, and what training and evaluation share (`ultrarag.rows.checks.Overlap`): "split" is
     #: "by document", "by query", "no split" or "unknown"; None where nothing was judged
     overlap: dict[str, Any] | None = None
+    #: what was decided of a bridge (`ultrarag.retrieve.bridge.BridgeReport`); None where none was asked for
+    bridge: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -215,6 +222,7 @@ class RefreshReport:
             request=asdict(state.request),
             html=str(folder / HTML_FILE),
             overlap=state.overlap or trained.get("overlap"),
+            bridge=state.bridge,
         )
 
     @classmethod
@@ -247,6 +255,8 @@ class RefreshReport:
         lines += [f"{step['rung']:<11} {step['decision']} ({step['seconds']:.0f} s)" for step in self.ladder]
         if self.overlap:
             lines.append(f"split       {described(self.overlap)}")
+        if self.bridge:
+            lines.append(f"bridge      {bridge_described(self.bridge)}")
         lines.append("seconds     " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))
         return "\n".join([*lines, f"report      {self.html}"])
 
@@ -338,6 +348,7 @@ def _facts(report: RefreshReport) -> list[tuple[str, str]]:
         *[(f"data: {item['name']}", f"{item['rows']} rows, sha256 {item['sha256']}") for item in lineage["train_data"]],
         *([("evaluation data", f"sha256 {lineage['eval_sha256']}")] if lineage["eval_sha256"] else []),
         *([("evaluation split", described(report.overlap))] if report.overlap else []),
+        *([("bridge", bridge_described(report.bridge))] if report.bridge else []),
         ("steps", str(report.steps)),
         *([("mean training loss", f"{report.loss:.4f}")] if report.loss is not None else []),
         *[(f"seconds: {stage}", f"{value:.1f}") for stage, value in report.seconds.items()],

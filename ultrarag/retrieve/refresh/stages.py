@@ -8,23 +8,26 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.checkpoint import MANIFEST, read_manifest
-from ultrarag.errors import DataError, GateError, IndexStateError, UsageError
+from ultrarag.errors import DataError, GateError, IndexStateError, TrainingError, UsageError
 from ultrarag.evaluation import MAIN_METRIC, Measured, Verdict
 from ultrarag.finetune import read_measured
 from ultrarag.io import link_tree, publish_directory, staged_directory
-from ultrarag.retrieve.bridge import BridgeTerms
+from ultrarag.retrieve.bridge import BridgeTerms, read_report
 from ultrarag.retrieve.build import build_generation
 from ultrarag.retrieve.core import REFRESHING, Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation
+from ultrarag.retrieve.refresh.apart import JUDGE, STOP, Apart, held_out, stopping_rows
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, leak_checks, measured, questions
-from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb
+from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, Guard, Judge, checked_effort, climb, of_effort
+from ultrarag.retrieve.refresh.rates import STOPPED, described, find_rate, stopping
 from ultrarag.retrieve.refresh.report import (
     JSON_FILE,
     STATE_FILE,
@@ -35,6 +38,7 @@ from ultrarag.retrieve.refresh.report import (
     write_report,
 )
 from ultrarag.retrieve.swap import Gate, SwapTerms, swap
+from ultrarag.rows.checks import Overlap
 from ultrarag.types import Passage
 
 if TYPE_CHECKING:
@@ -122,6 +126,8 @@ class _Refresh:
         self._check_arguments()
         shaping = {name: value for name, value in arguments.items() if name not in _INCIDENTAL}
         self.asked = questions(self.core.store, terms.gate, eval_data)
+        #: rows held out of the training data, for what needs them
+        self.apart = self._hold_out()
         if self.effort != FULL:  # left out where it is what every refresh was, so that those can be taken up again
             shaping["effort"] = self.effort
         if self.effort == AUTO and self.asked is not None:  # rungs judged by different queries cannot be compared
@@ -199,6 +205,8 @@ class _Refresh:
         """
         if self.asked is None:
             return None
+        if self.apart is not None and (queries := self.apart.count(JUDGE)):
+            return Overlap("by document", queries, 0, {}, self.apart.total, self.apart.total).to_dict()
         from ultrarag.finetune import looked_for, read_data, refuse_shared
 
         overlap = looked_for(leak_checks(self.asked, self.core.store), read_data(self.settings))
@@ -218,21 +226,88 @@ class _Refresh:
         if self.state.trained is not None:
             return
         with self._timed("finetune"):
-            if self.effort == AUTO:
-                self.state.trained = self._climb()
-            else:
-                self.state.trained = self.train(self.effort, self.output, None)
+            try:
+                self.state.trained = (
+                    self._climb() if self.effort == AUTO else self.train(self.effort, self.output, None)
+                )
+            except (TrainingError, UsageError):
+                if not self._worth_keeping(self.state):
+                    self._leave_nothing()
+                raise
+        self.state.trained["notes"] += self._remarks()
         self.save()
+
+    def _leave_nothing(self) -> None:
+        """Take away what a refresh that could not train has written, so that another may use the folder."""
+        shutil.rmtree(self.ladder, ignore_errors=True)
+        (self.output / STATE_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what others have put there
+            self.output.rmdir()
+        self.core.store.set_meta(**{REFRESHING: ""})
 
     def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
         """Fine-tune by one rung of the ladder into a folder, for so many steps at most."""
-        from ultrarag.finetune import finetune
+        from ultrarag.finetune import NoMap, finetune
 
         if rung != FULL:
             self._corpus()
-        result = finetune(self._parent_checkpoint(), self.train_data, folder, **self._for_finetune(rung, folder, steps))
+        given = self._for_finetune(rung, folder, steps)
+        if rung in STOPPED and self.apart is not None and self.apart.count(STOP):
+            given = self._stopping(rung, given, steps)
+        try:
+            result = finetune(self._parent_checkpoint(), self._rows(), folder, **given)
+        except NoMap as error:
+            advice = "" if self.effort == AUTO else ": give another effort, such as 'query' or 'auto'"
+            raise TrainingError(f"{error.reason}{advice}") from error
         found = {name: getattr(result, name) for name in ("fingerprint", "steps", "loss", "metrics", "overlap")}
         return {**found, "notes": list(result.notes)}
+
+    def _hold_out(self) -> Apart | None:
+        """Hold out rows, where no queries are given to choose by, and where a query side may stop early."""
+        judge = self.effort == AUTO and self.asked is None and self.terms.gate is True
+        stops = self.effort in (AUTO, *STOPPED) and self.arguments.get("eval_strategy") != "no"
+        found = held_out(self.train_data, judge, stops)
+        if judge and found is not None:
+            self.asked = found.questions(self.core.store)
+        return found
+
+    def _rows(self) -> Any:
+        """The rows to train on."""
+        return self.train_data if self.apart is None else self.apart.write(self.ladder / "rows")
+
+    def _stopping(self, rung: str, given: dict[str, Any], steps: int | None) -> dict[str, Any]:
+        """The arguments of a run that is judged by held-out rows: at a rate that was found, and ended in time."""
+        assert self.apart is not None
+        given = {**given, "eval_data": stopping_rows(self.apart, self.core.store)}
+        if "learning_rate" not in self.arguments:
+            if rung not in self.state.rates:
+                self.state.rates[rung] = find_rate(
+                    self.settings.training.learning_rate, self._steps(), partial(self._slice, rung, given)
+                )
+                self.save()
+            given["learning_rate"] = self.state.rates[rung]["learning_rate"]
+        return stopping(given, self._steps()) if steps is None else {**given, "eval_strategy": "no"}
+
+    def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> dict[str, float]:
+        from ultrarag.finetune import finetune
+
+        folder = self.ladder / f"{rung}-rate"
+        part = {"learning_rate": rate, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
+        part |= {"resume_from_checkpoint": False, "overwrite_output_dir": True}
+        kept = {name: value for name, value in given.items() if name not in ("save_steps", "early_stopping_patience")}
+        found = finetune(self._parent_checkpoint(), self._rows(), folder, **{**kept, **part})
+        shutil.rmtree(folder, ignore_errors=True)
+        return found.metrics["after"]
+
+    def _remarks(self) -> list[str]:
+        """What was held out of the training rows, and found by it."""
+        parts = {JUDGE: "to choose by", STOP: "to say when a query side has learned enough"}
+        held = [
+            f"{self.apart.count(name)} of {self.apart.total} training rows, with their documents, were held out {why}"
+            for name, why in parts.items()
+            if self.apart is not None and self.apart.count(name)
+        ]
+        return [*held, *(f"{rung}: {described(found)}" for rung, found in self.state.rates.items())]
 
     def _climb(self) -> dict[str, Any]:
         """Try rung after rung; the checkpoint of the one that is taken is published in the output folder."""
@@ -246,15 +321,15 @@ class _Refresh:
         return taken.trained
 
     def _guard(self, corpus: CorpusVectors, parent: Encoder) -> Guard | None:
-        from ultrarag.encode import CorpusVectors
-
         if (given := self.arguments.get("guard_data")) is None:
             return None
         asked = questions(self.core.store, True, given)
         assert asked is not None
         if asked.corpus is not None:
+            from ultrarag.retrieve.refresh.guarding import guard_vectors
+
             passages = [Passage(id, text) for id, text in asked.corpus.items()]
-            corpus = CorpusVectors.of(parent, passages, ("dense",))
+            corpus = guard_vectors(self.core.layout.root, parent, passages)
         judge = Judge(asked, corpus, parent, self.terms.metric, self._ignoring)
         return Guard(judge, self.settings.incremental.max_forgetting)
 
@@ -328,6 +403,7 @@ class _Refresh:
                 self.core, self.output, trust_remote_code=self._trusted, bridge=self._bridge_terms()
             )
             self.state.generation = built.id
+            self.state.bridge = read_report(self.core.layout.directory(built.id)) if self.terms.bridge else None
         self.save()
 
     def _bridge_terms(self) -> BridgeTerms | None:
@@ -441,7 +517,7 @@ class _Refresh:
                 "merge_with out, or give effort='full'"
             )
         from ultrarag.finetune import adapter_defaults
-        from ultrarag.finetune.flags import from_keywords
+        from ultrarag.finetune.flags import from_keywords, refuse_unsupported
 
         adapter = self.core.live.encoder.adapter.name
         known = self._parent_checkpoint(), self.train_data, self.output, adapter, adapter_defaults(adapter)
@@ -449,9 +525,9 @@ class _Refresh:
         self.settings = from_keywords(*known, **self._for_finetune(settled, self.output, None))
         for rung in RUNGS if self.effort == AUTO else (self.effort,):
             try:
-                from_keywords(*known, **self._for_finetune(rung, self.output, None))
+                refuse_unsupported(from_keywords(*known, **self._for_finetune(rung, self.output, None)), False)
             except UsageError as error:
-                raise UsageError(f"effort='{self.effort}', which trains '{rung}': {error}") from error
+                raise UsageError(f"effort='{self.effort}': {of_effort(rung, str(error))}") from error
 
     def _check_effort(self) -> None:
         """Refuse an effort that the index or the evaluation data cannot carry.
@@ -479,8 +555,9 @@ class _Refresh:
         if self.effort != AUTO:
             return
         needs = (
-            "effort='auto' chooses by held-out queries about the passages of this index: give eval_data, a BEIR folder "
-            "(`ultrarag data split` makes one), or gate=(queries, qrels); or name an effort"
+            "effort='auto' chooses by held-out queries about passages of this index: give eval_data (a BEIR folder), "
+            "gate=(queries, qrels), or more training rows whose positives are passages of the index, of which it holds "
+            "out documents itself; or name an effort"
         )
         if self.asked is None:
             raise UsageError(needs)

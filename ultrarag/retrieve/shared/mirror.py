@@ -15,7 +15,14 @@ from ultrarag.checkpoint import copy_checkpoint, read_manifest
 from ultrarag.errors import CheckpointError
 from ultrarag.retrieve.engines import SCHEMA_FILE, Schema, collection_of, name_collection, read_schema, write_schema
 from ultrarag.retrieve.engines.qdrant import key
-from ultrarag.retrieve.generation import COLUMNS, VECTORS, Generation, IndexLayout, note_vectors
+from ultrarag.retrieve.generation import (
+    COLUMNS,
+    VECTORS,
+    Generation,
+    IndexLayout,
+    inherit_consent,
+    note_vectors,
+)
 from ultrarag.retrieve.passages import Database
 from ultrarag.retrieve.shared.documents import Document, SharedRow, VectorSchema
 
@@ -103,6 +110,7 @@ def fetch_generation(layout: IndexLayout, row: SharedRow, uri: str, checkpoints:
         directory.mkdir(exist_ok=True)
         shutil.rmtree(layout.building(row.id), ignore_errors=True)
         checkpoints.fetch(row.fingerprint, layout.checkpoint(directory))
+        inherit_consent(layout, directory)
 
 
 def _name_vectors(layout: IndexLayout, row: SharedRow, uri: str) -> None:

@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     from ultrarag.rows.checks.documents import (
         EVIDENCE,
         document_of,
-        name_key,
         named_in,
         names_in_row,
-        near_pairs,
-        signature,
     )
+    from ultrarag.rows.checks.groups import Components, DocumentGroups, hold_out
     from ultrarag.rows.checks.leaks import Judged, LeakChecks, Overlap, described
     from ultrarag.rows.checks.lengths import Cost, Lengths, Sample, estimate, measure, steps_of, token_counter
     from ultrarag.rows.checks.rows import (

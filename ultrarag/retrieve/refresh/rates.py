@@ -1,0 +1,50 @@
+"""Rates: how a query side is trained: at a rate found on a slice, for as long as held-out queries gain.
+
+Both are judged by rows that are held out of training with their documents, against stored vectors, so that it takes
+seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ultrarag.evaluation import MAIN_METRIC
+
+#: Rungs that train an encoder's query side, for which steps and rate are found.
+STOPPED = ("query", "passage-map")
+#: Multiples of the usual rate that are tried, and steps of such a trial at most.
+FACTORS, SLICE = (1 / 3, 1.0, 3.0), 50
+#: Looks at the held-out queries in a run; and how many without a gain end it.
+LOOKS, PATIENCE = 4, 2
+
+#: Trains at a rate for so many steps, and returns the metrics of the held-out queries after it.
+Trial = Callable[[float, int], Mapping[str, float]]
+
+
+def find_rate(usual: float, steps: int, trial: Trial) -> dict[str, Any]:
+    """Try rates on a slice of a run's steps; of rates of equal worth the lowest is taken.
+
+    Returns:
+        learning_rate, steps of the slice, and what was tried: rate -> the metric
+    """
+    part = max(1, min(SLICE, steps // LOOKS))
+    tried = {usual * factor: float(trial(usual * factor, part)[MAIN_METRIC]) for factor in FACTORS}
+    best = max(sorted(tried), key=lambda rate: tried[rate])
+    return {"learning_rate": best, "steps": part, "tried": {f"{rate:.3g}": value for rate, value in tried.items()}}
+
+
+def described(found: Mapping[str, Any]) -> str:
+    """What was found, in words."""
+    tried = ", ".join(f"{rate}: {value:.4f}" for rate, value in found["tried"].items())
+    return (
+        f"learning rate {found['learning_rate']:.3g}, the best of {found['steps']} steps each ({MAIN_METRIC} {tried})"
+    )
+
+
+def stopping(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The arguments of a run that looks at its held-out queries, keeps the best checkpoint, and may end early."""
+    every = max(1, math.ceil(steps / LOOKS))
+    looks = {} if "save_steps" in given else {"eval_steps": every, "save_steps": every}
+    return {"early_stopping_patience": PATIENCE, **given, **looks, "eval_strategy": "steps"}
