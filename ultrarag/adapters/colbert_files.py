@@ -109,7 +109,8 @@ def _read_native(folder: ModelFolder, found: Declaration) -> None:
     inner = f"{found.transformer}/sentence_bert_config.json".lstrip("/")
     values = folder.json(inner)
     limit = values.get("max_seq_length")
-    found.query_length, found.passage_length = values.get("query_length") or limit, values.get("document_length") or limit
+    found.query_length = values.get("query_length") or limit
+    found.passage_length = values.get("document_length") or limit
     expansion = values.get("query_expansion")
     if expansion is None:
         found.expansion = None

@@ -128,7 +128,7 @@ class ColBERT(nn.Module):
         changed: dict[str, Any] = dict(features)
         for name in ("input_ids", "attention_mask", "token_type_ids"):
             if name in features and width < length:
-                changed[name] = F.pad(features[name], (0, length - width))  # type: ignore[literal-required]
+                changed[name] = F.pad(features[name], (0, length - width))
         mask = changed["attention_mask"].bool()
         fills = ~mask & (torch.arange(mask.shape[1], device=mask.device) < length)
         changed["input_ids"] = changed["input_ids"].masked_fill(fills, filler)
@@ -225,9 +225,7 @@ def known_ids(tokenizer: Any, words: tuple[str, ...]) -> list[int]:
     return sorted(number for number in found if number is not None and number != tokenizer.unk_token_id)
 
 
-def _reading(
-    declared: Declaration, tokenizer: Any, backbone: Any, folder: Path
-) -> tuple[EncoderSettings, list[int]]:
+def _reading(declared: Declaration, tokenizer: Any, backbone: Any, folder: Path) -> tuple[EncoderSettings, list[int]]:
     """The settings, in which lengths leave room for a marker that is put in as a token, and the buffer `reading`."""
     config = declared.config
     markers = {
