@@ -219,7 +219,7 @@ class Searcher:
         held = self._store.count()
         if held > MOST_COMPARED and not others:
             raise UsageError(
-                f"the index holds {held:,} passages and late interaction (colbert) alone, which is compared with at most "
+                f"the index holds {held:,} passages and late interaction (colbert) alone is compared with at most "
                 f"{MOST_COMPARED:,}: let BM25 give the candidates (weights={{'colbert': 1, 'bm25': 1}}; "
                 "--weights colbert=1,bm25=1), or search a dense model's index and rerank with it"
             )
