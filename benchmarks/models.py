@@ -25,7 +25,8 @@ from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
 from ultrarag.testing.layouts import LAYOUTS, Layout, write_layout
 from ultrarag.testing.tiny import TEXTS
-from ultrarag.types import Passage
+from ultrarag.testing.tiny_colbert import COLBERT_LAYOUTS, tiny_colbert
+from ultrarag.types import Embeddings, Passage
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: python benchmarks/models.py -->", "<!-- end of table -->"
@@ -84,6 +85,39 @@ def run(layout: Layout, folder: Path) -> Outcome:
     )
 
 
+#: Late-interaction models by their layout, with a published model of each.
+LATE = {f"late interaction, {layout}": layout for layout in COLBERT_LAYOUTS}
+LATE_EXAMPLES = {"pylate": "lightonai/GTE-ModernColBERT-v1", "stanford": "colbert-ir/colbertv2.0"}
+
+
+def run_late(layout: str, folder: Path) -> Outcome:
+    """The same for a late-interaction model, against MultiVectorEncoder."""
+    model = folder / "model"
+    model.mkdir()
+    tiny_colbert(model, layout)
+    paths = [model]
+    for name, more in {"tuned": {}, "lora": {"use_lora": True, "lora_rank": 4}}.items():
+        paths.append(Path(finetune(str(model), ROWS, folder / name, **RUN, **more).checkpoint))
+    encoders = [Encoder.load(path, device="cpu") for path in paths]
+    found = [_late_difference(encoder, path) for encoder, path in zip(encoders, paths, strict=True)]
+    index = _indexed(encoders[1], folder / "index", "colbert")
+    return Outcome(*found, index=index, chosen=_chosen(model) == "colbert")
+
+
+def _late_difference(encoder: Encoder, folder: Path) -> float:
+    """The largest difference of a component of any token's vector; infinite where the tokens are others."""
+    from sentence_transformers import MultiVectorEncoder
+
+    library = MultiVectorEncoder(str(folder), device="cpu")
+    found = []
+    for kind, encode in (("query", library.encode_query), ("passage", library.encode_document)):
+        ours = encoder.encode(TEXTS, kind)
+        for tokens, mask, theirs in zip(ours.colbert, ours.mask, encode(list(TEXTS)), strict=True):
+            pair = tokens[mask.astype(bool)], np.asarray(theirs)
+            found.append(float(np.abs(pair[0] - pair[1]).max()) if pair[0].shape == pair[1].shape else float("inf"))
+    return max(found)
+
+
 def _chosen(folder: Path) -> str:
     """The adapter that is chosen for a folder; empty where one has to be named."""
     try:
@@ -109,16 +143,29 @@ def _difference(encoder: Encoder, folder: Path, layout: Layout) -> float:
     return max(found)
 
 
-def _indexed(encoder: Encoder, folder: Path) -> float:
-    wanted = encoder.similarity(encoder.encode(QUERIES, "query"), encoder.encode(PASSAGES))
+def _indexed(encoder: Encoder, folder: Path, head: str = "dense") -> float:
+    sides = encoder.encode(QUERIES, "query"), encoder.encode(PASSAGES)
+    wanted = encoder.similarity(*sides) if head == "dense" else _maxsim(*sides)
     with LiveIndex.create(folder, encoder) as index:
         index.add([Passage(str(number), text) for number, text in enumerate(PASSAGES)])
         off = [
-            abs(hit.scores["dense"] - wanted[row, int(hit.id)])
+            abs(hit.scores[head] - wanted[row, int(hit.id)])
             for row, query in enumerate(QUERIES)
-            for hit in index.search(query, k=len(PASSAGES), weights={"dense": 1.0})
+            for hit in index.search(query, k=len(PASSAGES), weights={head: 1.0})
         ]
     return max(off) / max(1.0, float(np.abs(wanted).max()))
+
+
+def _maxsim(query: Embeddings, passage: Embeddings) -> np.ndarray:
+    """The mean over a query's tokens of the best product with any of a passage's, (queries, passages)."""
+    rows = [
+        [
+            (tokens[mask.astype(bool)] @ held[kept.astype(bool)].T).max(1).mean()
+            for held, kept in zip(passage.colbert, passage.mask, strict=True)
+        ]
+        for tokens, mask in zip(query.colbert, query.mask, strict=True)
+    ]
+    return np.array(rows)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
@@ -128,7 +175,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, outcome in outcomes.items():
-        layout = LAYOUTS[name]
+        layout = LAYOUTS.get(name) or Layout("", adapter="colbert", example=LATE_EXAMPLES.get(LATE[name], ""))
         stages = [_word(value) for value in (outcome.loaded, outcome.tuned, outcome.lora, outcome.index)]
         example = f"`{layout.example}`" if layout.example else ""
         other = f"`{layout.chosen}`, which is equal too" if layout.chosen else "no: it has to be named"
@@ -145,15 +192,17 @@ def main() -> int:
     """Run the families, write or print the table; 1 where one differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all, and the page is written")
-    chosen = parser.parse_args().families or list(LAYOUTS)
-    if unknown := [name for name in chosen if name not in LAYOUTS]:
-        parser.error(f"no family '{unknown[0]}': it is one of {', '.join(LAYOUTS)}")
+    known = [*LAYOUTS, *LATE]
+    chosen = parser.parse_args().families or known
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"no family '{unknown[0]}': it is one of {', '.join(known)}")
     outcomes = {}
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            outcomes[name] = run(LAYOUTS[name], Path(folder))
+            path = Path(folder)
+            outcomes[name] = run_late(LATE[name], path) if name in LATE else run(LAYOUTS[name], path)
         print(name, outcomes[name], file=sys.stderr)
-    if chosen == list(LAYOUTS):
+    if chosen == known:
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n{table(outcomes)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     else:

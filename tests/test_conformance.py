@@ -31,6 +31,7 @@ EXCUSED = {
         **_PAIRS,
         "sentence-transformers": _NO_CROSS_ENCODER.format("GraniteModel"),
     },
+    "colbert": {"sentence-transformers": "the model has no dense head"},
     "static": {"lora": "the model has no linear layer"},
 }
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ultrarag.hookspecs import LoadOptions
 
 #: Activations of sentence-transformers' Dense module that are known here.
-_ACTIVATIONS = {"Tanh": nn.Tanh, "Identity": nn.Identity, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
+ACTIVATIONS = {"Tanh": nn.Tanh, "Identity": nn.Identity, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
 
 
 def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Embedder:
@@ -40,7 +40,7 @@ def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Em
     """
     folder = Path(path)
     declared = read_declaration(folder)
-    backbone = _load_backbone(folder / (declared.transformer if declared else ""), options)
+    backbone = load_backbone(folder / (declared.transformer if declared else ""), options)
     tokenizer = load_tokenizer(folder / (declared.transformer if declared else ""), options)
     settings = read_settings(declared, options)
     if options.pooling is None and (declared is None or declared.pooling is None):
@@ -56,7 +56,7 @@ def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Em
     return model
 
 
-def _load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
+def load_backbone(folder: Path, options: LoadOptions) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModel
 
     remote = {"trust_remote_code": options.trust_remote_code, "cache_dir": options.cache_dir, "token": options.token}
@@ -175,15 +175,15 @@ def _load_dense(folder: Path) -> nn.Sequential:
     """One Dense module of sentence-transformers: linear, then activation."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     activation = str(values.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"{folder}: activation '{activation}' is not one of {', '.join(_ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"{folder}: activation '{activation}' is not one of {', '.join(ACTIVATIONS)}")
     linear = nn.Linear(values["in_features"], values["out_features"], bias=values.get("bias", True))
-    weights = _load_tensors(folder / "model.safetensors", folder / "pytorch_model.bin")
+    weights = load_tensors(folder / "model.safetensors", folder / "pytorch_model.bin")
     linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in weights.items()})
-    return nn.Sequential(linear, _ACTIVATIONS[activation]())
+    return nn.Sequential(linear, ACTIVATIONS[activation]())
 
 
-def _load_tensors(*candidates: Path) -> dict[str, Tensor]:
+def load_tensors(*candidates: Path) -> dict[str, Tensor]:
     for path in candidates:
         if path.is_file() and path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -270,12 +270,12 @@ def save_embedder(model: Embedder, path: str, state_dict: Mapping[str, Any]) -> 
     """Write the backbone, tokenizer, heads and sentence-transformers' files into `path`."""
     folder = Path(path)
     if model.published:
-        save_text_model(model.published, folder, _part(state_dict, "backbone."))
+        save_text_model(model.published, folder, part_of(state_dict, "backbone."))
     else:
-        model.backbone.save_pretrained(folder, state_dict=_part(state_dict, "backbone."))
+        model.backbone.save_pretrained(folder, state_dict=part_of(state_dict, "backbone."))
     model.tokenizer.save_pretrained(folder)
     for name, file in HEAD_FILES.items():
-        weights = _part(state_dict, f"{name}_linear.")
+        weights = part_of(state_dict, f"{name}_linear.")
         if weights:
             torch.save(weights, folder / file)
     dense = [_save_dense(folder, index, layer, state_dict) for index, layer in enumerate(model.dense_layers)]
@@ -289,7 +289,7 @@ def _save_dense(folder: Path, index: int, layer: nn.Module, state_dict: Mapping[
     linear, activation = layer[0], layer[1]  # type: ignore[index]
     name = f"{index + 2}_Dense"
     (folder / name).mkdir()
-    weights = _part(state_dict, f"dense_layers.{index}.0.")
+    weights = part_of(state_dict, f"dense_layers.{index}.0.")
     save_file(
         {f"linear.{key}": value.contiguous() for key, value in weights.items()}, folder / name / "model.safetensors"
     )
@@ -304,7 +304,7 @@ def _save_dense(folder: Path, index: int, layer: nn.Module, state_dict: Mapping[
     return name
 
 
-def _part(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+def part_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     return {
         key.removeprefix(prefix): value.detach().cpu().contiguous().clone()
         for key, value in state_dict.items()

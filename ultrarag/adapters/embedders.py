@@ -12,6 +12,7 @@ from ultrarag.types import Embeddings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ultrarag.adapters.colbert_model import ColBERT
     from ultrarag.adapters.embedder import Embedder
     from ultrarag.adapters.minicpm_model import MiniCPMEmbedder
     from ultrarag.adapters.sentence_transformers_model import SentenceTransformersModel
@@ -216,6 +217,51 @@ class StaticAdapter(EmbedderAdapter):
         save_static(cast("StaticEmbedder", model), path, state_dict)
 
 
+class ColBERTAdapter(EmbedderAdapter):
+    """Late interaction: one vector per token, a passage scored by the best match of each of the query's tokens.
+
+    The layouts of PyLate, of Stanford (HF_ColBERT) and of sentence-transformers' MultiVectorEncoder, each saved as it
+    came. Markers, query expansion and the skiplist are as the files declare.
+
+    Source:
+        ColBERT (Khattab and Zaharia, 2020); ColBERTv2 (Santhanam et al., 2022).
+    """
+
+    heads = ("colbert",)
+    threaded_encode = True
+
+    def claims(self, folder: ModelFolder) -> Answer:
+        """Any late-interaction model whose modules are run here."""
+        from ultrarag.adapters.colbert_files import read_late_interaction
+        from ultrarag.adapters.sentence_transformers_files import OtherModules
+        from ultrarag.errors import CheckpointError
+
+        family = folder.family
+        if family.name != "late-interaction":
+            return Refusal(str(family))
+        try:
+            read_late_interaction(folder.path)
+        except OtherModules as error:
+            return Refusal(f"{family}; {error}")
+        except CheckpointError:  # damaged, of which the loader tells
+            pass
+        return Claim(family.evidence)
+
+    @hookimpl
+    def load(self, path: str, options: LoadOptions) -> nn.Module:
+        """Load the backbone, the projection, and how texts are read."""
+        from ultrarag.adapters.colbert_model import load_colbert
+
+        return load_colbert(path, options)
+
+    @hookimpl
+    def save(self, model: nn.Module, path: str, state_dict: Mapping[str, Any]) -> None:
+        """Write the layout that the model came in."""
+        from ultrarag.adapters.colbert_model import save_colbert
+
+        save_colbert(cast("ColBERT", model), path, state_dict)
+
+
 class SentenceTransformersAdapter(EmbedderAdapter):
     """Any checkpoint of that library, run by its own modules, whatever `modules.json` lists.
 
@@ -252,4 +298,5 @@ bgem3 = BGEM3Adapter()
 icl = ICLAdapter()
 minicpm = MiniCPMAdapter()
 static = StaticAdapter()
+colbert = ColBERTAdapter()
 sentence_transformers = SentenceTransformersAdapter()

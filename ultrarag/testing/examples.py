@@ -18,6 +18,7 @@ from ultrarag.testing.tiny import (
     tiny_yes_reranker,
 )
 from ultrarag.testing.tiny_causal import tiny_causal_reranker
+from ultrarag.testing.tiny_colbert import tiny_colbert
 
 #: Writes a model that the adapter can load into a folder.
 ExampleModel = Callable[[Path], None]
@@ -29,6 +30,7 @@ EXAMPLES: dict[str, ExampleModel] = {
     "bge-reranker-gemma": tiny_yes_reranker,
     "bge-reranker-minicpm-layerwise": tiny_layerwise,
     "bgem3": tiny_m3,
+    "colbert": tiny_colbert,
     "causal-reranker": tiny_causal_reranker,
     "icl": tiny_decoder,
     "minicpm-embedding": tiny_minicpm,

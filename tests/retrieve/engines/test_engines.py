@@ -303,6 +303,25 @@ def test_one_head_alone(name: str, tmp_path: Path, head: str) -> None:
     backend.close()
 
 
+def test_search_by_tokens_compares_with_all(filled: Backend) -> None:
+    tokens = embed(61).colbert[60]
+    if filled.__class__.__name__.startswith("Milvus"):
+        with pytest.raises(UsageError, match="Milvus server gives late interaction"):
+            filled.search_tokens(tokens, 5)
+        return
+    scores = filled.maxsim(tokens, names(60))
+    wanted = [(names(60)[place], scores[place]) for place in np.argsort(-scores, kind="stable")]
+    hits = filled.search_tokens(tokens, 60)
+    assert [id for id, _ in hits] == [id for id, _ in wanted if id in dict(hits)]
+    np.testing.assert_allclose([score for _, score in hits], [dict(wanted)[id] for id, _ in hits], rtol=1e-5)
+    assert filled.search_tokens(tokens, 7) == hits[:7]
+    assert filled.search_tokens(tokens[:0], 5) == []
+    only = {"lang": langs(60)[0]["lang"]}
+    assert {id for id, _ in filled.search_tokens(tokens, 60, only)} <= {
+        id for id, held in zip(names(60), langs(60), strict=True) if held["lang"] == only["lang"]
+    }
+
+
 def test_everything_is_there_after_closing(filled: Backend) -> None:
     filled.delete(["p0"])
     filled.close()

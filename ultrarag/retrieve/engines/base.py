@@ -102,6 +102,13 @@ class Backend(Protocol):
         """The k passages that share a token id with the query, by inner product of their lexical weights; exact."""
         ...
 
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+        """The k passages with the highest MaxSim with query tokens, (tokens, dim); exact: compares with all.
+
+        None for a query without tokens, and none of the passages that have no tokens.
+        """
+        ...
+
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages, (len(ids),); NaN for an id that is not stored."""
         ...

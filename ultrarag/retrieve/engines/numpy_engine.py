@@ -118,6 +118,15 @@ class NumpyBackend:
         return self._best(scores[rows], rows, k)
 
     @_locked
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+        """Compare with every passage that passes the filter, one at a time: equal passages get equal scores."""
+        k, query = check_k(k), token_query(self.schema, tokens)
+        rows = np.array([row for row in np.flatnonzero(self._passing(filter)) if len(self._tokens[row])], np.int64)
+        if not len(query):
+            return []
+        return self._best(np.array([_maxsim(query, self._tokens[row]) for row in rows], np.float64), rows, k)
+
+    @_locked
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages."""
         query = dense_query(self.schema, vector)
@@ -133,12 +142,7 @@ class NumpyBackend:
     def maxsim(self, tokens: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """MaxSim with given passages."""
         query = token_query(self.schema, tokens)
-
-        def score(row: int) -> float:
-            held = self._tokens[row]
-            return float((query @ held.T).max(1).mean()) if len(query) and len(held) else 0.0
-
-        return self._scores_of(ids, score)
+        return self._scores_of(ids, lambda row: _maxsim(query, self._tokens[row]))
 
     @_locked
     def count(self) -> int:
@@ -305,6 +309,11 @@ class NumpyBackend:
         dense = arrays["dense"] if self.schema.dense else nothing
         for row, (id, found) in enumerate(passages):
             self._append(id, dense[row], sparse[row], tokens[row], [(fact, value) for fact, value in found])
+
+
+def _maxsim(query: np.ndarray, held: np.ndarray) -> float:
+    """The mean over a query's tokens of the best product with any of a passage's."""
+    return float((query @ held.T).max(1).mean()) if len(query) and len(held) else 0.0
 
 
 def _flat(rows: list[np.ndarray], nothing: np.ndarray) -> np.ndarray:

@@ -22,8 +22,10 @@ Normalize = Literal["minmax", "raw"]
 Scored = tuple[str, float]
 #: The retriever that needs no encoder.
 BM25_HEAD = "bm25"
-#: Where candidates come from for ColBERT alone, the first that the index has.
-_SOURCES = ("dense", "sparse", BM25_HEAD)
+#: Where candidates come from for ColBERT alone, the first that the index has; without either it compares with all.
+_SOURCES = ("dense", "sparse")
+#: Passages up to which a query's tokens are compared with those of all.
+MOST_COMPARED = 100_000
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,6 @@ def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> SearchPla
     k = check_k(options.k)
     depth = check_k(options.candidates) if options.candidates is not None else max(4 * k, 100)
     source = next((name for name in _SOURCES if name in known), None) if heads == ("colbert",) else None
-    if heads == ("colbert",) and source is None:
-        raise UsageError("ColBERT scores the candidates of another head, and the index has none: store dense as well")
     single = len(heads) == 1 and source is None
     kept = {head: weights[head] for head in heads}
     return SearchPlan(
@@ -199,12 +199,31 @@ class Searcher:
         score, search = self._scorers(query, text), self._retrievers(chosen, query, text, more)
         names = [head for head in (*chosen.heads, chosen.source) if head and head != "colbert"]
         lists = {name: search[name]() for name in names}
-        if "colbert" in chosen.heads:
+        if "colbert" in chosen.heads and self._compares_all(names):
+            lists["colbert"] = search["colbert"]()
+        elif "colbert" in chosen.heads:
             found = list(dict.fromkeys(id for scored in lists.values() for id, _ in scored))
             values = score["colbert"](found) if found else []
             lists["colbert"] = [(id, float(v)) for id, v in zip(found, values, strict=True) if not np.isnan(v)]
         counted = {head: lists[head] for head in chosen.heads}
         return fuse(counted, chosen.k + more, chosen.weights, chosen.method, lambda h, ids: score[h](ids))
+
+    def _compares_all(self, others: Sequence[str]) -> bool:
+        """Whether ColBERT finds its passages itself: in an index of its vectors alone, up to MOST_COMPARED passages.
+
+        Raises:
+            UsageError: there are more, and nothing else that is searched gives candidates.
+        """
+        if any(head in _SOURCES for head in self._serving.heads):
+            return False
+        held = self._store.count()
+        if held > MOST_COMPARED and not others:
+            raise UsageError(
+                f"the index holds {held:,} passages and late interaction (colbert) alone is compared with at most "
+                f"{MOST_COMPARED:,}: let BM25 give the candidates (weights={{'colbert': 1, 'bm25': 1}}; "
+                "--weights colbert=1,bm25=1), or search a dense model's index and rerank with it"
+            )
+        return held <= MOST_COMPARED
 
     def _depth(self, asked: int) -> int:
         """How many hits to ask of each head: no more than the engine holds, which is more than the store while a
@@ -223,6 +242,9 @@ class Searcher:
         if query is not None and query.sparse is not None:
             ids, weights = query.sparse.ids[0], query.sparse.weights[0]
             search["sparse"] = lambda: backend.search_sparse(ids, weights, depth, chosen.filter)
+        if query is not None and query.colbert is not None:
+            tokens = query.colbert[0][query.mask[0].astype(bool)]
+            search["colbert"] = lambda: _search_tokens(backend, tokens, depth, chosen.filter)
         if (bm25 := self._bm25) is not None:
             search[BM25_HEAD] = lambda: bm25.search(text, depth, chosen.filter)
         return search
@@ -242,3 +264,14 @@ class Searcher:
         if (bm25 := self._bm25) is not None:
             score[BM25_HEAD] = lambda ids: bm25.score(text, ids)
         return score
+
+
+def _search_tokens(backend: Any, tokens: Any, depth: int, filter: Filter) -> list[Scored]:
+    search = getattr(backend, "search_tokens", None)
+    if search is None:
+        raise UsageError(
+            f"the vector engine {type(backend).__name__} has no 'search_tokens', so late interaction (colbert) needs "
+            "candidates from another head: use the engine qdrant-edge or numpy, or weights={'colbert': 1, 'bm25': 1}"
+        )
+    found: list[Scored] = search(tokens, depth, filter)
+    return found

@@ -113,6 +113,17 @@ class MilvusServer(MilvusConnection, ServerBackend):
 
         return [(id, score) for id, score in through_ties(search, k) if score > 0]
 
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+        """Refuse: token vectors are kept to score given passages, and the server cannot compare with all.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "a Milvus server gives late interaction (colbert) no candidates of its own: use the engine qdrant-edge, "
+            "numpy or a Qdrant server, or let BM25 give them (weights={'colbert': 1, 'bm25': 1})"
+        )
+
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages."""
         query = dense_query(self.schema, vector)

@@ -103,6 +103,14 @@ class QdrantServer(QdrantConnection, ServerBackend):
         hits = through_ties(lambda hits: self._search(_sparse(query), "sparse", hits, filter, None), k)
         return [(id, score) for id, score in hits if score > 0]
 
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+        """Compare with all; the engine adds over the query's tokens, the mean is taken here."""
+        k, query = check_k(k), token_query(self.schema, tokens)
+        if not len(query):
+            return []
+        hits = through_ties(lambda n: self._search(query.tolist(), "colbert", n, filter, _EXACT), k)
+        return [(id, score / len(query)) for id, score in hits]
+
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """Inner products with given passages."""
         return self._score(dense_query(self.schema, vector).tolist(), "dense", ids)

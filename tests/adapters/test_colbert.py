@@ -1,0 +1,173 @@
+"""Late interaction: the three layouts, equal to sentence-transformers, trained, saved as they came, and indexed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ultrarag import Encoder
+from ultrarag.encoder import find_adapter
+from ultrarag.errors import UsageError
+from ultrarag.finetune import finetune
+from ultrarag.retrieve import LiveIndex
+from ultrarag.scores import colbert_scores
+from ultrarag.testing.tiny import TEXTS
+from ultrarag.testing.tiny_colbert import COLBERT_LAYOUTS, PASSAGE_LENGTH, QUERY_LENGTH, WIDTH, tiny_colbert
+from ultrarag.types import Passage
+
+#: Among them: punctuation alone, markers inside, one that fills the query, and one that is cut.
+ODD = [*TEXTS, "hi", "a, b; c!", "What is a [MASK] [Q] thing?", "Seals " * 90]
+ROWS = [{"query": TEXTS[i], "pos": [TEXTS[i + 1]], "neg": [TEXTS[(i + 3) % 8]]} for i in range(0, 8, 2)]
+SCORED = [{**row, "pos_scores": [2.0], "neg_scores": [0.5]} for row in ROWS]
+RUN = {
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "train_group_size": 2,
+    "query_max_len": 64,
+    "passage_max_len": 64,
+    "use_cpu": True,
+    "skip_data_check": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(params=COLBERT_LAYOUTS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    tiny_colbert(path, request.param)
+    return path
+
+
+def vectors(encoder: Encoder, kind: str) -> list[np.ndarray]:
+    found = encoder.encode(ODD, kind, progress=False)
+    return [row[mask.astype(bool)] for row, mask in zip(found.colbert, found.mask, strict=True)]
+
+
+def assert_equal_to_library(path: Path) -> None:
+    from sentence_transformers import MultiVectorEncoder
+
+    encoder, library = Encoder.load(path, device="cpu"), MultiVectorEncoder(str(path), device="cpu")
+    for kind, encode in {"query": library.encode_query, "passage": library.encode_document}.items():
+        for ours, theirs in zip(vectors(encoder, kind), encode(ODD, show_progress_bar=False), strict=True):
+            np.testing.assert_allclose(ours, np.asarray(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("attend", [False, True])
+@pytest.mark.parametrize("layout", COLBERT_LAYOUTS)
+def test_equal_to_sentence_transformers(layout: str, attend: bool, tmp_path: Path) -> None:
+    tiny_colbert(tmp_path, layout, attend)
+    assert find_adapter(tmp_path) == "colbert"
+    assert_equal_to_library(tmp_path)
+
+
+def test_how_texts_are_read(folder: Path) -> None:
+    encoder = Encoder.load(folder, device="cpu")
+    queries, passages = vectors(encoder, "query"), vectors(encoder, "passage")
+    assert {len(rows) for rows in queries} == {QUERY_LENGTH}  # filled with mask tokens, or cut
+    assert max(map(len, passages)) == PASSAGE_LENGTH
+    plain, stopped = (encoder.encode([text], progress=False).mask.sum() for text in ("hi", "hi, . ?"))
+    assert plain == stopped  # punctuation is not compared
+    assert queries[0].shape[1] == WIDTH
+
+
+@pytest.mark.parametrize("more", [{}, {"use_lora": True, "lora_rank": 4}], ids=["full", "lora"])
+def test_saved_in_the_layout_it_came_in(folder: Path, more: dict, tmp_path: Path) -> None:
+    result = finetune(str(folder), ROWS, tmp_path / "out", **RUN, **more)
+    before, after = (
+        {path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (folder, Path(result.checkpoint))
+    )
+    assert before <= after
+    for name in ("modules.json", "artifact.metadata", "config_sentence_transformers.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            assert (Path(result.checkpoint) / name).read_bytes() == (folder / name).read_bytes()
+    first = vectors(Encoder.load(folder, device="cpu"), "query")[0]
+    assert np.abs(vectors(Encoder.load(result.checkpoint, device="cpu"), "query")[0] - first).max() > 1e-4
+    assert_equal_to_library(Path(result.checkpoint))
+
+
+def test_distilled_in_pieces(tmp_path: Path) -> None:
+    tiny_colbert(tmp_path)
+    alone, taught = (
+        vectors(Encoder.load(finetune(str(tmp_path), SCORED, tmp_path / name, **RUN, **more).checkpoint), "query")[0]
+        for name, more in {"alone": {}, "taught": {"knowledge_distillation": True}}.items()
+    )
+    assert np.abs(alone - taught).max() > 1e-4
+    # that pieces give the same gradients is one of the conformance kit's checks
+    assert finetune(str(tmp_path), SCORED, tmp_path / "pieces", knowledge_distillation=True, sub_batch_size=2, **RUN)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    tiny_colbert(tmp_path)
+    with pytest.raises(UsageError, match=r"late-interaction.*use the adapter 'colbert'"):
+        Encoder.load(tmp_path, adapter="bge", device="cpu")
+    with pytest.raises(UsageError, match="head"):
+        Encoder.load(tmp_path, heads=["dense"], device="cpu")
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "", "type": "pylate.models.Other.Other"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UsageError, match=r"pylate\.models\.Other\.Other"):
+        Encoder.load(tmp_path, adapter="colbert", device="cpu")
+
+
+def test_reading_is_part_of_the_identity(tmp_path: Path) -> None:
+    prints = []
+    for number, change in enumerate(({}, {"skiplist_words": ["."]}, {"attend_to_expansion_tokens": True})):
+        path = tmp_path / str(number)
+        path.mkdir()
+        tiny_colbert(path)
+        file = path / "config_sentence_transformers.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        prints.append(Encoder.load(path, device="cpu").fingerprint)
+    assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("backend", ["numpy", "qdrant-edge"])
+def test_index_compares_with_all(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny_colbert(model)
+    encoder = Encoder.load(model, device="cpu")
+    same = [Passage(f"z{number}", "same words", metadata={"n": number}) for number in (3, 1, 2)]
+    passages = [*(Passage(f"p{number}", text) for number, text in enumerate(TEXTS)), *same]
+    sides = [
+        encoder.encode(texts, kind, progress=False)
+        for texts, kind in ((["same words"], "query"), (passages, "passage"))
+    ]
+    query, passage = ((torch.from_numpy(side.colbert), torch.from_numpy(side.mask)) for side in sides)
+    wanted = dict(zip([item.id for item in passages], colbert_scores(*query, *passage)[0].tolist(), strict=True))
+    with LiveIndex.create(tmp_path / "index", encoder, backend=backend) as index:
+        index.add(passages)
+        hits = index.search("same words", k=20)
+        assert {hit.id for hit in hits} == set(wanted)  # most share no word with the query
+        assert [hit.score for hit in hits] == pytest.approx([wanted[hit.id] for hit in hits], abs=1e-5)
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        assert [hit.id for hit in hits if hit.id[0] == "z"] == ["z1", "z2", "z3"]
+        for k in range(1, 11):
+            assert [hit.id for hit in index.search("same words", k=k)] == [hit.id for hit in hits[:k]]
+        assert [hit.id for hit in index.search("same words", filter={"n": 2})] == ["z2"]
+        monkeypatch.setattr("ultrarag.retrieve.search.searcher.MOST_COMPARED", 5)
+        with pytest.raises(UsageError, match=r"11 passages.*at most 5.*'bm25': 1"):
+            index.search("same words")
+        assert index.search("same words", weights={"colbert": 1, "bm25": 1}, k=1)[0].id == "z1"
+
+
+def test_a_generation_goes_live_and_back(tmp_path: Path) -> None:
+    models = [tmp_path / name for name in ("one", "two")]
+    for seed, model in enumerate(models):
+        model.mkdir()
+        tiny_colbert(model, seed=seed)
+    with LiveIndex.create(tmp_path / "index", Encoder.load(models[0], device="cpu"), backend="numpy") as index:
+        index.add([Passage(str(number), text) for number, text in enumerate(TEXTS)])
+        before = [(hit.id, hit.score) for hit in index.search("seals sleep")]
+        index.swap(index.build(Encoder.load(models[1], device="cpu")))
+        assert [(hit.id, hit.score) for hit in index.search("seals sleep")] != before
+        index.rollback()
+        assert [(hit.id, hit.score) for hit in index.search("seals sleep")] == before
+        with pytest.raises(UsageError, match=r"learns by the stored dense vectors.*colbert"):
+            index.refresh(ROWS, output_dir=tmp_path / "out", gate=False, effort="query", **RUN)
