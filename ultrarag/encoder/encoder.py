@@ -104,7 +104,7 @@ class Encoder(TokenEncoder):
         else:
             encoder = cls._load(folder, adapter, device, precision, options, settings)
         if not options.training:
-            encoder._engine = engine_of(encoder, engine)
+            encoder._engine = engine_of(encoder, engine, lambda: encoder.fingerprint)
         return encoder
 
     @classmethod

@@ -50,6 +50,8 @@ def _sound(folder: Path) -> bool:
         if not read_seal(folder):
             return False
         verify_seal(folder)
+    except OSError:
+        return False
     except IndexStateError as error:
         logger.warning("a converted model is damaged and made anew: %s", error)
         return False
