@@ -98,7 +98,7 @@ class Measuring:
 
     def _refresh(self, effort: str, seed: int) -> dict[str, Any]:
         from ultrarag import Encoder
-        from ultrarag.errors import GateError
+        from ultrarag.errors import GateError, TrainingError
 
         output = self.place / f"{effort}-{seed}"
         settings = FULL if effort == "full" else CORPUS
@@ -122,7 +122,7 @@ class Measuring:
                 cache_path=str(self.place / "cache"),
                 **settings,
             )
-        except GateError as error:
+        except (GateError, TrainingError) as error:
             return {"effort": effort, "seed": seed, "refused": str(error), "cpu_seconds": processor_seconds() - before}
         seconds, spent = time.perf_counter() - started, processor_seconds() - before
         generation = self.live.generation(report.generation)
@@ -191,7 +191,7 @@ def render(report: dict[str, Any]) -> str:
         for effort in dict.fromkeys(row["effort"] for row in data["refreshes"]):
             rows = [row for row in data["refreshes"] if row["effort"] == effort]
             done = [row for row in rows if "test" in row]
-            refused = f"refused by the gate {len(rows) - len(done)} of {len(rows)}" if len(done) < len(rows) else ""
+            refused = f"refused {len(rows) - len(done)} of {len(rows)}" if len(done) < len(rows) else ""
             if not done:
                 cost = fmean(row["cpu_seconds"] for row in rows)
                 lines.append(f"| {effort} | {refused} | | | {cost:.0f} | |")

@@ -13,12 +13,14 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
 #: name -> the words of its command; {model} is the small real model, {demo} the demo's corpus
 SUITE = {
     "encode": ["encode.py", "--model", "{model}"],
+    "engines": ["engines.py", "--model", "{model}"],
     "finetune": ["finetune.py", "--data", "{demo}"],
     "unified_step": ["unified_step.py"],
     "gradcache": ["gradcache.py"],
@@ -55,6 +57,8 @@ def can_run(name: str, peer_python: str | None) -> bool:
     reason = ""
     if name == "unified_step" and not peer_python:
         reason = "its result is a comparison: give --peer-python"
+    elif name == "engines" and find_spec("openvino") is None:
+        reason = "openvino is not installed"
     elif name == "gpu":
         import torch
 

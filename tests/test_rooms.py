@@ -23,6 +23,7 @@ ORDER = [
     {"adapters"},
     {"plugin_checks", "plugins"},
     {"checkpoint"},
+    {"encoder/engines"},
     {"encoder"},
     {"rows"},
     {"rows/checks"},

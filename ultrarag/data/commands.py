@@ -23,6 +23,7 @@ from ultrarag.data.cli import (
     say_without_effect,
     weights,
 )
+from ultrarag.encoder.engines import add_engine_flag
 from ultrarag.errors import UsageError
 from ultrarag.io import print_result
 
@@ -79,6 +80,7 @@ def _encode_parser() -> argparse.ArgumentParser:
     add("--truncate_dim", type=int, metavar="N", help="keep the first N dimensions (Matryoshka models)")
     add("--devices", "--device", nargs="+", metavar="NAME", help="one process for each, such as cuda:0 cuda:1")
     add("--precision", choices=["fp32", "bf16", "fp16", "auto"], default="fp32", help="of the forward (default: fp32)")
+    add_engine_flag(parser)
     add("--passage_max_length", type=int, metavar="N", help="longest passage in tokens")
     add("--batch_tokens", type=int, metavar="N", help="padded tokens per forward")
     add("--overwrite", action="store_true", help="replace what another model, corpus or format made")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ultrarag.encoder.engines import Snapshot
 from ultrarag.packing import ORIGINAL
 
 _Item = TypeVar("_Item")
@@ -122,43 +123,16 @@ class Casts:
             self._twins.clear()
 
 
-class _Weight(NamedTuple):
-    """A parameter where a module holds it."""
-
-    holder: dict[str, Any]
-    name: str
-    parameter: Tensor
-    pointer: int
-    version: int
-
-
 class _Twin:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        modules = list(model.modules())
-        self._source = model
-        self._children = [(module._modules, dict(module._modules)) for module in modules]
-        self._weights = [
-            _Weight(module._parameters, name, held, held.data_ptr(), held._version)
-            for module in modules
-            for name, held in module._parameters.items()
-            if held is not None
-        ]
-        whole = not any(_runs_something_else(module) for module in modules)
+        self._made_of = Snapshot(model)
+        whole = not any(_runs_something_else(module) for module in model.modules())
         cast = set(_castable(model)) if whole else set()
         self.model = _copied(model, cast, dtype, {}) if cast else model
 
     def up_to_date(self, model: nn.Module) -> bool:
         """Whether it was made from this model, with the modules and weights that it has now."""
-        return (
-            model is self._source
-            and all(now == then for now, then in self._children)
-            and all(
-                weight.holder.get(weight.name) is weight.parameter
-                and weight.parameter.data_ptr() == weight.pointer
-                and weight.parameter._version == weight.version
-                for weight in self._weights
-            )
-        )
+        return self._made_of.up_to_date(model)
 
 
 def _runs_something_else(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from ultrarag.checkpoint import Identity, Training, fingerprint, local_folder, publish, read_manifest
 from ultrarag.encoder.adapted import base_of, joined, merge_matrices
 from ultrarag.encoder.choice import adapter_name
+from ultrarag.encoder.engine_of import engine_of
 from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.load import check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
@@ -61,6 +62,7 @@ class Encoder(TokenEncoder):
         heads: Sequence[str] | None = None,
         device: str | torch.device | None = None,
         precision: str = "fp32",
+        engine: str | None = None,
         options: LoadOptions | None = None,
         trust_remote_code: bool = False,
         **settings: Any,
@@ -73,6 +75,9 @@ class Encoder(TokenEncoder):
             heads: only these heads; default: all that have weights.
             precision: fp32, bf16, fp16, or auto (the fastest that the device is made for), used by `encode`; weights
                 stay in float32.
+            engine: what runs the model on a CPU in float32: torch, openvino (a package; docs/speed.md), or auto, the
+                faster of the two here; a model that it cannot run, or not alike, is run by torch, which is told once.
+                Default: the environment variable ULTRARAG_ENGINE, else torch. Training is always torch's.
             options: everything else that a loader may be told.
             trust_remote_code: run Python code that comes with the model, now and whenever this encoder is loaded again:
                 when it is saved, from an index's copy, by its builders and workers.
@@ -81,7 +86,7 @@ class Encoder(TokenEncoder):
 
         Raises:
             UsageError: unknown folder or setting; no adapter claims the folder, several do, or the one that is named
-                cannot be right.
+                cannot be right; an engine whose package is missing, or that is not for this device and precision.
             CheckpointError: files missing or damaged, or a head without weights.
         """
         options = options or LoadOptions()
@@ -96,8 +101,11 @@ class Encoder(TokenEncoder):
             with joined(folder, base) as place:
                 encoder = cls._load(place, known, device, precision, options, settings)
             merge_matrices(encoder.model, folder)
-            return encoder
-        return cls._load(folder, adapter, device, precision, options, settings)
+        else:
+            encoder = cls._load(folder, adapter, device, precision, options, settings)
+        if not options.training:
+            encoder._engine = engine_of(encoder, engine, lambda: encoder.fingerprint)
+        return encoder
 
     @classmethod
     def _load(
@@ -306,7 +314,8 @@ class Encoder(TokenEncoder):
         texts = [texts] if isinstance(texts, str | Passage) else list(texts)
         if not texts:
             return self.encode([""], kind, heads=heads, progress=False)[:0]
-        with progress_bar(len(texts), "encode", "text", progress) as bar:
+        shown = False if progress is None and len(texts) == 1 else progress  # a bar takes as long as a tenth of a query
+        with progress_bar(len(texts), "encode", "text", shown) as bar:
             windows = self.iter_encode(
                 texts,
                 kind,

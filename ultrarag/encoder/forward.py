@@ -11,6 +11,7 @@ from torch import nn
 
 from ultrarag.checkpoint import Manifest
 from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
+from ultrarag.encoder.engines import Engine
 from ultrarag.encoder.load import PRECISIONS, checked_precision
 from ultrarag.encoder.sides import Sides
 from ultrarag.encoder.tokens import (
@@ -56,11 +57,18 @@ class TokenEncoder:
         self.trust_remote_code = False
         #: the model's matrices in lower precision, until it is trained
         self.casts = Casts()
+        #: what runs its forward in float32
+        self._engine = Engine()
 
     @property
     def heads(self) -> tuple[str, ...]:
         """The heads that the model has."""
         return self.settings.heads
+
+    @property
+    def engine(self) -> str:
+        """What runs the model in float32: torch, or the runtime that its backbone is compiled for."""
+        return self._engine.name
 
     @property
     def tokenizer(self) -> Any:
@@ -137,7 +145,8 @@ class TokenEncoder:
             dtype: of the forward, if not float32.
             on_batch: told the number of texts after each forward.
         """
-        self.model.eval()
+        if any(module.training for module in self.model.modules()):
+            self.model.eval()
         workers = self._workers()
         batches = list(batches_by_tokens([len(row) for row in tokens.ids], budget, workers))
 
@@ -161,6 +170,8 @@ class TokenEncoder:
 
     def _workers(self) -> int:
         """Forwards to run at a time: one on a GPU, and where a plugin does not say that several may run."""
+        if self.engine != "torch":
+            return 1  # it divides a forward among its threads itself
         if self.device.type != "cpu" or not self.adapter.registry.threaded_encode(self.adapter.name):
             return 1
         return side_by_side()
@@ -170,7 +181,7 @@ class TokenEncoder:
         remember_host(cast(torch.Tensor, moved["attention_mask"]), features["attention_mask"])
         batch = cast(Features, {**moved, "heads": heads})
         if dtype is None:
-            return self.adapter.encode(self.model, batch)
+            return self.adapter.encode(self._engine.of(self.model), batch)
         with torch.autocast(self.device.type, dtype):
             return self.adapter.encode(self.casts.of(self.model, dtype), batch)
 

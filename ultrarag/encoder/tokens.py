@@ -119,9 +119,15 @@ def render(
 def tokenized_windows(
     items: Iterable[Item], tokenizer: Callable[[list[Item]], Tokens], window: int
 ) -> Iterator[Tokens]:
-    """Tokenize `window` items at a time, one window ahead, in a thread (tokenizers release the interpreter lock)."""
+    """Tokenize `window` items at a time, one window ahead, in a thread (tokenizers release the interpreter lock).
+
+    A query, and whatever else is one window, is waited for anyway: it needs no thread.
+    """
+    if isinstance(items, Sequence) and len(items) <= window:
+        yield from [tokenizer(list(items))] if items else []
+        return
     source = iter(items)
-    return in_background(tokenizer, iter(lambda: list(islice(source, window)), []))
+    yield from in_background(tokenizer, iter(lambda: list(islice(source, window)), []))
 
 
 def pad(

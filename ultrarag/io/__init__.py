@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         staged_directory,
         sync_directory,
         sync_tree,
+        user_cache,
         verify_seal,
         write_bytes,
         write_json,

@@ -59,6 +59,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def user_cache(name: str) -> Path:
+    """A folder of the user's cache, which may not be there: below XDG_CACHE_HOME, else ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ultrarag" / name
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and new files in `path` survive a power cut."""
     if os.name == "nt":  # a directory cannot be opened there

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from ultrarag.errors import DataError
-from ultrarag.io import sha256_of, sync_directory
+from ultrarag.io import sha256_of, sync_directory, user_cache
 from ultrarag.rows.files import DataFile
 from ultrarag.rows.reader import Dataset, RowReader
 from ultrarag.types import Example
@@ -62,9 +62,8 @@ def cached_rows(files: Sequence[DataFile], reader: RowReader, cache_path: str | 
 
 
 def default_cache() -> Path:
-    """The user's cache directory: XDG_CACHE_HOME, else ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ultrarag" / "data"
+    """Where checked rows are kept."""
+    return user_cache("data")
 
 
 def _content(file: DataFile) -> str:

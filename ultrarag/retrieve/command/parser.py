@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+from ultrarag.encoder.engines import add_engine_flag
 from ultrarag.errors import UsageError
 from ultrarag.io import run_command
 
@@ -241,6 +242,7 @@ def _trust(parser: argparse.ArgumentParser) -> None:
 
 def _device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where the encoder runs, such as cuda; default: the best there is")
+    add_engine_flag(parser)
 
 
 def _names(text: str) -> list[str]:

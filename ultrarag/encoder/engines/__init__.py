@@ -1,0 +1,18 @@
+"""Engines of an encoder: what computes its forward, torch itself or a runtime that the backbone is compiled for.
+
+A model and a few of its batches come in; a model of the same adapter, whose backbone runs elsewhere, comes out. The
+heads stay what the adapter says, so every head of every adapter is the adapter's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+
+if TYPE_CHECKING:
+    from ultrarag.encoder.engines.choice import Choice, Engine
+    from ultrarag.encoder.engines.setting import add_engine_flag, asked_engine
+    from ultrarag.encoder.engines.snapshot import Snapshot
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,0 +1,82 @@
+"""Files of engines: converted models and results of races, in the user's cache, by content.
+
+A converted model is found by the fingerprint of the encoder, not beside a checkpoint: an index's own copy, a build's
+and the original share one file, and a checkpoint that cannot be written to has one too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ultrarag.errors import IndexStateError
+from ultrarag.io import publish_directory, read_seal, seal, staged_directory, user_cache, verify_seal, write_json
+
+logger = logging.getLogger("ultrarag")
+
+_MODEL = "model.xml"
+
+
+def kept(
+    key: Sequence[str], convert: Callable[[], Any], save: Callable[[Any, str], None], read: Callable[[str], Any]
+) -> Any:
+    """The model converted before for this key, if its files are sound; else converted now, and kept.
+
+    Where the cache cannot be written to it is converted in every process, which is said.
+    """
+    folder = _folder("models") / _name(key)
+    if _sound(folder):
+        return read(str(folder / _MODEL))
+    model = convert()
+    try:
+        with staged_directory(folder) as stage:
+            save(model, str(stage / _MODEL))
+            seal(stage)
+            publish_directory(stage, folder)
+    except OSError as error:
+        logger.warning("the converted model is not kept, and converted anew by every process: %s", error)
+        return model
+    return read(str(folder / _MODEL))
+
+
+def _sound(folder: Path) -> bool:
+    """Whether the files are there as they were written; damaged ones are told of, and replaced."""
+    try:
+        if not read_seal(folder):
+            return False
+        verify_seal(folder)
+    except OSError:
+        return False
+    except IndexStateError as error:
+        logger.warning("a converted model is damaged and made anew: %s", error)
+        return False
+    return True
+
+
+def read_race(key: Sequence[str]) -> dict[str, float] | None:
+    """The seconds of each engine in the race that was run for this key."""
+    with suppress(OSError, ValueError):
+        found = json.loads((_folder("races") / f"{_name(key)}.json").read_text(encoding="utf-8"))
+        return {str(name): float(seconds) for name, seconds in found.items()}
+    return None
+
+
+def write_race(key: Sequence[str], seconds: dict[str, float]) -> None:
+    """Remember a race; where the cache cannot be written to it is run again."""
+    folder = _folder("races")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{_name(key)}.json", seconds)
+
+
+def _folder(name: str) -> Path:
+    return user_cache("engines") / name
+
+
+def _name(key: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(key).encode()).hexdigest()[:32]
