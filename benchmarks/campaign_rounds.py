@@ -22,6 +22,7 @@ from campaign_checks import check_creation, check_index, children, left_over
 from faults import IDS, MODEL, WORDS, Journal, building_here, fork, row, run_or_raise, write_on
 
 from ultrarag import Encoder
+from ultrarag.io import lasting_interrupts
 from ultrarag.maps import LinearMap
 from ultrarag.retrieve import LiveIndex
 from ultrarag.retrieve.command import main as command
@@ -189,7 +190,7 @@ def _act(ground: Ground, op: str, words: list[str], journal: Journal, seed: floa
     _redirect(ground.folder)
     faulthandler.register(signal.SIGUSR1)
     try:
-        with nullcontext() if op == "builder" else building_here():
+        with lasting_interrupts(), nullcontext() if op == "builder" else building_here():
             if words:
                 return command(words)
             with LiveIndex.open(ground.kb, device="cpu") as live:

@@ -9,6 +9,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -174,3 +176,29 @@ def test_closed_descriptors_are_not_given_to_files() -> None:
     shell = f'exec "{sys.executable}" -c "{code}" <&- 2>&-'
     done = subprocess.run(["sh", "-c", shell], stdout=subprocess.PIPE, text=True, check=False)
     assert done.stdout == "x/dev/null True\n"
+
+
+@pytest.mark.parametrize("dropped", ["__del__", "weakref"])
+def test_ctrl_c_within_a_destructor_still_stops_the_command(dropped: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python drops it there; a campaign of kills met it in the destructors of two libraries."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    class Item:
+        pass
+
+    def work() -> int:
+        item = Item()
+        if dropped == "__del__":
+            Item.__del__ = interrupt  # type: ignore[attr-defined]
+        else:
+            reference = weakref.ref(item, interrupt)
+        del item
+        time.sleep(20)
+        return 0 if dropped == "__del__" else id(reference)
+
+    begun = time.monotonic()
+    assert run_command(work, "nothing is lost") == 130
+    assert time.monotonic() - begun < 10
+    assert capsys.readouterr().err == "interrupted: nothing is lost\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
@@ -32,7 +34,7 @@ def run_command(run: Callable[[], int | None], interrupted: str = "", who: str =
         who: the process among others that the line on stderr is from.
     """
     try:
-        with _guarded_output():
+        with _guarded_output(), lasting_interrupts():
             return int(run() or 0)
     except UsageError as error:
         return _failed(2, error, who)
@@ -46,6 +48,31 @@ def run_command(run: Callable[[], int | None], interrupted: str = "", who: str =
         return _failed(1, _condition(error), who)
     except KeyboardInterrupt as stop:
         return _failed(130, str(stop) or interrupted, who, "interrupted")
+
+
+@contextmanager
+def lasting_interrupts() -> Iterator[None]:
+    """Have a Ctrl-C arrive that Python drops because it came while an object was being deleted.
+
+    No exception leaves `__del__` or the callback of a weak reference, KeyboardInterrupt neither: without this the work
+    would go on as if nobody had asked it to stop.
+    """
+    before = sys.unraisablehook
+
+    def again(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        main = threading.main_thread().ident
+        later = threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT))  # from here it would be dropped again
+        later.daemon = True
+        later.start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def print_result(found: Any, as_json: bool, text: Callable[[Any], object] = str) -> None:

@@ -118,7 +118,8 @@ def _fit_precision(values: dict[str, Any], notes: list[str]) -> None:
     if not accelerated:
         _stay_on_cpu(values, asked, made_for_bf16, notes)
     # `accelerate launch --mixed_precision` chooses one too, by its environment variable
-    chosen = any(values.get(name) is not None for name in ("bf16", "fp16")) or "ACCELERATE_MIXED_PRECISION" in os.environ
+    given = any(values.get(name) is not None for name in ("bf16", "fp16"))
+    chosen = given or "ACCELERATE_MIXED_PRECISION" in os.environ
     if not chosen and not values.get("deepspeed") and made_for_bf16:
         values["bf16"] = True
         which = "GPU" if accelerated else "CPU"
