@@ -32,6 +32,7 @@ from ultrarag.retrieve.refresh.judging import Questions
 if TYPE_CHECKING:
     from ultrarag.encode import CorpusVectors
     from ultrarag.encoder import Encoder
+    from ultrarag.maps import LinearMap
 
 logger = logging.getLogger("ultrarag")
 
@@ -164,9 +165,12 @@ class Judge:
 
     def measure(self, encoder: Encoder) -> Evaluation:
         """Measure an encoder whose passage vectors are the corpus', maybe with further linear maps."""
-        maps = [item for item in encoder.passage_maps[self._known :] if item.head == "dense"]
-        best = self._search(self._queries(encoder, self._ids), maps, self._depth)
+        best = self._search(self._queries(encoder, self._ids), self.maps(encoder), self._depth)
         return self._evaluation(self._ids, best)
+
+    def maps(self, encoder: Encoder) -> list[LinearMap]:
+        """The maps that an encoder has behind its passages' vectors, and the parent has not."""
+        return [item for item in encoder.passage_maps[self._known :] if item.head == "dense"]
 
     def promised(self, encoder: Encoder, passages: Texts) -> tuple[Evaluation, int]:
         """Measure an encoder with another passage side: the old vectors give candidates, which it encodes.
@@ -341,6 +345,8 @@ def _pilot(work: Climber, step: Step, name: str, folder: Path, judge: Judge) -> 
     pilot = folder / f"{name}-pilot"
     work.train(name, pilot, PILOT_STEPS)
     encoder = work.load(pilot)
+    if "passage_map" in RUNGS[name] and not judge.maps(encoder):
+        raise TrainingError("its map gains nothing on held-out documents, so that it is the rung below again")
     if name == FULL:
         found, encoded = judge.promised(encoder, work.texts)
         step.encoded += encoded
