@@ -260,14 +260,3 @@ def test_what_cannot_be_followed_is_refused(saved, tmp_path):
         load(saved["plain"], options=LoadOptions(normalize=False))
     with pytest.raises(CheckpointError, match="has no head 'sparse': this model is dense"):
         load(saved["plain"], heads=["sparse"])
-
-
-def test_routers_are_refused(tmp_path):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
-
-    body = Transformer(tiny_bert(tmp_path / "body"))
-    router = Router.for_query_document([body, Pooling(32, "mean")], [body, Pooling(32, "cls")])
-    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path / "out"), create_model_card=False)
-    with pytest.raises(UsageError, match=r"ways of its own for queries and for documents .*Router\)"):
-        load(str(tmp_path / "out"))

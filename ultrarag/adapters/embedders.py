@@ -272,11 +272,11 @@ class SentenceTransformersAdapter(EmbedderAdapter):
     heads = ("dense", "sparse")
 
     def claims(self, folder: ModelFolder) -> Answer:
-        """Sparse encoders, and whatever modules no other adapter runs."""
+        """Sparse encoders, Routers, and whatever modules no other adapter runs."""
         family = folder.family
-        if family.name not in ("dense", "sparse") or not folder.modules:
+        if family.name not in ("dense", "sparse", "router") or not folder.modules:
             return Refusal(str(family))
-        return Claim(family.evidence, "kind" if family.name == "sparse" else "could")
+        return Claim(family.evidence, "could" if family.name == "dense" else "kind")
 
     @hookimpl
     def load(self, path: str, options: LoadOptions) -> nn.Module:

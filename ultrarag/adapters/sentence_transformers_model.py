@@ -22,8 +22,10 @@ from ultrarag.types import Embeddings, EncoderSettings, Sparse
 if TYPE_CHECKING:
     from ultrarag.hookspecs import Features, LoadOptions
 
-#: Modules that send queries and passages different ways; `encode` is not told which it has.
-_ROUTERS = ("Router", "Asym")
+#: What a Router calls our kinds; a text of a symmetric task takes its default route.
+_TASKS = {"query": "query", "passage": "document", "text": None}
+#: The module of a route that reads its texts without special tokens, by a weight for each token.
+_STATIC = "SparseStaticEmbedding"
 #: A tokenizer without a real limit says some 1e30.
 _NO_LIMIT = 1 << 30
 
@@ -38,14 +40,16 @@ class SentenceTransformersModel(nn.Module):
         self.modules_after = nn.ModuleList(rest)
         self.settings = settings
         self.tokenizer = library_model.tokenizer
+        #: special tokens that stand before and behind a text
+        self.around = special_tokens(self.tokenizer)
         # in a tuple, so that its parameters, which are the ones above, are not registered a second time
         self._library = (library_model,)
-        self._unused = _take_pooler(first)
+        self._unused = [pair for module in modules_of(library_model) for pair in _take_pooler(module)]
 
     @property
     def config(self) -> Any:
-        """The backbone's transformers configuration."""
-        return self.backbone.config
+        """The transformers configuration of the passages' backbone."""
+        return transformers_of(self.library_model)[-1].auto_model.config
 
     @property
     def library_model(self) -> Any:
@@ -57,11 +61,18 @@ class SentenceTransformersModel(nn.Module):
         features = padded_right(features)
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in features]
         state: dict[str, Any] = {name: features[name] for name in names}
-        for module in (self.backbone, *self.modules_after):
+        kind = features.get("kind", "passage")
+        for module in modules_of(self.library_model):
             if type(module).__name__ == "SpladePooling":
                 # Its evaluation mode, which computes the same, overwrites what a backward would need.
                 module.training = torch.is_grad_enabled()
-            state = module(state)
+        for module in (self.backbone, *self.modules_after):
+            if not is_router(module):
+                state = module(state)
+                continue
+            if reads_plainly(module, kind):
+                state["attention_mask"] = self._without_special_tokens(state["attention_mask"])
+            state = module(state, task=_TASKS[kind])
         vector = state["sentence_embedding"]
         if self.settings.heads == ("sparse",):
             return Embeddings(sparse=nonzero(vector))
@@ -70,9 +81,16 @@ class SentenceTransformersModel(nn.Module):
         vector = first_dimensions(vector, self.settings.truncate_dim)
         return Embeddings(dense=F.normalize(vector, dim=-1) if self.settings.normalize else vector)
 
+    def _without_special_tokens(self, mask: Tensor) -> Tensor:
+        """An attention mask, (batch, tokens), that hides them; the texts' tokens stand on the left."""
+        before, behind = self.around
+        place = mask.cumsum(1)
+        return mask * (place > before) * (place <= mask.sum(1, keepdim=True) - behind)
+
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in backward (--gradient_checkpointing)."""
-        self.backbone.auto_model.activation_checkpointing_enable(**options)
+        for module in transformers_of(self.library_model):
+            module.auto_model.activation_checkpointing_enable(**options)
 
     @contextmanager
     def complete(self) -> Iterator[Any]:
@@ -84,6 +102,49 @@ class SentenceTransformersModel(nn.Module):
         finally:
             for owner, _ in self._unused:
                 owner.pooler = None
+
+
+def is_router(module: Any) -> bool:
+    """Whether a module sends queries and passages different ways."""
+    return hasattr(module, "sub_modules") and hasattr(module, "default_route")
+
+
+def route_of(router: Any, kind: str) -> str:
+    """The route of texts of a kind."""
+    task = _TASKS[kind]
+    return str(router.default_route if task is None else router.route_mappings.get((task, None), task))
+
+
+def reads_plainly(router: Any, kind: str) -> bool:
+    """Whether the route of a kind reads texts without special tokens."""
+    return type(router.sub_modules[route_of(router, kind)][0]).__name__ == _STATIC
+
+
+def modules_of(library_model: Any) -> list[Any]:
+    """The modules in order, those of a Router's routes in its place: queries' first, passages' last."""
+    found: list[Any] = []
+    for module in library_model:
+        if not is_router(module):
+            found.append(module)
+            continue
+        last = route_of(module, "passage")
+        for name in sorted(module.sub_modules, key=lambda name: name == last):
+            found.extend(module.sub_modules[name])
+    return found
+
+
+def transformers_of(library_model: Any) -> list[Any]:
+    """The modules that run a transformers model, the passages' last."""
+    return [module for module in modules_of(library_model) if getattr(module, "auto_model", None) is not None]
+
+
+def special_tokens(tokenizer: Any) -> tuple[int, int]:
+    """How many special tokens stand before and behind a text."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    starts = range(len(whole) - len(plain) + 1)
+    before = next((start for start in starts if whole[start : start + len(plain)] == plain), 0)
+    return before, len(whole) - len(plain) - before
 
 
 def nonzero(vector: Tensor) -> Sparse:
@@ -168,26 +229,47 @@ def _library_class(folder: Path) -> Any:
 def _check_modules(library_model: Any, folder: Path) -> None:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    for module in library_model:
-        name = type(module).__name__
-        if name in _ROUTERS:
-            raise CheckpointError(
-                f"{folder}: module '{name}' runs queries and passages through different modules, which this adapter "
-                "cannot: a hook is not told which it has"
-            )
+    for router in filter(is_router, library_model):
+        _check_router(router, folder)
+    for module in modules_of(library_model):
         if "cls" in (getattr(module, "pooling_mode", None) or ()):
-            refuse_first_token(library_model[0].auto_model, folder)
+            for owner in transformers_of(library_model):
+                refuse_first_token(owner.auto_model, folder)
         if getattr(module, "include_prompt", True) is False:
             raise CheckpointError(
                 f"{folder}: pooling that leaves the prompt out (include_prompt false) is not supported"
             )
-    first = library_model[0]
-    if not isinstance(getattr(first, "auto_model", None), PreTrainedModel):
-        raise CheckpointError(f"{folder}: the first module is '{type(first).__name__}', not a transformers model")
+    for module in _first_modules(library_model):
+        if not isinstance(getattr(module, "auto_model", None), PreTrainedModel) and type(module).__name__ != _STATIC:
+            raise CheckpointError(f"{folder}: the first module is '{type(module).__name__}', not a transformers model")
+    if not transformers_of(library_model):
+        raise CheckpointError(f"{folder}: none of its modules is a transformers model")
     if not isinstance(library_model.tokenizer, PreTrainedTokenizerBase):
         raise CheckpointError(
             f"{folder}: its tokenizer is a {type(library_model.tokenizer).__name__}, not transformers'"
         )
+
+
+def _first_modules(library_model: Any) -> list[Any]:
+    """What reads texts: the first module, or that of each route."""
+    first = library_model[0]
+    return [route[0] for route in first.sub_modules.values()] if is_router(first) else [first]
+
+
+def _check_router(router: Any, folder: Path) -> None:
+    missing = [route for kind in ("query", "passage") if (route := route_of(router, kind)) not in router.sub_modules]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: its Router has the routes {', '.join(router.sub_modules)}, and none called '{missing[0]}': "
+            "queries and passages take the routes 'query' and 'document'"
+        )
+    if any(modality is not None for _, modality in router.route_mappings):
+        raise CheckpointError(f"{folder}: its Router goes by modality, and only texts are read here")
+    if any(is_router(module) for route in router.sub_modules.values() for module in route):
+        raise CheckpointError(f"{folder}: a Router within a Router is not supported")
+    tokenizers = [found for route in router.sub_modules.values() if (found := getattr(route[0], "tokenizer", None))]
+    if any(found.get_vocab() != tokenizers[0].get_vocab() for found in tokenizers[1:]):
+        raise CheckpointError(f"{folder}: the routes of its Router have different tokenizers, which is not supported")
 
 
 def _normalized(library_model: Any, sparse: bool, options: LoadOptions, folder: Path) -> bool:
@@ -198,7 +280,9 @@ def _normalized(library_model: Any, sparse: bool, options: LoadOptions, folder: 
         )
     if sparse:
         return False
-    present = any(type(module).__name__ == "Normalize" for module in library_model)
+    ends = [list(route) for module in library_model if is_router(module) for route in module.sub_modules.values()]
+    ends = [[*end, *list(library_model)] for end in ends or [[]]]  # what each text goes through
+    present = all(any(type(module).__name__ == "Normalize" for module in end) for end in ends)
     if present and options.normalize is False:
         raise UsageError(f"normalize_embeddings False contradicts the module Normalize of {folder}")
     if options.normalize and not present:
@@ -209,15 +293,25 @@ def _normalized(library_model: Any, sparse: bool, options: LoadOptions, folder: 
 
 
 def _settings(library_model: Any, head: str, normalize: bool, folder: Path) -> EncoderSettings:
-    length = library_model.max_seq_length
-    length = int(length) if length and length < _NO_LIMIT else None
     return EncoderSettings(
         heads=(head,),
         normalize=normalize,
-        query_max_length=length,
-        passage_max_length=length,
+        query_max_length=_max_length(library_model, "query"),
+        passage_max_length=_max_length(library_model, "passage"),
         **read_model_config(folder).settings(),
     )
+
+
+def _max_length(library_model: Any, kind: str) -> int | None:
+    """The longest text of a kind in tokens, special ones included."""
+    reader, plain = library_model[0], False
+    if is_router(reader):
+        plain = reads_plainly(reader, kind)
+        reader = reader.sub_modules[route_of(reader, kind)][0]
+    length = reader.max_seq_length
+    if not length or length >= _NO_LIMIT:
+        return None
+    return int(length) + (sum(special_tokens(library_model.tokenizer)) if plain else 0)
 
 
 def _check_heads(settings: EncoderSettings, options: LoadOptions, folder: Path) -> None:

@@ -73,13 +73,17 @@ def joined(folder: Path, base: Path) -> Iterator[Path]:
 
 
 def adapted_part(model: nn.Module) -> nn.Module:
-    """The part of a model that has the adapters: transformers' model in its backbone, or all of it without one."""
+    """The part of a model that has the adapters: transformers' model in its backbone, the whole backbone where it has
+    several (a Router with one for each side), or all of the model without a backbone.
+    """
     from transformers import PreTrainedModel
 
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         return model
-    return next((module for module in backbone.modules() if isinstance(module, PreTrainedModel)), backbone)
+    found = [module for module in backbone.modules() if isinstance(module, PreTrainedModel)]
+    inner = set(found[0].modules()) if found else set()
+    return found[0] if found and inner.issuperset(found) else backbone
 
 
 def merge_matrices(model: nn.Module, folder: Path) -> None:

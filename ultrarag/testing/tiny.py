@@ -6,6 +6,7 @@ Each function fills a folder as `save_pretrained` would, for a test that wants a
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,43 @@ def tiny_splade(folder: Path, seed: int = 0) -> None:
     values["config_sentence_transformers.json"] = {"model_type": "SparseEncoder"}
     for name, value in values.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def tiny_router(folder: Path, kind: str = "inference-free", seed: int = 0) -> None:
+    """Ways of their own for queries and documents, as sentence-transformers writes them.
+
+    Args:
+        kind: "inference-free" (queries by a weight for each token, documents by a SPLADE), "dense" (two BERTs), or
+            "heads" (one BERT, and a projection for each side).
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer, SparseEncoder
+    from sentence_transformers.base.modules import Dense, Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
+
+    def reader(name: str, number: int, masked: bool = False) -> Transformer:
+        (tiny_masked_lm if masked else tiny_bert)(folder / name, seed=seed + number)
+        more = {"transformer_task": "fill-mask"} if masked else {}
+        return Transformer(str(folder / name), max_seq_length=MAX_LENGTH, **more)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "inference-free":
+            body = reader("body", 0, masked=True)
+            table = SparseStaticEmbedding(body.tokenizer, torch.rand(len(body.tokenizer)) + 0.1)
+            modules = [Router.for_query_document([table], [body, SpladePooling()])]
+        elif kind == "dense":
+            routes = [[reader(name, number), Pooling(32, "mean")] for number, name in enumerate(("body", "other"))]
+            modules = [Router.for_query_document(*routes), Normalize()]
+        else:
+            heads = [[Dense(32, 16, bias=False)], [Dense(32, 16, bias=False)]]
+            modules = [reader("body", 0), Pooling(32, "mean"), Router.for_query_document(*heads), Normalize()]
+    library = SparseEncoder if kind == "inference-free" else SentenceTransformer
+    written = library(modules=modules, device="cpu")
+    for name in ("body", "other"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    written.save_pretrained(str(folder), create_model_card=False)
 
 
 def tiny_static(folder: Path, model2vec: bool = False, seed: int = 0) -> None:
