@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ultrarag import Encoder
 from ultrarag.encoder import find_adapter
@@ -24,7 +27,8 @@ from ultrarag.errors import UsageError
 from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
 from ultrarag.testing.layouts import LAYOUTS, Layout, write_layout
-from ultrarag.testing.tiny import TEXTS
+from ultrarag.testing.tiny import TEXTS, tiny_cross_encoder, tiny_router, tiny_splade, tiny_static
+from ultrarag.testing.tiny_causal import tiny_causal_reranker
 from ultrarag.testing.tiny_colbert import COLBERT_LAYOUTS, tiny_colbert
 from ultrarag.types import Embeddings, Passage
 
@@ -54,15 +58,17 @@ class Outcome:
 
     loaded: float
     tuned: float
-    lora: float
-    #: each query's passage is scored in an index as by the vectors
-    index: float
+    #: None: refused by name, for there is no linear layer
+    lora: float | None
+    #: each query's passage is scored in an index as by the vectors; None: a reranker has none
+    index: float | None
     #: the adapter that was chosen where none was named is the one that the layout says
     chosen: bool = True
 
     @property
     def sound(self) -> bool:
-        return self.chosen and all(value <= TOLERANCE for value in (self.loaded, self.tuned, self.lora, self.index))
+        found = (self.loaded, self.tuned, self.lora, self.index)
+        return self.chosen and all(value <= TOLERANCE for value in found if value is not None)
 
 
 def run(layout: Layout, folder: Path) -> Outcome:
@@ -85,23 +91,110 @@ def run(layout: Layout, folder: Path) -> Outcome:
     )
 
 
-#: Late-interaction models by their layout, with a published model of each.
-LATE = {f"late interaction, {layout}": layout for layout in COLBERT_LAYOUTS}
-LATE_EXAMPLES = {"pylate": "lightonai/GTE-ModernColBERT-v1", "stanford": "colbert-ir/colbertv2.0"}
+@dataclass(frozen=True)
+class Other:
+    """A family whose models are no dense encoder of one backbone."""
+
+    #: writes a tiny copy into a folder
+    write: Callable[[Path], object]
+    head: str
+    adapter: str
+    #: a published model
+    example: str = ""
+    #: whether a model of it has linear layers, which LoRA adapts
+    lora: bool = True
 
 
-def run_late(layout: str, folder: Path) -> Outcome:
-    """The same for a late-interaction model, against MultiVectorEncoder."""
+OTHERS = {
+    "cross-encoder": Other(tiny_cross_encoder, "score", "bge-reranker", "BAAI/bge-reranker-v2-m3"),
+    "Qwen3-Reranker": Other(
+        partial(tiny_causal_reranker, layout="qwen3"), "score", "causal-reranker", "Qwen/Qwen3-Reranker-0.6B"
+    ),
+    "Qwen3-Reranker, classifier": Other(
+        partial(tiny_causal_reranker, layout="qwen3-classifier"), "score", "causal-reranker"
+    ),
+    "mxbai-rerank-v2": Other(
+        partial(tiny_causal_reranker, layout="mxbai"), "score", "causal-reranker", "mixedbread-ai/mxbai-rerank-base-v2"
+    ),
+    "zerank": Other(partial(tiny_causal_reranker, layout="zerank"), "score", "causal-reranker", "zeroentropy/zerank-1"),
+    "SPLADE": Other(tiny_splade, "sparse", "sentence-transformers", "naver/splade-v3"),
+    "inference-free sparse (Router)": Other(
+        tiny_router,
+        "sparse",
+        "sentence-transformers",
+        "opensearch-project/opensearch-neural-sparse-encoding-doc-v3-distill",
+    ),
+    "Router, two models": Other(partial(tiny_router, kind="dense"), "dense", "sentence-transformers"),
+    "Router, a projection for each side": Other(partial(tiny_router, kind="heads"), "dense", "sentence-transformers"),
+    "static": Other(tiny_static, "dense", "static", "sentence-transformers/static-retrieval-mrl-en-v1", lora=False),
+    **{
+        f"late interaction, {layout}": Other(partial(tiny_colbert, layout=layout), "colbert", "colbert", example)
+        for layout, example in zip(
+            COLBERT_LAYOUTS, ("lightonai/GTE-ModernColBERT-v1", "colbert-ir/colbertv2.0", ""), strict=True
+        )
+    },
+}
+
+
+def run_other(family: Other, folder: Path) -> Outcome:
+    """The same for a family whose tiny copy is written in another way."""
     model = folder / "model"
     model.mkdir()
-    tiny_colbert(model, layout)
+    family.write(model)
     paths = [model]
     for name, more in {"tuned": {}, "lora": {"use_lora": True, "lora_rank": 4}}.items():
-        paths.append(Path(finetune(str(model), ROWS, folder / name, **RUN, **more).checkpoint))
+        if name == "tuned" or family.lora:
+            paths.append(Path(finetune(str(model), ROWS, folder / name, **RUN, **more).checkpoint))
     encoders = [Encoder.load(path, device="cpu") for path in paths]
-    found = [_late_difference(encoder, path) for encoder, path in zip(encoders, paths, strict=True)]
-    index = _indexed(encoders[1], folder / "index", "colbert")
-    return Outcome(*found, index=index, chosen=_chosen(model) == "colbert")
+    compare = {
+        "dense": _dense_difference,
+        "sparse": _sparse_difference,
+        "colbert": _late_difference,
+        "score": _score_difference,
+    }
+    compare = compare[family.head]
+    found = [compare(encoder, path) for encoder, path in zip(encoders, paths, strict=True)]
+    loaded, tuned, lora = found if family.lora else [*found, None]
+    index = None if family.head == "score" else _indexed(encoders[1], folder / "index", family.head)
+    return Outcome(loaded, tuned, lora, index=index, chosen=_chosen(model) == family.adapter)
+
+
+def _dense_difference(encoder: Encoder, folder: Path) -> float:
+    """The largest difference of a component, of queries and documents."""
+    from sentence_transformers import SentenceTransformer
+
+    library = SentenceTransformer(str(folder), device="cpu")
+    pairs = [
+        (encoder.encode(TEXTS, kind).dense, encode(list(TEXTS), normalize_embeddings=bool(encoder.settings.normalize)))
+        for kind, encode in (("query", library.encode_query), ("passage", library.encode_document))
+    ]
+    return max(float(np.abs(ours - theirs).max()) / max(1.0, float(np.abs(theirs).max())) for ours, theirs in pairs)
+
+
+def _score_difference(encoder: Encoder, folder: Path) -> float:
+    """The largest difference of a pair's score, before sentence-transformers' activation."""
+    from sentence_transformers import CrossEncoder
+
+    pairs = list(zip(QUERIES, PASSAGES, strict=False))
+    library = CrossEncoder(str(folder), device="cpu")
+    theirs = library.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
+    return float(np.abs(encoder.score(pairs) - np.asarray(theirs, np.float32).reshape(-1)).max())
+
+
+def _sparse_difference(encoder: Encoder, folder: Path) -> float:
+    """The largest difference of a weight of any token."""
+    from sentence_transformers import SparseEncoder
+
+    library = SparseEncoder(str(folder), device="cpu")
+    found = []
+    for kind, encode in (("query", library.encode_query), ("passage", library.encode_document)):
+        theirs = encode(list(TEXTS), convert_to_tensor=True).to_dense().numpy()
+        ours = np.zeros(theirs.shape, np.float32)
+        sparse = encoder.encode(TEXTS, kind).sparse
+        for row, ids, weights in zip(ours, sparse.ids, sparse.weights, strict=True):
+            row[ids[ids >= 0]] = weights[ids >= 0]
+        found.append(float(np.abs(ours - theirs).max()))
+    return max(found)
 
 
 def _late_difference(encoder: Encoder, folder: Path) -> float:
@@ -145,7 +238,7 @@ def _difference(encoder: Encoder, folder: Path, layout: Layout) -> float:
 
 def _indexed(encoder: Encoder, folder: Path, head: str = "dense") -> float:
     sides = encoder.encode(QUERIES, "query"), encoder.encode(PASSAGES)
-    wanted = encoder.similarity(*sides) if head == "dense" else _maxsim(*sides)
+    wanted = _maxsim(*sides) if head == "colbert" else encoder.similarity(*sides, weights={head: 1.0})
     with LiveIndex.create(folder, encoder) as index:
         index.add([Passage(str(number), text) for number, text in enumerate(PASSAGES)])
         off = [
@@ -175,8 +268,9 @@ def table(outcomes: dict[str, Outcome]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, outcome in outcomes.items():
-        layout = LAYOUTS.get(name) or Layout("", adapter="colbert", example=LATE_EXAMPLES.get(LATE[name], ""))
-        stages = [_word(value) for value in (outcome.loaded, outcome.tuned, outcome.lora, outcome.index)]
+        if (layout := LAYOUTS.get(name)) is None:
+            layout = Layout("", adapter=OTHERS[name].adapter, example=OTHERS[name].example)
+        stages = [_word(outcome.loaded), _word(outcome.tuned), _word(outcome.lora, "refused"), _word(outcome.index)]
         example = f"`{layout.example}`" if layout.example else ""
         other = f"`{layout.chosen}`, which is equal too" if layout.chosen else "no: it has to be named"
         chosen = ("yes" if layout.chosen is None else other) if outcome.chosen else "another"
@@ -184,7 +278,9 @@ def table(outcomes: dict[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _word(difference: float) -> str:
+def _word(difference: float | None, without: str = "-") -> str:
+    if difference is None:
+        return without
     return "equal" if difference <= TOLERANCE else f"off by {difference:.1g}"
 
 
@@ -192,7 +288,7 @@ def main() -> int:
     """Run the families, write or print the table; 1 where one differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all, and the page is written")
-    known = [*LAYOUTS, *LATE]
+    known = [*LAYOUTS, *OTHERS]
     chosen = parser.parse_args().families or known
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"no family '{unknown[0]}': it is one of {', '.join(known)}")
@@ -200,7 +296,7 @@ def main() -> int:
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
-            outcomes[name] = run_late(LATE[name], path) if name in LATE else run(LAYOUTS[name], path)
+            outcomes[name] = run_other(OTHERS[name], path) if name in OTHERS else run(LAYOUTS[name], path)
         print(name, outcomes[name], file=sys.stderr)
     if chosen == known:
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)

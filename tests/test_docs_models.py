@@ -23,8 +23,17 @@ def models(monkeypatch):
 
 def test_the_table_has_every_layout_and_all_are_equal(models):
     table = models.PAGE.read_text(encoding="utf-8").split(models.BEGIN)[1].split(models.END)[0]
-    equal = models.Outcome(0.0, 0.0, 0.0, 0.0)
-    assert table.strip() == models.table(dict.fromkeys([*LAYOUTS, *models.LATE], equal))
+    others = {
+        name: models.Outcome(0.0, 0.0, 0.0 if other.lora else None, None if other.head == "score" else 0.0)
+        for name, other in models.OTHERS.items()
+    }
+    assert table.strip() == models.table({**dict.fromkeys(LAYOUTS, models.Outcome(0.0, 0.0, 0.0, 0.0)), **others})
+
+
+@pytest.mark.parametrize("name", ["inference-free sparse (Router)", "static", "cross-encoder"])
+def test_other_families_go_through_everything_too(models, tmp_path, name):
+    outcome = models.run_other(models.OTHERS[name], tmp_path)
+    assert outcome.sound, outcome
 
 
 def test_a_family_goes_through_everything(models, tmp_path):

@@ -158,17 +158,21 @@ def tiny_router(folder: Path, kind: str = "inference-free", seed: int = 0) -> No
         more = {"transformer_task": "fill-mask"} if masked else {}
         return Transformer(str(folder / name), max_seq_length=MAX_LENGTH, **more)
 
+    modules: list[Any]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "inference-free":
             body = reader("body", 0, masked=True)
-            table = SparseStaticEmbedding(body.tokenizer, torch.rand(len(body.tokenizer)) + 0.1)
+            tokenizer: Any = body.tokenizer
+            table = SparseStaticEmbedding(tokenizer, torch.rand(len(tokenizer)) + 0.1)
             modules = [Router.for_query_document([table], [body, SpladePooling()])]
         elif kind == "dense":
-            routes = [[reader(name, number), Pooling(32, "mean")] for number, name in enumerate(("body", "other"))]
+            routes: list[Any] = [
+                [reader(name, number), Pooling(32, "mean")] for number, name in enumerate(("body", "other"))
+            ]
             modules = [Router.for_query_document(*routes), Normalize()]
         else:
-            heads = [[Dense(32, 16, bias=False)], [Dense(32, 16, bias=False)]]
+            heads: list[Any] = [[Dense(32, 16, bias=False)], [Dense(32, 16, bias=False)]]
             modules = [reader("body", 0), Pooling(32, "mean"), Router.for_query_document(*heads), Normalize()]
     library = SparseEncoder if kind == "inference-free" else SentenceTransformer
     written = library(modules=modules, device="cpu")
