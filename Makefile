@@ -6,11 +6,12 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Extra arguments for the command behind a target: make test ARGS="-n 0 -k ir -x" (-n 0: in one process)
 ARGS ?=
 
-.PHONY: help demo test lint bench venv
+.PHONY: help demo test test-long lint bench venv
 
 help:
 	@echo "make demo    index Python's documentation, fine-tune a small model on it, swap it in while it answers (two minutes)"
 	@echo "make test    run the tests"
+	@echo "make test-long  run the tests that repeat kills many times"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   measure speed, memory and quality"
 
@@ -19,6 +20,9 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-long: venv
+	$(BIN)/python -m pytest -n 2 --dist load -m long $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

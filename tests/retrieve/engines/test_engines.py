@@ -368,7 +368,10 @@ def test_what_was_flushed_survives_a_crash(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
-@pytest.mark.parametrize(("engine", "stride"), [("numpy", 20), ("bm25", 12), ("qdrant-edge", 4)])
+@pytest.mark.parametrize(
+    ("engine", "stride"),
+    [("numpy", 20), ("bm25", 12), ("qdrant-edge", 12), pytest.param("qdrant-edge", 4, marks=pytest.mark.long)],
+)
 def test_an_owner_killed_while_it_opens_leaves_an_index_that_opens(engine: str, stride: int, tmp_path: Path) -> None:
     if engine == "qdrant-edge":
         pytest.importorskip("qdrant_edge")
