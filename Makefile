@@ -9,7 +9,7 @@ ARGS ?=
 .PHONY: help demo test test-long lint bench venv
 
 help:
-	@echo "make demo    index Python's documentation, fine-tune a small model on it, swap it in while it answers (two minutes)"
+	@echo "make demo    index Python's documentation, fine-tune a small model on it, swap it in while it answers (two to four minutes)"
 	@echo "make test    run the tests"
 	@echo "make test-long  run the tests that repeat kills many times"
 	@echo "make lint    ruff check, ruff format --check, mypy"
