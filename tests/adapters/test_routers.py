@@ -11,7 +11,7 @@ import pytest
 import sentence_transformers
 
 from ultrarag import Encoder
-from ultrarag.errors import CheckpointError, UltraragError
+from ultrarag.errors import CheckpointError, UltraragError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
 from ultrarag.testing.tiny import tiny_router
@@ -23,6 +23,13 @@ ROWS = [
     {"query": f"question {i} of seals", "pos": [f"the answer {i} is water"], "neg": [f"a database {i + 3}"]}
     for i in range(8)
 ]
+RUN: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "max_steps": 3,
+    "train_group_size": 2,
+    "report_to": "none",
+    "use_cpu": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +76,7 @@ def test_each_kind_of_text_takes_its_way(routers, kind: str) -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_router_is_trained_and_loads_again_here_and_there(routers, kind: str, lora: bool, tmp_path) -> None:
     more = {"use_lora": True, "lora_rank": 2} if lora else {}
-    shared = {"learning_rate": 1e-2, "max_steps": 3, "train_group_size": 2, "report_to": "none", "use_cpu": True}
-    result = finetune(routers[kind], ROWS, tmp_path / "out", **shared, **more)
+    result = finetune(routers[kind], ROWS, tmp_path / "out", **RUN, **more)
     before, after = Encoder.load(routers[kind], device="cpu"), Encoder.load(result.checkpoint, device="cpu")
     for side in ("passage",) if kind == "inference-free" and lora else ("query", "passage"):
         moved = difference(before.encode(TEXTS, side), after.encode(TEXTS, side))  # type: ignore[arg-type]
@@ -93,6 +99,41 @@ def test_an_index_asks_by_the_table_what_the_model_has_read(routers, tmp_path) -
     assert best
     assert [hit.id for hit in found] == [f"p{row}" for row in best]
     assert [hit.score for hit in found] == pytest.approx([each[row] for row in best], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def frozen(routers, tmp_path_factory) -> Path:
+    """The inference-free router, whose table is declared frozen."""
+    library = sentence_transformers.SparseEncoder(str(routers["inference-free"]), device="cpu")
+    library[0].sub_modules["query"][0].frozen = True
+    folder: Path = tmp_path_factory.mktemp("frozen") / "model"
+    library.save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.mark.parametrize("side", ["both", "passage"])
+def test_a_table_that_is_declared_frozen_stays(frozen: Path, side: str, tmp_path) -> None:
+    result = finetune(frozen, ROWS, tmp_path / "out", train_side=side, **RUN)
+    before, after = Encoder.load(frozen, device="cpu"), Encoder.load(result.checkpoint, device="cpu")
+    assert difference(before.encode(TEXTS, "query"), after.encode(TEXTS, "query")) == 0
+    assert difference(before.encode(TEXTS, "passage"), after.encode(TEXTS, "passage")) > 1e-4
+
+
+def test_a_side_that_is_declared_frozen_is_not_trained(frozen: Path, tmp_path) -> None:
+    with pytest.raises(UsageError, match="declares frozen"):
+        finetune(frozen, ROWS, tmp_path / "out", train_side="query", **RUN)
+
+
+def test_a_table_has_no_layer_for_lora(routers, tmp_path) -> None:
+    with pytest.raises(UsageError, match="no linear layer"):
+        finetune(routers["inference-free"], ROWS, tmp_path / "out", train_side="query", use_lora=True, **RUN)
+
+
+def test_a_table_that_is_not_frozen_is_trained_alone(routers, tmp_path) -> None:
+    result = finetune(routers["inference-free"], ROWS, tmp_path / "out", train_side="query", **RUN)
+    before, after = (Encoder.load(path, device="cpu") for path in (routers["inference-free"], result.checkpoint))
+    assert difference(before.encode(TEXTS, "query"), after.encode(TEXTS, "query")) > 1e-4
+    assert difference(before.encode(TEXTS, "passage"), after.encode(TEXTS, "passage")) == 0
 
 
 def test_a_router_without_a_way_for_queries_is_refused(routers, tmp_path) -> None:

@@ -56,6 +56,21 @@ class SentenceTransformersModel(nn.Module):
         """The SentenceTransformer or SparseEncoder that owns the same modules."""
         return self._library[0]
 
+    @property
+    def frozen_prefixes(self) -> tuple[str, ...]:
+        """How the names of parameters begin that the checkpoint declares frozen: they are never trained."""
+        return tuple(f"{name}." for name, module in self.named_modules() if getattr(module, "frozen", False) is True)
+
+    def unread_prefixes(self, kind: str) -> tuple[str, ...]:
+        """How the names of the modules begin that texts of a kind do not pass: those of a Router's other routes."""
+        return tuple(
+            f"{name}.sub_modules.{other}."
+            for name, router in self.named_modules()
+            if is_router(router)
+            for other in router.sub_modules
+            if other != route_of(router, kind)
+        )
+
     def encode(self, features: Features) -> Embeddings:
         """Run the modules in order; the sparse head is the nonzero part of a sparse encoder's vector."""
         features = padded_right(features)

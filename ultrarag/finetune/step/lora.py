@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ultrarag.encoder import Encoder, LowRank, adapted_part
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.finetune.flags import LoraArguments
+from ultrarag.finetune.step.trainable import unread
 from ultrarag.packages import install
 
 #: Where a checkpoint holds the low-rank matrices, as peft reads them.
@@ -128,7 +129,7 @@ def add_lora(encoder: Encoder, arguments: LoraArguments, side: str | None = None
         base: path or hub name of the model, for whoever reads the adapters without it.
 
     Raises:
-        UsageError: peft is not installed, or `target_modules` names no linear layer.
+        UsageError: peft is not installed, `target_modules` names no linear layer, or the side in training has none.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -145,8 +146,14 @@ def add_lora(encoder: Encoder, arguments: LoraArguments, side: str | None = None
         base_model_name_or_path=base,
     )
     inject_adapter_in_model(config, root, adapter_name=_NAME)
+    other = unread(model, side) if side else ()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_low_rank(name) or name in heads)
+        parameter.requires_grad_((_low_rank(name) or name in heads) and not name.startswith(other))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            f"--use_lora does not go with --train_side {side} here: what the {side} side reads texts with has no "
+            "linear layer; leave one of them out"
+        )
     model.to(encoder.device)
     return Lora(model, root, config, encoder.model)
 

@@ -170,6 +170,7 @@ def freeze(
         UsageError: when nothing is left to train.
     """
     own_heads = getattr(encoder.model, "head_prefixes", ())  # a classifier's head is a part of its backbone
+    fixed = _fixed(encoder.model, frozen_side)
     names = [name for name, _ in encoder.model.named_parameters()]
     if fix_encoder and not any("backbone" in name.split(".")[:2] for name in names):
         raise UsageError(f"--fix_encoder: the model of {encoder.adapter.describe()} has no part called 'backbone'")
@@ -181,13 +182,33 @@ def freeze(
         frozen = unused_head or name.startswith("backbone.pooler.")
         frozen |= fix_encoder and backbone
         frozen |= fix_positions and "position_embeddings" in name
-        frozen |= name.startswith(("query_maps.", "passage_maps."))
+        frozen |= name.startswith(("query_maps.", "passage_maps.", *fixed))
         parameter.requires_grad_(not frozen)
     if frozen_side:
         side: nn.Module = getattr(encoder.model, frozen_side)
         side.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in encoder.model.parameters()):
+        if fixed:
+            raise UsageError(
+                "nothing is left to train: the checkpoint declares frozen all that would be; train the other side"
+            )
         raise UsageError(
             "nothing is left to train: --fix_encoder freezes everything but the heads, and the heads trained are "
             f"{', '.join(heads)}; add --unified_finetuning, or leave --fix_encoder out"
         )
+
+
+def _fixed(model: nn.Module, frozen_side: str | None) -> tuple[str, ...]:
+    """The beginnings of the names that are never trained: what a checkpoint declares frozen, and what the side in
+    training does not read.
+    """
+    trained = {"query": "passage", "passage": "query"}.get(frozen_side or "")
+    parts = [model, *model.children()] if trained is None else [getattr(model, trained)]
+    found = [name for part in parts for name in getattr(part, "frozen_prefixes", ())]
+    return (*found, *(() if trained is None else unread(parts[0], trained)))
+
+
+def unread(part: nn.Module, side: str) -> tuple[str, ...]:
+    """How the names of the modules begin that a side's texts do not pass; empty where the model does not say."""
+    told = getattr(part, "unread_prefixes", None)
+    return tuple(told(side)) if told else ()
