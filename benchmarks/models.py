@@ -30,7 +30,7 @@ from ultrarag.testing.layouts import LAYOUTS, Layout, write_layout
 from ultrarag.testing.tiny import TEXTS, tiny_cross_encoder, tiny_router, tiny_splade, tiny_static
 from ultrarag.testing.tiny_causal import tiny_causal_reranker
 from ultrarag.testing.tiny_colbert import COLBERT_LAYOUTS, tiny_colbert
-from ultrarag.types import Embeddings, Passage
+from ultrarag.types import Passage
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: python benchmarks/models.py -->", "<!-- end of table -->"
@@ -159,6 +159,11 @@ def run_other(family: Other, folder: Path) -> Outcome:
     return Outcome(loaded, tuned, lora, index=index, chosen=_chosen(model) == family.adapter)
 
 
+def _sides(library: Any) -> tuple[tuple[str, Callable[..., Any]], ...]:
+    """Our kinds of text, and how sentence-transformers encodes them."""
+    return ("query", library.encode_query), ("passage", library.encode_document)
+
+
 def _dense_difference(encoder: Encoder, folder: Path) -> float:
     """The largest difference of a component, of queries and documents."""
     from sentence_transformers import SentenceTransformer
@@ -166,7 +171,7 @@ def _dense_difference(encoder: Encoder, folder: Path) -> float:
     library = SentenceTransformer(str(folder), device="cpu")
     pairs = [
         (encoder.encode(TEXTS, kind).dense, encode(list(TEXTS), normalize_embeddings=bool(encoder.settings.normalize)))
-        for kind, encode in (("query", library.encode_query), ("passage", library.encode_document))
+        for kind, encode in _sides(library)
     ]
     return max(float(np.abs(ours - theirs).max()) / max(1.0, float(np.abs(theirs).max())) for ours, theirs in pairs)
 
@@ -187,7 +192,7 @@ def _sparse_difference(encoder: Encoder, folder: Path) -> float:
 
     library = SparseEncoder(str(folder), device="cpu")
     found = []
-    for kind, encode in (("query", library.encode_query), ("passage", library.encode_document)):
+    for kind, encode in _sides(library):
         theirs = encode(list(TEXTS), convert_to_tensor=True).to_dense().numpy()
         ours = np.zeros(theirs.shape, np.float32)
         sparse = encoder.encode(TEXTS, kind).sparse
@@ -203,7 +208,7 @@ def _late_difference(encoder: Encoder, folder: Path) -> float:
 
     library = MultiVectorEncoder(str(folder), device="cpu")
     found = []
-    for kind, encode in (("query", library.encode_query), ("passage", library.encode_document)):
+    for kind, encode in _sides(library):
         ours = encoder.encode(TEXTS, kind)
         for tokens, mask, theirs in zip(ours.colbert, ours.mask, encode(list(TEXTS)), strict=True):
             pair = tokens[mask.astype(bool)], np.asarray(theirs)
@@ -238,7 +243,7 @@ def _difference(encoder: Encoder, folder: Path, layout: Layout) -> float:
 
 def _indexed(encoder: Encoder, folder: Path, head: str = "dense") -> float:
     sides = encoder.encode(QUERIES, "query"), encoder.encode(PASSAGES)
-    wanted = _maxsim(*sides) if head == "colbert" else encoder.similarity(*sides, weights={head: 1.0})
+    wanted = encoder.similarity(*sides, weights={head: 1.0})
     with LiveIndex.create(folder, encoder) as index:
         index.add([Passage(str(number), text) for number, text in enumerate(PASSAGES)])
         off = [
@@ -247,18 +252,6 @@ def _indexed(encoder: Encoder, folder: Path, head: str = "dense") -> float:
             for hit in index.search(query, k=len(PASSAGES), weights={head: 1.0})
         ]
     return max(off) / max(1.0, float(np.abs(wanted).max()))
-
-
-def _maxsim(query: Embeddings, passage: Embeddings) -> np.ndarray:
-    """The mean over a query's tokens of the best product with any of a passage's, (queries, passages)."""
-    rows = [
-        [
-            (tokens[mask.astype(bool)] @ held[kept.astype(bool)].T).max(1).mean()
-            for held, kept in zip(passage.colbert, passage.mask, strict=True)
-        ]
-        for tokens, mask in zip(query.colbert, query.mask, strict=True)
-    ]
-    return np.array(rows)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ultrarag.adapters.sentence_transformers_files import ModelConfig, OtherModules, read_json, read_model_config
+from ultrarag.adapters.sentence_transformers_files import ModelConfig, OtherModules, read_model_config
 from ultrarag.claims import ModelFolder
 from ultrarag.errors import CheckpointError
 
@@ -28,6 +28,8 @@ class Declaration:
     layout: str
     #: folder of the transformer, relative to the model's
     transformer: str = ""
+    #: folders of all modules, relative to the model's
+    places: list[str] = field(default_factory=list)
     #: folders of the projections in order; of Stanford's layout the one projection is among the backbone's weights
     dense: list[str] = field(default_factory=list)
     normalize: bool = True
@@ -84,10 +86,11 @@ def _read_modules(folder: ModelFolder, found: Declaration) -> None:
                 f"{file}: module '{kind}' is not one that the adapter 'colbert' runs ({', '.join(_HANDLED)})"
             )
         kinds.append(name)
+        found.places.append(str(row.get("path", "")))
         if name == "Transformer":
-            found.transformer = str(row["path"])
+            found.transformer = found.places[-1]
         elif name == "Dense":
-            found.dense.append(str(row["path"]))
+            found.dense.append(found.places[-1])
     found.normalize = found.layout == "pylate" or "Normalize" in kinds
 
 
@@ -162,11 +165,3 @@ def small_files(folder: Path, places: list[str]) -> dict[str, bytes]:
             if kept and path.stat().st_size <= _LARGEST:
                 found[f"{place}/{path.name}".lstrip("/")] = path.read_bytes()
     return found
-
-
-def read_dense_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a projection."""
-    values = read_json(folder / "config.json")
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / 'config.json'} holds no object")
-    return values

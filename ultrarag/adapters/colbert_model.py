@@ -6,7 +6,6 @@ Source:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrarag.adapters.colbert_files import Declaration, read_dense_config, read_late_interaction, small_files
+from ultrarag.adapters.colbert_files import Declaration, read_late_interaction, small_files
 from ultrarag.adapters.embedder import padded_right
-from ultrarag.adapters.embedder_files import ACTIVATIONS, load_backbone, load_tensors, load_tokenizer, part_of
+from ultrarag.adapters.embedder_files import load_backbone, load_tensors, load_tokenizer, part_of, read_dense
+from ultrarag.adapters.sentence_transformers_files import read_json, write_json
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.packing import hidden_states
 from ultrarag.types import Embeddings, EncoderSettings
@@ -169,15 +169,8 @@ def load_colbert(path: str, options: LoadOptions) -> ColBERT:
     skipped = [] if not declared.skipped else known_ids(tokenizer, declared.skipped)
     model = ColBERT(backbone, tokenizer, projections, settings, skipped, reading)
     model.declared = declared
-    model.files = small_files(folder, [row for row in _places(folder, declared) if row])
+    model.files = small_files(folder, declared.places)
     return model
-
-
-def _places(folder: Path, declared: Declaration) -> list[str]:
-    """The folders of all modules."""
-    if declared.layout == "stanford":
-        return []
-    return [str(row.get("path", "")) for row in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
 
 
 def _check_options(declared: Declaration, options: LoadOptions, folder: Path) -> None:
@@ -193,18 +186,15 @@ def _check_options(declared: Declaration, options: LoadOptions, folder: Path) ->
 
 
 def _projection(folder: Path) -> Projection:
-    values = read_dense_config(folder)
-    activation = str(values.get("activation_function", "torch.nn.modules.linear.Identity")).rsplit(".", 1)[-1]
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(f"{folder}: activation '{activation}' is not one of {', '.join(ACTIVATIONS)}")
+    values, activation, weights = read_dense(folder, "Identity")
     found = Projection(
         values["in_features"],
         values["out_features"],
         values.get("bias", True),
-        ACTIVATIONS[activation](),
+        activation,
         bool(values.get("use_residual")),
     )
-    found.load_state_dict(load_tensors(folder / "model.safetensors", folder / "pytorch_model.bin"))
+    found.load_state_dict(weights)
     return found.float()
 
 
@@ -309,7 +299,7 @@ def save_colbert(model: ColBERT, path: str, state_dict: Mapping[str, Any]) -> No
     projections = [part_of(state_dict, f"projections.{number}.") for number in range(len(model.projections))]
     inner.mkdir(parents=True, exist_ok=True)
     model.backbone.save_pretrained(inner, state_dict=weights)
-    config = json.loads((inner / "config.json").read_text(encoding="utf-8"))
+    config = read_json(inner / "config.json")
     for name, content in model.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -327,7 +317,7 @@ _FORMAT = {"format": "pt"}
 
 def _write_config(path: Path, written: dict[str, Any]) -> None:
     """The backbone's configuration of now, with the class that the layout names."""
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     if "architectures" in before:
         written = {**written, "architectures": before["architectures"]}
-    path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, written)

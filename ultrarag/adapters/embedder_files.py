@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from ultrarag.adapters.embedder import HEAD_FILES, METHODS, Embedder
 from ultrarag.adapters.embedding_gemma2_files import MODEL_TYPE, load_text_model, published_files, save_text_model
-from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, read_declaration, write_declaration
+from ultrarag.adapters.sentence_transformers_files import (
+    ModulesDeclaration,
+    read_declaration,
+    read_json,
+    write_declaration,
+)
 from ultrarag.claims import ModelFolder
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
 from ultrarag.types import EncoderSettings
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
     from ultrarag.hookspecs import LoadOptions
 
 #: Activations of sentence-transformers' Dense module that are known here.
-ACTIVATIONS = {"Tanh": nn.Tanh, "Identity": nn.Identity, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
+_ACTIVATIONS = {"Tanh": nn.Tanh, "Identity": nn.Identity, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
 
 
 def load_embedder(path: str, options: LoadOptions, heads: tuple[str, ...]) -> Embedder:
@@ -171,16 +176,31 @@ def read_settings(declared: ModulesDeclaration | None, options: LoadOptions) -> 
     )
 
 
-def _load_dense(folder: Path) -> nn.Sequential:
-    """One Dense module of sentence-transformers: linear, then activation."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    activation = str(values.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(f"{folder}: activation '{activation}' is not one of {', '.join(ACTIVATIONS)}")
-    linear = nn.Linear(values["in_features"], values["out_features"], bias=values.get("bias", True))
+def read_dense(folder: Path, usual: str) -> tuple[dict[str, Any], nn.Module, dict[str, Tensor]]:
+    """A Dense module of sentence-transformers or PyLate: its configuration, activation and weights.
+
+    Args:
+        usual: the activation where the configuration names none.
+
+    Raises:
+        CheckpointError: damaged files, or an activation that is not known here.
+    """
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{folder / 'config.json'} holds no object")
+    activation = str(values.get("activation_function", usual)).rsplit(".", 1)[-1]
+    if activation not in _ACTIVATIONS:
+        raise CheckpointError(f"{folder}: activation '{activation}' is not one of {', '.join(_ACTIVATIONS)}")
     weights = load_tensors(folder / "model.safetensors", folder / "pytorch_model.bin")
+    return values, _ACTIVATIONS[activation](), weights
+
+
+def _load_dense(folder: Path) -> nn.Sequential:
+    """One Dense module: linear, then activation."""
+    values, activation, weights = read_dense(folder, "Tanh")
+    linear = nn.Linear(values["in_features"], values["out_features"], bias=values.get("bias", True))
     linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in weights.items()})
-    return nn.Sequential(linear, ACTIVATIONS[activation]())
+    return nn.Sequential(linear, activation)
 
 
 def load_tensors(*candidates: Path) -> dict[str, Tensor]:

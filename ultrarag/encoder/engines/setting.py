@@ -23,9 +23,7 @@ def asked_engine(name: str | None) -> str:
     """
     place, value = ("engine", name) if name is not None else (VARIABLE, os.environ.get(VARIABLE) or TORCH)
     if value not in ENGINES:
-        raise UsageError(
-            f"{place} '{value}' is unknown{did_you_mean(value, ENGINES)} it is one of {', '.join(ENGINES)}"
-        )
+        raise UsageError(f"{place} '{value}' is unknown{did_you_mean(value, ENGINES)}; one of {', '.join(ENGINES)}")
     return value
 
 
