@@ -13,9 +13,11 @@ import pytest
 
 from ultrarag import Encoder
 from ultrarag.encode.processes import ModelChoice, encode_corpus
+from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
 from ultrarag.retrieve.generation.source import Source
-from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder, tiny_decoder, tiny_layerwise, tiny_m3
+from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder, tiny_decoder, tiny_layerwise, tiny_m3, tiny_splade
+from ultrarag.testing.tiny_colbert import tiny_colbert
 
 
 @contextmanager
@@ -111,3 +113,29 @@ def test_use_changes_no_limit_in_the_tokenizers_file(make, adapter, truncation, 
     assert written["padding"] == padding
     assert Encoder.load(saved, device="cpu").tokenizer.padding_side == side
     shutil.rmtree(saved)
+
+
+@pytest.mark.parametrize(
+    ("make", "adapter"),
+    [
+        (tiny_bert, "bge"),
+        (tiny_splade, "sentence-transformers"),
+        (tiny_m3, "bgem3"),
+        (tiny_colbert, "colbert"),
+        (tiny_cross_encoder, "bge-reranker"),
+    ],
+    ids=["bge", "splade", "bgem3", "colbert", "reranker"],
+)
+def test_a_fine_tune_changes_no_limit_in_the_tokenizers_file(make, adapter, tmp_path):
+    """The check of the rows counts tokens without a limit."""
+    (source := tmp_path / "model").mkdir()
+    make(source)
+    values = {**json.loads((source / "tokenizer.json").read_text()), "truncation": TRUNCATION, "padding": PADDING}
+    (source / "tokenizer.json").write_text(json.dumps(values))
+    rows = [{"query": f"question {n}", "pos": [f"answer {n}"], "neg": [f"something {n + 3}"]} for n in range(8)]
+    flags = {"max_steps": 1, "learning_rate": 1e-2, "train_group_size": 2, "report_to": "none", "use_cpu": True}
+    lengths = {"query_max_len": 16, "passage_max_len": 32}
+    result = finetune(source, rows, tmp_path / "out", adapter=adapter, **flags, **lengths)
+    written = json.loads((Path(result.checkpoint) / "tokenizer.json").read_text())
+    assert written["truncation"] == TRUNCATION
+    assert written["padding"] == PADDING

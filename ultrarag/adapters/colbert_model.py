@@ -20,6 +20,7 @@ from ultrarag.adapters.embedder_files import load_backbone, load_tensors, load_t
 from ultrarag.adapters.sentence_transformers_files import read_json, write_json
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.packing import hidden_states
+from ultrarag.tokenizer_limits import keep_limits
 from ultrarag.types import Embeddings, EncoderSettings
 
 if TYPE_CHECKING:
@@ -256,7 +257,8 @@ def _marker(tokenizer: Any, prefix: str, prompt: str) -> tuple[int, str]:
             return vocabulary[token], rest
     if prefix or not prompt:
         return -1, prefix + rest
-    ids, opening = tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer("")["input_ids"][:1]
+    with keep_limits(tokenizer):
+        ids, opening = tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer("")["input_ids"][:1]
     alone = len(ids) == 1 and bool(opening) and opening[0] in tokenizer.all_special_ids
     return (ids[0], "") if alone else (-1, prompt)
 

@@ -17,6 +17,7 @@ from ultrarag.adapters.embedder import first_dimensions, padded_right
 from ultrarag.adapters.embedder_files import refuse_first_token
 from ultrarag.adapters.sentence_transformers_files import prompts_of, read_model_config
 from ultrarag.errors import CheckpointError, UsageError
+from ultrarag.tokenizer_limits import keep_limits
 from ultrarag.types import Embeddings, EncoderSettings, Sparse
 
 if TYPE_CHECKING:
@@ -155,8 +156,9 @@ def transformers_of(library_model: Any) -> list[Any]:
 
 def special_tokens(tokenizer: Any) -> tuple[int, int]:
     """How many special tokens stand before and behind a text."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer("a")["input_ids"])
+    with keep_limits(tokenizer):
+        plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer("a")["input_ids"])
     starts = range(len(whole) - len(plain) + 1)
     before = next((start for start in starts if whole[start : start + len(plain)] == plain), 0)
     return before, len(whole) - len(plain) - before

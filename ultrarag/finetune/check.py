@@ -25,6 +25,7 @@ from ultrarag.rows.checks import (
     measure,
     token_counter,
 )
+from ultrarag.tokenizer_limits import keep_limits
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -309,4 +310,5 @@ def _uncut(encoder: Encoder, collator: Collator | PairCollator, batch: Batch) ->
 
 
 def _lengths(encoder: Encoder, texts: list[str]) -> list[int]:
-    return [len(ids) for ids in encoder.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    with keep_limits(encoder.tokenizer):
+        return [len(ids) for ids in encoder.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultrarag.rows.checks.rows import Finding, guessed_tokens
+from ultrarag.tokenizer_limits import keep_limits
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -137,7 +138,9 @@ def token_counter(encoder: Encoder) -> TokenCounter:
         if not rendered:
             return []
         more = {"return_attention_mask": False, "return_token_type_ids": False}
-        return [len(ids) for ids in encoder.tokenizer(rendered, truncation=False, verbose=False, **more)["input_ids"]]
+        with keep_limits(encoder.tokenizer):
+            found = encoder.tokenizer(rendered, truncation=False, verbose=False, **more)["input_ids"]
+        return [len(ids) for ids in found]
 
     return count
 
