@@ -13,7 +13,7 @@ import torch
 from ultrarag import Encoder, Passage
 from ultrarag.encode import CorpusVectors, ModelChoice, encode_corpus
 from ultrarag.errors import FingerprintError, TrainingError, UsageError
-from ultrarag.finetune import finetune
+from ultrarag.finetune import NoMap, finetune
 from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder
 
 #: words that the tiny tokenizer knows
@@ -140,6 +140,14 @@ def test_a_passage_map_that_gains_nothing_is_left_out_beside_the_query_side(base
     assert "it is left out, and stored vectors stay" in capsys.readouterr().err
 
 
+def test_a_required_passage_map_that_gains_nothing_is_refused_before_training(base, corpus, tmp_path):
+    noise = [{"query": row["query"], "pos": ROWS[(i * 37 + 11) % 110]["pos"]} for i, row in enumerate(ROWS)]
+    given = {"train_side": "query", "passage_map": "linear", "corpus": corpus, "map_steps": 20, "require_map": True}
+    with pytest.raises(NoMap, match=r"the passage map gains nothing .* leave --require_map out"):
+        finetune(base, noise, tmp_path / "out", **given, **{**QUICK, "save_steps": 1})
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
 def test_low_rank_query_side_is_kept_beside_its_parents_weights(base, corpus, tmp_path):
     given = {"train_side": "query", "corpus": corpus, "use_lora": True, "lora_rank": 4, "num_train_epochs": 3}
     result = finetune(base, ROWS, tmp_path / "out", **given, **{**QUICK, "learning_rate": 1e-2})
@@ -242,6 +250,7 @@ def test_vectors_of_another_model_are_refused(base, corpus, tmp_path):
         ({"train_side": "both", "passage_map": "linear"}, "would encode anew"),
         ({"train_side": "passage", "query_map": "linear"}, "train_side query"),
         ({"train_side": "query", "map_rank": 4}, "no effect without"),
+        ({"train_side": "query", "require_map": True}, "require_map has no effect without"),
         ({"train_side": "query", "shuffle_ratio": 0.5}, "not encoded again"),
         ({"train_side": "query", "merge_with": "parent", "merge_weight": 0.5}, "no average"),
         ({"corpus_negatives": 7}, "without --corpus"),

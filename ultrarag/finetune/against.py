@@ -171,6 +171,9 @@ class Against:
 
         Args:
             encoder: what is trained, as `two_sides` made it.
+
+        Raises:
+            NoMap: too few rows can be held out to choose a map; or it gains nothing, and it was required.
         """
         sides = self.arguments.sides
         texts = list(dict.fromkeys(text for row in self.rows() for text in chain(row.pos, row.neg)))
@@ -345,6 +348,13 @@ class Against:
         assert self.negatives is not None
         assert self.choice is not None
         layers = cast(Any, encoder.model).passage_maps
+        if not self.choice.gains and self.arguments.sides.require_map:
+            raise NoMap(
+                f"the passage map gains nothing on held-out queries of other documents (nDCG@10 "
+                f"{self.choice.before:.4f} without, {self.choice.after:.4f} with the best), and without it this is the "
+                f"training of the query side alone",
+                "leave --require_map out, or --passage_map",
+            )
         if not self.choice.gains:
             self.note("the passage map gains nothing on held-out documents: it is left out, and stored vectors stay")
             del layers[-1]

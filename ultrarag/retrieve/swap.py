@@ -212,6 +212,8 @@ class SwapTerms:
     #: options of `LiveIndex.search` for the gate
     search: Mapping[str, Any] = field(default_factory=dict)
     note: Note | None = None
+    #: refuse also what measures lower without being significantly worse
+    refuse_any_fall: bool = False
 
 
 def swap(core: Core, generation: int, terms: SwapTerms) -> Flip:
@@ -251,10 +253,12 @@ def _go_live(core: Core, generation: Generation, terms: SwapTerms) -> Flip:
         if verdict is not None:
             if terms.note is not None:
                 terms.note(verdict)
-            _decide(verdict, generation, terms.force)
+            if refusal := _refusal(verdict, generation, terms):
+                if not terms.force:
+                    raise GateError(refusal)
+                forced = True
         if new.vectors is not old.vectors:
             _approach(core, vectors)
-        forced |= bool(terms.force and verdict and (verdict.worse or verdict.judges_nothing))
         seconds = _exchange(core, new, vectors, verdict, forced)
     except BaseException:
         if core.catalog.live().id != generation.id:
@@ -294,20 +298,26 @@ def _allowed(check: Callable[[], None], force: bool) -> bool:
     return False
 
 
-def _decide(verdict: Verdict, generation: Generation, force: bool) -> None:
-    if force:
-        return
+def _refusal(verdict: Verdict, generation: Generation, terms: SwapTerms) -> str | None:
+    """Why the gate says no; None where it does not."""
     if verdict.judges_nothing:
-        raise GateError(
+        return (
             f"generation {generation.id} cannot be judged: {verdict.metric} is 0 for it and for the live one, so the "
             f"gate's queries tell nothing about either; the live one stays (check the ids of the qrels, or give other "
             f"queries; force=True swaps all the same)"
         )
     if verdict.worse:
-        raise GateError(
+        return (
             f"generation {generation.id} is significantly worse than the live one: {verdict}; the live one stays "
             f"(force=True swaps all the same)"
         )
+    if terms.refuse_any_fall and verdict.change.difference < 0:
+        return (
+            f"generation {generation.id} measures lower than the live one, not significantly, but nothing speaks for "
+            f"it: {verdict}; the live one stays (effort='full' may gain what this one cannot; force=True swaps all the "
+            f"same)"
+        )
+    return None
 
 
 def _exchange(core: Core, new: Serving, vectors: Follower, verdict: Verdict | None, forced: bool) -> float:

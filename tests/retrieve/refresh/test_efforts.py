@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES, ROWS, TEXTS
-from ultrarag.errors import DataError, UltraragError, UsageError
+from ultrarag.errors import DataError, GateError, UltraragError, UsageError
+from ultrarag.evaluation import Evaluation, Verdict
 from ultrarag.retrieve.bridge import crossing
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.refresh import RefreshReport, apart, ladder, rates
+from ultrarag.retrieve.swap import compare
 from ultrarag.rows import read_rows
 from ultrarag.types import Passage
 
@@ -84,7 +86,7 @@ def test_it_is_refreshed_again_from_there(dense, refresh, tmp_path) -> None:
 
 def test_auto_takes_a_rung_and_says_why(dense, refresh, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(ladder, "FEWEST", 1)
-    monkeypatch.setattr("ultrarag.retrieve.refresh.stages.FEWEST", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.plan.FEWEST", 1)
     report = refresh(effort="auto")
     assert report.outcome == "swapped"
     (taken,) = [step for step in report.ladder if step["taken"]]
@@ -95,6 +97,38 @@ def test_auto_takes_a_rung_and_says_why(dense, refresh, tmp_path, monkeypatch) -
     assert taken["rung"] in page
     assert not (tmp_path / "out" / "ladder").exists()
     assert refresh(effort="auto") == report  # it is done
+
+
+def test_what_encodes_nothing_and_measures_lower_is_refused(dense, refresh, tmp_path, monkeypatch) -> None:
+    def fallen(*asked: Any) -> Verdict:
+        """One of the queries loses a little: no significant fall."""
+        before = compare(*asked).before
+        values = {query_id: dict(found) for query_id, found in before.per_query.items()}
+        values[next(id for id, found in values.items() if found["nDCG@10"])]["nDCG@10"] -= 0.1
+        mean = sum(found["nDCG@10"] for found in values.values()) / len(values)
+        return Verdict.of("nDCG@10", before, Evaluation({**before.metrics, "nDCG@10": mean}, values, before.run))
+
+    monkeypatch.setattr("ultrarag.retrieve.swap.compare", fallen)
+    fingerprint = dense.fingerprint
+    with pytest.raises(GateError, match="measures lower than the live one, not significantly"):
+        refresh(effort="query")
+    assert dense.fingerprint == fingerprint
+    assert refresh(effort="full", output_dir=tmp_path / "full").outcome == "swapped"  # every passage was looked at
+    dense.rollback()
+    forced = refresh(effort="query", output_dir=tmp_path / "forced", force=True)
+    assert dense.generation(forced.generation).forced
+
+
+def test_auto_asks_for_a_passage_map_that_gains(dense, refresh, monkeypatch) -> None:
+    from ultrarag.retrieve.refresh.plan import Plan, RefreshTerms
+
+    given = {**SETTINGS, "shared_eval_data": "warn"}
+    plan = Plan(dense._core, ROWS, None, Path("out"), RefreshTerms(gate=False, effort="passage-map"), given)
+    assert "require_map" not in plan.for_finetune("passage-map", Path("out"), None)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.plan.FEWEST", 1)
+    plan = Plan(dense._core, ROWS, None, Path("out"), RefreshTerms(gate=GATE, effort="auto"), given)
+    assert plan.for_finetune("passage-map", Path("out"), None)["require_map"]
+    assert "require_map" not in plan.for_finetune("query", Path("out"), None)
 
 
 def test_the_guards_corpus_is_encoded_once_for_a_passage_side(dense, refresh, tmp_path, monkeypatch) -> None:
@@ -127,7 +161,7 @@ def test_an_index_without_some_of_the_models_heads_is_refreshed_in_full(tmp_path
 
 
 def test_auto_refuses_held_out_queries_that_training_shares(refresh, monkeypatch) -> None:
-    monkeypatch.setattr("ultrarag.retrieve.refresh.stages.FEWEST", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.plan.FEWEST", 1)
     with pytest.raises(DataError, match=r"effort='auto' is chosen by the held-out queries.*Hold out by document"):
         refresh(effort="auto", shared_eval_data=None)
 
@@ -154,7 +188,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_written(changes, me
 
 def test_auto_holds_out_documents_itself_where_no_queries_are_given(dense, refresh, monkeypatch) -> None:
     monkeypatch.setattr(ladder, "FEWEST", 1)
-    monkeypatch.setattr("ultrarag.retrieve.refresh.stages.FEWEST", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.plan.FEWEST", 1)
     report = refresh(effort="auto", gate=True, shared_eval_data=None)
     assert report.overlap is not None
     assert report.overlap["split"] == "by document"

@@ -159,19 +159,6 @@ def test_a_rung_that_cannot_be_trained_is_passed_over(corpus, asked, tmp_path) -
     assert "passage-map cannot be trained: the map gains nothing" in found.decision
 
 
-def test_a_pilot_whose_map_was_left_out_is_the_rung_below_again(corpus, asked, tmp_path) -> None:
-    class Mapless(Work):
-        def load(self, folder: Path) -> Any:
-            return FakeEncoder(self.corpus, self.noise[folder.name])
-
-    noise = {"query-map": 2.0, "query": 0.2, "passage-map-pilot": 0.0}
-    work = Mapless(corpus, noise)
-    found = climb(work, [], tmp_path, judge_of(corpus, asked), None)
-    assert found.rung == "query"
-    assert "its map gains nothing" in found.decision
-    assert ("passage-map", None) not in work.trained
-
-
 def test_a_promised_rung_that_cannot_be_trained_gives_way_to_the_one_below(corpus, asked, tmp_path) -> None:
     class Refusing(Work):
         def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:

@@ -38,6 +38,11 @@ class SideArguments:
         "left out where it gains nothing there.",
         choices=LINEAR,
     )
+    require_map: bool = flag(
+        False,
+        "Refuse, before anything is trained, where the passage map gains nothing on queries whose documents training "
+        "does not see. Without this the query side is trained alone there.",
+    )
     corpus: Any = flag(  # noqa: RUF009 - a field
         None,
         "The stored vectors of all passages, which are then the negatives of every query: a folder that `ultrarag data "
@@ -94,6 +99,8 @@ class SideArguments:
             for name in ("map_learning_rate", "map_regularization", "map_rank"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"{name} has no effect without --query_map or --passage_map")
+            if self.require_map:
+                raise UsageError("require_map has no effect without --query_map or --passage_map")
 
     def __str__(self) -> str:
         return self.train_side

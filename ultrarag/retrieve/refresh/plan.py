@@ -1,0 +1,269 @@
+"""What a refresh was asked, checked before hours of training, and what the fine-tune of each rung is given."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultrarag.checkpoint import read_manifest
+from ultrarag.errors import DataError, UsageError
+from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.refresh.apart import JUDGE, Apart, held_out
+from ultrarag.retrieve.refresh.judging import leak_checks, questions
+from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, checked_effort, of_effort
+from ultrarag.retrieve.refresh.rates import STOPPED
+from ultrarag.retrieve.refresh.report import RefreshState, Request, digest
+from ultrarag.retrieve.swap import Gate
+from ultrarag.rows.checks import Overlap
+
+#: Arguments of `finetune` that a refresh decides itself.
+_OWN = (
+    *("model_name_or_path", "model", "adapter", "resume_from_checkpoint"),
+    *("train_side", "query_map", "passage_map", "corpus"),
+)
+#: Arguments of `finetune` about measuring, which is done here for all rungs but the last.
+_EVALUATION = (
+    *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "metric_for_best_model"),
+    *("load_best_model_at_end", "greater_is_better", "ignore_identical_ids"),
+)
+#: Arguments of `finetune` about maps: of a climb's rungs, those with a map take them.
+_OF_MAPS = ("map_learning_rate", "map_regularization", "map_steps", "map_rank", "require_map")
+#: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
+_INCIDENTAL = ("overwrite_output_dir", "cache_path", "disable_tqdm", "allow_seen_data", "shared_eval_data")
+
+logger = logging.getLogger("ultrarag")
+
+
+@dataclass(frozen=True)
+class RefreshTerms:
+    """On which terms the new generation goes live."""
+
+    gate: bool | Gate = True
+    force: bool = False
+    metric: str = "nDCG@10"
+    #: options of `LiveIndex.evaluate` and `search` for the gate
+    search: Mapping[str, Any] | None = None
+    #: one of `ultrarag.retrieve.refresh.ladder.EFFORTS`
+    effort: str = FULL
+    #: serve by the new encoder while its vectors are made; see `ultrarag.retrieve.bridge`
+    bridge: bool = False
+
+
+class Plan:
+    """One refresh as it was asked for."""
+
+    def __init__(
+        self,
+        core: Core,
+        train_data: Any,
+        eval_data: Any,
+        output: Path,
+        terms: RefreshTerms,
+        arguments: dict[str, Any],
+    ) -> None:
+        """Check all that can be checked before hours of training."""
+        self.core, self.output, self.terms = core, output, terms
+        self.train_data, self.eval_data, self.arguments = train_data, eval_data, arguments
+        self.parent = core.live.generation
+        self.effort = checked_effort(terms.effort)
+        self._check_arguments()
+        shaping = {name: value for name, value in arguments.items() if name not in _INCIDENTAL}
+        self.asked = questions(self.core.store, terms.gate, eval_data)
+        #: rows held out of the training data, for what needs them
+        self.apart = self._hold_out()
+        if self.effort != FULL:  # left out where it is what every refresh was, so that those can be taken up again
+            shaping["effort"] = self.effort
+        if self.effort == AUTO and self.asked is not None:  # rungs judged by different queries cannot be compared
+            shaping["judged_by"] = digest([dict(self.asked.queries), dict(self.asked.qrels), terms.metric])
+        self.request = Request.of(train_data, eval_data, shaping)
+        self.search = self._search_options()
+        self._check_effort()
+
+    def _check_arguments(self) -> None:
+        """Refuse what `finetune` would refuse, before anything is written."""
+        for name in _OWN:
+            if name in self.arguments:
+                raise UsageError(
+                    f"'{name}' cannot be given: a refresh trains the live encoder, and goes on by itself after a crash"
+                )
+        if self.effort != FULL and self.arguments.get("merge_with"):
+            raise UsageError(
+                f"effort='{self.effort}' trains against stored vectors, and what came of that cannot be merged: leave "
+                "merge_with out, or give effort='full'"
+            )
+        from ultrarag.finetune import adapter_defaults
+        from ultrarag.finetune.flags import from_keywords, refuse_unsupported
+
+        adapter = self.core.live.encoder.adapter.name
+        known = self.parent_checkpoint(), self.train_data, self.output, adapter, adapter_defaults(adapter)
+        settled = FULL if self.effort == AUTO else self.effort
+        self.settings = from_keywords(*known, **self.for_finetune(settled, self.output, None))
+        for rung in RUNGS if self.effort == AUTO else (self.effort,):
+            try:
+                refuse_unsupported(from_keywords(*known, **self.for_finetune(rung, self.output, None)), False)
+            except UsageError as error:
+                raise UsageError(f"effort='{self.effort}': {of_effort(rung, str(error))}") from error
+
+    def _check_effort(self) -> None:
+        """Refuse an effort that the index or the evaluation data cannot carry.
+
+        Raises:
+            UsageError: see above.
+        """
+        if self.terms.bridge and (self.asked is None or self.asked.corpus is not None):
+            raise UsageError(
+                "bridge=True measures on queries about the passages of this index: give eval_data, a BEIR folder, or "
+                "gate=(queries, qrels), and no gate=False (--no_gate)"
+            )
+        if self.effort == FULL:
+            return
+        if "dense" not in self.parent.heads:
+            raise UsageError(
+                f"effort='{self.effort}' learns by the stored dense vectors, and the live generation has "
+                f"{', '.join(self.parent.heads)}: give effort='full'"
+            )
+        if missing := [head for head in self.core.live.encoder.heads if head not in self.parent.heads]:
+            raise UsageError(
+                f"effort='{self.effort}' trains against the stored vectors of all the model's heads, and the live "
+                f"generation has none of {', '.join(missing)}: give effort='full'"
+            )
+        if self.effort != AUTO:
+            return
+        needs = (
+            "effort='auto' chooses by held-out queries about passages of this index: give eval_data (a BEIR folder), "
+            "gate=(queries, qrels), or more training rows whose positives are passages of the index, of which it holds "
+            "out documents itself; or name an effort"
+        )
+        if self.asked is None:
+            raise UsageError(needs)
+        if self.asked.corpus is not None:
+            raise UsageError(f"{needs}; the passages of the eval_data given are not those of the index")
+        if len(self.asked.qrels) < FEWEST:
+            raise UsageError(f"{needs}; {len(self.asked.qrels)} queries tell no gain from chance, {FEWEST} are needed")
+
+    def _search_options(self) -> dict[str, Any]:
+        """The options for the gate's searches, tried out now; with several heads and no options, dense alone."""
+        options = dict(self.terms.search or {})
+        if not options and len(self.parent.heads) > 1:
+            options = {"heads": [self.parent.heads[0]]}
+        if self.asked is not None and self.asked.corpus is None:
+            tried = {name: value for name, value in options.items() if name != "ignore_identical_ids"}
+            with self.core.searching() as searcher:
+                searcher.search_many(["try"], k=1, **tried)
+        return options
+
+    def _hold_out(self) -> Apart | None:
+        """Hold out rows, where no queries are given to choose by, and where a query side may stop early."""
+        judge = self.effort == AUTO and self.asked is None and self.terms.gate is True
+        stops = self.effort in (AUTO, *STOPPED) and self.arguments.get("eval_strategy") != "no"
+        found = held_out(self.train_data, judge, stops)
+        if judge and found is not None:
+            self.asked = found.questions(self.core.store)
+        return found
+
+    def for_finetune(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
+        """The arguments given, and ours."""
+        from ultrarag.finetune import UNMERGED, checkpoints_in
+
+        given = {**({"trust_remote_code": True} if self.trusted else {}), **self.arguments}
+        if rung == FULL and steps is None:
+            if self.eval_data is not None:
+                held_out = self.eval_data
+                given["eval_data"] = os.fspath(held_out) if isinstance(held_out, os.PathLike) else held_out
+                if (self.terms.search or {}).get("ignore_identical_ids"):
+                    given["ignore_identical_ids"] = True
+        else:  # judged here, from stored vectors: the fine-tuning would encode the evaluation's corpus
+            given = {name: value for name, value in given.items() if name not in _EVALUATION}
+        if rung != FULL:
+            given |= {**RUNGS[rung], "corpus": str(self.ladder / "corpus")}
+        if self.effort == AUTO and "passage_map" in RUNGS[rung]:  # without a map it is the rung below, which was tried
+            given["require_map"] = True
+        if self.effort == AUTO and not {"query_map", "passage_map"} & RUNGS[rung].keys():
+            given = {name: value for name, value in given.items() if name not in _OF_MAPS}
+        if steps is not None and self.steps() > steps:
+            given["max_steps"] = steps
+        # the folder is ours by its state file: where nothing can be resumed, what lies there is written anew
+        left = bool(checkpoints_in(folder)) or (folder / UNMERGED).is_dir()
+        return {**given, "resume_from_checkpoint": left, "overwrite_output_dir": True}
+
+    def steps(self) -> int:
+        """How many steps a fine-tune takes, about."""
+        from ultrarag.finetune import read_data
+
+        trainer = self.settings.training
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        batch = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+        return math.ceil(len(read_data(self.settings)) / batch * trainer.num_train_epochs)
+
+    def refuse_seen(self) -> None:
+        """Refuse rows that the live encoder, or one before it, was trained on.
+
+        Raises:
+            DataError: they are too many, and `allow_seen_data` is not given.
+        """
+        from ultrarag.finetune import read_data, seen_before
+
+        manifest = read_manifest(Path(self.parent_checkpoint()))
+        parent = manifest.training if manifest else None
+        if parent is None or self.settings.incremental.allow_seen_data:
+            return
+        seen = seen_before(read_data(self.settings), parent)
+        if seen and seen.too_many:
+            raise DataError(
+                f"{seen}: give the new rows alone as train_data and the old ones as replay_data, or say "
+                "allow_seen_data=True (--allow_seen_data)"
+            )
+
+    def look_for_leaks(self) -> dict[str, Any] | None:
+        """Count what the rows share with the gate's queries, their answers and the documents of these.
+
+        Raises:
+            DataError: it is too much, and `shared_eval_data="refuse"` is given.
+        """
+        if self.asked is None:
+            return None
+        if self.apart is not None and (queries := self.apart.count(JUDGE)):
+            return Overlap("by document", queries, 0, {}, self.apart.total, self.apart.total).to_dict()
+        from ultrarag.finetune import looked_for, read_data, refuse_shared
+
+        overlap = looked_for(leak_checks(self.asked, self.core.store), read_data(self.settings))
+        refuse_shared(overlap, self.settings)
+        if self.effort == AUTO and overlap.too_much and "shared_eval_data" not in self.arguments:
+            raise DataError(
+                f"effort='auto' is chosen by the held-out queries, and these promise what no new query sees, for "
+                f"training shares their documents: {overlap}. Hold out by document (ultrarag data split), or name an "
+                f"effort (shared_eval_data='warn' goes on all the same)"
+            )
+        if overlap.too_much:
+            logger.warning("training and evaluation are not apart: %s", overlap)
+        return overlap.to_dict()
+
+    @property
+    def ladder(self) -> Path:
+        """Where the rungs, and what they need, lie while a refresh is under way."""
+        return self.output / "ladder"
+
+    def parent_checkpoint(self) -> str:
+        layout = self.core.layout
+        return str(layout.checkpoint(layout.directory(self.parent.id)))
+
+    @property
+    def trusted(self) -> bool:
+        """Whether code that comes with the live encoder, and so with the one trained from it, may be run."""
+        return self.core.live.encoder.trust_remote_code
+
+    @property
+    def ignoring(self) -> bool:
+        return bool(self.search.get("ignore_identical_ids", False))
+
+    def worth_keeping(self, found: RefreshState) -> bool:
+        from ultrarag.finetune import checkpoints_in
+
+        folders = [self.output, *self.ladder.glob("*/")]
+        return found.trained is not None or bool(found.ladder) or any(map(checkpoints_in, folders))
