@@ -12,6 +12,7 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.encoder.adapted import adapted_part
+    from ultrarag.encoder.beside import load_beside
     from ultrarag.encoder.choice import find_adapter
     from ultrarag.encoder.device import in_background
     from ultrarag.encoder.encoder import Encoder

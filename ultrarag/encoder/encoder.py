@@ -250,7 +250,7 @@ class Encoder(TokenEncoder):
     @cached_property
     def fingerprint(self) -> str:
         """The model's identity, computed from its content; a warning where the manifest says otherwise."""
-        found = self._identity.fingerprint if self.asymmetric else self.identity().fingerprint
+        found = self.known_identity.fingerprint
         if self.manifest and self.manifest.fingerprint not in ("", found) and self.manifest.settings == self.settings:
             logger.warning(
                 "the model's content changed since its manifest was written: its identity is now %s", found[:12]
@@ -260,15 +260,16 @@ class Encoder(TokenEncoder):
     @property
     def query_fingerprint(self) -> str:
         """The identity of what queries are encoded by; of a symmetric model, `fingerprint`."""
-        return self._identity.query if self.asymmetric else self.fingerprint
+        return self.known_identity.query if self.asymmetric else self.fingerprint
 
     @property
     def passage_fingerprint(self) -> str:
         """The identity of what passages are encoded by; of a symmetric model, `fingerprint`."""
-        return self._identity.passage if self.asymmetric else self.fingerprint
+        return self.known_identity.passage if self.asymmetric else self.fingerprint
 
     @cached_property
-    def _identity(self) -> Identity:
+    def known_identity(self) -> Identity:
+        """The model's identity and its sides', as computed once."""
         return self.identity()
 
     def identity(self) -> Identity:

@@ -181,7 +181,7 @@ class SidedAdapter(Adapter):
 
     def load(self, path: str, options: LoadOptions) -> nn.Module:
         """Return the two sides at `path`."""
-        return _load(self.plain, Path(path), options)
+        return load_sides(self.plain, Path(path), options)
 
     def encode(self, model: nn.Module, features: Features) -> Embeddings:
         """Return the Embeddings of a batch, mapped."""
@@ -241,8 +241,13 @@ def _part(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def _load(plugin: Adapter, folder: Path, options: LoadOptions) -> Sides:
+def load_sides(
+    plugin: Adapter, folder: Path, options: LoadOptions, known: Mapping[str, nn.Module] | None = None
+) -> Sides:
     """Load the two sides that `sides.json` declares.
+
+    Args:
+        known: models that are in memory, by the name of their folder: they are used, and their files not read.
 
     Raises:
         CheckpointError: the file is damaged, of a newer format, or names what is outside of the folder.
@@ -254,9 +259,10 @@ def _load(plugin: Adapter, folder: Path, options: LoadOptions) -> Sides:
         asked, own = getattr(options, name), [getattr(side.settings, name) for side in (query, passage)]
         if asked not in (None, *own):
             raise UsageError(f"{folder}: {name} is {own[1]} in both sides of the model, and cannot be set to {asked}")
-    models = {}
-    for side in {side.model: side for side in (query, passage)}.values():
-        models[side.model] = _load_model(plugin, folder / side.model, options, side.settings)
+    models: dict[str, Any] = dict(known or {})
+    for side in (query, passage):
+        if side.model not in models:
+            models[side.model] = _load_model(plugin, folder / side.model, options, side.settings)
     maps = [[LinearMap.load(folder / name) for name in side.maps] for side in (query, passage)]
     low_rank = LowRank.load(folder / query.low_rank) if query.low_rank else None
     settings = [replace(side.settings, heads=models[side.model].settings.heads) for side in (query, passage)]

@@ -61,7 +61,8 @@ def open_serving(
     Args:
         check: called before each write to the vectors, and may refuse it.
         read_only: change nothing on the disk.
-        beside: a pair in service; where the generation shares its vectors, they are used as they are open.
+        beside: a pair in service; where the generation shares its vectors, or models of its encoder, those are used as
+            they are in memory.
 
     Raises:
         FingerprintError: when another encoder is given than the one that made the vectors.
@@ -69,7 +70,7 @@ def open_serving(
     """
     directory = layout.directory(generation.id)
     if encoder is None:
-        encoder = load_encoder(directory, generation, device)
+        encoder = load_encoder(directory, generation, device, beside.encoder if beside else None)
     elif encoder.fingerprint != generation.fingerprint:
         raise FingerprintError(
             f"the live generation {generation.id} of '{layout.root}' was built by the encoder "

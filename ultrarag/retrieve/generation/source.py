@@ -227,13 +227,23 @@ def _code(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*.py"))}
 
 
-def load_encoder(directory: Path, generation: Generation, device: str | None = None) -> Encoder:
-    """Load a generation's own copy of its encoder; CheckpointError when it is not the one it was."""
-    from ultrarag.encoder import Encoder
+def load_encoder(
+    directory: Path, generation: Generation, device: str | None = None, beside: Encoder | None = None
+) -> Encoder:
+    """Load a generation's own copy of its encoder; CheckpointError when it is not the one it was.
+
+    Args:
+        beside: an encoder in memory, on the same device: what it shares is not read again.
+    """
+    from ultrarag.encoder import Encoder, load_beside
 
     folder = IndexLayout.checkpoint(directory)
     trusted = has_consent(directory)
-    encoder = Encoder.load(folder, device=device, precision=generation.precision, trust_remote_code=trusted)
+    encoder = None
+    if beside is not None and (beside.precision, beside.trust_remote_code) == (generation.precision, trusted):
+        encoder = load_beside(folder, beside)
+    if encoder is None:
+        encoder = Encoder.load(folder, device=device, precision=generation.precision, trust_remote_code=trusted)
     if encoder.fingerprint != generation.fingerprint:
         raise CheckpointError(
             f"{folder} is not the encoder of generation {generation.id} any more (fingerprint "
