@@ -84,9 +84,9 @@ def test_the_visitor_counts_every_failure():
 
 
 def test_effort_auto_shows_the_rungs_that_were_tried(few_pairs, monkeypatch, tmp_path, capsys):
-    from ultrarag.retrieve.refresh import stages
+    from ultrarag.retrieve.refresh import plan
 
-    monkeypatch.setattr(stages, "FEWEST", 1)
+    monkeypatch.setattr(plan, "FEWEST", 1)
     monkeypatch.setitem(demo.TRAINING, "per_device_train_batch_size", 4)
     demo.run_demo(tmp_path, demo.small_model(), pairs=10, held_out=3)
     out = capsys.readouterr().out

@@ -92,7 +92,7 @@ def prepare(layout: IndexLayout, generation: Generation, source: Any) -> None:
     write_json(copy / MANIFEST, manifest.to_dict())
 
 
-def load_encoder(directory: Path, generation: Generation, device: str | None = None) -> StandIn:
+def load_encoder(directory: Path, generation: Generation, *_: Any) -> StandIn:
     """Stands for `ultrarag.retrieve.generation.source.load_encoder`."""
     found = StandIn(int((IndexLayout.checkpoint(directory) / "model").read_text()))
     assert found.fingerprint == generation.fingerprint
