@@ -179,10 +179,10 @@ class _Refresh:
         swap(self.core, generation.id, terms)
 
     def _compare_encoders(self, asked: Questions) -> Verdict:
-        precision, device = self.plan.parent.precision, self.core.device
-        ignore = bool(self.plan.search.get("ignore_identical_ids", False))
-        folders = Path(self.plan.parent_checkpoint()), self.output
-        return compare_encoders(*folders, asked, self.terms.metric, precision, device, ignore, self.plan.trusted)
+        plan = self.plan
+        folders = Path(plan.parent_checkpoint()), self.output
+        loading = plan.parent.precision, self.core.device, plan.ignoring, plan.trusted
+        return compare_encoders(*folders, asked, self.terms.metric, *loading)
 
     def _note(self, verdict: Verdict) -> None:
         """Keep what was measured before the flip: after a crash behind it, the old side can no longer be asked."""
