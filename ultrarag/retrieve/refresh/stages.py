@@ -180,9 +180,16 @@ class _Refresh:
 
     def _compare_encoders(self, asked: Questions) -> Verdict:
         plan = self.plan
-        folders = Path(plan.parent_checkpoint()), self.output
-        loading = plan.parent.precision, self.core.device, plan.ignoring, plan.trusted
-        return compare_encoders(*folders, asked, self.terms.metric, *loading)
+        return compare_encoders(
+            Path(plan.parent_checkpoint()),
+            self.output,
+            asked,
+            self.terms.metric,
+            plan.parent.precision,
+            self.core.device,
+            plan.ignoring,
+            plan.trusted,
+        )
 
     def _note(self, verdict: Verdict) -> None:
         """Keep what was measured before the flip: after a crash behind it, the old side can no longer be asked."""
