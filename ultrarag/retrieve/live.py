@@ -20,10 +20,11 @@ from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
 from ultrarag.retrieve.ranking import check_ids
+from ultrarag.retrieve.search import Hits
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.retrieve.status import describe
 from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
-from ultrarag.types import Embeddings, Hit, Passage
+from ultrarag.types import Embeddings, Passage
 
 if TYPE_CHECKING:
     from ultrarag.encode import CorpusVectors
@@ -296,8 +297,10 @@ class LiveIndex:
         _ = self._core.live
         return self._core.store.passages()
 
-    def search(self, query: str, k: int = 10, **options: Any) -> list[Hit]:
+    def search(self, query: str, k: int = 10, **options: Any) -> Hits:
         """Return the k best passages, best first; fewer where fewer match.
+
+        The list says which generation answered (`generation`, `fingerprint`), and has a `query_id` of its own.
 
         Args:
             query: an empty one finds nothing.
@@ -319,16 +322,14 @@ class LiveIndex:
         """
         return self.search_many([query], k=k, **options)[0]
 
-    def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[list[Hit]]:
+    def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]:
         """Search several queries, encoded together, on one generation; options as for `search`."""
         if isinstance(queries, str):
             raise UsageError("search_many takes several queries; use search for one")
         with self._core.searching() as searcher:
             return searcher.search_many(list(queries), k=k, **options)
 
-    def search_embeddings(
-        self, embeddings: Embeddings, fingerprint: str, k: int = 10, **options: Any
-    ) -> list[list[Hit]]:
+    def search_embeddings(self, embeddings: Embeddings, fingerprint: str, k: int = 10, **options: Any) -> list[Hits]:
         """Search with query vectors made elsewhere; options as for `search`.
 
         Raises:
@@ -337,7 +338,7 @@ class LiveIndex:
         with self._core.searching() as searcher:
             return searcher.search_embeddings(embeddings, fingerprint, k=k, **options)
 
-    async def asearch(self, query: str, k: int = 10, **options: Any) -> list[Hit]:
+    async def asearch(self, query: str, k: int = 10, **options: Any) -> Hits:
         """`search` in a worker thread, for async programs."""
         return await asyncio.to_thread(self.search, query, k, **options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from ultrarag.retrieve.passages import Store
 from ultrarag.retrieve.ranking import check_k
 from ultrarag.retrieve.search.filters import Filter, parse
 from ultrarag.retrieve.search.fusion import Fused, Method, check_weights, fuse
+from ultrarag.retrieve.search.hits import Hits
 from ultrarag.types import Embeddings, Hit, head_weights, is_blank
 
 Fusion = Literal["weighted", "rrf"]
@@ -139,12 +140,12 @@ class Searcher:
     def __init__(self, serving: Serving, store: Store, bm25: BM25 | None) -> None:
         self._serving, self._store, self._bm25 = serving, store, bm25
 
-    def search_many(self, queries: Sequence[str], **options: Any) -> list[list[Hit]]:
+    def search_many(self, queries: Sequence[str], **options: Any) -> list[Hits]:
         """The hits of each query, in their order; an empty query has none."""
         chosen = self._plan(options)
         _check_queries(queries)
         asked = [row for row, query in enumerate(queries) if not is_blank(query)]
-        results: list[list[Hit]] = [[] for _ in queries]
+        results = [self._hits() for _ in queries]
         if not asked or not self._store.count():
             return results
         texts = [queries[row] for row in asked]
@@ -158,7 +159,7 @@ class Searcher:
         """Those of the ids that are passages."""
         return self._store.existing(ids)
 
-    def search_embeddings(self, embeddings: Embeddings, fingerprint: str, **options: Any) -> list[list[Hit]]:
+    def search_embeddings(self, embeddings: Embeddings, fingerprint: str, **options: Any) -> list[Hits]:
         """The hits of queries that were encoded elsewhere, by the encoder with this fingerprint."""
         if fingerprint != self._serving.fingerprint:
             raise FingerprintError(
@@ -175,14 +176,17 @@ class Searcher:
                     f"head '{head}' is to be searched, but the embeddings hold {', '.join(embeddings.heads)}"
                 )
         if not self._store.count():
-            return [[] for _ in range(len(embeddings))]
+            return [self._hits() for _ in range(len(embeddings))]
         arrays = embeddings.numpy()
         return [self._search(chosen, arrays[row : row + 1], "") for row in range(len(arrays))]
+
+    def _hits(self, hits: Iterable[Hit] = ()) -> Hits:
+        return Hits(hits, generation=self._serving.generation.id, fingerprint=self._serving.fingerprint)
 
     def _plan(self, options: dict[str, Any]) -> SearchPlan:
         return plan(SearchOptions.of(options), self._serving.heads, self._bm25 is not None)
 
-    def _search(self, chosen: SearchPlan, query: Embeddings | None, text: str) -> list[Hit]:
+    def _search(self, chosen: SearchPlan, query: Embeddings | None, text: str) -> Hits:
         """The k best; engines may still hold passages that a write beside this search deletes, so it looks deeper."""
         more = 0
         while True:
@@ -191,7 +195,7 @@ class Searcher:
             gone = len(fused) - len(passages)
             if not gone or len(fused) < chosen.k + more:
                 hits = [Hit(f.id, f.score, passages[f.id], f.scores) for f in fused if f.id in passages]
-                return hits[: chosen.k]
+                return self._hits(hits[: chosen.k])
             more = 2 * more + gone
 
     def _fused(self, chosen: SearchPlan, query: Embeddings | None, text: str, more: int) -> Sequence[Fused]:
