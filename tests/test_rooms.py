@@ -48,7 +48,7 @@ ORDER = [
     {"retrieve/bridge"},
     {"retrieve/build", "retrieve/export", "retrieve/status"},
     {"retrieve/refresh"},
-    {"retrieve/collection"},
+    {"retrieve/adding", "retrieve/collection"},
     {"retrieve/live"},
     {"mining"},
     {"data"},

@@ -18,6 +18,10 @@ class DataError(UltraragError, ValueError):
     """Input rows, corpora or qrels cannot be used; names file and line."""
 
 
+class ExistsError(DataError):
+    """A passage that was to be new is in the index already; names it."""
+
+
 class PluginError(UltraragError):
     """A plugin is missing, broken, incomplete, or answered wrongly; names plugin and hook."""
 

@@ -10,7 +10,7 @@ import logging
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -228,13 +228,18 @@ class Core:
             raise IndexStateError(f"'{self.layout.root}' was closed; open it again")
         return serving
 
-    def write(self, change: Callable[[], _Result]) -> _Result:
-        """Make a durable change to the store, then bring vectors and words up to date with it."""
+    def write(self, change: Callable[[], _Result], given: Mapping[str, Embeddings] | None = None) -> _Result:
+        """Make a durable change to the store, then bring vectors and words up to date with it.
+
+        Args:
+            given: the vectors of texts, a row each, which need not be encoded then.
+        """
         with self.leading(), self.writing:
             _ = self.live
             result = change()
             try:
-                self.catch_up()
+                with self.live.giving(given or {}):
+                    self.catch_up()
             except (UltraragError, OSError, RuntimeError, MemoryError) as error:
                 raise IndexStateError(
                     f"the write is stored and will not be lost, but it cannot be searched yet: {error}; the next "

@@ -6,13 +6,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
+from ultrarag.retrieve.adding import add
 from ultrarag.retrieve.aside import GenerationSearcher, open_searcher
 from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
 from ultrarag.retrieve.build import build_generation, end_build
@@ -20,7 +20,7 @@ from ultrarag.retrieve.collection import Collection
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
-from ultrarag.retrieve.passages import Written, records
+from ultrarag.retrieve.passages import OnExisting, Written
 from ultrarag.retrieve.search import Hits
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.retrieve.status import describe
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from ultrarag.encode.ray import RayPool
     from ultrarag.encoder import Encoder
     from ultrarag.retrieve.refresh import RefreshReport
-
-#: Passages written to the store in one transaction.
-BATCH = 512
 
 
 class LiveIndex(Collection):
@@ -217,32 +214,39 @@ class LiveIndex(Collection):
         _ = self._core.live
         return self._core.store.count()
 
-    def add(self, passages: Iterable[Passage | Mapping[str, Any]]) -> Written:
+    def add(
+        self,
+        passages: Iterable[Passage | Mapping[str, Any]],
+        *,
+        on_existing: OnExisting = "replace",
+        embeddings: Embeddings | None = None,
+        fingerprint: str | None = None,
+    ) -> Written:
         """Insert passages, or replace those with the same id; what is returned for is durable and can be searched.
 
         A text that did not change is not encoded again, also when its metadata did. Of an id twice in one call the
         last wins. Passages are written 512 at a time: when a later one is refused, those before it are kept.
 
         Args:
-            passages: Passages, or mappings with `id`, `text` and maybe `title` and `metadata` (JSON). Any string but
-                the empty one is an id. Texts may be of any length; the encoder sees as many tokens as it takes, BM25
-                sees all.
+            passages: Passages, or mappings with `id`, `text` and maybe `title` and `metadata` (JSON; `jsonable` makes
+                it of Python's values). Any string but the empty one is an id. Texts may be of any length; the encoder
+                sees as many tokens as it takes, BM25 sees all.
+            on_existing: what becomes of passages whose id is there: "replace"; "skip" leaves those that are there as
+                they are, counted as unchanged, and of an id twice in one call the first wins; "fail" adds all or none,
+                in one transaction. Other writes cannot come between looking and writing.
+            embeddings: the passages' vectors, a row each, with exactly the heads that are stored: they are not encoded
+                then. After a swap other vectors are made of the texts, as of all.
+            fingerprint: of the encoder that made them, which must be the live one, or of its passage side.
 
         Raises:
             DataError: for a passage that no index can hold, such as one with lone surrogates, and for a blank one: no
                 visible character in title and text; names its id.
+            ExistsError: with "fail", when a passage exists, or is twice in the call; names it.
+            FingerprintError: when the vectors are another encoder's.
+            UsageError: for vectors of other heads, widths or lengths than the index has, or that are not finite.
             IndexStateError: when the disk is full, or the index was closed.
         """
-        if isinstance(passages, Passage | Mapping | str):
-            raise UsageError("add takes an iterable of passages; put one alone into a list")
-        serving = self._core.live  # also a call without passages says that the index was closed
-        total, source = Written(), records(passages)
-        try:
-            while batch := list(islice(source, BATCH)):
-                total += self._core.write(lambda batch=batch: self._core.store.write(batch))  # type: ignore[misc]
-        finally:
-            serving.cuts.tell()
-        return total
+        return add(self._core, passages, on_existing, embeddings, fingerprint)
 
     upsert = add
 
