@@ -43,7 +43,7 @@ ORDER = [
     {"encode/ray"},
     {"retrieve/shared"},
     {"retrieve/core"},
-    {"retrieve/aside"},
+    {"retrieve/aside", "retrieve/handles"},
     {"retrieve/swap"},
     {"retrieve/bridge"},
     {"retrieve/build", "retrieve/export", "retrieve/status"},

@@ -548,3 +548,50 @@ def test_values_of_python_become_metadata(live: LiveIndex) -> None:
     ):
         with pytest.raises(DataError, match=place):
             jsonable(bad)
+
+
+# One process, several handles
+
+
+def test_an_index_is_shared_within_a_process_and_closed_with_the_last_handle(make: Make, tiny, other) -> None:
+    live = make()
+    live.add(corpus(3))
+    path = live.path
+    live.close()
+    first, second = (LiveIndex.open(path, encoder, share=True) for encoder in (tiny, None))
+    first.add(corpus(4))
+    assert len(second) == 4
+    assert second.encoder is first.encoder
+    with pytest.raises(IndexStateError, match="in use"):
+        LiveIndex.open(path)
+    for wrong, why in (({"device": "cuda"}, "device=None"), ({"repair": True}, "repaired"), ({"uri": "x"}, "uri=None")):
+        with pytest.raises(UsageError, match=why):
+            LiveIndex.open(path, share=True, **wrong)
+    with pytest.raises(FingerprintError, match="leave the encoder out"):
+        LiveIndex.open(path, other, share=True)
+    first.close()
+    first.close()
+    with pytest.raises(IndexStateError, match="this handle of"):
+        len(first)
+    assert len(second.search("number", heads=["dense"])) == 4
+    second.close()
+    with closing(LiveIndex.open(path, tiny)) as alone:  # nobody has it any more
+        assert len(alone) == 4
+
+
+def test_threads_that_open_an_index_at_once_share_one(make: Make) -> None:
+    live = make()
+    path = live.path
+    live.close()
+    opened: list[LiveIndex] = []
+    threads = [threading.Thread(target=lambda: opened.append(LiveIndex.open(path, share=True))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(each.encoder) for each in opened}) == 1
+    for each in opened:
+        each.add([Passage(f"by{id(each)}", "text")])
+        each.close()
+    with closing(LiveIndex.open(path)) as alone:
+        assert len(alone) == 4

@@ -20,6 +20,7 @@ from ultrarag.retrieve.collection import Collection
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
+from ultrarag.retrieve.handles import Handle, join, leave
 from ultrarag.retrieve.passages import OnExisting, Written
 from ultrarag.retrieve.search import Hits
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
@@ -50,9 +51,11 @@ class LiveIndex(Collection):
         >>> live.close()
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, shared: Handle | None = None) -> None:
         """Use `create` or `open`."""
-        self._owned, self._owner, self._refreshing = core, os.getpid(), threading.Lock()
+        self._owned, self._owner, self._shared = core, os.getpid(), shared
+        self._refreshing = threading.Lock() if shared is None else shared.refreshing
+        self._left = False
 
     @property
     def _core(self) -> Core:
@@ -63,6 +66,8 @@ class LiveIndex(Collection):
                 f"fork: an index has one owner, whose files and threads a fork does not have; open it after forking, "
                 f"in one process, or share it through a server (docs/shared-index.md)"
             )
+        if self._left:
+            raise IndexStateError(f"this handle of '{self._owned.layout.root}' was closed; open it again")
         return self._owned
 
     def __reduce__(self) -> Any:
@@ -145,6 +150,7 @@ class LiveIndex(Collection):
         checkpoints: str | os.PathLike[str] | None = None,
         device: str | None = None,
         repair: bool = False,
+        share: bool = False,
     ) -> LiveIndex:
         """Open an index; writes that a crash kept from the vectors are applied first.
 
@@ -158,6 +164,9 @@ class LiveIndex(Collection):
             encoder: the live generation's, if it is loaded already; default: its copy in the index is loaded.
             device: where to load it, such as "cuda".
             repair: where the vectors are damaged, encode all passages again.
+            share: where this process has it open with `share` already, return another handle of the same; it is closed
+                with the last one. Other arguments than the first time are refused. Other processes are not let in:
+                for those, put it into a server (docs/shared-index.md) or use one process as a service.
 
         Raises:
             ResourceError: when the machine does not allow it now: too few file descriptors, or files this user may not
@@ -168,19 +177,13 @@ class LiveIndex(Collection):
         """
         if path is None and uri is None:
             raise UsageError("LiveIndex.open needs a path or a uri")
-        root = mirror_path(uri) if path is None and uri is not None else Path(path or "")
-        if uri is not None:
-            if root.exists() and any(root.iterdir()):
-                check_mirror(root, uri)
-            else:
-                create_mirror(root, uri, _text(checkpoints))
-        core = Core.open(root, encoder, device, repair, _text(checkpoints))
-        try:
-            resume(core)
-        except BaseException:
-            core.close()
-            raise
-        return cls(core)
+        given: dict[str, Any] = {"encoder": encoder, "uri": uri, "device": device, "repair": repair}
+        given["checkpoints"] = _text(checkpoints)
+        if not share:
+            return cls(_open_core(path, **given))
+        place = uri if path is None and uri is not None else str(Path(path or "").resolve())
+        handle = join(place, given, lambda: _open_core(path, **given))
+        return cls(handle.core, handle)
 
     def __enter__(self) -> LiveIndex:
         return self
@@ -191,8 +194,13 @@ class LiveIndex(Collection):
     def close(self) -> None:
         """End a running build (it can be taken up again), let searches finish, and flush; twice is harmless."""
         if os.getpid() == self._owner:  # a fork has nothing of its own to close, and must not close its parent's
-            end_build(self._core)
-            self._core.close()
+            if self._left:
+                return
+            if self._shared is None:
+                _close(self._owned)
+            else:
+                self._left = True
+                leave(self._shared, lambda: _close(self._owned))
 
     @property
     def path(self) -> Path:
@@ -553,6 +561,34 @@ class LiveIndex(Collection):
         if (link := self._core.link) is not None and (watcher := self._core.watcher) is not None:
             found["shared"] = {**link.describe(), "error": watcher.error}
         return found
+
+
+def _open_core(
+    path: str | os.PathLike[str] | None,
+    encoder: Encoder | None,
+    uri: str | None,
+    checkpoints: str | None,
+    device: str | None,
+    repair: bool,
+) -> Core:
+    root = mirror_path(uri) if path is None and uri is not None else Path(path or "")
+    if uri is not None:
+        if root.exists() and any(root.iterdir()):
+            check_mirror(root, uri)
+        else:
+            create_mirror(root, uri, checkpoints)
+    core = Core.open(root, encoder, device, repair, checkpoints)
+    try:
+        resume(core)
+    except BaseException:
+        core.close()
+        raise
+    return core
+
+
+def _close(core: Core) -> None:
+    end_build(core)
+    core.close()
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:
