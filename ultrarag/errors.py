@@ -49,6 +49,10 @@ class ResourceError(IndexStateError):
     errno = 0
 
 
+class StoppedError(UltraragError):
+    """What ran was ended on request; what it had done is kept, and it can be taken up again."""
+
+
 class GateError(UltraragError):
     """A new generation was refused because it is worse or fails a sanity check; carries the numbers."""
 

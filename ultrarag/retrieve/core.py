@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ultrarag.encode import passages_of
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
@@ -64,6 +64,18 @@ class Bridging(Protocol):
         """End it after the searches that are inside."""
 
 
+class Running(Protocol):
+    """A refresh that runs."""
+
+    def describe(self) -> dict[str, Any]:
+        """How far it is, as plain JSON values."""
+        ...
+
+    def cancel(self) -> bool:
+        """Ask for its end; False where it is too late."""
+        ...
+
+
 class Core:
     """Store, BM25 and the live pair of an index that this process owns."""
 
@@ -85,6 +97,8 @@ class Core:
         self.writing = threading.RLock()
         #: held for a build, and for what replaces or removes generations: one at a time each
         self.building, self.flipping = threading.Lock(), threading.Lock()
+        #: the refresh that runs
+        self.running: Running | None = None
         #: the process of the build that runs
         self.builder: subprocess.Popen[str] | None = None
         self._lingering: list[Serving] = []

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ultrarag.encode import CorpusVectors
     from ultrarag.encode.ray import RayPool
     from ultrarag.encoder import Encoder
-    from ultrarag.retrieve.refresh import RefreshReport
+    from ultrarag.retrieve.refresh import OnProgress, RefreshReport
 
 
 class LiveIndex(Collection):
@@ -479,6 +479,8 @@ class LiveIndex(Collection):
         search: Mapping[str, Any] | None = None,
         effort: str = "full",
         bridge: bool = False,
+        isolate: bool = False,
+        on_progress: OnProgress | None = None,
         **finetune_arguments: Any,
     ) -> RefreshReport:
         """Fine-tune the live encoder, build a generation with it, and swap if the gate lets it; searches go on.
@@ -502,24 +504,45 @@ class LiveIndex(Collection):
                 the held-out queries (docs/refresh.md).
             bridge: while a full refresh encodes the passages, let the new encoder serve from the old vectors, if it is
                 significantly better so on the gate's queries (docs/bridge.md).
+            isolate: fine-tune in a process of its own at low priority, as `build` encodes in one: searches keep the
+                interpreter and its memory. It ends with this process, however that ends. Rows and arguments are sent
+                to it as JSON. Checkpoint and report are the same.
+            on_progress: called about once a second with what `status()["refresh"]` says, where that is new, by a
+                thread of its own.
             finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`. Rows that the live model, or
                 one before it, was trained on are refused without `allow_seen_data=True`.
 
         Raises:
             GateError: when the new generation is refused, with the numbers; the old one stays live.
+            StoppedError: `cancel_refresh` was called; the same call goes on.
             UsageError: for arguments that cannot be used, or a folder with a refresh that was asked for differently.
             DataError, TrainingError, IndexStateError: as for fine-tuning, `build` and `swap`.
         """
-        from ultrarag.retrieve.refresh import RefreshTerms, refresh
+        from ultrarag.retrieve.refresh import Refreshing, RefreshTerms, refresh
 
         self._core.check_writable()  # before the training
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
-            terms = RefreshTerms(gate, force, metric, search, effort, bridge)
-            return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
+            core, terms = self._core, RefreshTerms(gate, force, metric, search, effort, bridge)
+            core.running = running = Refreshing(core, Path(output_dir), isolate, on_progress)
+            with running.telling():
+                return refresh(core, train_data, eval_data, output_dir, terms, finetune_arguments, running)
         finally:
+            self._owned.running = None
             self._refreshing.release()
+
+    def cancel_refresh(self) -> bool:
+        """Ask the refresh that another thread runs to end: it raises StoppedError there; the same call goes on later.
+
+        A fine-tune ends after its step, with a checkpoint; a build after the chunk that it committed last. Again: an
+        isolated fine-tune ends at once.
+
+        Returns:
+            whether one was told; False where none runs, or the new generation is going live already.
+        """
+        running = self._core.running
+        return running is not None and running.cancel()
 
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.
@@ -553,11 +576,14 @@ class LiveIndex(Collection):
     def status(self) -> dict[str, Any]:
         """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk.
 
-        `read_only` says why nothing can be written, where that is so.
+        `read_only` says why nothing can be written, where that is so. `refresh` says of the refresh that runs: its
+        stage ("prepare", "finetune", "build", "swap"), the step of how many (of a build: passages), the seconds that
+        are left of the stage (None where unknown), and whether it was cancelled; None where none runs.
         """
         _ = self._core.live
         found = describe(self._core.layout, self._core.store)
         found["read_only"] = self._core.reading or None
+        found["refresh"] = None if (running := self._core.running) is None else running.describe()
         if (link := self._core.link) is not None and (watcher := self._core.watcher) is not None:
             found["shared"] = {**link.describe(), "error": watcher.error}
         return found
@@ -587,6 +613,8 @@ def _open_core(
 
 
 def _close(core: Core) -> None:
+    if core.running is not None:
+        core.running.cancel()
     end_build(core)
     core.close()
 
