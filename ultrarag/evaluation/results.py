@@ -88,7 +88,7 @@ def _none_judged(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mappi
 class Searchable(Protocol):
     """A LiveIndex, or one generation of it."""
 
-    def search_many(self, queries: Sequence[str], **options: Any) -> list[list[Hit]]:
+    def search_many(self, queries: Sequence[str], **options: Any) -> Sequence[Sequence[Hit]]:
         """The hits of each query."""
         ...
 

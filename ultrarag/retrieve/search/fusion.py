@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ultrarag.errors import DataError, UsageError, did_you_mean
+from ultrarag.retrieve.search.hits import Hits
 from ultrarag.types import Hit, head_weights
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def rerank(
 ) -> list[Hit]:
     """Return the hits in the order of `encoder.score`, whose score becomes theirs; equal scores keep their order.
 
+    `Hits` stay `Hits`, of the same query.
+
     Args:
         encoder: a cross-encoder, or any other with its `weights` among the options.
         hits: as `LiveIndex.search` returned them; 50 to 100 are usual. Their former score is kept in `scores`
@@ -150,7 +153,7 @@ def rerank(
     if weight is not None and not weight >= 0:
         raise UsageError(f"weight is {weight}; it must be 0 or more")
     if not hits:
-        return []
+        return hits.with_hits([]) if isinstance(hits, Hits) else []
     scores = [float(score) for score in encoder.score([(query, hit.passage.content) for hit in hits], **options)]
     for hit, score in zip(hits, scores, strict=True):
         if score != score:
@@ -158,10 +161,11 @@ def rerank(
     totals = scores if weight is None else _summed([hit.score for hit in hits], scores, weight)
     more: list[dict[str, float]] = [{}] * len(hits) if weight is None else [{"reranker": score} for score in scores]
     ordered = sorted(zip(hits, totals, more, strict=True), key=lambda item: -item[1])
-    return [
+    reranked = [
         replace(hit, score=total, scores={**hit.scores, "retrieval": hit.score, **extra})
         for hit, total, extra in ordered
     ]
+    return hits.with_hits(reranked) if isinstance(hits, Hits) else reranked
 
 
 def _summed(own: Sequence[float], scores: Sequence[float], weight: float) -> list[float]:
