@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.refresh import RefreshReport
 
 #: Passages written to the store in one transaction.
-BATCH = 512
+CHUNK_PASSAGES = 512
 
 
 class LiveIndex:
@@ -237,8 +237,8 @@ class LiveIndex:
         serving = self._core.live  # also a call without passages says that the index was closed
         total, source = Written(), records(passages)
         try:
-            while batch := list(islice(source, BATCH)):
-                total += self._core.write(lambda batch=batch: self._core.store.write(batch))  # type: ignore[misc]
+            while chunk := list(islice(source, CHUNK_PASSAGES)):
+                total += self._core.write(lambda chunk=chunk: self._core.store.write(chunk))  # type: ignore[misc]
         finally:
             serving.cuts.tell()
         return total
