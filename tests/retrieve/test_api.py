@@ -5,16 +5,24 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.retrieve import servers
-from tests.retrieve.test_live import EVERY, corpus
+from tests.retrieve.shared.test_shared import release
+from tests.retrieve.test_live import EVERY, corpus, count_encoded
+from ultrarag.errors import DataError, UsageError
 from ultrarag.retrieve import Hits, rerank
+from ultrarag.retrieve.build import start
+from ultrarag.retrieve.build.child import Build
+from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.shared import link as link_module
+from ultrarag.types import Passage
 
 KINDS = {"numpy": "numpy", "qdrant-edge": "qdrant_edge", "shared": "qdrant_client"}
 Make = Callable[..., LiveIndex]
@@ -114,3 +122,158 @@ def test_answers_name_the_generation_that_answered_while_others_are_swapped_in(
         thread.join()
     assert all(fingerprints[hits.generation] == hits.fingerprint for hits in seen)
     assert {hits.generation for hits in seen} <= {1, 2}
+
+
+# Listing, counting, changing by a filter
+
+
+def names(passages: Iterable[Passage]) -> list[str]:
+    return [passage.id for passage in passages]
+
+
+def test_passages_are_listed_by_filter_and_by_page(index: LiveIndex) -> None:
+    index.add(corpus(12))
+    assert names(index.passages()) == [f"p{n}" for n in range(12)]
+    assert names(index.passages({"even": True})) == ["p0", "p2", "p4", "p6", "p8", "p10"]
+    assert names(index.passages({"n": {"gte": 3}}, ids=["p9", "nobody", "p1", "p3"])) == ["p9", "p3"]
+    assert names(index.passages(ids=["p9", "p3", "p1"], after="p1", limit=1)) == ["p3"]
+    assert names(index.passages(limit=5)) == ["p0", "p1", "p10", "p11", "p2"]
+    pages, last = [], ""
+    while page := names(index.passages({"even": True}, after=last, limit=2)):
+        pages.append(page)
+        index.delete([page[0]])  # a page goes on from an id, whether it still exists or not
+        index.vacuum()
+        last = page[-1]
+    assert pages == [["p0", "p10"], ["p2", "p4"], ["p6", "p8"]]
+
+
+def test_count_and_delete_by_filter(index: LiveIndex) -> None:
+    index.add(corpus(10))
+    assert (index.count(), index.count({}), index.count({"even": True}), index.count({"n": 77})) == (10, 10, 5, 0)
+    assert index.delete(filter={"even": True, "n": {"lt": 5}}) == 3
+    assert index.delete(filter={"even": True, "n": {"lt": 5}}) == 0
+    assert (len(index), index.count({"even": True})) == (7, 2)
+    for head in ("dense", "bm25", "colbert"):
+        assert not {"p0", "p2", "p4"} & {hit.id for hit in index.search("number", k=50, heads=[head])}, head
+    assert index.delete(["p1", "p1", "nobody"]) == 1
+    assert index.clear() == 6
+    assert (len(index), index.count(), names(index.passages()), index.clear()) == (0, 0, [], 0)
+    assert index.search("number", weights=EVERY) == []
+    assert index.add(corpus(2)).added == 2
+
+
+def test_delete_refuses_what_could_mean_everything(index: LiveIndex) -> None:
+    index.add(corpus(2))
+    for call in (
+        lambda: index.delete(),
+        lambda: index.delete(["p1"], filter={"n": 1}),
+        lambda: index.delete(filter={}),
+    ):
+        with pytest.raises(UsageError, match="clear"):
+            call()
+    with pytest.raises(UsageError, match="limit is 0"):
+        index.passages(limit=0)
+    with pytest.raises(UsageError, match="unknown bound"):
+        index.count({"n": {"more": 1}})
+    with pytest.raises(UsageError, match="after is 3"):
+        index.passages(after=3)  # type: ignore[arg-type]
+    assert len(index) == 2
+
+
+def test_update_merges_metadata_and_encodes_nothing(index: LiveIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.add(corpus(6))
+    seen = count_encoded(monkeypatch, index)
+    assert index.update({"even": True}, {"tags": ["a", "b"], "n": None}) == 3
+    assert index.update({"tags": "a"}, {"tags": ["a", "b"]}) == 3  # as they are: nothing is logged
+    writes = index.status()["writes"]
+    assert index.update({}, {"seen": 1}) == 6
+    assert index.status()["writes"] - writes == 6
+    assert seen == []
+    assert index.get("p2").metadata == {"even": True, "tags": ["a", "b"], "seen": 1}
+    assert index.get("p3").metadata == {"even": False, "n": 3, "seen": 1}
+    for head in ("dense", "bm25"):
+        assert {hit.id for hit in index.search("number", heads=[head], filter={"tags": "b"})} == {"p0", "p2", "p4"}
+        assert index.search("number", heads=[head], filter={"n": 2}) == []
+    with pytest.raises(DataError, match="'x'"):
+        index.update({}, {"x": float("nan")})
+    with pytest.raises(DataError, match="must be a mapping"):
+        index.update({}, [1])  # type: ignore[arg-type]
+    assert index.count({"seen": 1}) == 6
+
+
+def test_changes_by_filter_are_there_after_opening_again(make: Make, tiny) -> None:
+    live = make()
+    live.add(corpus(6))
+    live.update({"n": 1}, {"kept": True})
+    live.delete(filter={"even": True})
+    live.close()
+    with closing(LiveIndex.open(live._owned.layout.root, tiny)) as again:
+        assert names(again.passages({"kept": True})) == ["p1"]
+        assert [hit.id for hit in again.search("number", heads=["dense"], filter={"kept": True})] == ["p1"]
+        assert again.count() == 3
+
+
+def test_an_update_reaches_a_generation_that_is_built_meanwhile(
+    make: Make, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = make()
+    live.add(corpus(8))
+
+    def run(root: Path, generation: Generation, *, device: str | None = None, **_: object) -> None:
+        live.update({"even": True}, {"when": "before"})
+        Build(root, generation, device).run(False)
+        live.update({"even": False}, {"when": "after"})
+        live.delete(filter={"n": 0})
+
+    monkeypatch.setattr(start, "run_builder", run)
+    live.swap(live.build(checkpoint))
+    for head in ("dense", "bm25"):
+        before = live.search("number", heads=[head], filter={"when": "before"})
+        after = live.search("number", heads=[head], filter={"when": "after"})
+        assert (len(before), len(after)) == (3, 4)
+    live.update({"n": 1}, {"when": "later"})
+    live.rollback()
+    assert [hit.id for hit in live.search("number", heads=["dense"], filter={"when": "later"})] == ["p1"]
+
+
+def test_others_follow_what_was_changed_by_filter(make: Make, tmp_path: Path, memory: Path, tiny) -> None:
+    live = make()
+    if live._core.link is None:
+        pytest.skip("one process has it")
+    live.add(corpus(8))
+    with closing(LiveIndex.open(tmp_path / "reader", uri=f"qdrant://{memory}/kb")) as reader:
+        live.update({"even": True}, {"new": 1})
+        live.delete(filter={"n": {"lt": 3}})
+        assert reader._core.watcher is not None
+        reader._core.watcher.poll()
+        assert names(reader.passages({"new": 1}, limit=10)) == ["p4", "p6"]
+        assert {hit.id for hit in reader.search("number", heads=["bm25"], filter={"new": 1})} == {"p4", "p6"}
+        release(live)
+        assert reader.update({"n": 4}, {"new": 2}) == 1
+
+
+def test_many_are_looked_up_at_once(index: LiveIndex) -> None:
+    index.add(corpus(5))
+    found = index.get_many(["p3", "nobody", "p1", "p3"])
+    assert list(found) == ["p3", "p1"]
+    assert found["p1"] == index.get("p1")
+    assert index.get_many([]) == {}
+
+
+def test_vectors_of_what_was_deleted_meanwhile_can_be_skipped(index: LiveIndex) -> None:
+    index.add(corpus(7))
+    whole = index.vectors(["p6", "p1"])
+    found, vectors = index.vectors(["p6", "nobody", "p1"], missing="skip")
+    assert found == ["p6", "p1"]
+    np.testing.assert_allclose(vectors.dense, whole.dense)
+    index._core.live.backend.delete(["p2", "p3"])  # as another process that shares the index does, before we hear of it
+    found, vectors = index.vectors([f"p{n}" for n in range(7)], missing="skip")
+    assert found == ["p0", "p1", "p4", "p5", "p6"]
+    assert len(vectors) == 5
+    for gone in (["nobody"], ["p2"], []):
+        found, vectors = index.vectors(gone, missing="skip")
+        assert (found, len(vectors)) == ([], 0)
+    with pytest.raises(UsageError, match="nobody"):
+        index.vectors(["p6", "nobody"])
+    with pytest.raises(UsageError, match="'fail' or 'skip'"):
+        index.vectors(["p6"], missing="zero")  # type: ignore[call-overload]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,11 @@ from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
 from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
 from ultrarag.retrieve.build import build_generation, end_build
+from ultrarag.retrieve.collection import Collection
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
-from ultrarag.retrieve.ranking import check_ids
 from ultrarag.retrieve.search import Hits
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.retrieve.status import describe
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CHUNK_PASSAGES = 512
 
 
-class LiveIndex:
+class LiveIndex(Collection):
     """An index of passages that this process owns; every method may be called from any thread.
 
     A write that returned is on the disk. One process owns an index at a time; others may call
@@ -245,12 +245,6 @@ class LiveIndex:
 
     upsert = add
 
-    def delete(self, ids: Iterable[str]) -> int:
-        """Delete passages, and return how many there were; ids that do not exist are ignored."""
-        wanted = [ids] if isinstance(ids, str) else list(ids)
-        check_ids(wanted)
-        return self._core.write(lambda: self._core.store.delete(wanted))
-
     def retry(self) -> dict[str, str]:
         """Encode the passages again that could not be encoded (`status()["live"]["unencoded"]`).
 
@@ -260,20 +254,6 @@ class LiveIndex:
             id -> reason, of those that still cannot be.
         """
         return self._core.retry()
-
-    def get(self, id: str) -> Passage | None:
-        """Return a passage, or None."""
-        _ = self._core.live
-        return self._core.store.get([id]).get(id)
-
-    def existing(self, ids: Iterable[str]) -> set[str]:
-        """Return those of the ids that are passages here."""
-        _ = self._core.live
-        return self._core.store.existing(list(ids))
-
-    def vectors(self, ids: Sequence[str]) -> Embeddings:
-        """What the live generation stores for these passages, a row each; UsageError for an unknown id."""
-        return self._core.live.backend.vectors(ids)
 
     def corpus_vectors(
         self, folder: str | os.PathLike[str] | None = None, heads: Sequence[str] | None = None
@@ -291,11 +271,6 @@ class LiveIndex:
             IndexStateError: other vectors went live meanwhile.
         """
         return corpus_vectors(self._core, None if folder is None else Path(folder), heads)
-
-    def passages(self) -> Iterator[Passage]:
-        """Iterate over all passages, in the order in which they were first added; writes may go on."""
-        _ = self._core.live
-        return self._core.store.passages()
 
     def search(self, query: str, k: int = 10, **options: Any) -> Hits:
         """Return the k best passages, best first; fewer where fewer match.

@@ -261,7 +261,7 @@ def to_record(passage: Passage) -> Record:
         raise DataError("a passage's id is a non-empty string, not ''")
     _check_text(passage.id, "text", passage.text)
     _check_text(passage.id, "title", passage.title)
-    metadata = _to_json(passage)
+    metadata = metadata_text(passage.id, passage.metadata)
     return Record(passage.id, passage.text, passage.title, metadata, content_hash(passage.content))
 
 
@@ -303,15 +303,14 @@ def _check_text(id: object, field: str, value: object) -> None:
         ) from error
 
 
-def _to_json(passage: Passage) -> str:
-    if not isinstance(passage.metadata, Mapping):
-        raise DataError(
-            f"passage {passage.id!r}: 'metadata' is {type(passage.metadata).__name__}; it must be a mapping"
-        )
+def metadata_text(id: str, metadata: Any) -> str:
+    """The metadata of a passage as JSON; DataError when no index could hold it, or filter by it."""
+    if not isinstance(metadata, Mapping):
+        raise DataError(f"passage {id!r}: 'metadata' is {type(metadata).__name__}; it must be a mapping")
     try:
-        facts(passage.metadata)  # engines could not filter by what this refuses
-        text = json.dumps(dict(passage.metadata), ensure_ascii=False, sort_keys=True, allow_nan=False)
+        facts(metadata)  # engines could not filter by what this refuses
+        text = json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True, allow_nan=False)
     except (DataError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"passage {passage.id!r}: {error}") from error
-    _check_text(passage.id, "metadata", text)
+        raise DataError(f"passage {id!r}: {error}") from error
+    _check_text(id, "metadata", text)
     return text

@@ -83,18 +83,9 @@ class Store:
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages in one transaction; return how many there were."""
         with self.database.transaction() as db:
-            held = _held(db, list(dict.fromkeys(ids)))
-            gone = [id for id, (*_, deleted) in held.items() if not deleted]
-            first = _last_seq(db) + 1
-            entries = [(first + n, id) for n, id in enumerate(gone)]
-            db.executemany(
-                "UPDATE passages SET text = '', title = '', metadata = '{}', hash = x'', seq = ?, deleted = 1 "
-                "WHERE id = ?",
-                entries,
-            )
-            db.executemany("INSERT INTO log VALUES (?, ?, 'delete', x'')", entries)
-        self._count = None if self._count is None else self._count - len(gone)
-        return len(gone)
+            gone = delete_rows(db, list(dict.fromkeys(ids)))
+        self._count = None if self._count is None else self._count - gone
+        return gone
 
     def get(self, ids: Sequence[str]) -> dict[str, Passage]:
         """Return the passages that exist of these ids; IndexStateError names one whose text is damaged."""
@@ -104,7 +95,7 @@ class Store:
                 marks = ",".join("?" * len(chunk))
                 query = f"SELECT id, text, title, metadata, hash FROM passages WHERE id IN ({marks}) AND deleted = 0"
                 for row in db.execute(query, chunk).fetchall():
-                    found[row[0]] = self._passage(*row)
+                    found[row[0]] = self.passage(*row)
         return found
 
     def of_document(self, name: str) -> Iterator[Passage]:
@@ -112,7 +103,7 @@ class Store:
         with self.database.reading() as db:
             query = "SELECT id, text, title, metadata, hash FROM passages WHERE id > ? AND id < ? AND deleted = 0"
             rows = db.execute(query, (f"{name}#", f"{name}$")).fetchall()  # '$' is what comes after '#'
-        yield from (self._passage(*row) for row in rows)
+        yield from (self.passage(*row) for row in rows)
 
     def existing(self, ids: Sequence[str]) -> set[str]:
         """Return those of these ids that are passages; their texts are not read."""
@@ -177,7 +168,7 @@ class Store:
         )
         with self.database.reading() as db:
             rows = db.execute(query, (after_row, 1 << 62 if up_to_seq is None else up_to_seq, limit)).fetchall()
-        return [(row, self._passage(*rest)) for row, *rest in rows]
+        return [(row, self.passage(*rest)) for row, *rest in rows]
 
     def passages(self) -> Iterator[Passage]:
         """Iterate over all passages, in the order in which they were first added; writes may go on."""
@@ -233,7 +224,8 @@ class Store:
         """Close the file."""
         self.database.close()
 
-    def _passage(self, id: str, text: str, title: str, metadata: str, hash: bytes) -> Passage:
+    def passage(self, id: str, text: str, title: str, metadata: str, hash: bytes) -> Passage:
+        """Make a passage of its columns; IndexStateError when its text is not what was written."""
         passage = Passage(id, text, title, json.loads(metadata))
         if content_hash(passage.content) != hash:
             raise IndexStateError(
@@ -278,6 +270,26 @@ def _write(db: sqlite3.Connection, log: list[tuple[Record, str]], first: int) ->
         (first + n, r.id, "metadata" if op == "metadata" else "content", r.hash) for n, (r, op) in enumerate(log)
     ]
     db.executemany("INSERT INTO log VALUES (?, ?, ?, ?)", entries)
+
+
+def delete_rows(db: sqlite3.Connection, ids: Sequence[str]) -> int:
+    """Delete passages, and log it; return how many there were."""
+    gone = [id for id, (*_, deleted) in _held(db, ids).items() if not deleted]
+    entries = [(_last_seq(db) + n, id) for n, id in enumerate(gone, 1)]
+    db.executemany(
+        "UPDATE passages SET text = '', title = '', metadata = '{}', hash = x'', seq = ?, deleted = 1 WHERE id = ?",
+        entries,
+    )
+    db.executemany("INSERT INTO log VALUES (?, ?, 'delete', x'')", entries)
+    return len(gone)
+
+
+def log_metadata(db: sqlite3.Connection, changed: Sequence[tuple[str, str, bytes]]) -> None:
+    """Give passages other metadata, and log it: (id, metadata as JSON, hash of the text) each."""
+    first = _last_seq(db) + 1
+    db.executemany("UPDATE passages SET metadata = ? WHERE id = ?", [(text, id) for id, text, _ in changed])
+    entries = [(first + n, id, hash) for n, (id, _, hash) in enumerate(changed)]
+    db.executemany("INSERT INTO log VALUES (?, ?, 'metadata', ?)", entries)
 
 
 def _last_seq(db: sqlite3.Connection) -> int:

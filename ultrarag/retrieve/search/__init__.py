@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.search.filters import AllOf, AnyOf, Filter, HasFact, InRange, Node, Not, facts, mask, parse
+    from ultrarag.retrieve.search.filters import (
+        AllOf,
+        AnyOf,
+        Filter,
+        HasFact,
+        InRange,
+        Node,
+        Not,
+        facts,
+        mask,
+        matches,
+        parse,
+    )
     from ultrarag.retrieve.search.fusion import rerank
     from ultrarag.retrieve.search.hits import Hits
     from ultrarag.retrieve.search.searcher import Searcher

@@ -21,9 +21,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +37,8 @@ BOUNDS = ("gt", "gte", "lt", "lte")
 LONGEST_FACT = 96
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+-]\d{2}:\d{2})?)?")
+#: Made once: `json.dumps` with separators makes an encoder at each call.
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -44,6 +47,8 @@ class HasFact:
     """True where at least one of the facts is present."""
 
     facts: tuple[str, ...]
+    #: the key that they are about; "" where it is not known, for what is made by hand
+    key: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,13 @@ class InRange:
     gte: float | None = None
     lt: float | None = None
     lte: float | None = None
+    #: as `HasFact.key`
+    key: str = field(default="", compare=False)
+
+    def holds_one(self, value: float) -> bool:
+        """Compare one value with every bound."""
+        below = (self.gt is None or value > self.gt) and (self.gte is None or value >= self.gte)
+        return below and (self.lt is None or value < self.lt) and (self.lte is None or value <= self.lte)
 
     def holds(self, values: np.ndarray) -> np.ndarray:
         """Compare each value with every bound."""
@@ -137,9 +149,9 @@ def _parse_values(key: str, values: list[Any]) -> Node:
             raise UsageError(f"filter: '{key}' can equal strings, numbers, true, false and null, not {_show(value)}")
     nodes: list[Node] = []
     if present:
-        nodes.append(HasFact(tuple(_equals(key, value) for value in present)))
+        nodes.append(HasFact(tuple(_equals(key, value) for value in present), key))
     if len(present) < len(values):
-        nodes.append(Not(HasFact((_exists(key),))))
+        nodes.append(Not(HasFact((_exists(key),), key)))
     return nodes[0] if len(nodes) == 1 else AnyOf(tuple(nodes))
 
 
@@ -153,7 +165,7 @@ def _parse_range(key: str, bounds: Mapping[str, Any]) -> Node:
     if not bounds:
         raise UsageError(f"filter: '{key}' has no bound; known: {', '.join(BOUNDS)}")
     if all(_is_number(value) for value in bounds.values()):
-        return InRange(_number(key), **_tightest({name: float(value) for name, value in bounds.items()}))
+        return InRange(_number(key), **_tightest({name: float(value) for name, value in bounds.items()}), key=key)
     dates: dict[str, float] = {}
     for name, value in bounds.items():
         if (seconds := _timestamp(value)) is not None:
@@ -163,7 +175,7 @@ def _parse_range(key: str, bounds: Mapping[str, Any]) -> Node:
                 f"filter: '{key}': bound '{name}' is {_show(value)}; the bounds of a range are all numbers, "
                 f"or all ISO dates such as '2024-05-01'"
             )
-    return InRange(_date(key), **_tightest(dates))
+    return InRange(_date(key), **_tightest(dates), key=key)
 
 
 def _tightest(bounds: dict[str, float]) -> dict[str, float]:
@@ -216,15 +228,43 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def matches(node: Node | None, metadata: Mapping[str, Any]) -> bool:
     """Tell whether one passage's metadata passes the filter."""
+    if node is None:
+        return True
+    keys = _keys(node)
     held: dict[str, list[float]] = {}
-    for fact, value in facts(metadata):
+    for fact, value in facts(metadata if "" in keys else _about(metadata, keys)):
         held.setdefault(fact, []).append(value)
+    return _passes(node, held)
 
-    def lookup(fact: str) -> tuple[np.ndarray, np.ndarray]:
-        values = np.array(held.get(fact, []))
-        return np.zeros(len(values), int), values
 
-    return bool(mask(node, lookup, 1)[0])
+def _passes(node: Node, held: Mapping[str, list[float]]) -> bool:
+    if isinstance(node, Not):
+        return not _passes(node.node, held)
+    if isinstance(node, AllOf):
+        return all(_passes(child, held) for child in node.nodes)
+    if isinstance(node, AnyOf):
+        return any(_passes(child, held) for child in node.nodes)
+    if isinstance(node, HasFact):
+        return any(fact in held for fact in node.facts)
+    return any(node.holds_one(value) for value in held.get(node.fact, ()))
+
+
+@lru_cache(maxsize=64)
+def _keys(node: Node) -> tuple[str, ...]:
+    """The keys that a filter is about."""
+    if isinstance(node, HasFact | InRange):
+        return (node.key,)
+    below = (node.node,) if isinstance(node, Not) else node.nodes
+    return tuple(dict.fromkeys(key for child in below for key in _keys(child)))
+
+
+def _about(metadata: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The part of the metadata that has facts about these keys: what leads to one, and what is below it."""
+    return {
+        name: value
+        for name, value in metadata.items()
+        if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for key in keys)
+    }
 
 
 def mask(node: Node | None, lookup: Lookup, rows: int) -> np.ndarray:
@@ -266,7 +306,7 @@ def _date(path: str) -> str:
 
 
 def _short(kind: str, content: Any) -> str:
-    fact = kind + json.dumps(content, separators=(",", ":"))  # ASCII: lone surrogates and NUL bytes are escaped
+    fact = kind + _ENCODE(content)  # ASCII: lone surrogates and NUL bytes are escaped
     if len(fact) <= LONGEST_FACT:
         return fact
     return kind + hashlib.blake2b(fact.encode(), digest_size=16).hexdigest()
