@@ -22,6 +22,7 @@ from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.passages import Written, records
 from ultrarag.retrieve.search import Hits
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
+from ultrarag.retrieve.signals import FROM_FEEDBACK, Signals
 from ultrarag.retrieve.status import describe
 from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
 from ultrarag.types import Embeddings, Passage
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 CHUNK_PASSAGES = 512
 
 
-class LiveIndex(Collection):
+class LiveIndex(Collection, Signals):
     """An index of passages that this process owns; every method may be called from any thread.
 
     A write that returned is on the disk. One process owns an index at a time; others may call
@@ -55,6 +56,7 @@ class LiveIndex(Collection):
     def __init__(self, core: Core) -> None:
         """Use `create` or `open`."""
         self._owned, self._owner, self._refreshing = core, os.getpid(), threading.Lock()
+        self._log_lock = threading.Lock()
 
     @property
     def _core(self) -> Core:
@@ -193,6 +195,7 @@ class LiveIndex(Collection):
     def close(self) -> None:
         """End a running build (it can be taken up again), let searches finish, and flush; twice is harmless."""
         if os.getpid() == self._owner:  # a fork has nothing of its own to close, and must not close its parent's
+            self._close_log()
             end_build(self._core)
             self._core.close()
 
@@ -291,18 +294,25 @@ class LiveIndex(Collection):
             candidates: hits asked of each head before fusion; default: max(4 k, 100). ColBERT scores the candidates
                 of the others; alone, those of dense, sparse or bm25, the first that is stored.
             exact: compare the dense vector with all passages, not through the approximate graph.
+            log: remember the search in the feedback log (docs/feedback.md), so that `feedback` can refer to it.
+            client: who asks, for the log; kept as a keyed hash.
 
         Raises:
             UsageError: for arguments that cannot be used; names them and what can.
         """
         return self.search_many([query], k=k, **options)[0]
 
-    def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]:
+    def search_many(
+        self, queries: Sequence[str], k: int = 10, *, log: bool = False, client: str | None = None, **options: Any
+    ) -> list[Hits]:
         """Search several queries, encoded together, on one generation; options as for `search`."""
         if isinstance(queries, str):
             raise UsageError("search_many takes several queries; use search for one")
         with self._core.searching() as searcher:
-            return searcher.search_many(list(queries), k=k, **options)
+            found = searcher.search_many(list(queries), k=k, **options)
+        if log:
+            self._remember(queries, found, {"k": k, **options}, client)
+        return found
 
     def search_embeddings(self, embeddings: Embeddings, fingerprint: str, k: int = 10, **options: Any) -> list[Hits]:
         """Search with query vectors made elsewhere; options as for `search`.
@@ -441,7 +451,9 @@ class LiveIndex(Collection):
 
         Args:
             train_data, eval_data: as for `ultrarag.finetune.finetune`; a BEIR folder about the passages of this index
-                is asked of the index, other evaluation data is searched in its own corpus.
+                is asked of the index, other evaluation data is searched in its own corpus. train_data="feedback": the
+                rows that the feedback log gives; then gate=True takes its held-out queries with votes, where no
+                eval_data is given (docs/feedback.md).
             output_dir: where the checkpoint appears.
             gate: True takes the queries of `eval_data`; or (queries, qrels), searched in the index; False for none.
             force: go live although the gate says no; this is recorded.
@@ -468,6 +480,8 @@ class LiveIndex(Collection):
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
+            if train_data in (FROM_FEEDBACK, [FROM_FEEDBACK]):
+                train_data, gate = self._from_feedback(Path(output_dir), gate, eval_data, finetune_arguments)
             terms = RefreshTerms(gate, force, metric, search, effort, bridge)
             return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
         finally:
