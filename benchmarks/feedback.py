@@ -4,9 +4,9 @@
 
 The training queries of a BEIR folder are the traffic; a fifth is held out by the library's hash, and nDCG@10 is
 measured on those, which nobody trains on. A hit at rank r is examined with probability 1/r, and clicked with 0.8 where
-it is judged relevant, with 0.15 where it is not: a model of clicks, not people. "rules": `refresh("feedback")`, whose gate
-sees votes on some of the held-out queries. "raw clicks": every clicked passage is a positive, and no gate. Each way has
-an index of its own, whose ranking decides what is clicked next.
+it is judged relevant, with 0.15 where it is not: a model of clicks, not people. "rules": `refresh("feedback")`, whose
+gate sees votes on some of the held-out queries. "raw clicks": every clicked passage is a positive, without a gate. Each
+way has an index of its own, whose ranking decides what is clicked next.
 """
 
 from __future__ import annotations
