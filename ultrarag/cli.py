@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ultrarag.retrieve.command import main as index
 
         return index(words[1:])
+    if words[:1] == ["feedback"]:
+        from ultrarag.retrieve.command import feedback_main
+
+        return feedback_main(words[1:])
     if words[:1] == ["data"]:
         from ultrarag.data import main as data
 
@@ -45,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("finetune", help="fine-tune a model (ultrarag finetune --help)", add_help=False)
     commands.add_parser("index", help="make, search and renew a live index (ultrarag index --help)", add_help=False)
     commands.add_parser("data", help="make, check and change training data (ultrarag data --help)", add_help=False)
+    commands.add_parser("feedback", help="what people did with the hits (ultrarag feedback --help)", add_help=False)
     checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from")
     _checkpoint_actions(checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION"))
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")

@@ -16,7 +16,7 @@ from ultrarag.retrieve.passages import OnExisting, Record, Written, records
 from ultrarag.types import Embeddings, Passage
 
 #: Passages written to the store in one transaction.
-BATCH = 512
+CHUNK_PASSAGES = 512
 #: How far from 1 the length of a given vector may be, as that of a stored one in a swap.
 TOLERANCE = 0.03
 
@@ -51,7 +51,7 @@ def _batches(
     core: Core, source: Iterator[Record], embeddings: Embeddings | None, fingerprint: str | None, at_once: bool
 ) -> Iterator[tuple[list[Record], Embeddings | None]]:
     """What is written in a transaction each: everything where one that exists fails all."""
-    size = None if at_once else BATCH
+    size = None if at_once else CHUNK_PASSAGES
     if embeddings is None or fingerprint is None:
         while batch := list(islice(source, size)):
             yield batch, None

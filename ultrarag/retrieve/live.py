@@ -24,6 +24,7 @@ from ultrarag.retrieve.handles import Handle, join, leave
 from ultrarag.retrieve.passages import OnExisting, Written
 from ultrarag.retrieve.search import Hits
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
+from ultrarag.retrieve.signals import FROM_FEEDBACK, Signals
 from ultrarag.retrieve.status import describe
 from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
 from ultrarag.types import Embeddings, Passage
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.refresh import OnProgress, RefreshReport
 
 
-class LiveIndex(Collection):
+class LiveIndex(Collection, Signals):
     """An index of passages that this process owns; every method may be called from any thread.
 
     A write that returned is on the disk. One process owns an index at a time; others may call
@@ -56,6 +57,7 @@ class LiveIndex(Collection):
         self._owned, self._owner, self._shared = core, os.getpid(), shared
         self._refreshing = threading.Lock() if shared is None else shared.refreshing
         self._left = False
+        self._log_lock = threading.Lock()
 
     @property
     def _core(self) -> Core:
@@ -196,6 +198,7 @@ class LiveIndex(Collection):
         if os.getpid() == self._owner:  # a fork has nothing of its own to close, and must not close its parent's
             if self._left:
                 return
+            self._close_log()
             if self._shared is None:
                 _close(self._owned)
             else:
@@ -308,18 +311,25 @@ class LiveIndex(Collection):
                 them that pass it. "minmax" then maps the scores of these.
             min_scores: what a hit must have at least from a head that is searched, such as {"dense": 0.3}, whatever
                 its fused score is: a fused score has no absolute meaning.
+            log: remember the search in the feedback log (docs/feedback.md), so that `feedback` can refer to it.
+            client: who asks, for the log; kept as a keyed hash.
 
         Raises:
             UsageError: for arguments that cannot be used; names them and what can.
         """
         return self.search_many([query], k=k, **options)[0]
 
-    def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]:
+    def search_many(
+        self, queries: Sequence[str], k: int = 10, *, log: bool = False, client: str | None = None, **options: Any
+    ) -> list[Hits]:
         """Search several queries, encoded together, on one generation; options as for `search`."""
         if isinstance(queries, str):
             raise UsageError("search_many takes several queries; use search for one")
         with self._core.searching() as searcher:
-            return searcher.search_many(list(queries), k=k, **options)
+            found = searcher.search_many(list(queries), k=k, **options)
+        if log:
+            self._remember(queries, found, {"k": k, **options}, client)
+        return found
 
     def search_embeddings(self, embeddings: Embeddings, fingerprint: str, k: int = 10, **options: Any) -> list[Hits]:
         """Search with query vectors made elsewhere; options as for `search`.
@@ -491,7 +501,9 @@ class LiveIndex(Collection):
 
         Args:
             train_data, eval_data: as for `ultrarag.finetune.finetune`; a BEIR folder about the passages of this index
-                is asked of the index, other evaluation data is searched in its own corpus.
+                is asked of the index, other evaluation data is searched in its own corpus. train_data="feedback": the
+                rows that the feedback log gives; then gate=True takes its held-out queries with votes, where no
+                eval_data is given (docs/feedback.md).
             output_dir: where the checkpoint appears.
             gate: True takes the queries of `eval_data`; or (queries, qrels), searched in the index; False for none.
             force: go live although the gate says no; this is recorded.
@@ -524,6 +536,8 @@ class LiveIndex(Collection):
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
+            if train_data in (FROM_FEEDBACK, [FROM_FEEDBACK]):
+                train_data, gate = self._from_feedback(Path(output_dir), gate, eval_data, finetune_arguments)
             core, terms = self._core, RefreshTerms(gate, force, metric, search, effort, bridge)
             core.running = running = Refreshing(core, Path(output_dir), isolate, on_progress)
             with running.telling():

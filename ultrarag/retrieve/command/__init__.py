@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.retrieve.command.feedback import feedback_main
     from ultrarag.retrieve.command.parser import main, share_flags
     from ultrarag.retrieve.command.printing import built
 else:

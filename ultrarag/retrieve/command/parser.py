@@ -186,7 +186,13 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _refresh(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--train_data", required=True, nargs="+", metavar="PATH", help="JSONL files or directories")
+    parser.add_argument(
+        "--train_data",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="JSONL files or directories; feedback: the index's own log",
+    )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the new checkpoint goes")
     parser.add_argument("--eval_data", metavar="PATH", help="held-out data, also the gate's: JSONL, or a BEIR folder")
     parser.add_argument(

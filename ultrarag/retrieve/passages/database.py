@@ -104,10 +104,14 @@ class Database:
         return database
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Write all or nothing; committed durably when the block ends."""
+    def transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Write all or nothing; committed durably when the block ends.
+
+        Without `durable` it survives the end of this process, and a power cut from the next durable one on.
+        """
         with self.lock, named_errors(self.path):
             db = self._writing()
+            db.execute("PRAGMA synchronous=" + ("FULL" if durable else "NORMAL"))
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db

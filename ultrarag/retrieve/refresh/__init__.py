@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.refresh.ladder import EFFORTS
     from ultrarag.retrieve.refresh.plan import RefreshTerms
     from ultrarag.retrieve.refresh.progress import OnProgress, Refreshing
-    from ultrarag.retrieve.refresh.report import RefreshReport
+    from ultrarag.retrieve.refresh.report import RefreshReport, is_begun
     from ultrarag.retrieve.refresh.stages import refresh
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -276,6 +276,11 @@ def _shared(overlap: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a refresh is under way in an output folder, or was carried through there."""
+    return any((folder / name).exists() for name in (STATE_FILE, JSON_FILE))
+
+
 def write_report(report: RefreshReport, measured: Measured | None, folder: Path) -> None:
     """Write `refresh.html`, then `refresh.json`: what names the page comes after it."""
     page = Page(

@@ -1,0 +1,120 @@
+"""The feedback of a live index: searches that are remembered, what people did with their hits, rows to learn from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultrarag.errors import UsageError
+from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.feedback import FILE, FeedbackLog, Rules, Schedule, TrainingRows, freeze, training_rows
+from ultrarag.retrieve.search import Hits
+
+#: What a refresh takes in place of training data: the rows that feedback gives.
+FROM_FEEDBACK = "feedback"
+
+
+class Signals:
+    """What `LiveIndex` offers of feedback (docs/feedback.md)."""
+
+    #: opened when it is first used; an index that remembers nothing has no such file
+    _log: FeedbackLog | None = None
+    _log_lock: threading.Lock
+
+    @property
+    def _core(self) -> Core:
+        raise NotImplementedError
+
+    @property
+    def feedback_log(self) -> FeedbackLog:
+        """Queries and events beside the index, made when it is first used; what is too old is deleted then.
+
+        Raises:
+            IndexStateError: the index is closed, or can only be read.
+        """
+        _ = self._core.live  # says that the index was closed
+        self._core.check_writable()
+        with self._log_lock:
+            if self._log is None:
+                self._log = FeedbackLog(self._core.layout.root / FILE)
+                self._log.expire()
+            return self._log
+
+    def feedback(
+        self,
+        query_id: str,
+        passage_id: str | None = None,
+        action: str = "",
+        *,
+        client: str | None = None,
+        event_id: str | None = None,
+        at: float | None = None,
+    ) -> None:
+        """Remember what somebody did with the hits of a search; durable when it returns.
+
+        Args:
+            query_id: `Hits.query_id` of a search with `log=True`.
+            passage_id: the passage it is about; None where it is about the whole answer.
+            action: "click", "cite" (an answer used it), "relevant", "not_relevant", "unsure" (takes a vote back);
+                "answer_up", "answer_down".
+            client: who did it; default: whoever searched. Kept as a keyed hash.
+            event_id: an event that is sent again with the same id changes nothing.
+            at: seconds since 1970; default: now.
+
+        Raises:
+            UsageError: for an unknown action or query, and a click or citation of what was not shown.
+        """
+        self.feedback_log.add(query_id, action, passage_id, client=client, event_id=event_id, at=at)
+
+    def training_rows(self, since: float | None = None, rules: Rules | None = None, verify: Any = None) -> TrainingRows:
+        """What the feedback teaches, by rules that doubt (docs/feedback.md): rows, held-out labels, and a report.
+
+        Args:
+            since: only searches, or events, since then (seconds since 1970).
+            rules: thresholds; default: Rules().
+            verify: called with (query, text) pairs of citations that nothing else confirms; says of each whether it is
+                relevant. Default: these are not used.
+        """
+        return training_rows(self.feedback_log.queries(since), self._core.store.get, rules, verify)
+
+    def schedule(self, every: str = "daily", **thresholds: int) -> Schedule:
+        """Decides when a refresh from feedback may begin; see `ultrarag.retrieve.feedback.Schedule`."""
+        return Schedule(self.feedback_log, self.training_rows, every, **thresholds)
+
+    def _remember(
+        self, queries: Sequence[str], found: Sequence[Hits], options: Mapping[str, Any], client: str | None
+    ) -> None:
+        asked = [
+            (hits.query_id, query, [(hit.id, hit.score) for hit in hits])
+            for query, hits in zip(queries, found, strict=True)
+            if query.strip()
+        ]
+        if asked:
+            who = {"fingerprint": found[0].fingerprint, "generation": found[0].generation}
+            self.feedback_log.remember(asked, **who, options=options, client=client)  # type: ignore[arg-type]
+
+    def _from_feedback(self, output: Path, gate: Any, eval_data: Any, arguments: dict[str, Any]) -> tuple[str, Any]:
+        """(training data, gate) of a refresh from feedback; its arguments get what such rows need."""
+        from ultrarag.retrieve.refresh import is_begun
+
+        begun = is_begun(output) and not arguments.get("overwrite_output_dir")
+        rows, judged = freeze(self._core.layout.root, output, begun, self.training_rows)
+        if gate is True and eval_data is None:
+            if not judged[1]:
+                raise UsageError(
+                    "no held-out query has votes ('relevant', 'not_relevant') to judge the refresh by: label some "
+                    "(a fifth of all queries is held out), or give eval_data, gate=(queries, qrels), or gate=False"
+                )
+            gate = judged
+        # old rows come again with the new ones; held-out queries are apart by query, and may share documents
+        arguments.setdefault("allow_seen_data", True)
+        arguments.setdefault("shared_eval_data", "warn")
+        return str(rows), gate
+
+    def _close_log(self) -> None:
+        with self._log_lock:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
