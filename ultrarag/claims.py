@@ -192,6 +192,8 @@ def library_module(full: str) -> str:
 #: code that zerank was published with, before its files did.
 PAIR_WORDS = ("qwen2", "qwen3")
 ZERANK_CODE = "modeling_zeranker.py"
+#: Of a classifier with a general chat template, which no tool can read a pair by.
+NO_PAIRS = "its chat template writes no pair, so that nothing says how one is read"
 #: The classes of sentence-transformers that config_sentence_transformers.json names, and the family of each.
 _LIBRARY_CLASSES = {
     "SparseEncoder": "sparse",
@@ -230,7 +232,8 @@ def _of_library(folder: ModelFolder) -> Family | None:
                 return asked
             if _has(folder, "ForCausalLM"):
                 family = "causal-reranker"
-        return Family(family, f"config_sentence_transformers.json: model_type {declared}")
+        evidence = f"config_sentence_transformers.json: model_type {declared}"
+        return Family(family, evidence + (_unsaid(folder) if family == "cross-encoder" else ""))
     if "HF_ColBERT" in folder.architectures or not kinds:
         return None
     return Family("dense", f"modules.json: {', '.join(kind.split('.')[-1] for kind in kinds)}")
@@ -254,7 +257,7 @@ def _of_config(folder: ModelFolder) -> Family:
     if _has(folder, "ForSequenceClassification"):
         labels = _labels(folder.config)
         if labels == 1:
-            return Family("cross-encoder", evidence)
+            return Family("cross-encoder", evidence + _unsaid(folder))
         return Family("classifier", f"{evidence}, {labels} labels")
     if _has(folder, "LayerWise"):
         return Family("ranking-lm", evidence)
@@ -284,6 +287,11 @@ def _asks_in_words(folder: ModelFolder) -> Family | None:
         # our own cards say so of whatever an adapter made of such a model
         found = f"config.json: {folder.architectures[0]}; README.md: text-ranking" if ranks else ""
     return Family("causal-reranker", found) if found else None
+
+
+def _unsaid(folder: ModelFolder) -> str:
+    """What is said of a classifier whose chat template writes no pairs: whoever reads one by it reads neither text."""
+    return f"; {NO_PAIRS}" if folder.chat_template else ""
 
 
 def _has(folder: ModelFolder, *parts: str) -> bool:
