@@ -237,14 +237,14 @@ def sparsity(query: Embeddings | None, passage: Embeddings | None, args: LossArg
         SPLADE v2 (Formal et al., 2021).
     """
     sides = (
-        (query.sparse if query is not None else None, args.query_regularizer_weight, args.query_regularizer_threshold),
-        (
-            passage.sparse if passage is not None else None,
-            args.document_regularizer_weight,
-            args.document_regularizer_threshold,
-        ),
+        (query, args.query_regularizer_weight, args.query_regularizer_threshold),
+        (passage, args.document_regularizer_weight, args.document_regularizer_threshold),
     )
-    terms = [weight * share * flops(side, most) for side, weight, most in sides if side is not None and weight]
+    terms = [
+        weight * share * flops(side.sparse, most)
+        for side, weight, most in sides
+        if side is not None and side.sparse is not None and weight
+    ]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 

@@ -146,6 +146,7 @@ class LiveIndex:
         checkpoints: str | os.PathLike[str] | None = None,
         device: str | None = None,
         repair: bool = False,
+        trust_remote_code: bool = False,
     ) -> LiveIndex:
         """Open an index; writes that a crash kept from the vectors are applied first.
 
@@ -159,6 +160,8 @@ class LiveIndex:
             encoder: the live generation's, if it is loaded already; default: its copy in the index is loaded.
             device: where to load it, such as "cuda".
             repair: where the vectors are damaged, encode all passages again.
+            trust_remote_code: run Python code that comes with the live encoder, from now on, also when it is opened
+                again: for a new mirror of a shared index, to which nobody's consent elsewhere is handed on.
 
         Raises:
             ResourceError: when the machine does not allow it now: too few file descriptors, or files this user may not
@@ -175,7 +178,7 @@ class LiveIndex:
                 check_mirror(root, uri)
             else:
                 create_mirror(root, uri, _text(checkpoints))
-        core = Core.open(root, encoder, device, repair, _text(checkpoints))
+        core = Core.open(root, encoder, device, repair, _text(checkpoints), trust_remote_code)
         try:
             resume(core)
         except BaseException:

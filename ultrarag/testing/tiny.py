@@ -235,8 +235,12 @@ def _write_modules(folder: Path, kinds: dict[str, str]) -> None:
         (folder / path).mkdir(exist_ok=True)
 
 
-def tiny_m3(folder: Path, seed: int = 0) -> None:
-    """An XLM-RoBERTa with bge-m3's sparse and ColBERT heads."""
+def tiny_m3(folder: Path, seed: int = 0, modules: bool = False) -> None:
+    """An XLM-RoBERTa with bge-m3's sparse and ColBERT heads.
+
+    Args:
+        modules: with the files of sentence-transformers, which reads the dense head alone, as bge-m3 is published.
+    """
     import torch
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
@@ -248,6 +252,10 @@ def tiny_m3(folder: Path, seed: int = 0) -> None:
             head = torch.nn.Linear(32, width)
             torch.nn.init.constant_(head.bias, 1.0)  # a random sparse head may be zero for every token
             torch.save(head.state_dict(), folder / f"{name}_linear.pt")
+    if modules:
+        _write_modules(folder, {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"})
+        pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
 
 
 def tiny_cross_encoder(folder: Path, seed: int = 0) -> None:
