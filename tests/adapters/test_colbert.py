@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests import forked
 from ultrarag import Encoder
 from ultrarag.encoder import find_adapter
 from ultrarag.errors import UsageError
@@ -141,6 +142,7 @@ def test_punctuation_that_is_no_token_leaves_unknown_words_compared(layout: str,
     assert_equal_to_library(tmp_path)
 
 
+@pytest.mark.long
 def test_passages_of_other_processes_are_negatives(tmp_path: Path) -> None:
     """Two processes with half of the rows each take the step of one with all of them."""
     tiny_colbert(tmp_path / "model")
@@ -156,8 +158,9 @@ def test_passages_of_other_processes_are_negatives(tmp_path: Path) -> None:
     found = {}
     for processes in (1, 2):
         out = ["--output_dir", tmp_path / str(processes), "--per_device_train_batch_size", 4 // processes]
-        words = ["-m", "ultrarag.finetune", *map(str, [*flags, *out])]
-        done = forked.run(words) if processes == 1 else forked.torchrun(words, processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2] if processes == 2 else []
+        words = [sys.executable, *launcher, "-m", "ultrarag.finetune", *flags, *out]
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         found[processes] = Encoder.load(tmp_path / str(processes), device="cpu").encode(ODD, progress=False).colbert
     before = Encoder.load(tmp_path / "model", device="cpu").encode(ODD, progress=False).colbert
