@@ -1,15 +1,18 @@
 """The table of docs/models.md: tiny copies of published layouts, loaded, fine-tuned, with LoRA, reloaded and indexed.
 
 Each copy (`ultrarag.testing.layouts`) is compared with sentence-transformers on the same folder, before and after, to
-1e-5. The page's text stands in it already; the table between its two marks is made anew.
+1e-5. What is refused stands in a second table, with the words (`models_refused.py`). The page's text stands in it
+already; the tables between their marks are made anew.
 
     python benchmarks/models.py            # all families, and writes the page
     python benchmarks/models.py e5 KaLM    # some, printed
+    python benchmarks/models.py refused    # what is refused, printed
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,20 +23,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from models_refused import REFUSED, words
+from models_refused import table as refusals
 
 from ultrarag import Encoder
+from ultrarag.claims import ModelFolder
 from ultrarag.encoder import find_adapter
 from ultrarag.errors import UsageError
 from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
 from ultrarag.testing.layouts import LAYOUTS, Layout, write_layout
-from ultrarag.testing.tiny import TEXTS, tiny_cross_encoder, tiny_router, tiny_splade, tiny_static
+from ultrarag.testing.tiny import (
+    TEXTS,
+    tiny_cross_encoder,
+    tiny_embedding_gemma2,
+    tiny_m3,
+    tiny_router,
+    tiny_splade,
+    tiny_static,
+)
 from ultrarag.testing.tiny_causal import tiny_causal_reranker
 from ultrarag.testing.tiny_colbert import COLBERT_LAYOUTS, tiny_colbert
 from ultrarag.types import Passage
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: python benchmarks/models.py -->", "<!-- end of table -->"
+REFUSALS, END_REFUSALS = "<!-- refusals: python benchmarks/models.py -->", "<!-- end of refusals -->"
 TOLERANCE = 1e-5
 QUERIES, PASSAGES = list(TEXTS[0::2]), list(TEXTS[1::2])
 ROWS = [
@@ -117,7 +132,15 @@ OTHERS = {
         partial(tiny_causal_reranker, layout="mxbai"), "score", "causal-reranker", "mixedbread-ai/mxbai-rerank-base-v2"
     ),
     "zerank": Other(partial(tiny_causal_reranker, layout="zerank"), "score", "causal-reranker", "zeroentropy/zerank-1"),
+    "bge-m3": Other(partial(tiny_m3, modules=True), "dense", "bgem3", "BAAI/bge-m3"),
+    "EmbeddingGemma 2": Other(tiny_embedding_gemma2, "dense", "bge"),
     "SPLADE": Other(tiny_splade, "sparse", "sentence-transformers", "naver/splade-v3"),
+    "SPLADE, published without modules": Other(
+        partial(tiny_splade, bare=True),
+        "sparse",
+        "sentence-transformers",
+        "naver/splade-cocondenser-ensembledistil",
+    ),
     "inference-free sparse (Router)": Other(
         tiny_router,
         "sparse",
@@ -126,6 +149,10 @@ OTHERS = {
     ),
     "Router, two models": Other(partial(tiny_router, kind="dense"), "dense", "sentence-transformers"),
     "Router, a projection for each side": Other(partial(tiny_router, kind="heads"), "dense", "sentence-transformers"),
+    "Router, queries by static vectors": Other(partial(tiny_router, kind="static"), "dense", "sentence-transformers"),
+    "potion (model2vec)": Other(
+        partial(tiny_static, model2vec=True), "dense", "static", "minishlab/potion-base-8M", lora=False
+    ),
     "static": Other(tiny_static, "dense", "static", "sentence-transformers/static-retrieval-mrl-en-v1", lora=False),
     **{
         f"late interaction, {layout}": Other(partial(tiny_colbert, layout=layout), "colbert", "colbert", example)
@@ -168,12 +195,26 @@ def _dense_difference(encoder: Encoder, folder: Path) -> float:
     """The largest difference of a component, of queries and documents."""
     from sentence_transformers import SentenceTransformer
 
-    library = SentenceTransformer(str(folder), device="cpu")
+    library = SentenceTransformer(str(_readable(folder)), device="cpu")
     pairs = [
         (encoder.encode(TEXTS, kind).dense, encode(list(TEXTS), normalize_embeddings=bool(encoder.settings.normalize)))
         for kind, encode in _sides(library)
     ]
     return max(float(np.abs(ours - theirs).max()) / max(1.0, float(np.abs(theirs).max())) for ours, theirs in pairs)
+
+
+def _readable(folder: Path) -> Path:
+    """The folder that sentence-transformers reads: of EmbeddingGemma 2 the text model, the rest needs torchvision."""
+    from transformers import AutoModel
+
+    if ModelFolder(folder).model_type != "embedding_gemma2":
+        return folder
+    text = folder.with_name(f"{folder.name}-text")
+    shutil.copytree(folder, text, ignore=shutil.ignore_patterns("*.safetensors", "*config.json", "ultrarag.json"))
+    for name in ("tokenizer_config.json", "1_Pooling/config.json"):
+        shutil.copyfile(folder / name, text / name)
+    AutoModel.from_pretrained(folder).language_model.save_pretrained(text)
+    return text
 
 
 def _score_difference(encoder: Encoder, folder: Path) -> float:
@@ -282,21 +323,39 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all, and the page is written")
     known = [*LAYOUTS, *OTHERS]
-    chosen = parser.parse_args().families or known
-    if unknown := [name for name in chosen if name not in known]:
-        parser.error(f"no family '{unknown[0]}': it is one of {', '.join(known)}")
-    outcomes = {}
+    chosen = parser.parse_args().families or [*known, "refused"]
+    if unknown := [name for name in chosen if name not in (*known, "refused")]:
+        parser.error(f"no family '{unknown[0]}': it is one of {', '.join(known)}, or 'refused'")
+    outcomes, said = {}, {}
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
+            if name == "refused":
+                said = all_refused(path)
+                continue
             outcomes[name] = run_other(OTHERS[name], path) if name in OTHERS else run(LAYOUTS[name], path)
         print(name, outcomes[name], file=sys.stderr)
-    if chosen == known:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table(outcomes)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    if chosen == [*known, "refused"]:
+        page = _between(PAGE.read_text(encoding="utf-8"), BEGIN, END, table(outcomes))
+        PAGE.write_text(_between(page, REFUSALS, END_REFUSALS, refusals(said)), encoding="utf-8")
     else:
-        print(table(outcomes))
-    return 0 if all(outcome.sound for outcome in outcomes.values()) else 1
+        print(*[table(outcomes)] * bool(outcomes), *[refusals(said)] * bool(said), sep="\n")
+    return 0 if all(outcome.sound for outcome in outcomes.values()) and all(said.values()) else 1
+
+
+def all_refused(place: Path) -> dict[str, str]:
+    """The words of every refusal."""
+    found = {}
+    for number, (what, refused) in enumerate(REFUSED.items()):
+        (place / str(number)).mkdir()
+        found[what] = words(refused, place / str(number))
+    return found
+
+
+def _between(page: str, begin: str, end: str, text: str) -> str:
+    """A page with a new text between two marks."""
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ LOGITS = (
 )
 STATIC = (f"{ST}.models.StaticEmbedding", f"{ST}.models.Normalize")
 LABEL = {"id2label": {"0": "LABEL_0"}}
+SPLADE_CARD = "---\nlanguage: en\ntags:\n- splade\n- query-expansion\n---\n# SPLADE"
 RANKS = "---\nlicense: mit\npipeline_tag: text-ranking\n---\n# A reranker"
 
 
@@ -86,6 +87,11 @@ CHOSEN: dict[str, tuple[dict[str, Any], str]] = {
     "SPLADE": ({"architecture": "BertForMaskedLM", "modules": SPLADE}, "sentence-transformers"),
     "SPLADE by its class": (
         {"architecture": "BertForMaskedLM", "modules": EMBEDDER, "library": "SparseEncoder"},
+        "sentence-transformers",
+    ),
+    "SPLADE of naver": ({"architecture": "BertForMaskedLM", "card": SPLADE_CARD}, "sentence-transformers"),
+    "SPLADE by its class, bare": (
+        {"architecture": "BertForMaskedLM", "library": "SparseEncoder"},
         "sentence-transformers",
     ),
     "potion": ({"architecture": "StaticModel", "model_type": "model2vec"}, "static"),
@@ -268,7 +274,8 @@ def test_the_adapter_in_use_reads_what_says_nothing(tmp_path: Path) -> None:
     tiny_bert(tmp_path / "said")
     assert find_adapter(tmp_path / "bare", usual="bgem3") == "bgem3"
     assert find_adapter(tmp_path / "said", usual="bgem3") == "bge"
-    assert find_adapter(tmp_path / "bare", usual="sentence-transformers") == "bge"  # which needs a modules.json
+    assert find_adapter(tmp_path / "said", usual="colbert") == "bge"
+    assert find_adapter(tmp_path / "bare", usual="static") == "bge"  # which cannot be it
 
 
 def test_commands_need_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,8 @@ def models(monkeypatch):
     import models
 
     yield models
-    del sys.modules["models"]
+    for name in ("models", "models_refused"):
+        del sys.modules[name]
 
 
 def test_the_table_has_every_layout_and_all_are_equal(models):
@@ -30,7 +31,26 @@ def test_the_table_has_every_layout_and_all_are_equal(models):
     assert table.strip() == models.table({**dict.fromkeys(LAYOUTS, models.Outcome(0.0, 0.0, 0.0, 0.0)), **others})
 
 
-@pytest.mark.parametrize("name", ["inference-free sparse (Router)", "static", "cross-encoder"])
+def test_what_is_refused_is_said_in_the_words_of_the_page(models, tmp_path):
+    said = models.all_refused(tmp_path)
+    page = models.PAGE.read_text(encoding="utf-8")
+    assert all(said.values()), said
+    assert page.split(models.REFUSALS)[1].split(models.END_REFUSALS)[0].strip() == models.refusals(said)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "inference-free sparse (Router)",
+        "Router, queries by static vectors",
+        "SPLADE, published without modules",
+        "potion (model2vec)",
+        "static",
+        "bge-m3",
+        "EmbeddingGemma 2",
+        "cross-encoder",
+    ],
+)
 def test_other_families_go_through_everything_too(models, tmp_path, name):
     outcome = models.run_other(models.OTHERS[name], tmp_path)
     assert outcome.sound, outcome

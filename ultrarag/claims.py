@@ -192,6 +192,12 @@ def library_module(full: str) -> str:
 #: code that zerank was published with, before its files did.
 PAIR_WORDS = ("qwen2", "qwen3")
 ZERANK_CODE = "modeling_zeranker.py"
+#: Of a classifier with a general chat template, which no tool can read a pair by.
+NO_PAIRS = "its chat template writes no pair, so that nothing says how one is read"
+#: The tags of a model card that say that a masked language model was trained as a SPLADE, and the files of those of
+#: OpenSearch whose queries are read by a table of weights.
+_SPARSE_TAGS = ("splade", "sparse-encoder", "learned sparse")
+_QUERY_TABLES = ("idf.json", "query_token_weights.txt")
 #: The classes of sentence-transformers that config_sentence_transformers.json names, and the family of each.
 _LIBRARY_CLASSES = {
     "SparseEncoder": "sparse",
@@ -230,7 +236,8 @@ def _of_library(folder: ModelFolder) -> Family | None:
                 return asked
             if _has(folder, "ForCausalLM"):
                 family = "causal-reranker"
-        return Family(family, f"config_sentence_transformers.json: model_type {declared}")
+        evidence = f"config_sentence_transformers.json: model_type {declared}"
+        return Family(family, evidence + (_unsaid(folder) if family == "cross-encoder" else ""))
     if "HF_ColBERT" in folder.architectures or not kinds:
         return None
     return Family("dense", f"modules.json: {', '.join(kind.split('.')[-1] for kind in kinds)}")
@@ -254,7 +261,7 @@ def _of_config(folder: ModelFolder) -> Family:
     if _has(folder, "ForSequenceClassification"):
         labels = _labels(folder.config)
         if labels == 1:
-            return Family("cross-encoder", evidence)
+            return Family("cross-encoder", evidence + _unsaid(folder))
         return Family("classifier", f"{evidence}, {labels} labels")
     if _has(folder, "LayerWise"):
         return Family("ranking-lm", evidence)
@@ -262,11 +269,18 @@ def _of_config(folder: ModelFolder) -> Family:
         tag = folder.card.get("pipeline_tag", "")
         ranks = tag in ("text-ranking", "text-classification")
         return Family("ranking-lm", f"{evidence}; README.md: {tag}") if ranks else Family("causal-lm", evidence)
+    if _has(folder, "ForMaskedLM") and (said := query_table(folder) or _sparse_tag(folder)):
+        return Family("sparse", f"{evidence}; {said}")
     if folder.config.get("is_encoder_decoder") and not _has(folder, "EncoderModel"):
         return Family("encoder-decoder", evidence)
     if _has(folder, "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"):
         return Family("classifier", evidence)
     return Family("body", evidence)
+
+
+def query_table(folder: ModelFolder) -> str:
+    """The file of weights by which the queries of a sparse encoder are read; empty without one."""
+    return next((name for name in _QUERY_TABLES if folder.has(name)), "")
 
 
 def _asks_in_words(folder: ModelFolder) -> Family | None:
@@ -284,6 +298,18 @@ def _asks_in_words(folder: ModelFolder) -> Family | None:
         # our own cards say so of whatever an adapter made of such a model
         found = f"config.json: {folder.architectures[0]}; README.md: text-ranking" if ranks else ""
     return Family("causal-reranker", found) if found else None
+
+
+def _sparse_tag(folder: ModelFolder) -> str:
+    """The tag of the model card that says that it is a learned sparse encoder; empty without one."""
+    tags = re.findall(r"^[ \t]*-[ \t]+['\"]?([^'\"\n]+?)['\"]?[ \t]*$", folder.card_head, flags=re.MULTILINE)
+    found = next((tag for tag in tags if tag.lower() in _SPARSE_TAGS), "")
+    return f"README.md: {found}" if found else ""
+
+
+def _unsaid(folder: ModelFolder) -> str:
+    """What is said of a classifier whose chat template writes no pairs: whoever reads one by it reads neither text."""
+    return f"; {NO_PAIRS}" if folder.chat_template else ""
 
 
 def _has(folder: ModelFolder, *parts: str) -> bool:

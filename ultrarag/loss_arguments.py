@@ -53,6 +53,21 @@ class LossArguments:
         shown_default="True, unless the checkpoint says that its vectors are compared by dot product",
     )
     negatives_cross_device: bool = flag(False, "The passages of all processes are negatives.")
+    query_regularizer_weight: float = flag(
+        0.0, "How much sparse queries weigh: times their FLOPS, added to the loss, so that fewer tokens have a weight."
+    )
+    document_regularizer_weight: float = flag(0.0, "The same for sparse passages; SPLADE has 3e-5 to 3e-3 in both.")
+    query_regularizer_threshold: int | None = flag(
+        None, "Leave queries with no more weights than this out of their FLOPS.", shown_default="none is left out"
+    )
+    document_regularizer_threshold: int | None = flag(
+        None, "Leave passages with no more weights than this out of their FLOPS.", shown_default="none is left out"
+    )
+    regularizer_warmup_ratio: float = flag(
+        1 / 3,
+        "The share of the steps in which both regularizer weights grow, by the square of the step; 0: they do not.",
+        shown_default="a third",
+    )
 
     #: passages per query in this batch, positive first; None: passages / queries
     group_size: int | None = None
@@ -64,6 +79,12 @@ class LossArguments:
     #: temperature: the logarithm of how many passages of the corpus it stands for, where negatives are a sample
     score_offsets: Any = field(default=None, compare=False)
 
+    @property
+    def regularized(self) -> str:
+        """The first flag that asks for fewer lexical weights; empty where none does."""
+        weights = ("query_regularizer_weight", "document_regularizer_weight")
+        return next((name for name in weights if getattr(self, name)), "")
+
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
         if self.kd_loss_type not in KD_LOSS_TYPES:
@@ -72,6 +93,7 @@ class LossArguments:
             raise UsageError(f"self_distill_start_step is {self.self_distill_start_step}; it must be -1 or more")
         if self.group_size is not None and self.group_size < 1:
             raise UsageError(f"group_size is {self.group_size}; it must be at least 1")
+        _check_regularizers(self)
         object.__setattr__(self, "mrl_dims", tuple(self.mrl_dims))
         _check_mrl(self.use_mrl, self.mrl_dims)
 
@@ -88,3 +110,17 @@ def _check_mrl(use_mrl: bool, dims: tuple[int, ...]) -> None:
         raise UsageError(f"mrl_dims holds {bad[0]!r}; it must be whole numbers above 0, such as 64 128 256")
     if use_mrl and not dims:
         raise UsageError("use_mrl needs mrl_dims, the numbers of dimensions to train, such as --mrl_dims 64 128 256")
+
+
+def _check_regularizers(args: LossArguments) -> None:
+    for name in ("query_regularizer_weight", "document_regularizer_weight"):
+        value = getattr(args, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise UsageError(f"{name} is {value!r}; it must be 0 or a number above, such as 3e-5")
+    for name in ("query_regularizer_threshold", "document_regularizer_threshold"):
+        value = getattr(args, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise UsageError(f"{name} is {value!r}; it must be a whole number, 0 or more")
+    ratio = args.regularizer_warmup_ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise UsageError(f"regularizer_warmup_ratio is {ratio!r}; it is a share of the steps, from 0 to 1")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ultrarag.errors import UsageError
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.scores import head_scores
-from ultrarag.types import Embeddings
+from ultrarag.types import Embeddings, Sparse
 
 #: Weight of each head's own loss, and of its scores in the ensemble, in bge-m3's unified fine-tuning.
 LOSS_WEIGHTS = {"dense": 1.0, "sparse": 0.1, "colbert": 1.0}
@@ -204,6 +204,56 @@ def matryoshka(
 
 def _truncate(dense: Tensor, dim: int, normalize: bool) -> Tensor:
     return F.normalize(dense[:, :dim], dim=-1) if normalize else dense[:, :dim]
+
+
+def flops(sparse: Sparse, threshold: int | None = None) -> Tensor:
+    """The sum over tokens of their mean weight's square: what comparing texts costs, if weights are evenly spread.
+
+    Args:
+        sparse: ids and weights, each (batch, tokens).
+        threshold: texts with no more weights than this do not count, but for their share of the mean.
+
+    Source:
+        Minimizing FLOPs to Learn Efficient Sparse Representations (Paria et al., 2020); the threshold of Geng et al.
+        (2025), https://huggingface.co/papers/2504.14839.
+    """
+    weights, batch = sparse.weights, sparse.weights.shape[0]
+    if threshold is not None:
+        weights = weights * ((weights != 0).sum(1, keepdim=True) > threshold)
+    there = sparse.ids >= 0
+    tokens, column = torch.unique(sparse.ids[there], return_inverse=True)
+    sums = weights.new_zeros(tokens.numel()).index_add(0, column, weights[there])
+    return (sums / batch).square().sum()
+
+
+def sparsity(query: Embeddings | None, passage: Embeddings | None, args: LossArguments, share: float = 1.0) -> Tensor:
+    """What is added to a loss so that lexical weights get fewer: both sides' FLOPS, each times its weight.
+
+    Args:
+        query: (queries) with the sparse head; None: not in training. The same for `passage`.
+        share: of the weights, which grow at the beginning of a run (`regularizer_share`).
+
+    Source:
+        SPLADE v2 (Formal et al., 2021).
+    """
+    sides = (
+        (query, args.query_regularizer_weight, args.query_regularizer_threshold),
+        (passage, args.document_regularizer_weight, args.document_regularizer_threshold),
+    )
+    terms = [
+        weight * share * flops(side.sparse, most)
+        for side, weight, most in sides
+        if side is not None and side.sparse is not None and weight
+    ]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def regularizer_share(step: int, steps: int, args: LossArguments) -> float:
+    """The share of the regularizer weights that counts at a step of `steps`: quadratic in the warm-up, then 1."""
+    if not args.regularizer_warmup_ratio:
+        return 1.0
+    warmup = max(1, int(steps * args.regularizer_warmup_ratio))
+    return float(min(1.0, (step / warmup) ** 2))
 
 
 def cross_encoder_loss(scores: Tensor, teacher: Tensor | None, args: LossArguments) -> Tensor:

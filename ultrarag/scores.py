@@ -53,6 +53,14 @@ def sparse_scores(query: Sparse, passage: Sparse) -> Tensor:
     return torch.cat(columns, dim=1)
 
 
+def greatest(sparse: Sparse, most: int) -> Sparse:
+    """The `most` greatest weights of each text, (batch, tokens), which keep the ascending order of their ids."""
+    if sparse.weights.shape[1] <= most:
+        return sparse
+    chosen = sparse.weights.topk(most, dim=1).indices.sort(dim=1).values  # padding weighs nothing and stands last
+    return Sparse(sparse.ids.gather(1, chosen), sparse.weights.gather(1, chosen))
+
+
 def _spread(ids: Tensor, weights: Tensor, union: Tensor) -> Tensor:
     """Weights on the columns of `union`, (batch, len(union)); ids outside it are left out."""
     column = torch.searchsorted(union, ids.clamp(min=0)).clamp(max=union.numel() - 1)

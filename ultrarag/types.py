@@ -197,6 +197,8 @@ class EncoderSettings:
     cutoff_layer: int | None = None
     #: dense vectors are cut to so many dimensions, and given unit length again where `normalize` is set; None: whole
     truncate_dim: int | None = None
+    #: of each text's lexical weights only so many are kept, the greatest, when it is encoded; None: all
+    max_active_dims: int | None = None
     #: what the checkpoint declares for other tools, by name: kept when it is saved, used nowhere here
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,45 @@ def test_reading_is_part_of_the_identity(tmp_path: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
         prints.append(Encoder.load(path, device="cpu").fingerprint)
     assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("layout", COLBERT_LAYOUTS)
+def test_punctuation_that_is_no_token_leaves_unknown_words_compared(layout: str, tmp_path: Path) -> None:
+    """As in sentence-transformers; Stanford's code and PyLate take the unknown token for it, and compare none."""
+    tiny_colbert(tmp_path, layout)
+    encoder = Encoder.load(tmp_path, device="cpu")
+    tokenizer = encoder.tokenizer
+    assert tokenizer.convert_tokens_to_ids(";") == tokenizer.unk_token_id  # what this is about
+    assert tokenizer.unk_token_id not in encoder.model.skipped.tolist()
+    counts = [int(encoder.encode([text], progress=False).mask.sum()) for text in ("seals ; \u2603", "seals")]
+    assert counts[0] == counts[1] + 2
+    assert_equal_to_library(tmp_path)
+
+
+@pytest.mark.long
+def test_passages_of_other_processes_are_negatives(tmp_path: Path) -> None:
+    """Two processes with half of the rows each take the step of one with all of them."""
+    tiny_colbert(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **still}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    flags = ["--model_name_or_path", tmp_path / "model", "--train_data", rows, "--max_steps", 2, "--optim", "sgd"]
+    flags += ["--learning_rate", 0.5, "--train_group_size", 2, "--query_max_len", 64, "--passage_max_len", 64]
+    flags += ["--skip_data_check", True, "--negatives_cross_device", True, "--use_cpu", True, "--temperature", 1]
+    flags += ["--lr_scheduler_type", "constant", "--bf16", False]
+    found = {}
+    for processes in (1, 2):
+        out = ["--output_dir", tmp_path / str(processes), "--per_device_train_batch_size", 4 // processes]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2] if processes == 2 else []
+        words = [sys.executable, *launcher, "-m", "ultrarag.finetune", *flags, *out]
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        found[processes] = Encoder.load(tmp_path / str(processes), device="cpu").encode(ODD, progress=False).colbert
+    before = Encoder.load(tmp_path / "model", device="cpu").encode(ODD, progress=False).colbert
+    assert np.abs(found[1] - before).max() > 1e-3
+    np.testing.assert_allclose(found[2], found[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "qdrant-edge"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import CrossEncoder
 
 from tests import forked, golden
 from ultrarag import Encoder
@@ -129,8 +131,6 @@ def test_golden_pair_ids_of_training(name):
 
 @pytest.mark.parametrize("name", ["xlmr", "bert"])
 def test_sentence_transformers_gives_the_same_scores(name, request, tmp_path):
-    from sentence_transformers import CrossEncoder
-
     ours = Encoder.load(request.getfixturevalue(name), adapter="bge-reranker", device="cpu")
     theirs = CrossEncoder(str(ours.save(tmp_path / "saved")), device="cpu")
     raw = theirs.predict(PAIRS, activation_fn=torch.nn.Identity())
@@ -373,8 +373,6 @@ def test_two_processes_give_the_weights_and_metrics_of_one(xlmr, tmp_path):
 
 def test_what_a_cross_encoder_declares_survives(xlmr, tmp_path):
     """sentence-transformers keeps the activation, a default prompt and the length beside the weights."""
-    from sentence_transformers import CrossEncoder
-
     made = CrossEncoder(
         str(xlmr), device="cpu", activation_fn=torch.nn.Tanh(), prompts={"ask": "water: "}, default_prompt_name="ask"
     )
@@ -402,3 +400,51 @@ def test_a_pair_of_empty_texts_has_a_score(tmp_path):
     assert np.isfinite(alone).all()
     assert encoder.score([("", ""), ("why", "water " * 9)])[0] == pytest.approx(alone[0], abs=1e-5)
     assert encoder.tokenize_pairs([("", "")]).ids == [[encoder.tokenizer.eos_token_id]]
+
+
+#: As Qwen's own: a pair's roles write nothing.
+CHAT = "{% for message in messages if message.role == 'user' %}<|im_start|>user {{ message.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3ForSequenceClassification without a chat template."""
+    from ultrarag.testing.tiny_causal import tiny_causal_reranker
+
+    folder = tmp_path_factory.mktemp("qwen") / "plain"
+    tiny_causal_reranker(folder, "qwen3-classifier-original")
+    return folder
+
+
+def test_a_qwen_classifier_without_a_chat_template_reads_both_texts_as_they_stand(qwen):
+    encoder = Encoder.load(qwen, device="cpu")
+    assert encoder.adapter.name == "bge-reranker"
+    library = CrossEncoder(str(qwen), device="cpu")
+    assert encoder.score(PAIRS) == pytest.approx(
+        library.predict(PAIRS, activation_fn=torch.nn.Identity()).reshape(-1), abs=1e-5
+    )
+
+
+def test_a_qwen_classifier_with_a_general_chat_template_has_to_be_told_how_it_reads(qwen, tmp_path):
+    """sentence-transformers refuses it; what is saved here says it, so that both read it alike."""
+    folder = shutil.copytree(qwen, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    with pytest.raises(ValueError, match="cannot carry a 'query'/'document' pair"):
+        CrossEncoder(str(folder), device="cpu").predict(PAIRS)
+    said = r"writes no pair, so that nothing says how one is read.*'bge-reranker' or 'causal-reranker' to score pairs"
+    with pytest.raises(UsageError, match=said):
+        Encoder.load(folder, device="cpu")
+    (folder / "config_sentence_transformers.json").write_text('{"model_type": "CrossEncoder"}')
+    with pytest.raises(UsageError, match=said):
+        Encoder.load(folder, device="cpu")
+    (folder / "config_sentence_transformers.json").unlink()
+    plainly = Encoder.load(folder, "bge-reranker", device="cpu")
+    wanted = plainly.score(PAIRS)
+    assert wanted == pytest.approx(Encoder.load(qwen, device="cpu").score(PAIRS), abs=1e-6)
+    in_words = Encoder.load(folder, "causal-reranker", device="cpu").score(PAIRS)
+    assert np.abs(in_words - wanted).max() > 1e-2
+    saved = plainly.save(tmp_path / "saved")
+    library = CrossEncoder(str(saved), device="cpu")
+    assert library.predict(PAIRS, activation_fn=torch.nn.Identity()).reshape(-1) == pytest.approx(wanted, abs=1e-5)
+    (saved / "ultrarag.json").unlink()
+    assert Encoder.load(saved, device="cpu").adapter.name == "bge-reranker"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentence_transformers
+import torch
 
 from ultrarag import Encoder
 from ultrarag.errors import CheckpointError, UltraragError, UsageError
@@ -17,8 +19,8 @@ from ultrarag.retrieve import LiveIndex
 from ultrarag.testing.tiny import tiny_router
 from ultrarag.types import Embeddings
 
-KINDS = ("inference-free", "dense", "heads")
-TEXTS = ["seals sleep under water", "what is a vector database? " * 60, "a, b; c!", "seals", "zzz \u4f60"]
+KINDS = ("inference-free", "dense", "heads", "static")
+TEXTS = ["seals sleep under water", "what is a vector database? " * 60, "a, b; c!", "seals", "zzz \u4f60", ""]
 ROWS = [
     {"query": f"question {i} of seals", "pos": [f"the answer {i} is water"], "neg": [f"a database {i + 3}"]}
     for i in range(8)
@@ -78,7 +80,7 @@ def test_a_router_is_trained_and_loads_again_here_and_there(routers, kind: str, 
     more = {"use_lora": True, "lora_rank": 2} if lora else {}
     result = finetune(routers[kind], ROWS, tmp_path / "out", **RUN, **more)
     before, after = Encoder.load(routers[kind], device="cpu"), Encoder.load(result.checkpoint, device="cpu")
-    for side in ("passage",) if kind == "inference-free" and lora else ("query", "passage"):
+    for side in ("passage",) if kind in ("inference-free", "static") and lora else ("query", "passage"):
         moved = difference(before.encode(TEXTS, side), after.encode(TEXTS, side))  # type: ignore[arg-type]
         assert moved > 1e-4, side
     assert_same(Path(result.checkpoint), after)
@@ -87,7 +89,7 @@ def test_a_router_is_trained_and_loads_again_here_and_there(routers, kind: str, 
 def test_an_index_asks_by_the_table_what_the_model_has_read(routers, tmp_path) -> None:
     encoder = Encoder.load(routers["inference-free"], device="cpu")
     with LiveIndex.create(tmp_path / "index", encoder, backend="numpy") as live:
-        live.add([{"id": f"p{n}", "text": text} for n, text in enumerate(TEXTS)])
+        live.add([{"id": f"p{n}", "text": text} for n, text in enumerate(TEXTS) if text])
         found = live.search("seals", k=3, weights={"sparse": 1.0})
     scores = encoder.encode(["seals"], "query").sparse, encoder.encode(TEXTS, "passage").sparse
     query = dict(zip(scores[0].ids[0].tolist(), scores[0].weights[0].tolist(), strict=True))
@@ -111,12 +113,28 @@ def frozen(routers, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("side", ["both", "passage"])
-def test_a_table_that_is_declared_frozen_stays(frozen: Path, side: str, tmp_path) -> None:
-    result = finetune(frozen, ROWS, tmp_path / "out", train_side=side, **RUN)
+@pytest.mark.parametrize("more", [{}, {"train_side": "passage"}, {"use_lora": True}, {"sub_batch_size": 4}], ids=str)
+def test_a_table_that_is_declared_frozen_stays(frozen: Path, more: dict[str, Any], tmp_path) -> None:
+    result = finetune(frozen, ROWS, tmp_path / "out", **more, **RUN)
     before, after = Encoder.load(frozen, device="cpu"), Encoder.load(result.checkpoint, device="cpu")
     assert difference(before.encode(TEXTS, "query"), after.encode(TEXTS, "query")) == 0
     assert difference(before.encode(TEXTS, "passage"), after.encode(TEXTS, "passage")) > 1e-4
+
+
+def test_a_table_behind_other_modules_that_is_declared_frozen_stays(routers, tmp_path) -> None:
+    """A weight for each token behind a SPLADE, in the passages' route; what is frozen is written as frozen again."""
+    library = sentence_transformers.SparseEncoder(str(routers["inference-free"]), device="cpu")
+    table = copy.deepcopy(library[0].sub_modules["query"][0])
+    table.frozen = True
+    library[0].sub_modules["document"].append(table)
+    library.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    result = finetune(tmp_path / "model", ROWS, tmp_path / "out", **RUN)
+    before, after = Encoder.load(tmp_path / "model", device="cpu"), Encoder.load(result.checkpoint, device="cpu")
+    tables = [encoder.model.library_model[0].sub_modules["document"][2] for encoder in (before, after)]
+    assert tables[1].frozen
+    assert torch.equal(tables[0].weight, tables[1].weight)
+    assert difference(before.encode(TEXTS, "passage"), after.encode(TEXTS, "passage")) > 1e-4
+    assert_same(Path(result.checkpoint), after)
 
 
 def test_a_side_that_is_declared_frozen_is_not_trained(frozen: Path, tmp_path) -> None:

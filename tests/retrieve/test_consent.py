@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.retrieve import servers
 from ultrarag import Encoder
 from ultrarag.checkpoint import read_manifest
 from ultrarag.errors import CheckpointError, UsageError
@@ -171,3 +172,25 @@ def test_the_processes_of_a_corpus_have_consent(own_code: Path, tmp_path: Path, 
     model = ModelChoice(str(own_code), trust_remote_code=True)
     encode_corpus(model, tmp_path / "corpus.jsonl", tmp_path / "out", devices=("cpu", "cpu"), progress=False)
     assert (started[0].trust_remote_code, started[0].adapter) == (True, "bge")
+
+
+def test_a_new_mirror_is_told_by_itself(own_code: Path, tmp_path: Path, memory: Path, quick_builds: None) -> None:
+    """Nobody's consent elsewhere is handed on; what was given to a mirror holds for the same code later."""
+    if reason := servers.missing("qdrant_client"):
+        pytest.skip(reason)
+    uri = f"qdrant://{memory}/mirrored"
+    with LiveIndex.create(tmp_path / "a", Encoder.load(own_code, trust_remote_code=True), uri=uri) as live:
+        live.add([{"id": str(number), "text": text} for number, text in enumerate(TEXTS)])
+        wanted = [hit.id for hit in live.search(TEXTS[2], k=3, heads=["dense"])]
+        with pytest.raises(UsageError, match=REFUSED):
+            LiveIndex.open(tmp_path / "b", uri=uri)
+        with LiveIndex.open(tmp_path / "b", uri=uri, trust_remote_code=True) as mirror:
+            assert mirror.encoder.trust_remote_code
+            assert [hit.id for hit in mirror.search(TEXTS[2], k=3, heads=["dense"])] == wanted
+        with LiveIndex.open(tmp_path / "b", uri=uri) as mirror:  # recorded
+            assert mirror.encoder.trust_remote_code
+            out = tmp_path / "out"
+            finetune(own_code, ROWS, out, trust_remote_code=True, learning_rate=1e-3, **SMALL)
+            live.swap(live.build(out, trust_remote_code=True))
+            mirror._core.watcher.poll()  # type: ignore[union-attr]
+            assert mirror.fingerprint == live.fingerprint

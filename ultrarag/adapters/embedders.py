@@ -272,9 +272,16 @@ class SentenceTransformersAdapter(EmbedderAdapter):
     heads = ("dense", "sparse")
 
     def claims(self, folder: ModelFolder) -> Answer:
-        """Sparse encoders, Routers, and whatever modules no other adapter runs."""
+        """Sparse encoders, Routers, and whatever modules no other adapter runs.
+
+        A masked language model without modules is a SPLADE where its card says so, and may become one where it does
+        not.
+        """
         family = folder.family
-        if family.name not in ("dense", "sparse", "router") or not folder.modules:
+        masked = any("ForMaskedLM" in name for name in folder.architectures)
+        if family.name == "body" and masked and not folder.modules:
+            return None
+        if family.name not in ("dense", "sparse", "router") or not (folder.modules or masked):
             return Refusal(str(family))
         return Claim(family.evidence, "could" if family.name == "dense" else "kind")
 

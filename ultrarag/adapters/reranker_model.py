@@ -170,5 +170,7 @@ def save_cross_encoder(model: CrossEncoder, path: str, state_dict: Mapping[str, 
     }
     model.backbone.save_pretrained(Path(path), state_dict=weights)
     save_tokenizer(model.tokenizer, Path(path))
+    # a general one, of a language model that became a classifier: other tools would read pairs by it, or refuse them
+    (Path(path) / "chat_template.jinja").unlink(missing_ok=True)
     if model.files:
         model.files.write(Path(path), model.settings.query_instruction, model.settings.passage_max_length)

@@ -54,10 +54,14 @@ class CrossEncoderAdapter(RerankerAdapter):
     threaded_encode = True
 
     def claims(self, folder: ModelFolder) -> Answer:
-        """A classifier with one label; a plain encoder may become one."""
+        """A classifier with one label, unless it has a general chat template; a plain encoder may become one.
+
+        Such a template says that pairs are written into words, and not into which: one has to name the adapter that
+        reads the two texts as they stand (this one), or in the words of the family (`causal-reranker`).
+        """
         family = folder.family
         if family.name == "cross-encoder":
-            return Claim(family.evidence)
+            return None if folder.chat_template else Claim(family.evidence)
         return None if family.name in _BASES else Refusal(str(family))
 
     @hookimpl

@@ -40,6 +40,7 @@ class ModelConfig:
     default_prompt: str | None = None
     similarity: str | None = None
     truncate_dim: int | None = None
+    max_active_dims: int | None = None
 
     @property
     def query_prompt(self) -> str:
@@ -60,6 +61,7 @@ class ModelConfig:
             "default_prompt": self.default_prompt,
             "similarity": self.similarity,
             "truncate_dim": self.truncate_dim,
+            "max_active_dims": self.max_active_dims,
         }
 
 
@@ -72,10 +74,12 @@ def read_model_config(folder: Path) -> ModelConfig:
     path = folder / "config_sentence_transformers.json"
     values = read_json(path) if path.is_file() else {}
     prompts = {name: text for name, text in (values.get("prompts") or {}).items() if text is not None}
-    default, cut = values.get("default_prompt_name"), values.get("truncate_dim")
-    if cut is not None and (isinstance(cut, bool) or not isinstance(cut, int) or cut < 1):
-        raise CheckpointError(f"{path}: truncate_dim is {cut!r}; it is a whole number above 0, or left out")
-    return ModelConfig(prompts, default if default in prompts else None, values.get("similarity_fn_name"), cut)
+    default = values.get("default_prompt_name")
+    cuts = {name: values.get(name) for name in ("truncate_dim", "max_active_dims")}
+    for name, cut in cuts.items():
+        if cut is not None and (isinstance(cut, bool) or not isinstance(cut, int) or cut < 1):
+            raise CheckpointError(f"{path}: {name} is {cut!r}; it is a whole number above 0, or left out")
+    return ModelConfig(prompts, default if default in prompts else None, values.get("similarity_fn_name"), **cuts)
 
 
 def compares_by_length(folder: Path) -> bool:

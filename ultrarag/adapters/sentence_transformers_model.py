@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,36 +17,55 @@ from torch import Tensor, nn
 from ultrarag.adapters.embedder import first_dimensions, padded_right
 from ultrarag.adapters.embedder_files import refuse_first_token
 from ultrarag.adapters.sentence_transformers_files import prompts_of, read_model_config
+from ultrarag.adapters.sentence_transformers_routes import (
+    TASKS,
+    VECTORS,
+    WEIGHTS,
+    Reader,
+    as_bags,
+    check_router,
+    first_modules,
+    is_router,
+    kinds_of,
+    modules_of,
+    reader_of,
+    route_of,
+    transformers_of,
+    without_empty,
+)
+from ultrarag.claims import ModelFolder, query_table
 from ultrarag.errors import CheckpointError, UsageError
-from ultrarag.tokenizer_limits import keep_limits
-from ultrarag.types import Embeddings, EncoderSettings, Sparse
+from ultrarag.types import Embeddings, EncoderSettings, Kind, Sparse
 
 if TYPE_CHECKING:
     from ultrarag.hookspecs import Features, LoadOptions
-
-#: What a Router calls our kinds; a text of a symmetric task takes its default route.
-_TASKS = {"query": "query", "passage": "document", "text": None}
-#: The module of a route that reads its texts without special tokens, by a weight for each token.
-_STATIC = "SparseStaticEmbedding"
-#: A tokenizer without a real limit says some 1e30.
-_NO_LIMIT = 1 << 30
 
 
 class SentenceTransformersModel(nn.Module):
     """The modules of a SentenceTransformer or SparseEncoder; state-dict keys: `backbone.*` and `modules_after.*`."""
 
-    def __init__(self, library_model: Any, settings: EncoderSettings) -> None:
+    def __init__(self, library_model: Any, settings: EncoderSettings, readers: Mapping[Kind, Reader]) -> None:
         super().__init__()
         first, *rest = list(library_model)
         self.backbone = first
         self.modules_after = nn.ModuleList(rest)
         self.settings = settings
-        self.tokenizer = library_model.tokenizer
-        #: special tokens that stand before and behind a text
-        self.around = special_tokens(self.tokenizer)
+        self._readers = dict(readers)
+        #: that of passages
+        self.tokenizer = self._readers["passage"].tokenizer
         # in a tuple, so that its parameters, which are the ones above, are not registered a second time
         self._library = (library_model,)
+        for module in modules_of(library_model):
+            if type(module).__name__ == "SpladePooling" and module.pooling_strategy == "max":
+                module.forward = partial(pool_first, module)
         self._unused = [pair for module in modules_of(library_model) for pair in _take_pooler(module)]
+
+    @property
+    def route_tokenizers(self) -> tuple[Any, ...]:
+        """The tokenizers of all routes, on which vectors depend beside that of passages."""
+        plain = [reader.tokenizer for reader in self._readers.values() if type(reader.body).__name__ == VECTORS]
+        own = [tokenizer for body in first_modules(self.library_model) if (tokenizer := _transformers_tokenizer(body))]
+        return (*own, *plain)
 
     @property
     def config(self) -> Any:
@@ -56,6 +76,10 @@ class SentenceTransformersModel(nn.Module):
     def library_model(self) -> Any:
         """The SentenceTransformer or SparseEncoder that owns the same modules."""
         return self._library[0]
+
+    def text_reader(self, kind: Kind) -> Reader:
+        """What reads the texts of a kind."""
+        return self._readers.get(kind, self._readers["passage"])
 
     @property
     def frozen_prefixes(self) -> tuple[str, ...]:
@@ -78,17 +102,13 @@ class SentenceTransformersModel(nn.Module):
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in features]
         state: dict[str, Any] = {name: features[name] for name in names}
         kind = features.get("kind", "passage")
+        self._prepare(state, self.text_reader(kind))
         for module in modules_of(self.library_model):
             if type(module).__name__ == "SpladePooling":
                 # Its evaluation mode, which computes the same, overwrites what a backward would need.
                 module.training = torch.is_grad_enabled()
         for module in (self.backbone, *self.modules_after):
-            if not is_router(module):
-                state = module(state)
-                continue
-            if reads_plainly(module, kind):
-                state["attention_mask"] = self._without_special_tokens(state["attention_mask"])
-            state = module(state, task=_TASKS[kind])
+            state = module(state, task=TASKS[kind]) if is_router(module) else module(state)
         vector = state["sentence_embedding"]
         if self.settings.heads == ("sparse",):
             return Embeddings(sparse=nonzero(vector))
@@ -97,11 +117,14 @@ class SentenceTransformersModel(nn.Module):
         vector = first_dimensions(vector, self.settings.truncate_dim)
         return Embeddings(dense=F.normalize(vector, dim=-1) if self.settings.normalize else vector)
 
-    def _without_special_tokens(self, mask: Tensor) -> Tensor:
-        """An attention mask, (batch, tokens), that hides them; the texts' tokens stand on the left."""
-        before, behind = self.around
-        place = mask.cumsum(1)
-        return mask * (place > before) * (place <= mask.sum(1, keepdim=True) - behind)
+    def _prepare(self, state: dict[str, Any], reader: Reader) -> None:
+        """Give a table what it reads: a text without tokens as such, and vectors for flat ids."""
+        if type(reader.body).__name__ not in (WEIGHTS, VECTORS):
+            return
+        ids, mask = state["input_ids"], state["attention_mask"]
+        state["attention_mask"] = without_empty(ids, mask, reader.tokenizer.pad_token_id)
+        if type(reader.body).__name__ == VECTORS:
+            state |= as_bags(ids, state["attention_mask"])
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in backward (--gradient_checkpointing)."""
@@ -120,48 +143,21 @@ class SentenceTransformersModel(nn.Module):
                 owner.pooler = None
 
 
-def is_router(module: Any) -> bool:
-    """Whether a module sends queries and passages different ways."""
-    return hasattr(module, "sub_modules") and hasattr(module, "default_route")
+def _transformers_tokenizer(body: Any) -> Any:
+    """What a module reads texts with, unless it is a tokenizer of the library `tokenizers`."""
+    return body.tokenizer if hasattr(body.tokenizer, "special_tokens_map") else None
 
 
-def route_of(router: Any, kind: str) -> str:
-    """The route of texts of a kind."""
-    task = _TASKS[kind]
-    return str(router.default_route if task is None else router.route_mappings.get((task, None), task))
+def pool_first(module: Any, features: dict[str, Any]) -> dict[str, Any]:
+    """SpladePooling by the maximum, taken before the activation: the same weights, for both rise with the logit.
 
-
-def reads_plainly(router: Any, kind: str) -> bool:
-    """Whether the route of a kind reads texts without special tokens."""
-    return type(router.sub_modules[route_of(router, kind)][0]).__name__ == _STATIC
-
-
-def modules_of(library_model: Any) -> list[Any]:
-    """The modules in order, those of a Router's routes in its place: queries' first, passages' last."""
-    found: list[Any] = []
-    for module in library_model:
-        if not is_router(module):
-            found.append(module)
-            continue
-        last = route_of(module, "passage")
-        for name in sorted(module.sub_modules, key=lambda name: name == last):
-            found.extend(module.sub_modules[name])
-    return found
-
-
-def transformers_of(library_model: Any) -> list[Any]:
-    """The modules that run a transformers model, the passages' last."""
-    return [module for module in modules_of(library_model) if getattr(module, "auto_model", None) is not None]
-
-
-def special_tokens(tokenizer: Any) -> tuple[int, int]:
-    """How many special tokens stand before and behind a text."""
-    with keep_limits(tokenizer):
-        plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-        whole = list(tokenizer("a")["input_ids"])
-    starts = range(len(whole) - len(plain) + 1)
-    before = next((start for start in starts if whole[start : start + len(plain)] == plain), 0)
-    return before, len(whole) - len(plain) - before
+    The activation then has one value for each token of the vocabulary, not one at each place of the text, and backward
+    keeps no more. Texts of 128 tokens take a fifth less time by the model of `benchmarks/splade.py`.
+    """
+    logits = features["token_embeddings"]
+    weights = (logits * features["attention_mask"].unsqueeze(-1).to(logits.dtype)).amax(dim=1).relu().log1p()
+    features["sentence_embedding"] = weights.log1p() if module.activation_function == "log1p_relu" else weights
+    return features
 
 
 def nonzero(vector: Tensor) -> Sparse:
@@ -193,19 +189,48 @@ def load_model(path: str, options: LoadOptions) -> SentenceTransformersModel:
     """
     folder = Path(path)
     if not (folder / "modules.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no modules.json, so it is no checkpoint of sentence-transformers; "
-            "use the adapter 'bge' for a plain transformers encoder"
-        )
+        _check_masked_language_model(folder, options)
+    declared = read_model_config(folder)
     library_model = _library_class(folder)(
         str(folder), device="cpu", trust_remote_code=options.trust_remote_code, model_kwargs={"dtype": "float32"}
     )
     sparse = type(library_model).__name__ == "SparseEncoder"
-    _check_modules(library_model, folder)
+    _check_modules(library_model, sparse, folder)
     normalize = _normalized(library_model, sparse, options, folder)
-    settings = _settings(library_model, "sparse" if sparse else "dense", normalize, folder)
+    readers = {kind: reader_of(library_model, kind, folder) for kind in kinds_of(library_model)}
+    settings = EncoderSettings(
+        heads=("sparse" if sparse else "dense",),
+        normalize=normalize,
+        query_max_length=readers["query"].max_length,
+        passage_max_length=readers["passage"].max_length,
+        **declared.settings(),
+    )
+    if sparse:  # also what a SparseAutoEncoder keeps
+        settings.max_active_dims = library_model.max_active_dims
     _check_heads(settings, options, folder)
-    return SentenceTransformersModel(library_model, settings)
+    return SentenceTransformersModel(library_model, settings, readers)
+
+
+def _check_masked_language_model(folder: Path, options: LoadOptions) -> None:
+    """Refuse a folder without modules that is not to be read as a SPLADE, or that holds half of a model only.
+
+    Raises:
+        CheckpointError: says what to do.
+    """
+    if table := query_table(ModelFolder(folder)):
+        raise CheckpointError(
+            f"{folder}: its queries are read by a table ({table}), and without modules.json nothing says how its "
+            "documents are; save it by sentence-transformers, with a Router of a SparseStaticEmbedding and the model"
+        )
+    found = ModelFolder(folder)
+    masked = any("ForMaskedLM" in name for name in found.architectures)
+    if masked and (found.family.name == "sparse" or options.heads == ("sparse",)):
+        return
+    raise CheckpointError(
+        f"{folder} has no modules.json, so it is no checkpoint of sentence-transformers; use the adapter 'bge' for a "
+        "plain transformers encoder"
+        + (", or ask for a SPLADE of this masked language model (heads=('sparse',), --heads sparse)" if masked else "")
+    )
 
 
 def save_model(model: SentenceTransformersModel, path: str, state_dict: Mapping[str, Any]) -> None:
@@ -214,6 +239,8 @@ def save_model(model: SentenceTransformersModel, path: str, state_dict: Mapping[
     with holder.complete() as library_model:
         library_model.prompts = prompts_of(holder.settings)
         library_model.truncate_dim = holder.settings.truncate_dim
+        if holder.settings.heads == ("sparse",):
+            library_model.max_active_dims = holder.settings.max_active_dims
         library_model.save_pretrained(path, create_model_card=False)
 
 
@@ -234,8 +261,9 @@ def _library_class(folder: Path) -> Any:
     file = folder / "config_sentence_transformers.json"
     kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
     if kind is None:
-        modules = (folder / "modules.json").read_text(encoding="utf-8")
-        kind = "SparseEncoder" if ".sparse_encoder." in modules else "SentenceTransformer"
+        modules = folder / "modules.json"
+        sparse = not modules.is_file() or ".sparse_encoder." in modules.read_text(encoding="utf-8")
+        kind = "SparseEncoder" if sparse else "SentenceTransformer"
     if kind not in ("SentenceTransformer", "SparseEncoder"):
         raise CheckpointError(
             f"{folder} is a {kind}, which this adapter does not run (SentenceTransformer, SparseEncoder)"
@@ -243,11 +271,11 @@ def _library_class(folder: Path) -> Any:
     return getattr(library, kind)
 
 
-def _check_modules(library_model: Any, folder: Path) -> None:
+def _check_modules(library_model: Any, sparse: bool, folder: Path) -> None:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     for router in filter(is_router, library_model):
-        _check_router(router, folder)
+        check_router(router, sparse, folder)
     for module in modules_of(library_model):
         if "cls" in (getattr(module, "pooling_mode", None) or ()):
             for owner in transformers_of(library_model):
@@ -256,37 +284,15 @@ def _check_modules(library_model: Any, folder: Path) -> None:
             raise CheckpointError(
                 f"{folder}: pooling that leaves the prompt out (include_prompt false) is not supported"
             )
-    for module in _first_modules(library_model):
-        if not isinstance(getattr(module, "auto_model", None), PreTrainedModel) and type(module).__name__ != _STATIC:
+    for module in first_modules(library_model):
+        if type(module).__name__ in (WEIGHTS, VECTORS):
+            continue
+        if not isinstance(getattr(module, "auto_model", None), PreTrainedModel):
             raise CheckpointError(f"{folder}: the first module is '{type(module).__name__}', not a transformers model")
+        if not isinstance(module.tokenizer, PreTrainedTokenizerBase):
+            raise CheckpointError(f"{folder}: its tokenizer is a {type(module.tokenizer).__name__}, not transformers'")
     if not transformers_of(library_model):
         raise CheckpointError(f"{folder}: none of its modules is a transformers model")
-    if not isinstance(library_model.tokenizer, PreTrainedTokenizerBase):
-        raise CheckpointError(
-            f"{folder}: its tokenizer is a {type(library_model.tokenizer).__name__}, not transformers'"
-        )
-
-
-def _first_modules(library_model: Any) -> list[Any]:
-    """What reads texts: the first module, or that of each route."""
-    first = library_model[0]
-    return [route[0] for route in first.sub_modules.values()] if is_router(first) else [first]
-
-
-def _check_router(router: Any, folder: Path) -> None:
-    missing = [route for kind in ("query", "passage") if (route := route_of(router, kind)) not in router.sub_modules]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: its Router has the routes {', '.join(router.sub_modules)}, and none called '{missing[0]}': "
-            "queries and passages take the routes 'query' and 'document'"
-        )
-    if any(modality is not None for _, modality in router.route_mappings):
-        raise CheckpointError(f"{folder}: its Router goes by modality, and only texts are read here")
-    if any(is_router(module) for route in router.sub_modules.values() for module in route):
-        raise CheckpointError(f"{folder}: a Router within a Router is not supported")
-    tokenizers = [found for route in router.sub_modules.values() if (found := getattr(route[0], "tokenizer", None))]
-    if any(found.get_vocab() != tokenizers[0].get_vocab() for found in tokenizers[1:]):
-        raise CheckpointError(f"{folder}: the routes of its Router have different tokenizers, which is not supported")
 
 
 def _normalized(library_model: Any, sparse: bool, options: LoadOptions, folder: Path) -> bool:
@@ -307,28 +313,6 @@ def _normalized(library_model: Any, sparse: bool, options: LoadOptions, folder: 
 
         library_model.append(Normalize())
     return present or bool(options.normalize)
-
-
-def _settings(library_model: Any, head: str, normalize: bool, folder: Path) -> EncoderSettings:
-    return EncoderSettings(
-        heads=(head,),
-        normalize=normalize,
-        query_max_length=_max_length(library_model, "query"),
-        passage_max_length=_max_length(library_model, "passage"),
-        **read_model_config(folder).settings(),
-    )
-
-
-def _max_length(library_model: Any, kind: str) -> int | None:
-    """The longest text of a kind in tokens, special ones included."""
-    reader, plain = library_model[0], False
-    if is_router(reader):
-        plain = reads_plainly(reader, kind)
-        reader = reader.sub_modules[route_of(reader, kind)][0]
-    length = reader.max_seq_length
-    if not length or length >= _NO_LIMIT:
-        return None
-    return int(length) + (sum(special_tokens(library_model.tokenizer)) if plain else 0)
 
 
 def _check_heads(settings: EncoderSettings, options: LoadOptions, folder: Path) -> None:

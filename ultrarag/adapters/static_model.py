@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ultrarag.adapters.embedder import first_dimensions
 from ultrarag.adapters.embedder_files import read_settings
 from ultrarag.adapters.sentence_transformers_files import ModulesDeclaration, prompts_of, read_model_config, write_json
+from ultrarag.adapters.sentence_transformers_routes import plain_tokenizer, without_empty
 from ultrarag.claims import ModelFolder, library_module
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.types import Embeddings, EncoderSettings
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
     from ultrarag.hookspecs import Features, LoadOptions
 
-#: Padding tokens of published tokenizers whose files do not say which it is.
-_PADDING = ("[PAD]", "<pad>")
 #: Where the rows lie: StaticEmbedding of sentence-transformers, and model2vec.
 _KEYS = ("embedding.weight", "embeddings")
 
@@ -47,11 +46,8 @@ class StaticEmbedder(nn.Module):
     def encode(self, features: Features) -> Embeddings:
         """The mean of the tokens' rows; of a text without tokens zero, as in sentence-transformers."""
         ids, table = features["input_ids"], self.backbone.weight
-        mask = features["attention_mask"]
-        counts = mask.sum(dim=1, keepdim=True)
-        # a text without tokens comes as one padding token that counts
-        empty = (counts == 1) & ((ids != self.tokenizer.pad_token_id) * mask).sum(dim=1, keepdim=True).eq(0)
-        share = mask / counts.clamp(min=1) * ~empty
+        mask = without_empty(ids, features["attention_mask"], self.tokenizer.pad_token_id)
+        share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
         dense = F.embedding_bag(ids, table, mode="sum", per_sample_weights=share.to(table.dtype))
         if self.settings.truncate_dim is not None:
             dense = first_dimensions(dense, self.settings.truncate_dim)
@@ -75,13 +71,14 @@ def load_static(path: str, options: LoadOptions) -> StaticEmbedder:
         raise CheckpointError(f"{path} {found}: this adapter runs StaticEmbedding with or without Normalize")
     if options.pooling not in (None, "mean"):
         raise UsageError(f"sentence_pooling_method '{options.pooling}': static embeddings have the mean alone")
+    from tokenizers import Tokenizer
+
     inner = folder.path / (str(folder.modules[0]["path"]) if folder.modules else "")
     table = _read_table(inner)
-    content = json.loads((inner / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer = _tokenizer(content)
+    tokenizer, length = plain_tokenizer(Tokenizer.from_file(str(inner / "tokenizer.json")), inner)
     if len(tokenizer) > len(table):
         raise CheckpointError(f"{inner}: the tokenizer has {len(tokenizer)} tokens and the table {len(table)} rows")
-    model = StaticEmbedder(table, tokenizer, read_settings(_declared(folder, content), options))
+    model = StaticEmbedder(table, tokenizer, read_settings(_declared(folder, length), options))
     for name in ("config.json", "config_sentence_transformers.json"):
         if folder.has(name):
             model.files[name] = (folder.path / name).read_text(encoding="utf-8")
@@ -89,12 +86,12 @@ def load_static(path: str, options: LoadOptions) -> StaticEmbedder:
     return model
 
 
-def _declared(folder: ModelFolder, tokenizer: Mapping[str, Any]) -> ModulesDeclaration:
+def _declared(folder: ModelFolder, length: int | None) -> ModulesDeclaration:
     normalize = len(folder.modules) > 1 if folder.modules else bool(folder.config.get("normalize"))
     return ModulesDeclaration(
         pooling="mean",
         normalize=normalize,
-        max_length=(tokenizer.get("truncation") or {}).get("max_length"),
+        max_length=length,
         config=read_model_config(folder.path),
     )
 
@@ -118,18 +115,6 @@ def _read_table(folder: Path) -> Tensor:
     if "weights" in weights:
         table = table * weights["weights"].float()[:, None]
     return table.contiguous()
-
-
-def _tokenizer(content: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer without the special tokens around a text, which have no part in the mean."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer.from_str(json.dumps({**content, "post_processor": None, "padding": None, "truncation": None}))
-    named = (content.get("padding") or {}).get("pad_token")
-    known = [token for token in (named, *_PADDING) if token and backend.token_to_id(token) is not None]
-    padding = known[0] if known else backend.id_to_token(0)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=padding)
 
 
 def save_static(model: StaticEmbedder, path: str, state_dict: Mapping[str, Any]) -> None:

@@ -275,7 +275,11 @@ def fingerprint(model: nn.Module, adapter: str, settings: EncoderSettings) -> st
     """
     digest = hashlib.sha256()
     digest.update(json.dumps([1, adapter, _declared(settings)], sort_keys=True).encode())
-    digest.update(tokenizer_content(model.tokenizer))
+    known = tokenizer_content(model.tokenizer)
+    digest.update(known)
+    for other in getattr(model, "route_tokenizers", ()):
+        content = tokenizer_content(other)
+        digest.update(content if content != known else b"")
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from ultrarag.encoder.tokens import (
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.hookspecs import Features
 from ultrarag.plugins import Adapter
+from ultrarag.scores import greatest
 from ultrarag.transfer import remember_host, to_device, to_host
 from ultrarag.types import Embeddings, EncoderSettings, Kind, Passage, Tokens
 
@@ -81,8 +83,10 @@ class TokenEncoder:
         return token_limit(self.tokenizer, self.model.config)
 
     def reader(self, kind: Kind | None) -> Any:
-        """The model that reads texts of this kind: `model`, or one of its sides."""
-        return self.model.side(kind) if isinstance(self.model, Sides) and kind else self.model
+        """What reads texts of this kind: `model`, one of its sides, or what that has for the kind."""
+        found: Any = self.model.side(kind) if isinstance(self.model, Sides) and kind else self.model
+        of_kind = getattr(found, "text_reader", None)
+        return of_kind(kind) if of_kind and kind else found
 
     def max_length(self, kind: Kind, asked: int | None = None) -> int | None:
         """The token limit for texts of `kind`; raises UsageError when `asked` is more than the model takes."""
@@ -181,9 +185,14 @@ class TokenEncoder:
         remember_host(cast(torch.Tensor, moved["attention_mask"]), features["attention_mask"])
         batch = cast(Features, {**moved, "heads": heads})
         if dtype is None:
-            return self.adapter.encode(self._engine.of(self.model), batch)
+            return self._kept(self.adapter.encode(self._engine.of(self.model), batch))
         with torch.autocast(self.device.type, dtype):
-            return self.adapter.encode(self.casts.of(self.model, dtype), batch)
+            return self._kept(self.adapter.encode(self.casts.of(self.model, dtype), batch))
+
+    def _kept(self, found: Embeddings) -> Embeddings:
+        """Without the smaller lexical weights of a text that has more than `max_active_dims`; training has them all."""
+        most = self.settings.max_active_dims
+        return found if most is None or found.sparse is None else replace(found, sparse=greatest(found.sparse, most))
 
     def checked_heads(self, heads: Sequence[str] | None) -> tuple[str, ...]:
         if heads is None:

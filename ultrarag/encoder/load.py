@@ -13,7 +13,7 @@ from ultrarag.checkpoint import Manifest
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import Adapter
-from ultrarag.types import EncoderSettings
+from ultrarag.types import KINDS, EncoderSettings
 
 #: Names of precisions and the dtype of the forward; None: as the weights are.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,11 +64,23 @@ def check_vocabulary(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: names the first such token.
     """
+    for part, tokenizer in _parts(model):
+        _check_vocabulary(part, tokenizer, folder)
+
+
+def _parts(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """What reads texts, with its tokenizer: the model, or what it has for each kind."""
+    reader = getattr(model, "text_reader", None)
+    if reader is None:
+        return [(model, getattr(model, "tokenizer", None))]
+    return [(found.body, found.tokenizer) for kind in KINDS for found in (reader(kind),)]
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     from transformers import PreTrainedModel
 
     body = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     rows = getattr(body.get_input_embeddings(), "num_embeddings", None) if body is not None else None
-    tokenizer: Any = getattr(model, "tokenizer", None)
     if not isinstance(rows, int) or not callable(getattr(tokenizer, "get_vocab", None)):
         return
     added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -51,6 +51,7 @@ from ultrarag.finetune.step import (
     Learner,
     Lora,
     add_lora,
+    check_regularized,
     choose_heads,
     freeze,
     load_encoder,
@@ -170,6 +171,7 @@ class FinetuneRun:
         """Load the model, as it is before training."""
         self.parent = load_encoder(self.arguments, self.notes.add)
         self.heads = choose_heads(self.parent, self.arguments.loss.unified_finetuning)
+        check_regularized(self.heads, self.arguments.loss)
         self.encoder = two_sides(self.parent, self.arguments)
         warn_of_seen_rows(self.data, self.parent, self.arguments.incremental, self.notes.add)
 

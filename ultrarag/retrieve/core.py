@@ -35,6 +35,7 @@ from ultrarag.retrieve.generation import (
     Generation,
     IndexLayout,
     Serving,
+    consent,
     encoded_of,
     open_serving,
     open_words,
@@ -87,10 +88,12 @@ class Core:
         repair: bool,
         checkpoints: str | None = None,
         reading: str = "",
+        trusted: bool = False,
     ) -> None:
         """Take the index, bring it up to date with its log, or leave everything as it was.
 
         Args:
+            trusted: Python code that comes with the live encoder may be run here, from now on.
             reading: why nothing can be written: then the index is opened as it is, for searches alone.
         """
         self.layout, self.device, self.reading = IndexLayout(root), device, reading
@@ -124,6 +127,8 @@ class Core:
                 undo.callback(self.link.close)
                 self.link.sync()
                 self.link.fetch_generation(self.catalog.live())
+            if trusted and not reading:
+                consent(self.layout, self.catalog.live())
             words = open_words(self.layout, self.store, bool(reading))
             self.bm25: BM25 | None = words[0] if words else None
             self.words: Follower | None = words[1] if words else None
@@ -158,13 +163,19 @@ class Core:
 
     @classmethod
     def open(
-        cls, root: Path, encoder: Encoder | None, device: str | None, repair: bool, checkpoints: str | None = None
+        cls,
+        root: Path,
+        encoder: Encoder | None,
+        device: str | None,
+        repair: bool,
+        checkpoints: str | None = None,
+        trusted: bool = False,
     ) -> Core:
         """Take the index; where nothing can be written, such as on a full disk, open it for reading and say so."""
         if not root.is_dir():
             raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
         try:
-            return cls(root, encoder, device, repair, checkpoints)
+            return cls(root, encoder, device, repair, checkpoints, trusted=trusted)
         except IndexStateError as error:
             found = resource_error(error, root)
             if found is None or repair or found.errno not in UNWRITABLE:

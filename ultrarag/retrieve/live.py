@@ -153,6 +153,7 @@ class LiveIndex(Collection, Signals):
         device: str | None = None,
         repair: bool = False,
         share: bool = False,
+        trust_remote_code: bool = False,
     ) -> LiveIndex:
         """Open an index; writes that a crash kept from the vectors are applied first.
 
@@ -169,6 +170,8 @@ class LiveIndex(Collection, Signals):
             share: where this process has it open with `share` already, return another handle of the same; it is closed
                 with the last one. Other arguments than the first time are refused. Other processes are not let in:
                 for those, put it into a server (docs/shared-index.md) or use one process as a service.
+            trust_remote_code: run Python code that comes with the live encoder, from now on, also when it is opened
+                again: for a new mirror of a shared index, to which nobody's consent elsewhere is handed on.
 
         Raises:
             ResourceError: when the machine does not allow it now: too few file descriptors, or files this user may not
@@ -180,7 +183,7 @@ class LiveIndex(Collection, Signals):
         if path is None and uri is None:
             raise UsageError("LiveIndex.open needs a path or a uri")
         given: dict[str, Any] = {"encoder": encoder, "uri": uri, "device": device, "repair": repair}
-        given["checkpoints"] = _text(checkpoints)
+        given |= {"checkpoints": _text(checkpoints), "trust_remote_code": trust_remote_code}
         if not share:
             return cls(_open_core(path, **given))
         place = uri if path is None and uri is not None else str(Path(path or "").resolve())
@@ -610,6 +613,7 @@ def _open_core(
     checkpoints: str | None,
     device: str | None,
     repair: bool,
+    trust_remote_code: bool,
 ) -> Core:
     root = mirror_path(uri) if path is None and uri is not None else Path(path or "")
     if uri is not None:
@@ -617,7 +621,7 @@ def _open_core(
             check_mirror(root, uri)
         else:
             create_mirror(root, uri, checkpoints)
-    core = Core.open(root, encoder, device, repair, checkpoints)
+    core = Core.open(root, encoder, device, repair, checkpoints, trust_remote_code)
     try:
         resume(core)
     except BaseException:

@@ -127,9 +127,17 @@ def tiny_remote_code(folder: Path, seed: int = 0) -> None:
     (folder / "modeling_acme.py").write_text(_OWN_CODE.lstrip(), encoding="utf-8")
 
 
-def tiny_splade(folder: Path, seed: int = 0) -> None:
-    """A SPLADE as sentence-transformers has it: a masked language model under SpladePooling."""
+def tiny_splade(folder: Path, seed: int = 0, bare: bool = False) -> None:
+    """A SPLADE as sentence-transformers has it: a masked language model under SpladePooling.
+
+    Args:
+        bare: as naver published them: the masked language model, and a model card that says what it is.
+    """
     tiny_masked_lm(folder, seed)
+    if bare:
+        card = "---\nlanguage: en\ntags:\n- splade\n- bag-of-words\n---\n\n# A tiny SPLADE\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return
     modules = ("base.modules.transformer.Transformer", "sparse_encoder.modules.splade_pooling.SpladePooling")
     kinds = [f"sentence_transformers.{kind}" for kind in modules]
     places = dict(zip(("", "1_SpladePooling"), kinds, strict=True))
@@ -144,13 +152,14 @@ def tiny_router(folder: Path, kind: str = "inference-free", seed: int = 0) -> No
     """Ways of their own for queries and documents, as sentence-transformers writes them.
 
     Args:
-        kind: "inference-free" (queries by a weight for each token, documents by a SPLADE), "dense" (two BERTs), or
-            "heads" (one BERT, and a projection for each side).
+        kind: "inference-free" (queries by a weight for each token, documents by a SPLADE), "dense" (two BERTs),
+            "heads" (one BERT, and a projection for each side), or "static" (queries by a vector for each token of
+            another tokenizer, documents by a BERT).
     """
     import torch
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from sentence_transformers.base.modules import Dense, Router, Transformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
     from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 
     def reader(name: str, number: int, masked: bool = False) -> Transformer:
@@ -171,6 +180,10 @@ def tiny_router(folder: Path, kind: str = "inference-free", seed: int = 0) -> No
                 [reader(name, number), Pooling(32, "mean")] for number, name in enumerate(("body", "other"))
             ]
             modules = [Router.for_query_document(*routes), Normalize()]
+        elif kind == "static":
+            other = tiny_tokenizer("roberta", TEXTS[::2])
+            vectors: Any = StaticEmbedding(other, torch.randn(len(other), 32))
+            modules = [Router.for_query_document([vectors], [reader("body", 0), Pooling(32, "mean")]), Normalize()]
         else:
             heads: list[Any] = [[Dense(32, 16, bias=False)], [Dense(32, 16, bias=False)]]
             modules = [reader("body", 0), Pooling(32, "mean"), Router.for_query_document(*heads), Normalize()]
@@ -222,8 +235,12 @@ def _write_modules(folder: Path, kinds: dict[str, str]) -> None:
         (folder / path).mkdir(exist_ok=True)
 
 
-def tiny_m3(folder: Path, seed: int = 0) -> None:
-    """An XLM-RoBERTa with bge-m3's sparse and ColBERT heads."""
+def tiny_m3(folder: Path, seed: int = 0, modules: bool = False) -> None:
+    """An XLM-RoBERTa with bge-m3's sparse and ColBERT heads.
+
+    Args:
+        modules: with the files of sentence-transformers, which reads the dense head alone, as bge-m3 is published.
+    """
     import torch
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
@@ -235,6 +252,10 @@ def tiny_m3(folder: Path, seed: int = 0) -> None:
             head = torch.nn.Linear(32, width)
             torch.nn.init.constant_(head.bias, 1.0)  # a random sparse head may be zero for every token
             torch.save(head.state_dict(), folder / f"{name}_linear.pt")
+    if modules:
+        _write_modules(folder, {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"})
+        pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
 
 
 def tiny_cross_encoder(folder: Path, seed: int = 0) -> None:

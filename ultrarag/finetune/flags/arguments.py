@@ -356,6 +356,7 @@ def _refuse_sides(arguments: FinetuneArguments, pairs: bool) -> None:
     if sides.maps_alone:
         refused["use_lora"] = (arguments.lora.use_lora, "no encoder is trained, the map alone")
         refused["unified_finetuning"] = (arguments.loss.unified_finetuning, "a map is of the dense vectors alone")
+        refused[arguments.loss.regularized] = (arguments.loss.regularized, "a map is of the dense vectors alone")
         refused["knowledge_distillation"] = (arguments.loss.knowledge_distillation, "a map learns from positives")
     if sides.passage_map and arguments.lora.use_lora:
         refused["use_lora"] = (True, "the adapters' run would not train the map")
@@ -371,6 +372,7 @@ def _refuse_for_pairs(arguments: FinetuneArguments) -> None:
         "negatives_cross_device": (loss.negatives_cross_device, alone),
         "use_mrl": (loss.use_mrl, "it gives no vector whose dimensions could be cut"),
         "unified_finetuning": (loss.unified_finetuning, "it has one head"),
+        loss.regularized: (loss.regularized, "it has no lexical weights"),
         "sentence_pooling_method": (arguments.model.sentence_pooling_method, "it gives a score and no vector"),
         "false_negative_mask": (arguments.false_negatives.false_negative_mask != "none", alone),
         "kd_loss_type": (loss.kd_loss_type != "kl_div", "its group of candidates is learned with kl_div"),

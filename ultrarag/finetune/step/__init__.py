@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from ultrarag.finetune.step.gradcache import cached_step
     from ultrarag.finetune.step.lora import LORA_FILE, Lora, add_lora
     from ultrarag.finetune.step.masking import FalseNegatives
-    from ultrarag.finetune.step.trainable import Trainable, choose_heads, freeze, load_encoder
+    from ultrarag.finetune.step.trainable import (
+        Trainable,
+        check_regularized,
+        choose_heads,
+        freeze,
+        load_encoder,
+    )
     from ultrarag.finetune.step.trainer import EmbeddingTrainer, Learner
     from ultrarag.finetune.step.watch import watching
 else:

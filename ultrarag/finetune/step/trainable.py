@@ -23,6 +23,7 @@ from ultrarag.types import Embeddings
 
 if TYPE_CHECKING:
     from ultrarag.finetune.flags import DataArguments, FinetuneArguments, ModelArguments
+    from ultrarag.loss_arguments import LossArguments
 
 
 class Trainable(nn.Module):
@@ -156,6 +157,15 @@ def choose_heads(encoder: Encoder, unified: bool) -> tuple[str, ...]:
     if unified or "dense" not in encoder.heads:
         return encoder.heads
     return ("dense",)
+
+
+def check_regularized(heads: tuple[str, ...], loss: LossArguments) -> None:
+    """Raise UsageError where lexical weights are to get fewer, and none are trained."""
+    if loss.regularized and "sparse" not in heads:
+        raise UsageError(
+            f"--{loss.regularized} is for lexical weights, and the heads trained are {', '.join(heads)}; leave it out, "
+            "or train a sparse head (a SPLADE; bge-m3 with --unified_finetuning)"
+        )
 
 
 def freeze(

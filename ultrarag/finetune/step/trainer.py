@@ -45,6 +45,7 @@ from ultrarag.finetune.step.masking import FalseNegatives
 from ultrarag.finetune.step.trainable import Trainable
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.io import quiet_progress, sync_directory, sync_tree
+from ultrarag.losses import regularizer_share, sparsity
 from ultrarag.transfer import remember_host
 from ultrarag.types import Embeddings
 from ultrarag.untrusted import only_tensors
@@ -249,7 +250,15 @@ class EmbeddingTrainer(Trainer):
             score_offsets=found.offsets,
         )
         loss = self.encoder.adapter.loss(self.trained.model, query, found.passage, teacher, step, arguments)
-        return loss + corpus.penalty()
+        trained = None if corpus.frozen == "query" else query
+        return self._regularized(loss, trained, fresh) + corpus.penalty()
+
+    def _regularized(self, loss: Tensor, query: Embeddings | None, passage: Embeddings | None) -> Tensor:
+        """The loss, and what keeps the sides in training sparse where that is asked for."""
+        if not self.loss_arguments.regularized:
+            return loss
+        share = regularizer_share(self.state.global_step, self.state.max_steps, self.loss_arguments)
+        return loss + sparsity(query, passage, self.loss_arguments, share).to(loss)
 
     def _all_nearest(self, corpus: CorpusNegatives, features: dict[str, Any]) -> np.ndarray:
         return _gathered(corpus.nearest_to(features), corpus.bank.device)
@@ -276,6 +285,7 @@ class EmbeddingTrainer(Trainer):
             false_negatives=mask,
         )
         loss = self.encoder.adapter.loss(self.trained.model, query, passage, teacher, step, arguments)
+        loss = self._regularized(loss, query, passage)
         if not torch.isfinite(loss):
             raise TrainingError(_not_finite(loss, step, batch))
         return loss * mean_weight(queries, loss.device)
@@ -284,6 +294,9 @@ class EmbeddingTrainer(Trainer):
         """Log what was measured, what this process achieved, and how many passages were left out as false negatives."""
         if "loss" in logs:
             logs |= self.throughput.entries()
+        if self.loss_arguments.regularized and "loss" in logs:
+            share = regularizer_share(max(0, self.state.global_step - 1), self.state.max_steps, self.loss_arguments)
+            logs["regularizer_share"] = round(share, 4)
         if self.masking and "loss" in logs:
             logs["false_negatives"] = round(self.masking.share(), 4)
         super().log(logs, *args, **kwargs)

@@ -50,7 +50,7 @@ def create(arguments: argparse.Namespace) -> None:
 def mirror(arguments: argparse.Namespace) -> None:
     """Make a mirror of a shared index, or bring one up to date."""
     chosen = {"uri": arguments.uri, "checkpoints": arguments.checkpoints, "device": arguments.device}
-    LiveIndex.open(arguments.path, **chosen).close()
+    LiveIndex.open(arguments.path, **chosen, trust_remote_code=arguments.trust_remote_code).close()
     status(arguments)
 
 

@@ -80,6 +80,7 @@ def _create(parser: argparse.ArgumentParser) -> None:
 def _mirror(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uri", required=True, help="the shared index: qdrant://HOST:6333/NAME, milvus://...")
     _checkpoints(parser)
+    _trust(parser)
     _device(parser)
 
 

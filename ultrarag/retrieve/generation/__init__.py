@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.generation.source import (
         Draft,
         Source,
+        consent,
         encoded_of,
         find_source,
         generation_adapter,

@@ -188,6 +188,13 @@ def record_consent(directory: Path) -> None:
         write_json(IndexLayout.consent(directory), {"trust_remote_code": True, "code": _code(folder)})
 
 
+def consent(layout: IndexLayout, generation: Generation) -> None:
+    """Write consent down for the code of a generation that is here, where it has some and none was given yet."""
+    directory = layout.final(generation.id)
+    if not layout.consent(directory).exists():
+        record_consent(directory)
+
+
 def inherit_consent(layout: IndexLayout, directory: Path) -> None:
     """Write consent down for a generation that was fetched, where all of its code was allowed here with another one."""
     folder = IndexLayout.checkpoint(directory)
