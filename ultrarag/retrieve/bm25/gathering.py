@@ -1,0 +1,155 @@
+"""From passages to the lists of a segment: those just written are gathered, then inverted; segments are merged."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ultrarag.retrieve.bm25.lists import Inverted, united
+from ultrarag.retrieve.bm25.segment import Segment, compressed
+from ultrarag.retrieve.bm25.terms import MOST_FREQUENT, Vocabulary
+
+#: Entries of a merge that are decoded at a time: 32 bytes each.
+PIECE_ENTRIES = 1 << 21
+
+
+class Batch:
+    """Passages as they came: their ids, their tokens in order, and their facts."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.ids: list[bytes] = []
+        #: tokens, and facts, of each passage
+        self.lengths, self._facts_of = array("q"), array("q")
+        self._tokens, self._facts, self._numbers = array("i"), array("i"), array("d")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, id: bytes, text: str, facts: Sequence[tuple[str, float]]) -> None:
+        """Add a passage."""
+        before = len(self._tokens)
+        self._tokens.extend(self.vocabulary.numbers(text))
+        self.ids.append(id)
+        self.lengths.append(len(self._tokens) - before)
+        self._facts_of.append(len(facts))
+        for fact, number in facts:
+            self._facts.append(self.vocabulary.facts[fact])
+            self._numbers.append(number)
+
+    def extend(self, other: Batch) -> None:
+        """Add the passages of another batch of the same vocabulary."""
+        self.ids += other.ids
+        self.lengths += other.lengths
+        self._facts_of += other._facts_of
+        self._tokens += other._tokens
+        self._facts += other._facts
+        self._numbers += other._numbers
+
+    def compressed(self, alive: np.ndarray, k1: float, b: float) -> list[bytes]:
+        """The bytes of a segment of the passages that are alive, (len(self),) bool."""
+        ids = [id for id, lives in zip(self.ids, alive.tolist(), strict=True) if lives]
+        lengths = np.frombuffer(self.lengths, np.int64) if self.ids else np.zeros(0, np.int64)
+        id_lengths = np.fromiter(map(len, ids), np.int64)
+        id_bytes = np.frombuffer(b"".join(ids), np.uint8)
+        return compressed(id_lengths, id_bytes, lengths[alive], [self._inverted(alive)], k1, b)
+
+    def _inverted(self, alive: np.ndarray) -> Inverted:
+        new_row = alive.cumsum() - 1
+        terms, term_rows = _pairs(self._tokens, self.lengths, alive, new_row)
+        facts, fact_rows = _pairs(self._facts, self._facts_of, alive, new_row)
+        numbers = _array(self._numbers, np.float64)[np.repeat(alive, _array(self._facts_of, np.int64))]
+        known = _array(self.vocabulary.keys, np.uint64)
+        held = np.zeros(len(known), bool)
+        held[terms] = held[facts] = True
+        used = np.flatnonzero(held)
+        keys = known[used]
+        order = np.argsort(keys)
+        rank = np.empty(len(known), np.int64)
+        rank[used[order]] = np.arange(len(used))
+        rows = max(1, int(alive.sum()))
+        cells, frequencies = _counted(rank[terms] * rows + term_rows)
+        fact_cells = rank[facts] * rows + fact_rows
+        cells, numbers = np.concatenate([cells, fact_cells]), np.concatenate([frequencies, numbers])
+        if len(facts):
+            sorted_ = np.argsort(cells, kind="stable")
+            cells, numbers = cells[sorted_], numbers[sorted_]
+        lists, entry_rows = np.divmod(cells, rows)
+        return Inverted(keys[order], np.bincount(lists, minlength=len(used)), entry_rows, numbers)
+
+
+def _array(values: Any, kind: Any) -> np.ndarray:
+    return np.frombuffer(values, kind) if len(values) else np.zeros(0, kind)
+
+
+def _pairs(items: array[int], counts: array[int], alive: np.ndarray, new_row: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The items of the passages that are alive, and the row of each."""
+    found, per_row = _array(items, np.int32), _array(counts, np.int64)
+    if not alive.all():
+        found = found[np.repeat(alive, per_row)]
+    return found, np.repeat(new_row[alive], per_row[alive])
+
+
+def _counted(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values, ascending, and how often each occurs, up to MOST_FREQUENT."""
+    cells = np.sort(cells)
+    first = np.flatnonzero(np.diff(cells, prepend=-1))
+    frequencies = np.diff(first, append=len(cells)).astype(np.float64)
+    return cells[first], np.minimum(frequencies, MOST_FREQUENT)
+
+
+def merged(
+    segments: Sequence[tuple[Segment, np.ndarray | None]],
+    k1: float,
+    b: float,
+    check: Callable[[], None] = lambda: None,
+) -> list[bytes]:
+    """The bytes of one segment of what lives in several, in their order.
+
+    Args:
+        segments: each with which of its rows are dead, (rows,) bool; None: none.
+        check: called between pieces; what it raises ends the merge.
+    """
+    parts = [_living(segment, dead) for segment, dead in segments]
+    id_lengths, id_bytes, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+    pieces = _merged_lists(segments, [len(part[2]) for part in parts], check)
+    return compressed(id_lengths, id_bytes, lengths, pieces, k1, b)
+
+
+def _living(segment: Segment, dead: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    id_lengths, id_bytes = segment.ids_between(0, segment.rows)
+    if dead is None:
+        return id_lengths, id_bytes, segment.lengths.astype(np.int64)
+    return id_lengths[~dead], id_bytes[np.repeat(~dead, id_lengths)], segment.lengths[~dead].astype(np.int64)
+
+
+def _merged_lists(
+    segments: Sequence[tuple[Segment, np.ndarray | None]], counts: Sequence[int], check: Callable[[], None]
+) -> Iterator[Inverted]:
+    """The lists of several segments, joined, from one range of keys to the next: keys are evenly spread digests."""
+    ranges = 1 + sum(segment.lists.entries for segment, _ in segments) // PIECE_ENTRIES
+    bounds = [(i << 64) // ranges for i in range(ranges)]
+    for low, high in zip(bounds, [*bounds[1:], None], strict=True):
+        check()
+        base, pieces = 0, []
+        for (segment, dead), count in zip(segments, counts, strict=True):
+            pieces.append(_moved(segment.lists.between(low, high), dead, base))
+            base += count
+        yield united(pieces)
+
+
+def _moved(lists: Inverted, dead: np.ndarray | None, base: int) -> Inverted:
+    """Lists without the rows that are dead, where the first living row is number `base`."""
+    if dead is None:
+        return Inverted(lists.keys, lists.counts, lists.rows + base, lists.numbers)
+    kept = ~dead[lists.rows]
+    of = np.repeat(np.arange(len(lists.keys)), lists.counts)
+    counts = np.bincount(of[kept], minlength=len(lists.keys))
+    there = counts > 0
+    rows = (np.cumsum(~dead) - 1 + base)[lists.rows[kept]]
+    return Inverted(lists.keys[there], counts[there], rows, lists.numbers[kept])
+
+
