@@ -39,7 +39,9 @@ def queries(count: int) -> list[str]:
 
 
 class Ours:
-    """BM25 of whichever ultrarag this process imports."""
+    """BM25 of this ultrarag; its segments are merged in the end, as tantivy's are, which counts to the build."""
+
+    merges = True
 
     def __init__(self, folder: Path) -> None:
         from ultrarag.retrieve.bm25 import BM25
@@ -49,12 +51,24 @@ class Ours:
     def build(self) -> tuple[Callable[[list[str], list[str]], None], Callable[[], None]]:
         """What takes ids and texts, and what makes all durable."""
         index = self._open.create(self._folder)
-        return lambda ids, part: index.upsert(ids, part, [{}] * len(ids)), index.close
+
+        def end() -> None:
+            if self.merges:
+                index.vacuum()
+            index.close()
+
+        return lambda ids, part: index.upsert(ids, part, [{}] * len(ids)), end
 
     def search(self) -> Callable[[str], list[str]]:
         """A query to the ids of its K best passages."""
         index = self._open.open(self._folder)
         return lambda query: [id for id, _ in index.search(query, K)]
+
+
+class Before(Ours):
+    """BM25 of the older commit that this process imports."""
+
+    merges = False
 
 
 class Tantivy:
@@ -99,7 +113,7 @@ class Tantivy:
         return search
 
 
-CONTENDERS: dict[str, Callable[[Path], Any]] = {"ours": Ours, "before": Ours, "tantivy": Tantivy}
+CONTENDERS: dict[str, Callable[[Path], Any]] = {"ours": Ours, "before": Before, "tantivy": Tantivy}
 
 
 def build(name: str, folder: Path, size: int) -> dict[str, float]:

@@ -70,6 +70,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(store, "FILE_ROWS", 2 * rows)
     monkeypatch.setattr(merging, "BATCH_ROWS", rows)
     monkeypatch.setattr(merging, "FAN", 3)
+    monkeypatch.setattr(merging, "IDLE", 0.01)
     monkeypatch.setattr(gathering, "PIECE_ENTRIES", 50)
     monkeypatch.setattr(lists, "LEAST_DENSE", 3)
     monkeypatch.setattr(topk, "LONG_LIST", 3)

@@ -24,6 +24,8 @@ Arrays: TypeAlias = "dict[str, np.ndarray]"
 WINDOW = 256
 #: A list is dense when it holds more than one row in so many, and more than LEAST_DENSE.
 SPARSENESS, LEAST_DENSE = 128, 256
+#: Entries of the windows of some rows up to which these are compared one by one; beyond, a window is halved repeatedly.
+FEW_ENTRIES = 8_192
 #: Entries from which the lists of a segment are numbered with 64 bits.
 _WIDE = 1 << 32
 
@@ -162,6 +164,7 @@ class Lists:
         self.entries = int(self._starts[2][-1])
         #: windows of 256 rows
         self.windows = max(1, -(-rows // WINDOW))
+        self._window_rows = np.arange(self.windows) << 8
 
     def find(self, keys: np.ndarray) -> list[int]:
         """The numbers of the lists of keys, uint64; -1 for one that has none."""
@@ -194,7 +197,11 @@ class Lists:
         if kind == 1:
             counts = np.diff(self._windows[at].astype(np.int64), prepend=0, append=end - start)
             return np.repeat(np.arange(len(counts)) << 16, counts) + low
-        return np.repeat(np.arange(self.windows) << 8, np.diff(self._window_starts(at), append=end - start)) + low
+        starts = self._window_starts(at)
+        counts = np.empty_like(starts)
+        np.subtract(starts[1:], starts[:-1], out=counts[:-1])
+        counts[-1] = end - start - starts[-1]
+        return np.repeat(self._window_rows, counts) + low
 
     def numbers(self, start: int, end: int) -> np.ndarray:
         """The numbers at places start to end, float64."""
@@ -228,13 +235,19 @@ class Lists:
             return found, places[found] + start
         low = self._rows_of[2][start - self._base[2] : end - self._base[2]]
         left, right = self._bounds_of(number, rows >> 8)
-        wanted, ends = (rows & 0xFF).astype(np.uint8), right
-        for _ in range(9):  # a window has up to 256 rows
+        counts, wanted = right - left, (rows & 0xFF).astype(np.uint8)
+        if counts.sum() <= FEW_ENTRIES:
+            which = np.repeat(np.arange(len(rows)), counts)
+            places = np.repeat(left - (counts.cumsum() - counts), counts) + np.arange(len(which))
+            found = (low[places] == wanted[which]).nonzero()[0]
+            return which[found], places[found] + start
+        ends, last = right, len(low) - 1
+        for _ in range(int(counts.max()).bit_length()):
             middle = (left + right) >> 1
-            below = low[np.minimum(middle, len(low) - 1)] < wanted
+            below = low[np.minimum(middle, last)] < wanted
             below &= middle < right
             left, right = np.where(below, middle + 1, left), np.where(below, right, middle)
-        found = ((left < ends) & (low[np.minimum(left, len(low) - 1)] == wanted)).nonzero()[0]
+        found = ((left < ends) & (low[np.minimum(left, last)] == wanted)).nonzero()[0]
         return found, left[found] + start
 
     def most(self, number: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""When segments are merged: many of about one size become one, beside searches and writes."""
+"""When segments are merged: many of about one size become one, beside searches and writes; nearly all when it is quiet."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ logger = logging.getLogger(__name__)
 FAN = 8
 #: A segment with more dead rows than this share is written anew without them.
 MOST_DEAD = 0.25
+#: Seconds without a write after which more is merged than is due, for the sake of searches.
+IDLE = 2.0
+#: Then each segment is at least so many times as large as all smaller ones together.
+RATIO = 4
 #: Seconds until a merge that failed, of a full disk perhaps, is tried again.
 PAUSE = 60.0
 
@@ -29,6 +33,17 @@ def due(parts: Sequence[Part]) -> list[Part]:
     return next((level for _, level in sorted(levels.items()) if len(level) >= FAN), [])
 
 
+def loose(parts: Sequence[Part]) -> list[Part]:
+    """Parts that are worth merging while nothing else is to be done; none when the rest is large beside them."""
+    ordered = sorted(parts, key=lambda part: part.count)
+    smaller, most = 0, 0
+    for place, part in enumerate(ordered):
+        if place and part.count < RATIO * smaller:
+            most = place + 1
+        smaller += part.count
+    return ordered[:most]
+
+
 class Stopped(Exception):
     """A merge was given up; nothing has changed."""
 
@@ -40,17 +55,17 @@ class Merger:
         self._store = store
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._not_before = 0.0
+        self._not_before = self._written = 0.0
 
     def tend(self) -> None:
         """Look whether a merge is due; called by whoever writes."""
+        self._written = time.monotonic()
         while parts := due(self._store.parts):
-            if sum(part.segment.rows for part in parts) > 2 * BATCH_ROWS:
-                return self._start()
-            if self._busy():  # it may be at the same ones
-                return None
+            if self._busy() or sum(part.segment.rows for part in parts) > BATCH_ROWS:
+                break
             self._store.merge(parts)
-        return None
+        if parts or loose(self._store.parts):
+            self._start()
 
     def stop(self) -> None:
         """Give up the merge that is under way; `tend` begins it again."""
@@ -70,7 +85,16 @@ class Merger:
 
     def _run(self) -> None:
         try:
-            while parts := due(self._store.parts):
+            while not self._stop.is_set():
+                parts = due(self._store.parts)
+                if not parts:
+                    left = self._written + IDLE - time.monotonic()
+                    if left > 0:
+                        self._stop.wait(min(left, 0.5))
+                        continue
+                    parts = loose(self._store.parts)
+                if not parts:
+                    return
                 self._store.merge(parts, self._check)
         except Stopped:
             pass

@@ -54,6 +54,63 @@ class Term:
     entries: int
 
 
+class _Touched:
+    """The rows of the lists that were added up."""
+
+    def __init__(self) -> None:
+        self._lists: list[np.ndarray] = []
+        self._all: np.ndarray | None = None
+        #: whether `rows` may name a row several times
+        self.double = False
+
+    def add(self, rows: np.ndarray) -> None:
+        """Note the rows of one list more."""
+        self._lists.append(rows)
+        self._all = None
+
+    def rows(self, scores: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
+        """The rows that count, in no order."""
+        if self._all is None:
+            self.double = len(self._lists) > 1
+            if sum(map(len, self._lists)) * 8 > len(scores):
+                self._all, self.double = np.flatnonzero(scores > 0), False
+            else:
+                self._all = np.concatenate([np.zeros(0, np.int64), *self._lists])
+            if allowed is not None:
+                self._all = self._all[allowed[self._all]]
+        return self._all
+
+    def best(self, scores: np.ndarray, count: int, floor: float, allowed: np.ndarray | None) -> np.ndarray:
+        """The rows with the highest scores, so many and those that tie, ascending; none below `floor`."""
+        rows = self.rows(scores, allowed)
+        found = scores[rows]
+        most = count * (len(self._lists) if self.double else 1)
+        if len(rows) > most:
+            floor = max(floor, np.partition(found, len(found) - most)[len(found) - most])
+        rows = rows[found >= floor * TIED]
+        if not self.double:
+            return rows
+        rows = _distinct(rows)
+        if len(rows) > count:
+            found = scores[rows]
+            rows = rows[found >= np.partition(found, len(found) - count)[len(found) - count] * TIED]
+        return rows
+
+    def clear(self, scores: np.ndarray) -> None:
+        """Set the scores of all rows to 0 again."""
+        if sum(map(len, self._lists)) * 4 > len(scores):
+            scores.fill(0)
+        else:
+            for rows in self._lists:
+                scores[rows] = 0
+
+
+def _distinct(rows: np.ndarray) -> np.ndarray:
+    """Each row once, ascending."""
+    rows = np.sort(rows)
+    return rows[np.diff(rows, prepend=-1) > 0]
+
+
 class PartSearch:
     """One query in one part."""
 
@@ -87,42 +144,42 @@ class PartSearch:
             rows = np.flatnonzero(allowed)
             if len(rows) * 32 < sum(term.entries for term in self._terms):
                 return self._cut(rows, self.scores_of(rows), k, floor)
-        scores = self._zeros()
-        touched, rest = self._add_first(scores)
-        rest, sure = self._narrow(scores, touched, rest, k, floor, allowed)
-        if not rest:
-            rows = self._positive(scores, touched, allowed)
-            return self._cut(rows, scores[rows], k, floor)
-        return self._finish(scores, touched, rest, k, sure, allowed)
+        scores, touched = self._zeros(), _Touched()
+        try:
+            rest, sure = self._narrow(scores, touched, self._add_first(scores, touched), k, floor, allowed)
+            if not rest:
+                rows = touched.best(scores, k, sure, allowed)
+                return self._cut(rows, scores[rows], k, sure)
+            return self._finish(scores, touched, rest, k, sure, allowed)
+        finally:
+            touched.clear(scores)
 
     def _zeros(self) -> np.ndarray:
+        """A score for each row of all windows: memory that whoever used it has left at 0."""
         size = self._lists.windows * WINDOW
         held: np.ndarray | None = getattr(_scratch, "scores", None)
         if held is None or len(held) < size:
-            held = _scratch.scores = np.empty(size)
-        scores = held[:size]
-        scores.fill(0)
-        return scores
+            held = _scratch.scores = np.zeros(size)
+        return held[:size]
 
-    def _add_first(self, scores: np.ndarray) -> tuple[list[np.ndarray], list[Term]]:
-        """Add up the lists before the first long one; return their rows, and the terms left."""
-        touched: list[np.ndarray] = []
+    def _add_first(self, scores: np.ndarray, touched: _Touched) -> list[Term]:
+        """Add up the lists before the first long one; return the terms left."""
         for place, term in enumerate(self._terms):
             if term.entries > LONG_LIST and self._lists.dense(term.number):
-                return touched, self._terms[place:]
-            touched.append(self._add(scores, term))
-        return touched, []
+                return self._terms[place:]
+            self._add(scores, touched, term)
+        return []
 
-    def _add(self, scores: np.ndarray, term: Term) -> np.ndarray:
+    def _add(self, scores: np.ndarray, touched: _Touched, term: Term) -> None:
         rows = self._lists.rows(term.number)
         start, end = self._lists.span(term.number)
+        touched.add(rows)
         scores[rows] += self._gain(term, rows, self._lists.numbers(start, end))
-        return rows
 
     def _narrow(
         self,
         scores: np.ndarray,
-        touched: list[np.ndarray],
+        touched: _Touched,
         rest: list[Term],
         k: int,
         floor: float,
@@ -134,7 +191,7 @@ class PartSearch:
             floor = max(floor, self._known(scores, touched, rest, most, k, allowed))
             if np.count_nonzero(most >= floor * TIED) <= MANY_WINDOWS * len(most):
                 break
-            touched.append(self._add(scores, rest[0]))
+            self._add(scores, touched, rest[0])
             rest = rest[1:]
         return rest, floor
 
@@ -153,18 +210,16 @@ class PartSearch:
     def _known(
         self,
         scores: np.ndarray,
-        touched: list[np.ndarray],
+        touched: _Touched,
         rest: list[Term],
         most: np.ndarray,
         k: int,
         allowed: np.ndarray | None,
     ) -> float:
         """A score that k passages of this part reach, -inf where none is found."""
-        rows = self._positive(scores, touched, allowed)
+        rows = touched.best(scores, PROBES * k, 0.0, allowed)
         if len(rows) >= k:
-            found = scores[rows]
-            probes = min(len(rows), PROBES * k)
-            rows = np.sort(rows[np.argpartition(found, len(found) - probes)[len(found) - probes :]])
+            rows = rows[: PROBES * k]
             found = scores[rows]
             for term in rest:
                 self._add_to(rows, found, term)
@@ -192,7 +247,7 @@ class PartSearch:
     def _finish(
         self,
         scores: np.ndarray,
-        touched: list[np.ndarray],
+        touched: _Touched,
         rest: list[Term],
         k: int,
         floor: float,
@@ -203,27 +258,18 @@ class PartSearch:
         whole = most >= wins
         rows, found = self._read(scores, np.flatnonzero(whole), rest)
         kept = found >= wins if allowed is None else (found >= wins) & allowed[rows]
-        known = self._positive(scores, touched, allowed)
-        known = known[~whole[known >> 8]]
+        known = touched.rows(scores, allowed)
+        partial = scores[known]
+        known = known[(partial + most[known >> 8] >= wins) & ~whole[known >> 8]]
+        known = _distinct(known) if touched.double else known
         partial = scores[known]
         for place, term in enumerate(rest):
-            left = self._most(rest[place:]) if place else most
-            able = partial + left[known >> 8] >= wins
-            known, partial = known[able], partial[able]
+            if place:
+                able = partial + self._most(rest[place:])[known >> 8] >= wins
+                known, partial = known[able], partial[able]
             self._add_to(known, partial, term)
         rows, found = np.concatenate([rows[kept], known]), np.concatenate([found[kept], partial])
         return self._cut(rows, found, k, floor)
-
-    def _positive(self, scores: np.ndarray, touched: list[np.ndarray], allowed: np.ndarray | None) -> np.ndarray:
-        """The rows that hold a term added up so far, ascending."""
-        if len(touched) == 1:
-            rows = touched[0]
-        elif sum(map(len, touched)) * 16 < len(scores):
-            rows = np.sort(np.concatenate([np.zeros(0, np.int64), *touched]))
-            rows = rows[np.diff(rows, prepend=-1) > 0]
-        else:
-            rows = np.flatnonzero(scores[: self._rows] > 0)
-        return rows if allowed is None else rows[allowed[rows]]
 
     def _cut(self, rows: np.ndarray, scores: np.ndarray, k: int, floor: float) -> tuple[np.ndarray, np.ndarray]:
         """The k best and all that tie with the k-th, without what is known to be worse."""
