@@ -2,67 +2,65 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
 import numpy as np
 
 from ultrarag.retrieve.bm25.lists import Inverted, united
 from ultrarag.retrieve.bm25.segment import Segment, compressed
-from ultrarag.retrieve.bm25.terms import MOST_FREQUENT, Vocabulary
+from ultrarag.retrieve.bm25.terms import MOST_FREQUENT
+from ultrarag.retrieve.bm25.vocabulary import Vocabulary
 
 #: Entries of a merge that are decoded at a time: 32 bytes each.
 PIECE_ENTRIES = 1 << 21
 
 
 class Batch:
-    """Passages as they came: their ids, their tokens in order, and their facts."""
+    """Passages as they came: their ids, the numbers of their tokens, and their facts."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.ids: list[bytes] = []
-        #: tokens, and facts, of each passage
-        self.lengths, self._facts_of = array("q"), array("q")
-        self._tokens, self._facts, self._numbers = array("i"), array("i"), array("d")
+        #: pieces of (numbers of terms, the row that each is in), and the same of facts with their numbers
+        self._tokens: list[tuple[np.ndarray, np.ndarray]] = []
+        self._facts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, id: bytes, text: str, facts: Sequence[tuple[str, float]]) -> None:
-        """Add a passage."""
-        before = len(self._tokens)
-        self._tokens.extend(self.vocabulary.numbers(text))
-        self.ids.append(id)
-        self.lengths.append(len(self._tokens) - before)
-        self._facts_of.append(len(facts))
-        for fact, number in facts:
-            self._facts.append(self.vocabulary.facts[fact])
-            self._numbers.append(number)
+    def add(self, ids: Sequence[bytes], texts: Sequence[str], facts: Sequence[Sequence[tuple[str, float]]]) -> None:
+        """Add passages."""
+        base = len(self.ids)
+        numbers, rows = self.vocabulary.numbers(texts)
+        self.ids += ids
+        self._tokens.append((numbers, rows + base))
+        found = [(self.vocabulary.facts[fact], row, number) for row, of in enumerate(facts) for fact, number in of]
+        if found:
+            columns = np.array(found, np.float64).T
+            self._facts.append((columns[0].astype(np.int32), columns[1].astype(np.int64) + base, columns[2]))
 
     def extend(self, other: Batch) -> None:
         """Add the passages of another batch of the same vocabulary."""
+        base = len(self.ids)
         self.ids += other.ids
-        self.lengths += other.lengths
-        self._facts_of += other._facts_of
-        self._tokens += other._tokens
-        self._facts += other._facts
-        self._numbers += other._numbers
+        self._tokens += [(numbers, rows + base) for numbers, rows in other._tokens]
+        self._facts += [(facts, rows + base, numbers) for facts, rows, numbers in other._facts]
 
     def compressed(self, alive: np.ndarray, k1: float, b: float) -> list[bytes]:
         """The bytes of a segment of the passages that are alive, (len(self),) bool."""
         ids = [id for id, lives in zip(self.ids, alive.tolist(), strict=True) if lives]
-        lengths = np.frombuffer(self.lengths, np.int64) if self.ids else np.zeros(0, np.int64)
+        terms, term_rows = (np.concatenate(column) for column in zip(*self._tokens, strict=True))
+        if not alive.all():
+            new_row, kept = alive.cumsum() - 1, alive[term_rows]
+            terms, term_rows = terms[kept], new_row[term_rows[kept]]
+        lengths = np.bincount(term_rows, minlength=len(ids))
         id_lengths = np.fromiter(map(len, ids), np.int64)
         id_bytes = np.frombuffer(b"".join(ids), np.uint8)
-        return compressed(id_lengths, id_bytes, lengths[alive], [self._inverted(alive)], k1, b)
+        lists = self._inverted(terms, term_rows, alive, len(ids))
+        return compressed(id_lengths, id_bytes, lengths, [lists], k1, b)
 
-    def _inverted(self, alive: np.ndarray) -> Inverted:
-        new_row = alive.cumsum() - 1
-        terms, term_rows = _pairs(self._tokens, self.lengths, alive, new_row)
-        facts, fact_rows = _pairs(self._facts, self._facts_of, alive, new_row)
-        numbers = _array(self._numbers, np.float64)[np.repeat(alive, _array(self._facts_of, np.int64))]
-        known = _array(self.vocabulary.keys, np.uint64)
+    def _inverted(self, terms: np.ndarray, term_rows: np.ndarray, alive: np.ndarray, rows: int) -> Inverted:
+        facts, fact_rows, numbers = self._living_facts(alive)
+        known = np.array(self.vocabulary.keys, np.uint64)
         held = np.zeros(len(known), bool)
         held[terms] = held[facts] = True
         used = np.flatnonzero(held)
@@ -70,7 +68,6 @@ class Batch:
         order = np.argsort(keys)
         rank = np.empty(len(known), np.int64)
         rank[used[order]] = np.arange(len(used))
-        rows = max(1, int(alive.sum()))
         cells, frequencies = _counted(rank[terms] * rows + term_rows)
         fact_cells = rank[facts] * rows + fact_rows
         cells, numbers = np.concatenate([cells, fact_cells]), np.concatenate([frequencies, numbers])
@@ -80,17 +77,11 @@ class Batch:
         lists, entry_rows = np.divmod(cells, rows)
         return Inverted(keys[order], np.bincount(lists, minlength=len(used)), entry_rows, numbers)
 
-
-def _array(values: Any, kind: Any) -> np.ndarray:
-    return np.frombuffer(values, kind) if len(values) else np.zeros(0, kind)
-
-
-def _pairs(items: array[int], counts: array[int], alive: np.ndarray, new_row: np.ndarray) -> tuple[Any, np.ndarray]:
-    """The items of the passages that are alive, and the row of each."""
-    found, per_row = _array(items, np.int32), _array(counts, np.int64)
-    if not alive.all():
-        found = found[np.repeat(alive, per_row)]
-    return found, np.repeat(new_row[alive], per_row[alive])
+    def _living_facts(self, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        nothing = (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0))
+        facts, rows, numbers = (np.concatenate(column) for column in zip(nothing, *self._facts, strict=True))
+        kept = alive[rows]
+        return facts[kept], (alive.cumsum() - 1)[rows[kept]], numbers[kept]
 
 
 def _counted(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,5 +142,3 @@ def _moved(lists: Inverted, dead: np.ndarray | None, base: int) -> Inverted:
     there = counts > 0
     rows = (np.cumsum(~dead) - 1 + base)[lists.rows[kept]]
     return Inverted(lists.keys[there], counts[there], rows, lists.numbers[kept])
-
-

@@ -34,6 +34,7 @@ from ultrarag.retrieve.search import Filter, Node, facts, mask, parse
 #: sets k1 = 0.9, b = 0.4 moves nDCG@10 by at most 0.015, up on three and down on one.
 K1, B = 1.2, 0.75
 
+
 class BM25:
     """A BM25 index over one directory; writes are seen at once, and durable once `flush` has returned."""
 
@@ -97,8 +98,7 @@ class BM25:
         found = [facts(payloads[row]) for row in last.values()]
         with self._writing() as store:
             batch = store.batch()
-            for (id, row), held in zip(last.items(), found, strict=True):
-                batch.add(_encode(id), texts[row], held)
+            batch.add([_encode(id) for id in last], [texts[row] for row in last.values()], found)
             store.append(batch)
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -227,7 +227,9 @@ def _weighed(view: View, query: str, k1: float, b: float) -> tuple[list[list[int
         for place, number in enumerate(lists):
             if number >= 0:
                 frequencies[place] += part.living(number)
-    order = sorted((df, digest, place) for place, (df, digest) in enumerate(zip(frequencies, keys.tolist(), strict=True)))
+    order = sorted(
+        (df, digest, place) for place, (df, digest) in enumerate(zip(frequencies, keys.tolist(), strict=True))
+    )
     places, weights = [place for df, _, place in order if df], []
     often = list(occurrences.values())
     for place in places:

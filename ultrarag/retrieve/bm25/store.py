@@ -22,7 +22,7 @@ from ultrarag.retrieve.bm25.gathering import Batch, merged
 from ultrarag.retrieve.bm25.legacy import old_segment
 from ultrarag.retrieve.bm25.part import Part
 from ultrarag.retrieve.bm25.segment import Segment, id_hashes, in_memory, mapped, write
-from ultrarag.retrieve.bm25.terms import Vocabulary
+from ultrarag.retrieve.bm25.vocabulary import Vocabulary
 from ultrarag.retrieve.passages import connect_for_reading
 
 #: Changes when the tokens of a text or the layout change. Files of format 1 are read, and rewritten by their owner.
