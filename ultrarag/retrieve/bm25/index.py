@@ -256,7 +256,7 @@ def _allowed(part: Part, node: Node | None) -> np.ndarray | None:
         number = lists.find(np.array([key("fact", fact)], np.uint64))[0]
         if number < 0:
             return np.zeros(0, np.int64), np.zeros(0)
-        return lists.rows(number), lists.numbers(*lists.span(number))
+        return lists.rows(number), lists.numbers(number)
 
     passing = mask(node, lookup, part.segment.rows)
     return passing if part.dead is None else passing & ~part.dead

@@ -4,12 +4,12 @@ A list is stored in one of three ways, by how many of the segment's rows it hold
 
     rare    the rows as 32 bits each
     mid     their low 16 bits, and for each 65,536 rows where these begin
-    dense   their low 8 bits, for each 256 rows (a window) where these begin, and the most that a row there can score
+    dense   their low 8 bits, and for each 256 rows (a window) how many there are and the most that one can score
 
 so that a whole list is decoded by a few passes of numpy, and single rows of a long one are found without decoding it.
-Lists lie in this order, within each way in the order of their keys; a *place* counts their entries through all of
-them. Numbers are term frequencies, or values of metadata for ranges: 4 bits each where they are 1 to 15; others are
-kept apart, as doubles.
+Lists lie in this order, within each way in the order of their keys; a *place* counts the entries of one way. Numbers
+are term frequencies, or values of metadata for ranges: none is stored for a 1, or 2 or 4 bits for each small integer,
+whichever takes the least; the others are kept apart.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import numpy as np
 Arrays: TypeAlias = "dict[str, np.ndarray]"
 WINDOW = 256
 #: A list is dense when it holds more than one row in so many, and more than LEAST_DENSE.
-SPARSENESS, LEAST_DENSE = 128, 256
+SPARSENESS, LEAST_DENSE = 100, 256
 #: Entries of the windows of some rows up to which these are compared one by one; beyond, a window is halved repeatedly.
 FEW_ENTRIES = 8_192
-#: Entries from which the lists of a segment are numbered with 64 bits.
-_WIDE = 1 << 32
+#: Bits that a number may take, and the largest that they hold; 0 stands for one that is kept apart.
+_WIDTHS = {0: 1, 2: 3, 4: 15}
+#: Lists of a segment whose windows' places are remembered, 16 KB each at a million rows.
+_REMEMBERED = 64
 
 
 @dataclass(frozen=True)
@@ -61,33 +63,21 @@ class Compressor:
             if chosen.any():
                 kept = np.repeat(chosen, lists.counts)
                 part = Inverted(lists.keys[chosen], lists.counts[chosen], lists.rows[kept], lists.numbers[kept])
-                self._pieces[kind].append((self._rare, self._mid, self._dense)[kind](part) | _coded(part))
+                self._pieces[kind].append((self._rare, self._mid, self._dense)[kind](part) | _plain(part))
 
     def arrays(self) -> Arrays:
         """All that `Lists` reads."""
         made: Arrays = {}
-        numbers: dict[str, list[np.ndarray]] = {"codes": [], "odd_at": [], "odd": []}
-        base = 0
         for kind, pieces in enumerate(self._pieces):
-            counts = _joined(pieces, "counts", np.int64)
+            starts = np.concatenate([[0], np.cumsum(_joined(pieces, "counts", np.int64))])
             made[f"keys{kind}"] = _joined(pieces, "keys", np.uint64)
-            made[f"starts{kind}"] = base + np.concatenate([[0], np.cumsum(counts)])
+            made[f"starts{kind}"] = smallest(starts, 4)
             made[f"rows{kind}"] = _joined(pieces, "rows", ("<u4", "<u2", "<u1")[kind])
-            for piece in pieces:
-                numbers["codes"].append(piece["codes"])
-                numbers["odd_at"].append(base + piece["odd_at"])
-                numbers["odd"].append(piece["odd"])
-                base += len(piece["codes"])
-        made["windows1"] = _joined(self._pieces[1], "windows", "<u4", self._coarse - 1)
-        made["coarse2"] = _joined(self._pieces[2], "coarse", "<u4", self._coarse)
-        made["fine2"] = _joined(self._pieces[2], "fine", "<u2", self._windows)
+            for name, array in _coded(pieces).items():
+                made[f"{name}{kind}"] = array
+        made["windows1"] = smallest(_joined(self._pieces[1], "windows", np.int64, self._coarse - 1), 2)
+        made["counts2"] = _joined(self._pieces[2], "windows", "<u1", self._windows)
         made["most2"] = _joined(self._pieces[2], "most", "<u1", self._windows)
-        places = "<u4" if base < _WIDE else "<u8"
-        for kind in range(3):
-            made[f"starts{kind}"] = made[f"starts{kind}"].astype(places)
-        made["codes"] = _halved(np.concatenate([np.zeros(0, np.uint8), *numbers["codes"]]))
-        made["odd_at"] = np.concatenate([np.zeros(0, np.int64), *numbers["odd_at"]]).astype(places)
-        made["odd"] = np.concatenate([np.zeros(0), *numbers["odd"]])
         return made
 
     def _kinds(self, lists: Inverted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -104,23 +94,21 @@ class Compressor:
 
     def _mid(self, part: Inverted) -> Arrays:
         within = _per_window(part, 16, self._coarse)[0].cumsum(axis=1)
-        return {"rows": (part.rows & 0xFFFF).astype("<u2"), "windows": within[:, :-1].astype("<u4")}
+        return {"rows": (part.rows & 0xFFFF).astype("<u2"), "windows": within[:, :-1]}
 
     def _dense(self, part: Inverted) -> Arrays:
-        counts, places = _per_window(part, 8, self._windows)
-        starts = counts.cumsum(axis=1) - counts
-        coarse = starts[:, ::256]
-        fine = starts - np.repeat(coarse, 256, axis=1)[:, : self._windows]
+        counts, cells = _per_window(part, 8, self._windows)
         positive = np.maximum(part.numbers, 0)
         gains = positive / (positive + self._norms[0] + self._norms[1] * self._lengths[part.rows])
         most = np.zeros(counts.size)
-        first = np.flatnonzero(np.diff(places, prepend=-1))
-        most[places[first]] = np.maximum.reduceat(gains, first)
+        first = np.flatnonzero(np.diff(cells, prepend=-1))
+        most[cells[first]] = np.maximum.reduceat(gains, first)
+        most = np.ceil(most * 255 * (1 + 1e-12)).reshape(counts.shape)
+        most[(most == 0) & (counts > 0)] = 1  # so that a count of 256, which is 0 as 8 bits, is told from one of 0
         return {
             "rows": (part.rows & 0xFF).astype("<u1"),
-            "coarse": coarse.astype("<u4"),
-            "fine": fine.astype("<u2"),
-            "most": np.ceil(most * 255 * (1 + 1e-12)).clip(0, 255).astype("<u1").reshape(counts.shape),
+            "windows": (counts & 0xFF).astype("<u1"),
+            "most": most.clip(0, 255).astype("<u1"),
         }
 
 
@@ -131,17 +119,36 @@ def _per_window(part: Inverted, bits: int, windows: int) -> tuple[np.ndarray, np
     return counts.reshape(len(part.counts), windows), cells
 
 
-def _coded(part: Inverted) -> Arrays:
+def _plain(part: Inverted) -> Arrays:
+    """What all ways store of a list; numbers as codes, 0 for those that no code stands for."""
     codes = np.where((part.numbers >= 1) & (part.numbers <= 15), part.numbers, 0).astype(np.uint8)
     codes[codes != part.numbers] = 0
-    odd = np.flatnonzero(codes == 0)
-    return {"keys": part.keys, "counts": part.counts, "codes": codes, "odd_at": odd, "odd": part.numbers[odd]}
+    return {"keys": part.keys, "counts": part.counts, "codes": codes, "odd": part.numbers[codes == 0]}
 
 
-def _halved(codes: np.ndarray) -> np.ndarray:
-    even = np.zeros(-(-len(codes) // 2), np.uint8)
-    even[: len(codes) // 2] = codes[1::2] << 4
-    return even | codes[::2]
+def _coded(pieces: list[Arrays]) -> Arrays:
+    """The numbers of a way, in the width that takes the least."""
+    codes, beyond = _joined(pieces, "codes", np.uint8), _joined(pieces, "odd", np.float64)
+    apart = {bits: (codes == 0) | (codes > largest) for bits, largest in _WIDTHS.items()}
+    cost = {bits: len(codes) * bits // 8 + 5 * int(np.count_nonzero(odd)) for bits, odd in apart.items()}
+    bits = min(cost, key=lambda bits: cost[bits])
+    odd_at = np.flatnonzero(apart[bits])
+    odd = codes[odd_at].astype(np.float64)
+    odd[odd == 0] = beyond
+    codes[odd_at] = 0
+    whole = (odd == np.floor(odd)).all() and odd.min(initial=0) >= 0 and odd.max(initial=0) < 1 << 16
+    packed = np.zeros(0, np.uint8)
+    if bits:
+        per = 8 // bits
+        grouped = np.concatenate([codes, np.zeros(-len(codes) % per, np.uint8)]).reshape(-1, per)
+        packed = np.bitwise_or.reduce(grouped << (np.arange(per, dtype=np.uint8) * bits).astype(np.uint8), axis=1)
+    return {"codes": packed, "odd_at": smallest(odd_at, 4), "odd": smallest(odd, 1) if whole else odd}
+
+
+def smallest(numbers: np.ndarray, least: int) -> np.ndarray:
+    """Numbers of at least 0 as unsigned integers of as few bytes as hold them, and not fewer than `least`."""
+    most = int(numbers.max(initial=0))
+    return numbers.astype(f"<u{max(least, next(size for size in (1, 2, 4, 8) if most < 1 << 8 * size))}")
 
 
 def _joined(pieces: list[Arrays], name: str, kind: object, width: int | None = None) -> np.ndarray:
@@ -156,12 +163,12 @@ class Lists:
         self._rows_of = [arrays[f"rows{kind}"] for kind in range(3)]
         self._keys = [arrays[f"keys{kind}"] for kind in range(3)]
         self._starts = [arrays[f"starts{kind}"] for kind in range(3)]
-        self._windows, self._coarse = arrays["windows1"], arrays["coarse2"]
-        self._fine, self._most = arrays["fine2"], arrays["most2"]
-        self._codes, self._odd_at, self._odd = arrays["codes"], arrays["odd_at"], arrays["odd"]
+        self._windows, self._counts, self._most = arrays["windows1"], arrays["counts2"], arrays["most2"]
+        self._numbers = [Numbers(arrays, kind, len(self._rows_of[kind])) for kind in range(3)]
         self._first = np.cumsum([0, *(len(keys) for keys in self._keys)]).tolist()
-        self._base = [int(starts[0]) for starts in self._starts]
-        self.entries = int(self._starts[2][-1])
+        self._begins: dict[int, np.ndarray] = {}
+        #: entries of all lists
+        self.entries = sum(len(rows) for rows in self._rows_of)
         #: windows of 256 rows
         self.windows = max(1, -(-rows // WINDOW))
         self._window_rows = np.arange(self.windows) << 8
@@ -181,60 +188,44 @@ class Lists:
         """Whether rows of the list are found without decoding it."""
         return number >= self._first[2]
 
-    def span(self, number: int) -> tuple[int, int]:
-        """The places of a list's entries: first, and one past the last."""
-        kind, at = self._kind(number)
-        starts = self._starts[kind]
-        return int(starts[at]), int(starts[at + 1])
+    def count(self, number: int) -> int:
+        """The entries of a list."""
+        start, end, _ = self._span(number)
+        return end - start
 
     def rows(self, number: int) -> np.ndarray:
         """The rows of a list, int64, ascending."""
-        kind, at = self._kind(number)
-        start, end = self.span(number)
-        low = self._rows_of[kind][start - self._base[kind] : end - self._base[kind]]
+        start, end, kind = self._span(number)
+        low = self._rows_of[kind][start:end]
         if kind == 0 or (kind == 1 and not self._windows.shape[1]):
             return low.astype(np.int64)
-        if kind == 1:
-            counts = np.diff(self._windows[at].astype(np.int64), prepend=0, append=end - start)
-            return np.repeat(np.arange(len(counts)) << 16, counts) + low
-        starts = self._window_starts(at)
-        counts = np.empty_like(starts)
-        np.subtract(starts[1:], starts[:-1], out=counts[:-1])
-        counts[-1] = end - start - starts[-1]
-        return np.repeat(self._window_rows, counts) + low
+        if kind == 2:
+            return np.repeat(self._window_rows, self._window_counts(number - self._first[2])) + low
+        ends = self._windows[number - self._first[1]].astype(np.int64)
+        counts = np.diff(ends, prepend=0, append=end - start)
+        return np.repeat(np.arange(len(counts)) << 16, counts) + low
 
-    def numbers(self, start: int, end: int) -> np.ndarray:
-        """The numbers at places start to end, float64."""
-        pairs = self._codes[start >> 1 : (end + 1) >> 1]
-        codes = np.empty(2 * len(pairs))
-        codes[::2] = pairs & 15
-        codes[1::2] = pairs >> 4
-        found = codes[start & 1 : (start & 1) + end - start]
-        if len(self._odd_at):
-            low, high = self._odd_at.searchsorted((start, end))
-            if low < high:
-                found[self._odd_at[low:high].astype(np.int64) - start] = self._odd[low:high]
-        return found
+    def numbers(self, number: int) -> np.ndarray:
+        """The numbers of a list, float64."""
+        start, end, kind = self._span(number)
+        return self._numbers[kind].between(start, end)
 
-    def numbers_at(self, places: np.ndarray) -> np.ndarray:
-        """The numbers at places, float64."""
-        found = ((self._codes[places >> 1] >> ((places & 1) << 2).astype(np.uint8)) & 15).astype(np.float64)
-        odd = np.flatnonzero(found == 0)
-        if len(odd):
-            found[odd] = self._odd[self._odd_at.searchsorted(places[odd])]
-        return found
+    def numbers_at(self, number: int, places: np.ndarray) -> np.ndarray:
+        """The numbers at places of a list, float64."""
+        return self._numbers[self._kind(number)].at(places)
 
     def lookup(self, number: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of some rows, int64, a list without double rows holds, as indices into them, and the places there."""
-        start, end = self.span(number)
-        if not self.dense(number):
+        start, end, kind = self._span(number)
+        if kind != 2:
             held = self.rows(number)
             places = held.searchsorted(rows)
             places[places == len(held)] = 0
             found = (held[places] == rows).nonzero()[0]
             return found, places[found] + start
-        low = self._rows_of[2][start - self._base[2] : end - self._base[2]]
-        left, right = self._bounds_of(number, rows >> 8)
+        low, windows = self._rows_of[2][start:end], rows >> 8
+        begins = self._window_begins(number - self._first[2])
+        left, right = begins[windows], begins[windows + 1]
         counts, wanted = right - left, (rows & 0xFF).astype(np.uint8)
         if counts.sum() <= FEW_ENTRIES:
             which = np.repeat(np.arange(len(rows)), counts)
@@ -256,12 +247,12 @@ class Lists:
 
     def in_windows(self, number: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The entries of a dense list in some windows: cells, window x 256 + row counted in `windows`; places."""
-        start, end = self.span(number)
-        left, right = self._bounds_of(number, windows)
-        counts = right - left
+        start, end, _ = self._span(number)
+        begins = self._window_begins(number - self._first[2])
+        left = begins[windows]
+        counts = begins[windows + 1] - left
         places = np.repeat(left - (counts.cumsum() - counts), counts) + np.arange(counts.sum())
-        low = self._rows_of[2][start - self._base[2] : end - self._base[2]]
-        return np.repeat(np.arange(len(windows)) << 8, counts) + low[places], places + start
+        return np.repeat(np.arange(len(windows)) << 8, counts) + self._rows_of[2][start:end][places], places + start
 
     def between(self, low: int, high: int | None) -> Inverted:
         """The lists with keys from low up to high (None: to the end), in the order of their keys."""
@@ -277,11 +268,11 @@ class Lists:
     def _decoded(self, kind: int, first: int, last: int) -> Inverted:
         starts = self._starts[kind][first : last + 1].astype(np.int64)
         begin, end = (int(starts[0]), int(starts[-1])) if len(starts) else (0, 0)
-        counts, rows = np.diff(starts), self._rows_of[kind][begin - self._base[kind] : end - self._base[kind]]
+        counts, rows = np.diff(starts), self._rows_of[kind][begin:end]
         if kind and last > first:
             rows = rows + np.concatenate([self._high(kind, at, n) for at, n in self._wide(kind, first, counts)])
         keys = self._keys[kind][first:last]
-        return Inverted(keys, counts, rows.astype(np.int64), self.numbers(begin, end))
+        return Inverted(keys, counts, rows.astype(np.int64), self._numbers[kind].between(begin, end))
 
     def _wide(self, kind: int, first: int, counts: np.ndarray) -> list[tuple[slice, np.ndarray]]:
         """Lists in groups whose windows fit into memory, with their entries."""
@@ -297,26 +288,82 @@ class Lists:
             ends = np.concatenate([self._windows[lists].astype(np.int64), counts[:, None]], axis=1)
             per_window = np.diff(ends, axis=1, prepend=0)
         else:
-            coarse = np.repeat(self._coarse[lists].astype(np.int64), 256, axis=1)[:, : self.windows]
-            per_window = np.diff(np.concatenate([coarse + self._fine[lists], counts[:, None]], axis=1), axis=1)
+            per_window = _as_counts(self._counts[lists], self._most[lists])
         high = np.arange(per_window.shape[1]) << (16 if kind == 1 else 8)
         return np.repeat(np.tile(high, len(counts)), per_window.ravel())
 
-    def _kind(self, number: int) -> tuple[int, int]:
-        kind = 2 if number >= self._first[2] else 1 if number >= self._first[1] else 0
-        return kind, number - self._first[kind]
+    def _kind(self, number: int) -> int:
+        return 2 if number >= self._first[2] else 1 if number >= self._first[1] else 0
 
-    def _window_starts(self, at: int) -> np.ndarray:
-        return self._fine[at] + np.repeat(self._coarse[at].astype(np.int64), 256)[: self.windows]
+    def _span(self, number: int) -> tuple[int, int, int]:
+        """The places of a list's entries, first and one past the last, and its way."""
+        kind = self._kind(number)
+        at, starts = number - self._first[kind], self._starts[kind]
+        return int(starts[at]), int(starts[at + 1]), kind
 
-    def _bounds_of(self, number: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the entries of windows begin and end, counted from the list's first."""
-        at, (start, end) = number - self._first[2], self.span(number)
-        coarse, fine = self._coarse[at], self._fine[at]
-        after = np.minimum(windows + 1, self.windows - 1)
-        ends = coarse[after >> 8].astype(np.int64) + fine[after]
-        ends[windows + 1 == self.windows] = end - start
-        return coarse[windows >> 8].astype(np.int64) + fine[windows], ends
+    def _window_counts(self, at: int) -> np.ndarray:
+        return _as_counts(self._counts[at], self._most[at])
+
+    def _window_begins(self, at: int) -> np.ndarray:
+        """Where the entries of each window of a dense list begin, counted from its first; then their number."""
+        begins = self._begins.get(at)
+        if begins is None:
+            begins = np.zeros(self.windows + 1, np.int64)
+            self._window_counts(at).cumsum(out=begins[1:])
+            if len(self._begins) >= _REMEMBERED:
+                self._begins.clear()
+            self._begins[at] = begins
+        return begins
+
+
+def _as_counts(counts: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Entries of windows, of which those with 256 are stored as 0."""
+    wide = counts.astype(np.int64)
+    wide[(counts == 0) & (most > 0)] = 256
+    return wide
+
+
+class Numbers:
+    """The numbers with the entries of one way."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], kind: int, entries: int) -> None:
+        self._codes, self._odd_at, self._odd = (arrays[f"{name}{kind}"] for name in ("codes", "odd_at", "odd"))
+        self._bits = 4 if len(self._codes) * 3 > entries else 2 if len(self._codes) else 0
+
+    def between(self, start: int, end: int) -> np.ndarray:
+        """The numbers at places start to end, float64."""
+        if not self._bits:
+            found = np.ones(end - start)
+        else:
+            per, mask = 8 // self._bits, _WIDTHS[self._bits]
+            packed = self._codes[start // per : -(-end // per)]
+            codes = np.empty(per * len(packed))
+            for place in range(per):
+                codes[place::per] = (packed >> (place * self._bits)) & mask
+            found = codes[start % per : start % per + end - start]
+        if len(self._odd_at):
+            low, high = self._odd_at.searchsorted((start, end))
+            if low < high:
+                found[self._odd_at[low:high].astype(np.int64) - start] = self._odd[low:high]
+        return found
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The numbers at places, float64."""
+        if not self._bits:
+            found = np.ones(len(places))
+            if len(self._odd_at):
+                which = self._odd_at.searchsorted(places)
+                which[which == len(self._odd_at)] = 0
+                held = self._odd_at[which] == places
+                found[held] = self._odd[which[held]]
+            return found
+        shift = 1 if self._bits == 4 else 2
+        turned = ((places & ((1 << shift) - 1)) * self._bits).astype(np.uint8)
+        found = ((self._codes[places >> shift] >> turned) & _WIDTHS[self._bits]).astype(np.float64)
+        odd = np.flatnonzero(found == 0)
+        if len(odd):
+            found[odd] = self._odd[self._odd_at.searchsorted(places[odd])]
+        return found
 
 
 def in_order(pieces: Sequence[Inverted]) -> Inverted:

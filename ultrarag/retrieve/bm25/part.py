@@ -59,9 +59,9 @@ class Part:
 
     def living(self, number: int) -> int:
         """The entries of a list in living rows: what its document frequency counts."""
-        start, end = self.segment.lists.span(number)
+        entries = self.segment.lists.count(number)
         if self.dead is None:
-            return end - start
+            return entries
         seen, dead = self.counted.get(number, (0, 0))
         if seen != len(self.log):
             if seen > len(self.log):  # this is an earlier state than the one that was counted
@@ -70,7 +70,7 @@ class Part:
             if len(self.counted) >= MOST_COUNTED:
                 self.counted.clear()
             self.counted[number] = (len(self.log), dead)
-        return end - start - dead
+        return entries - dead
 
     def _dead_entries(self, number: int, died: np.ndarray) -> int:
         if len(died) <= FEW_DEAD:

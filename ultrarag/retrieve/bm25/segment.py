@@ -18,7 +18,7 @@ import numpy as np
 
 from ultrarag.errors import IndexStateError
 from ultrarag.io import replacing
-from ultrarag.retrieve.bm25.lists import Arrays, Compressor, Inverted, Lists
+from ultrarag.retrieve.bm25.lists import Arrays, Compressor, Inverted, Lists, smallest
 
 Content: TypeAlias = "bytes | mmap.mmap"
 _MAGIC = b"URBM25\x00\x02"
@@ -45,7 +45,9 @@ class Segment:
         self.rows, self.tokens = int(header["rows"]), int(header["tokens"])
         #: (rows,) tokens of each passage
         self.lengths = arrays["lengths"]
-        self._id_ends, self._id_bytes = arrays["id_ends"], arrays["id_bytes"]
+        self._id_bytes = arrays["id_bytes"]
+        self._id_ends = np.zeros(self.rows + 1, "<u4" if len(self._id_bytes) < 1 << 32 else "<u8")
+        np.cumsum(arrays["id_lengths"], out=self._id_ends[1:])
         self._hashes, self._hashed = arrays["id_hashes"], arrays["id_rows"]
         self.lists = Lists(arrays, self.rows)
 
@@ -114,8 +116,8 @@ def compressed(
     hashes = id_hashes(whole[a:z] for a, z in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
     order = np.argsort(hashes, kind="stable")
     arrays = {
-        "lengths": lengths.astype("<u2" if lengths.max(initial=0) < 1 << 16 else "<u4"),
-        "id_ends": ends.astype("<u4" if ends[-1] < 1 << 32 else "<u8"),
+        "lengths": smallest(lengths, 1),
+        "id_lengths": smallest(id_lengths, 1),
         "id_bytes": id_bytes,
         "id_hashes": hashes[order],
         "id_rows": order.astype("<u4"),

@@ -246,7 +246,7 @@ class Bm25File:
         """Close the file; it is one file then, without a log beside it."""
         with self._mutex:
             if not self._read_only:
-                self._db.execute("PRAGMA incremental_vacuum")
+                self._db.execute("PRAGMA incremental_vacuum").fetchall()
             self._db.close()
             self.parts = ()
 

@@ -123,8 +123,7 @@ class PartSearch:
         self._terms = []
         for number, weight in zip(numbers, weights.terms, strict=True):
             if number >= 0:
-                start, end = self._lists.span(number)
-                self._terms.append(Term(number, weight, end - start))
+                self._terms.append(Term(number, weight, self._lists.count(number)))
 
     def scores_of(self, rows: np.ndarray) -> np.ndarray:
         """The scores of rows, which are ascending and each there once; float64."""
@@ -172,9 +171,8 @@ class PartSearch:
 
     def _add(self, scores: np.ndarray, touched: _Touched, term: Term) -> None:
         rows = self._lists.rows(term.number)
-        start, end = self._lists.span(term.number)
         touched.add(rows)
-        scores[rows] += self._gain(term, rows, self._lists.numbers(start, end))
+        scores[rows] += self._gain(term, rows, self._lists.numbers(term.number))
 
     def _narrow(
         self,
@@ -238,7 +236,7 @@ class PartSearch:
         for term in rest:
             if self._lists.dense(term.number):
                 cells, places = self._lists.in_windows(term.number, windows)
-                found[cells] += self._gain(term, rows[cells], self._lists.numbers_at(places))
+                found[cells] += self._gain(term, rows[cells], self._lists.numbers_at(term.number, places))
             else:
                 self._add_to(rows, found, term)
         there = rows < self._rows
@@ -283,7 +281,7 @@ class PartSearch:
         """Add a term's gain to the scores of given rows, which are ascending."""
         held, places = self._lists.lookup(term.number, rows)
         if len(held):
-            scores[held] += self._gain(term, rows[held], self._lists.numbers_at(places))
+            scores[held] += self._gain(term, rows[held], self._lists.numbers_at(term.number, places))
 
     def _gain(self, term: Term, rows: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
         """weight x tf / (tf + k1 (1 - b + b length / mean)), with the (k1 + 1) inside the weight."""
