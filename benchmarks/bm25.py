@@ -1,12 +1,12 @@
-"""BM25 beside an older commit of itself and tantivy: build, p50 and p99, disk, memory; with dense search, and in quality.
+"""BM25 beside an older commit of itself and tantivy: build, p50, p99, disk, memory; with dense search; nDCG.
 
     python benchmarks/bm25.py [--passages 50000 1000000] [--before dee4ec6] [--hybrid] [--data path/to/scifact ...]
 
 Texts are made of 30 to 90 made-up words, queries of eight. Each contender has a process of its own and one processor;
 rounds of searches take turns, and a figure is the median of its rounds. Contenders that are not installed, and a commit
-that this repository does not have, are left out and named. `--hybrid` builds dense vectors too (slow from 100,000 on) and
-searches both. `--data` takes BEIR folders: nDCG@10 of ours and of tantivy over the same tokens, also after passages of
-another folder were added and deleted again.
+that this repository does not have, are left out and named. `--hybrid` builds dense vectors too (slow from 100,000
+on) and searches both. `--data` takes BEIR folders: nDCG@10 of ours and of tantivy over the same tokens, also
+after passages of another folder were added and deleted again.
 """
 
 from __future__ import annotations

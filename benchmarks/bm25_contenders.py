@@ -1,4 +1,4 @@
-"""BM25 of this code, of an older commit and of tantivy: how `bm25.py` builds and searches each, in a process of its own.
+"""BM25 of this code, of an older commit and of tantivy: how `bm25.py` builds and searches each, in its own process.
 
     python benchmarks/bm25_contenders.py build|search NAME FOLDER PASSAGES QUERIES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+
 import numpy as np
 
 from ultrarag.retrieve.bm25.lists import Inverted, united

@@ -236,8 +236,7 @@ def _weighed(view: View, query: str, k1: float, b: float) -> tuple[list[list[int
         df = frequencies[place]
         weights.append(often[place] * math.log1p((view.count - df + 0.5) / (df + 0.5)) * (k1 + 1))
     mean = view.tokens / view.count if view.tokens else 1.0
-    lists = [[lists[place] for place in places] for lists in numbers]
-    return lists, Weights(weights, norms(k1, b, mean), mean)
+    return [[lists[place] for place in places] for lists in numbers], Weights(weights, norms(k1, b, mean), mean)
 
 
 def _largest_first(parts: Sequence[Part], numbers: list[list[int]]) -> list[tuple[Part, list[int]]]:

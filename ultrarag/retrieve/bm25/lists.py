@@ -103,12 +103,14 @@ class Compressor:
         most = np.zeros(counts.size)
         first = np.flatnonzero(np.diff(cells, prepend=-1))
         most[cells[first]] = np.maximum.reduceat(gains, first)
-        most = np.ceil(most * 255 * (1 + 1e-12)).reshape(counts.shape)
-        most[(most == 0) & (counts > 0)] = 1  # so that a count of 256, which is 0 as 8 bits, is told from one of 0
+        highest = np.ceil(most * 255 * (1 + 1e-12)).reshape(counts.shape)
+        highest[(highest == 0) & (counts > 0)] = (
+            1  # tells a count of 256, which is 0 as 8 bits, from one of 0
+        )
         return {
             "rows": (part.rows & 0xFF).astype("<u1"),
             "windows": (counts & 0xFF).astype("<u1"),
-            "most": most.clip(0, 255).astype("<u1"),
+            "most": highest.clip(0, 255).astype("<u1"),
         }
 
 

@@ -1,4 +1,4 @@
-"""When segments are merged: many of about one size become one, beside searches and writes; nearly all when it is quiet."""
+"""When segments are merged: many of about one size become one, beside searches and writes; when it is quiet, more."""
 
 from __future__ import annotations
 

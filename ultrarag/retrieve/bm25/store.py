@@ -12,8 +12,8 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,8 @@ CREATE TABLE dead (segment INTEGER, row INTEGER, PRIMARY KEY (segment, row)) WIT
 """
 
 
-class View(NamedTuple):
+@dataclass(frozen=True)
+class View:
     """One state of the index, for one search."""
 
     parts: tuple[Part, ...]
@@ -246,7 +247,7 @@ class Bm25File:
         """Close the file; it is one file then, without a log beside it."""
         with self._mutex:
             if not self._read_only:
-                self._db.execute("PRAGMA incremental_vacuum").fetchall()
+                self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free one page
             self._db.close()
             self.parts = ()
 

@@ -126,7 +126,7 @@ def _runs(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _packed(content: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first and the second eight letters of words, and their place in the table; zeros for one of over 16 letters."""
+    """The first and the second eight letters of words, and their place in the table, where no long word is."""
     eight = np.ndarray((len(content) - 7,), "<u8", content, 0, (1,))  # the eight bytes from each byte on
     first = eight[starts] & _KEPT[np.minimum(lengths, 8)]
     second = eight[np.minimum(starts + 8, len(eight) - 1)] & _KEPT[np.clip(lengths - 8, 0, 8)]
