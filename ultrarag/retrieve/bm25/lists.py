@@ -104,9 +104,7 @@ class Compressor:
         first = np.flatnonzero(np.diff(cells, prepend=-1))
         most[cells[first]] = np.maximum.reduceat(gains, first)
         highest = np.ceil(most * 255 * (1 + 1e-12)).reshape(counts.shape)
-        highest[(highest == 0) & (counts > 0)] = (
-            1  # tells a count of 256, which is 0 as 8 bits, from one of 0
-        )
+        highest[(highest == 0) & (counts > 0)] = 1  # tells a count of 256, which is 0 as 8 bits, from one of 0
         return {
             "rows": (part.rows & 0xFF).astype("<u1"),
             "windows": (counts & 0xFF).astype("<u1"),
@@ -144,7 +142,12 @@ def _coded(pieces: list[Arrays]) -> Arrays:
         per = 8 // bits
         grouped = np.concatenate([codes, np.zeros(-len(codes) % per, np.uint8)]).reshape(-1, per)
         packed = np.bitwise_or.reduce(grouped << (np.arange(per, dtype=np.uint8) * bits).astype(np.uint8), axis=1)
-    return {"codes": packed, "odd_at": smallest(odd_at, 4), "odd": smallest(odd, 1) if whole else odd}
+    return {
+        "bits": np.array([bits], np.uint8),
+        "codes": packed,
+        "odd_at": smallest(odd_at, 4),
+        "odd": smallest(odd, 1) if whole else odd,
+    }
 
 
 def smallest(numbers: np.ndarray, least: int) -> np.ndarray:
@@ -166,7 +169,7 @@ class Lists:
         self._keys = [arrays[f"keys{kind}"] for kind in range(3)]
         self._starts = [arrays[f"starts{kind}"] for kind in range(3)]
         self._windows, self._counts, self._most = arrays["windows1"], arrays["counts2"], arrays["most2"]
-        self._numbers = [Numbers(arrays, kind, len(self._rows_of[kind])) for kind in range(3)]
+        self._numbers = [Numbers(arrays, kind) for kind in range(3)]
         self._first = np.cumsum([0, *(len(keys) for keys in self._keys)]).tolist()
         self._begins: dict[int, np.ndarray] = {}
         #: entries of all lists
@@ -328,9 +331,9 @@ def _as_counts(counts: np.ndarray, most: np.ndarray) -> np.ndarray:
 class Numbers:
     """The numbers with the entries of one way."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], kind: int, entries: int) -> None:
+    def __init__(self, arrays: Mapping[str, np.ndarray], kind: int) -> None:
         self._codes, self._odd_at, self._odd = (arrays[f"{name}{kind}"] for name in ("codes", "odd_at", "odd"))
-        self._bits = 4 if len(self._codes) * 3 > entries else 2 if len(self._codes) else 0
+        self._bits = int(arrays[f"bits{kind}"][0])
 
     def between(self, start: int, end: int) -> np.ndarray:
         """The numbers at places start to end, float64."""

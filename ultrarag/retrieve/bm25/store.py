@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,9 +228,13 @@ class Bm25File:
                 self._db.executemany("INSERT INTO dead VALUES (?, ?)", ((part.number, row) for row in rows))
         for number in gone:
             del self._saved[number]
+        self._saved.update((part.number, len(part.log)) for part in (*new, *died))
+        self._remove(gone)
+
+    def _remove(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             with suppress(OSError):
                 self._file(number).unlink(missing_ok=True)
-        self._saved.update((part.number, len(part.log)) for part in (*new, *died))
 
     def _insert(self, part: Part) -> None:
         content = part.segment.content
@@ -265,7 +269,7 @@ class Bm25File:
         """Give the new part what died in the old ones while it was made, and take it into service."""
         now = {part.number: part for part in self.parts}
         if any(part.number not in now or now[part.number].segment is not part.segment for part in parts):
-            return  # another state was returned to; the file is removed by the next owner
+            return self._remove([made.number])  # another state was returned to
         base, died = 0, [np.zeros(0, np.int64)]
         for part in parts:
             kept = np.ones(part.segment.rows, bool) if part.dead is None else ~part.dead
@@ -278,6 +282,8 @@ class Bm25File:
             self._save([made] if made.count else [], list(gone), [made] if len(made.log) else [])
         rest = [part for part in self.parts if part.number not in gone]
         self.parts = (*rest, made) if made.count else tuple(rest)
+        self._remove(gone - self._saved.keys())  # the file never named them
+        return None
 
     def _seal(self) -> None:
         """Make a part of the passages gathered."""
