@@ -167,7 +167,8 @@ def hybrid(folder: Path, size: int, asked: argparse.Namespace) -> dict[str, floa
 
 def quality(folder: Path, folders: Sequence[Path]) -> dict[str, Any]:
     """nDCG@10 of ours and of tantivy over the same tokens; then with as many passages of another set gone again."""
-    from ultrarag.evaluation import metrics, read_beir
+    from ultrarag.evaluation import read_beir
+    from ultrarag.evaluation.metrics import metrics
     from ultrarag.retrieve.bm25.terms import tokenize
 
     judged, other = read_beir(folder, "test"), read_beir(folders[folders.index(folder) - 1], "test")
@@ -180,7 +181,7 @@ def quality(folder: Path, folders: Sequence[Path]) -> dict[str, Any]:
             continue
         for label, added in ((name, {}), (f"{name}, after deletions", foreign)):
             run = search(passages, added, asked)
-            row[label] = round(metrics(run, judged.qrels, ["nDCG@10"])["nDCG@10"], 5)
+            row[label] = round(metrics(judged.qrels, run, ["nDCG@10"])["nDCG@10"], 5)
     return row
 
 

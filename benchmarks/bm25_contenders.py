@@ -1,8 +1,7 @@
 """BM25 of this code, of an older commit and of tantivy: how `bm25.py` builds and searches each, in its own process.
 
-    python benchmarks/bm25_contenders.py build|search NAME FOLDER PASSAGES QUERIES
-
-Prints one line of JSON. Texts are made in the process, block by block, outside the time that is measured.
+Called as `bm25_contenders.py build|search NAME FOLDER PASSAGES QUERIES`; prints one line of JSON.
+Texts are made in the process, block by block, outside the time that is measured.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -35,7 +36,7 @@ def compress(inverted: Inverted, rows: int, pieces: int = 1) -> Lists:
     compressor = Compressor(np.full(rows, 20), NORMS)
     borders = np.linspace(0, len(inverted.keys), pieces + 1).astype(int)
     starts = np.concatenate([[0], inverted.counts.cumsum()])
-    for a, z in zip(borders[:-1], borders[1:], strict=True):
+    for a, z in itertools.pairwise(borders):
         entries = slice(starts[a], starts[z])
         piece = inverted.rows[entries], inverted.numbers[entries]
         compressor.add(Inverted(inverted.keys[a:z], inverted.counts[a:z], *piece))

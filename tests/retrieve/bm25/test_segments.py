@@ -221,7 +221,13 @@ def test_a_rollback_while_merging_keeps_what_was_flushed(index: BM25, monkeypatc
     parts = index._store.parts
     add(index, {"later": "red"})
     index._store.rollback()
-    index._store.merge(parts)  # of segments that are no longer in service
+    index.delete(["p007"])
+    later = index._store.parts
+    index._store.rollback()
+    index._store.merge(later)  # in which a passage is dead that lives again
+    check(index, PASSAGES, "red word1 word5")
+    index._store.merge(parts)
+    assert index._store.parts[0].number > max(part.number for part in parts)
     check(index, PASSAGES, "red word1 word5")
     index.flush()
     again = reopen(index)
@@ -322,7 +328,7 @@ def test_files_that_nobody_names_are_removed_by_the_next_owner_alone(filed: Path
 
 
 def write_format_1(folder: Path, passages: dict[str, str], facts: dict[str, list[tuple[str, float]]]) -> None:
-    """A file as format 1 had it: rows 0 and 2 to 8 sealed in lists, of which 2 and 3 are dead; the others not sealed."""
+    """A file as format 1 had it: rows 0 and 2 to 8 sealed in lists, of which 2 and 3 are dead; others not."""
     folder.mkdir()
     (folder / "owner.lock").touch()
     db = sqlite3.connect(folder / "bm25.sqlite")

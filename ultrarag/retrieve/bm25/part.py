@@ -46,6 +46,10 @@ class Part:
         log = np.concatenate([self.log, rows])
         return Part(self.number, self.segment, count, tokens, dead, log, self.counted)
 
+    def follows(self, earlier: Part) -> bool:
+        """Whether all rows that were dead in an earlier state of this part are."""
+        return np.array_equal(self.log[: len(earlier.log)], earlier.log)
+
     def alive(self) -> np.ndarray:
         """The living rows, ascending."""
         return np.arange(self.segment.rows) if self.dead is None else np.flatnonzero(~self.dead)

@@ -268,7 +268,7 @@ class Bm25File:
     def _install(self, parts: Sequence[Part], made: Part) -> None:
         """Give the new part what died in the old ones while it was made, and take it into service."""
         now = {part.number: part for part in self.parts}
-        if any(part.number not in now or now[part.number].segment is not part.segment for part in parts):
+        if any(part.number not in now or not now[part.number].follows(part) for part in parts):
             return self._remove([made.number])  # another state was returned to
         base, died = 0, [np.zeros(0, np.int64)]
         for part in parts:
