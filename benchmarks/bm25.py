@@ -169,12 +169,11 @@ def quality(folder: Path, folders: Sequence[Path]) -> dict[str, Any]:
     """nDCG@10 of ours and of tantivy over the same tokens; then with as many passages of another set gone again."""
     from ultrarag.evaluation import read_beir
     from ultrarag.evaluation.metrics import metrics
-    from ultrarag.retrieve.bm25.terms import tokenize
 
     judged, other = read_beir(folder, "test"), read_beir(folders[folders.index(folder) - 1], "test")
-    passages = {id: " ".join(tokenize(text_of(passage))) for id, passage in judged.corpus.items()}
-    foreign = {f"x{id}": " ".join(tokenize(text_of(passage))) for id, passage in other.corpus.items()}
-    asked = {id: " ".join(tokenize(query)) for id, query in judged.queries.items()}
+    passages = {id: text_of(passage) for id, passage in judged.corpus.items()}
+    foreign = {f"x{id}": text_of(passage) for id, passage in other.corpus.items()}
+    asked = judged.queries
     row: dict[str, Any] = {"name": folder.resolve().name, "passages": len(passages), "of another": len(foreign)}
     for name, search in (("ours", search_ours), ("tantivy", search_tantivy)):
         if name == "tantivy" and find_spec("tantivy") is None:
@@ -191,7 +190,7 @@ def text_of(passage: Any) -> str:
 
 
 def search_ours(passages: dict[str, str], added: dict[str, str], asked: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Runs of ours; the tokens are those that it makes of a text, which it leaves as they are."""
+    """Runs of ours."""
     from ultrarag.retrieve.bm25 import BM25
 
     with tempfile.TemporaryDirectory() as place:
@@ -207,8 +206,10 @@ def search_ours(passages: dict[str, str], added: dict[str, str], asked: dict[str
 def search_tantivy(
     passages: dict[str, str], added: dict[str, str], asked: dict[str, str]
 ) -> dict[str, dict[str, float]]:
-    """Runs of tantivy, whose deleted passages count until a merge."""
+    """Runs of tantivy over the tokens of ours; its deleted passages count until a merge."""
     import tantivy
+
+    from ultrarag.retrieve.bm25.terms import tokenize
 
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("id", stored=True, tokenizer_name="raw", index_option="basic")
@@ -217,15 +218,15 @@ def search_tantivy(
     index = tantivy.Index(schema)
     writer = index.writer(heap_size=128_000_000, num_threads=1)
     for id, text in {**passages, **added}.items():
-        writer.add_document(tantivy.Document(id=id, text=text))
+        writer.add_document(tantivy.Document(id=id, text=" ".join(tokenize(text))))
     writer.commit()
     for id in added:
-        writer.delete_documents("id", id)
+        writer.delete_documents_by_term("id", id)
     writer.commit()
     index.reload()
     searcher, run = index.searcher(), {}
     for id, query in asked.items():
-        terms = [(tantivy.Occur.Should, tantivy.Query.term_query(schema, "text", token)) for token in query.split()]
+        terms = [(tantivy.Occur.Should, tantivy.Query.term_query(schema, "text", token)) for token in tokenize(query)]
         hits = searcher.search(tantivy.Query.boolean_query(terms), 100).hits if terms else []
         run[id] = {searcher.doc(address)["id"][0]: float(score) for score, address in hits}
     return run

@@ -170,8 +170,10 @@ class BM25:
             if self._store is None:
                 return
             if self._merger is not None:
-                self._merger.stop()
-                self.flush()
+                try:
+                    self.flush()
+                finally:
+                    self._merger.stop()  # last: a flush may have begun one
             self._store.close()
             self._store = None
             try:

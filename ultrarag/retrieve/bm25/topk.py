@@ -9,7 +9,7 @@ order for every passage, and rounded to float32 at the end.
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +30,8 @@ MANY_WINDOWS = 0.15
 #: A score that is at least this part of another may be equal to it as float32.
 TIED = 1 - 1e-6
 
-_scratch = threading.local()
+#: Memory for the scores of a part's rows, all 0, that searches leave to those after them; 8 bytes a row.
+_scratch: deque[np.ndarray] = deque(maxlen=4)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class PartSearch:
             rows = np.flatnonzero(allowed)
             if len(rows) * 32 < sum(term.entries for term in self._terms):
                 return self._cut(rows, self.scores_of(rows), k, floor)
-        scores, touched = self._zeros(), _Touched()
+        held, touched = self._zeros(), _Touched()
+        scores = held[: self._lists.windows * WINDOW]
         try:
             rest, sure = self._narrow(scores, touched, self._add_first(scores, touched), k, floor, allowed)
             if not rest:
@@ -152,14 +154,16 @@ class PartSearch:
             return self._finish(scores, touched, rest, k, sure, allowed)
         finally:
             touched.clear(scores)
+            _scratch.append(held)
 
     def _zeros(self) -> np.ndarray:
-        """A score for each row of all windows: memory that whoever used it has left at 0."""
+        """A 0 for each row of all windows, or more of them."""
         size = self._lists.windows * WINDOW
-        held: np.ndarray | None = getattr(_scratch, "scores", None)
-        if held is None or len(held) < size:
-            held = _scratch.scores = np.zeros(size)
-        return held[:size]
+        try:
+            held = _scratch.pop()
+        except IndexError:
+            return np.zeros(size)
+        return held if len(held) >= size else np.zeros(size)
 
     def _add_first(self, scores: np.ndarray, touched: _Touched) -> list[Term]:
         """Add up the lists before the first long one; return the terms left."""
