@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ultrarag.errors import DataError, IndexStateError, UsageError
-from ultrarag.retrieve.bm25 import gathering, lists, merging, store, topk
+from ultrarag.retrieve.bm25 import compressor, gathering, merging, store, topk
 from ultrarag.retrieve.bm25.index import BM25
 from ultrarag.retrieve.bm25.terms import tokenize
 from ultrarag.retrieve.search.filters import matches, parse
@@ -72,7 +72,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(merging, "FAN", 3)
     monkeypatch.setattr(merging, "IDLE", 0.01)
     monkeypatch.setattr(gathering, "PIECE_ENTRIES", 50)
-    monkeypatch.setattr(lists, "LEAST_DENSE", 3)
+    monkeypatch.setattr(compressor, "LEAST_DENSE", 3)
     monkeypatch.setattr(topk, "LONG_LIST", 3)
 
 
@@ -164,7 +164,7 @@ def test_ties_come_in_the_order_of_ids_for_every_k(
     index: BM25, monkeypatch: pytest.MonkeyPatch, long_list: int
 ) -> None:
     monkeypatch.setattr(topk, "LONG_LIST", long_list)
-    monkeypatch.setattr(lists, "LEAST_DENSE", long_list)
+    monkeypatch.setattr(compressor, "LEAST_DENSE", long_list)
     texts = ["red green blue", "green blue red", "blue red green"]  # equal scores of texts that are not the same
     ids = [f"p{(7 * row) % 40:02}" for row in range(40)]
     for order in (ids, ids[::-1]):

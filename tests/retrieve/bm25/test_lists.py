@@ -11,7 +11,8 @@ import pytest
 
 from ultrarag.retrieve.bm25 import lists as lists_
 from ultrarag.retrieve.bm25 import vocabulary
-from ultrarag.retrieve.bm25.lists import Compressor, Inverted, Lists, in_order, united
+from ultrarag.retrieve.bm25.compressor import Compressor
+from ultrarag.retrieve.bm25.lists import Inverted, Lists, in_order, united
 from ultrarag.retrieve.bm25.terms import digest, tokenize
 from ultrarag.retrieve.bm25.vocabulary import Vocabulary
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.retrieve.bm25.test_bm25 import add, check, expected, reopen, shrink
 from ultrarag.errors import IndexStateError
-from ultrarag.retrieve.bm25 import gathering, lists, merging, store, topk
+from ultrarag.retrieve.bm25 import compressor, gathering, merging, store, topk
 from ultrarag.retrieve.bm25.index import BM25
 from ultrarag.retrieve.bm25.part import Part
 from ultrarag.retrieve.bm25.terms import digest, tokenize
@@ -72,7 +72,7 @@ def test_pruned_search_finds_what_plain_sums_find(
     index: BM25, monkeypatch: pytest.MonkeyPatch, batch: int, long: int, many: float
 ) -> None:
     monkeypatch.setattr(store, "BATCH_ROWS", batch)
-    monkeypatch.setattr(lists, "LEAST_DENSE", 10)
+    monkeypatch.setattr(compressor, "LEAST_DENSE", 10)
     monkeypatch.setattr(topk, "LONG_LIST", long)
     monkeypatch.setattr(topk, "MANY_WINDOWS", many)
     monkeypatch.setattr(topk, "FIRST_WINDOWS", 3)
@@ -101,7 +101,7 @@ def test_pruned_search_finds_what_plain_sums_find(
 
 
 def test_long_passages_after_short_ones_raise_what_a_window_may_score(index: BM25, monkeypatch) -> None:
-    monkeypatch.setattr(lists, "LEAST_DENSE", 10)
+    monkeypatch.setattr(compressor, "LEAST_DENSE", 10)
     monkeypatch.setattr(topk, "LONG_LIST", 10)
     monkeypatch.setattr(topk, "FIRST_WINDOWS", 1)
     passages = {f"p{row:04}": f"red blue {'x ' * (row % 5)}{'blue ' * (row % 3)}" for row in range(2000)}

@@ -18,7 +18,8 @@ import numpy as np
 
 from ultrarag.errors import IndexStateError
 from ultrarag.io import replacing
-from ultrarag.retrieve.bm25.lists import Arrays, Compressor, Inverted, Lists, smallest
+from ultrarag.retrieve.bm25.compressor import Compressor, smallest
+from ultrarag.retrieve.bm25.lists import Arrays, Inverted, Lists
 
 Content: TypeAlias = "bytes | mmap.mmap"
 _MAGIC = b"URBM25\x00\x02"
