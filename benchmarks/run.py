@@ -27,6 +27,7 @@ SUITE = {
     "scaling": ["scaling.py"],
     "retrieve_backends": ["retrieve_backends.py"],
     "live_index": ["live_index.py"],
+    "bm25": ["bm25.py"],
     "live_index_cost": ["live_index_cost.py"],
     "live_index_share": ["live_index_share.py"],
     "live_faults": ["live_faults.py", "--rounds", "50"],

@@ -107,6 +107,18 @@ def won_by_mining(report: Any) -> float:
     return mean_of("mined", "domain")(report) - mean_of("plain", "domain")(report)
 
 
+def bm25(key: str, beside: str) -> Callable[[Any], float]:
+    """Ours to another one's in `bm25`, at the most passages that were measured, which must be a million."""
+
+    def find(report: Any) -> float:
+        largest = max(report["sizes"], key=lambda row: row["passages"])
+        if largest["passages"] < 1_000_000:
+            raise LookupError(key)
+        return float(largest["ours to"][beside][key] if beside else largest["hybrid"][key])
+
+    return find
+
+
 TARGETS = (
     Target("Encoding, fp32, texts/s to sentence-transformers", "encode", 1.5, False, contender("ultrarag", "speed")),
     Target("the same by processor seconds", "encode", 1.5, False, contender("ultrarag", "speed_processor")),
@@ -188,6 +200,16 @@ TARGETS = (
         True,
         lambda report: max(row["p99_build_to_idle"] for row in report["live"]["searches"].values()),
     ),
+    Target(
+        "BM25, a million passages, build to the older code's, passages/s",
+        "bm25",
+        10,
+        False,
+        bm25("passages/s", "before"),
+    ),
+    Target("the same, p50 to tantivy's", "bm25", 1, True, bm25("p50 ms", "tantivy")),
+    Target("the same, bytes on disk to tantivy's", "bm25", 1.2, True, bm25("disk", "tantivy")),
+    Target("Dense and BM25 together, a million passages, p50", "bm25", 12, True, bm25("p50 ms", ""), " ms"),
 )
 
 

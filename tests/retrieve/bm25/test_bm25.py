@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 
 from ultrarag.errors import DataError, IndexStateError, UsageError
-from ultrarag.retrieve.bm25 import index as bm25
-from ultrarag.retrieve.bm25 import store as bm25_store
-from ultrarag.retrieve.bm25 import terms as bm25_terms
+from ultrarag.retrieve.bm25 import compressor, gathering, merging, store, topk
 from ultrarag.retrieve.bm25.index import BM25
 from ultrarag.retrieve.bm25.terms import tokenize
 from ultrarag.retrieve.search.filters import matches, parse
@@ -66,11 +64,22 @@ def random_text(rng: random.Random) -> str:
     return " ".join(words)
 
 
+def shrink(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Let a few passages be enough for files, merges in a thread, dense lists and pruning."""
+    monkeypatch.setattr(store, "BATCH_ROWS", rows)
+    monkeypatch.setattr(store, "FILE_ROWS", 2 * rows)
+    monkeypatch.setattr(merging, "BATCH_ROWS", rows)
+    monkeypatch.setattr(merging, "FAN", 3)
+    monkeypatch.setattr(merging, "IDLE", 0.01)
+    monkeypatch.setattr(gathering, "PIECE_ENTRIES", 50)
+    monkeypatch.setattr(compressor, "LEAST_DENSE", 3)
+    monkeypatch.setattr(topk, "LONG_LIST", 3)
+
+
 @pytest.mark.parametrize("buffer", [7, 8192])
 def test_scores_stay_exact_under_random_writes(index: BM25, monkeypatch: pytest.MonkeyPatch, buffer: int) -> None:
-    monkeypatch.setattr(bm25_store, "BUFFER_ROWS", buffer)
-    monkeypatch.setattr(bm25_terms, "SEGMENT_ROWS", 16)
-    monkeypatch.setattr(bm25, "LONG_LIST", 3)
+    if buffer == 7:
+        shrink(monkeypatch, buffer)
     rng, passages, metadata = random.Random(3), {}, {}
     for step in range(60):
         new = {f"p{rng.randrange(120)}": random_text(rng) for _ in range(rng.randrange(1, 9))}
@@ -154,7 +163,8 @@ def test_filter_is_applied_before_top_k(index: BM25) -> None:
 def test_ties_come_in_the_order_of_ids_for_every_k(
     index: BM25, monkeypatch: pytest.MonkeyPatch, long_list: int
 ) -> None:
-    monkeypatch.setattr(bm25, "LONG_LIST", long_list)
+    monkeypatch.setattr(topk, "LONG_LIST", long_list)
+    monkeypatch.setattr(compressor, "LEAST_DENSE", long_list)
     texts = ["red green blue", "green blue red", "blue red green"]  # equal scores of texts that are not the same
     ids = [f"p{(7 * row) % 40:02}" for row in range(40)]
     for order in (ids, ids[::-1]):
@@ -192,8 +202,9 @@ def test_a_full_disk_returns_to_the_last_flush(index: BM25) -> None:
     pages = index._store._db.execute("PRAGMA page_count").fetchone()[0]
     index._store._db.execute(f"PRAGMA max_page_count = {pages + 5}")
     add(index, {"a": "two", "c": "three"})
+    add(index, {f"p{i}": " ".join(f"w{i}x{j}" for j in range(500)) for i in range(20)})
     with pytest.raises(IndexStateError, match=r"bm25\.sqlite': No space left on device; make room"):
-        add(index, {f"p{i}": " ".join(f"w{j}" for j in range(500)) for i in range(20)})
+        index.flush()
     check(index, {"a": "one", "b": "two"}, "one two three four")
     add(index, {"a": "three"})
     check(index, {"a": "three", "b": "two"}, "one two three four")

@@ -1,9 +1,9 @@
-"""BM25 over a corpus that changes: inverted lists in one SQLite file, with exact statistics after every write.
+"""BM25 over a corpus that changes: immutable segments of inverted lists, with exact statistics after every write.
 
-It knows no model, so that all generations of a live index share one. A passage gets the next row number; a deleted
-or replaced one leaves its row dead until `vacuum`. Rows not yet sealed are kept as they came (`docs.forward`) and
-in memory; every 8,192 rows are sealed into one blob per term. Dead rows are left out when a list is read, so that
-the number of passages, their mean length and every document frequency are always those of the living.
+It knows no model, so that all generations of a live index share one. Passages are gathered, become a segment when a
+search or a flush comes, and segments of about one size are merged into one beside all else (docs/bm25.md). A search
+works on one state of the index, without a lock. Dead passages are left out when they are counted, so that the number
+of passages, their mean length and every document frequency are always those of the living.
 """
 
 from __future__ import annotations
@@ -15,32 +15,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, read_seal, remove_seal, resource_error, seal, verify_seal
-from ultrarag.retrieve.bm25.store import Bm25File
-from ultrarag.retrieve.bm25.terms import tokenize
+from ultrarag.retrieve.bm25.merging import Merger
+from ultrarag.retrieve.bm25.part import Part
+from ultrarag.retrieve.bm25.segment import id_hashes, norms
+from ultrarag.retrieve.bm25.store import Bm25File, View
+from ultrarag.retrieve.bm25.terms import key, tokenize
+from ultrarag.retrieve.bm25.topk import PartSearch, Weights
 from ultrarag.retrieve.ranking import Scored, check_ids, check_k, ranked, top
-from ultrarag.retrieve.search import Filter, facts, mask, parse
+from ultrarag.retrieve.search import Filter, Node, facts, mask, parse
 
 #: Saturation of the term frequency and strength of the length normalisation: Lucene's defaults. On our five data
 #: sets k1 = 0.9, b = 0.4 moves nDCG@10 by at most 0.015, up on three and down on one.
 K1, B = 1.2, 0.75
-#: A list shorter than this is simply added up; before a longer one it pays to ask who can still win.
-LONG_LIST = 20_000
-#: A score that is at least this part of another may be equal to it as float32.
-TIED = 1 - 1e-6
-
-
-class Term(NamedTuple):
-    """A term of a query: its rows, ascending, what each scores, and the most that any could."""
-
-    rows: np.ndarray
-    frequencies: np.ndarray
-    weight: float  # occurrences in the query x inverse document frequency x (k1 + 1)
 
 
 class BM25:
@@ -52,6 +44,7 @@ class BM25:
         with _named(directory):
             self._lock = OwnerLock(directory, read_only=read_only)
         self._store: Bm25File | None = None
+        self._merger: Merger | None = None
         self._sums: dict[str, Any] = {}
         self._dirty = True
 
@@ -93,7 +86,8 @@ class BM25:
             index._lock.release()
             raise
         index._dirty = not index._sums
-        return index._start(lambda path: Bm25File.open(path, read_only))
+        # sealed files were just compared; others only the checksums of their segments speak for
+        return index._start(lambda path: Bm25File.open(path, read_only, verify and index._dirty))
 
     def upsert(self, ids: Sequence[str], texts: Sequence[str], payloads: Sequence[Mapping[str, Any]]) -> None:
         """Insert passages, or replace those with the same id; of an id twice in one call the last wins."""
@@ -101,37 +95,47 @@ class BM25:
         if not len(ids) == len(texts) == len(payloads):
             raise UsageError(f"{len(ids)} ids, {len(texts)} texts and {len(payloads)} payloads: they must be as many")
         last = {id: row for row, id in enumerate(ids)}
-        # the slow part, outside the lock: searches go on
-        entries = [(id, Counter(tokenize(texts[row])), facts(payloads[row])) for id, row in last.items()]
+        found = [facts(payloads[row]) for row in last.values()]
         with self._writing() as store:
-            store.delete(list(last))
-            for id, terms, found in entries:
-                store.append(id, terms, found)
+            batch = store.batch()
+            batch.add([_encode(id) for id in last], [texts[row] for row in last.values()], found)
+            store.append(batch)
 
     def delete(self, ids: Sequence[str]) -> None:
         """Delete passages; ids that are not stored are ignored."""
         check_ids(ids)
         with self._writing() as store:
-            store.delete(ids)
+            store.delete([_encode(id) for id in ids])
 
     def search(self, query: str, k: int, filter: Filter = None) -> list[Scored]:
         """The k passages that share a term with the query and pass the filter, by score; ties by id."""
         k, node = check_k(k), parse(filter)
         with self._reading() as store:
-            passing = None if node is None else mask(node, store.facts, store.rows)
-            rows, scores = _search(self._terms(store, query), store, k, passing)
-            return _best(store, rows, scores.astype(np.float32), k)
+            view = store.view()
+            numbers, weights = _weighed(view, query, store.k1, store.b)
+            floor, found = -np.inf, []
+            for part, lists in _largest_first(view.parts, numbers):
+                searched = PartSearch(part, lists, weights)
+                rows, scores = searched.best(k, floor, _allowed(part, node))
+                if len(rows):
+                    found.append((part, rows, scores))
+                    floor = _kth([scores for _, _, scores in found], k)
+            return _ranked(found, k)
 
     def score(self, query: str, ids: Sequence[str]) -> np.ndarray:
         """Scores of given passages, (len(ids),); 0 without a common term, NaN for an id that is not stored."""
         with self._reading() as store:
-            rows = [store.row_of(id) for id in ids]
-            known = np.array(sorted({row for row in rows if row is not None}), np.int64)
-            scores = np.zeros(len(known))
-            for term in self._terms(store, query):
-                _add_to(known, scores, term, store)
-            found = dict(zip(known.tolist(), scores.tolist(), strict=True))
-            return np.array([np.nan if row is None else found[row] for row in rows], np.float32).astype(np.float64)
+            view = store.view()
+            numbers, weights = _weighed(view, query, store.k1, store.b)
+            encoded = [_encode(id) for id in ids]
+            hashes, scores = id_hashes(encoded), np.full(len(ids), np.nan)
+            for part, lists in zip(view.parts, numbers, strict=True):
+                rows = part.find(encoded, hashes)
+                distinct, which = np.unique(rows[rows >= 0], return_inverse=True)
+                if len(distinct):
+                    found = PartSearch(part, lists, weights).scores_of(distinct)
+                    scores[rows >= 0] = found.astype(np.float32)[which]
+            return scores
 
     def count(self) -> int:
         """The number of passages."""
@@ -141,7 +145,8 @@ class BM25:
     def ids(self) -> Iterator[str]:
         """Iterate over the ids, in no order."""
         with self._reading() as store:
-            return iter(store.all_ids())
+            parts = store.view().parts
+        return (_decode(id) for part in parts for id in part.segment.id_bytes(part.alive()))
 
     def flush(self) -> None:
         """Make every write so far durable."""
@@ -149,17 +154,26 @@ class BM25:
             store.commit()
 
     def vacuum(self) -> None:
-        """Drop what deleted passages left behind, and join small segments; searches wait meanwhile."""
+        """Drop what deleted passages left behind, and make all segments one; searches go on meanwhile."""
         with self._writing() as store:
-            store.vacuum()
+            store.commit()
+            if self._merger is not None:
+                self._merger.stop()
+            parts = store.parts
+            if len(parts) > 1 or any(part.dead is not None for part in parts):
+                store.merge(parts)
+            store.commit()
 
     def close(self) -> None:
         """Flush, write the checksum, and let another owner in; closing twice is harmless."""
         with self._mutex:
             if self._store is None:
                 return
-            if not self.read_only:
-                self.flush()
+            if self._merger is not None:
+                try:
+                    self.flush()
+                finally:
+                    self._merger.stop()  # last: a flush may have begun one
             self._store.close()
             self._store = None
             try:
@@ -174,6 +188,8 @@ class BM25:
                 if not self.read_only:
                     remove_seal(self.directory)  # first: SQLite changes its files as it likes from here on
                 self._store = load(self.directory / Bm25File.FILE)
+                if not self.read_only:
+                    self._merger = Merger(self._store)
         except BaseException:
             self._lock.release()
             raise
@@ -181,96 +197,117 @@ class BM25:
 
     @contextmanager
     def _reading(self) -> Iterator[Bm25File]:
-        with self._mutex, _named(self.directory):
-            if self._store is None:
+        with _named(self.directory):
+            store = self._store
+            if store is None:
                 raise IndexStateError(f"'{self.directory}' was closed; open it again")
-            yield self._store
+            yield store
 
     @contextmanager
     def _writing(self) -> Iterator[Bm25File]:
         """Undo everything since the last flush when a write fails, so that memory and file agree."""
         if self.read_only:
             raise IndexStateError(f"'{self.directory}' is open for reading")
-        with self._reading() as store:
+        with self._mutex, self._reading() as store:
             self._dirty = True
             try:
                 yield store
             except BaseException:
                 store.rollback()
                 raise
-
-    def _terms(self, store: Bm25File, query: str) -> list[Term]:
-        """The query's terms that some living passage holds, the heaviest first."""
-        terms = []
-        for token, occurrences in Counter(tokenize(query)).items():
-            rows, frequencies = store.postings(token)
-            if len(rows):
-                rarity = math.log1p((store.count - len(rows) + 0.5) / (len(rows) + 0.5))
-                terms.append(Term(rows, frequencies, occurrences * rarity * (store.k1 + 1)))
-        return sorted(terms, key=lambda term: -term.weight)
+            if self._merger is not None:
+                self._merger.tend()
 
 
-def _search(terms: list[Term], store: Bm25File, k: int, passing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that may be among the k best, and their scores; exact, although common words are mostly skipped.
-
-    Once k passages score more than all the words left could add up to, no other passage can win: the long lists
-    of common words, which weigh least and come last, are looked up for the remaining candidates only (MaxScore;
-    Turtle and Flood, 1995).
-    """
-    scores = np.zeros(store.rows)
-    left = sum(term.weight for term in terms)
-    for number, term in enumerate(terms):
-        if number and len(term.rows) > LONG_LIST:
-            rows = _positive(scores, passing)
-            if len(rows) >= k:
-                threshold = np.partition(scores[rows], len(rows) - k)[len(rows) - k]
-                if left < threshold * TIED:
-                    return _finish(rows, scores[rows], terms[number:], store, k)
-        scores[term.rows] += _gain(term, term.rows, term.frequencies, store)
-        left -= term.weight
-    rows = _positive(scores, passing)
-    return rows, scores[rows]
-
-
-def _best(store: Bm25File, rows: np.ndarray, scores: np.ndarray, k: int) -> list[Scored]:
-    """The k best of these rows; the ids of those that tie with the k-th, which may be many, are read only as needed."""
-    places = top(scores, k)
-    last = scores[places].min(initial=np.inf)
-    above, tied = places[scores[places] > last], places[scores[places] == last]
-    best = ranked(store.ids_of(rows[above]), scores[above], k)
-    return best + [(id, float(last)) for id in store.first_ids(rows[tied], k - len(best))]
+def _weighed(view: View, query: str, k1: float, b: float) -> tuple[list[list[int]], Weights]:
+    """The lists of the query's terms in each part, and what each term counts; the rarest first."""
+    occurrences = Counter(tokenize(query))
+    keys = np.array([key("term", token) for token in occurrences], np.uint64)
+    numbers = [part.segment.lists.find(keys) for part in view.parts]
+    frequencies = [0] * len(keys)
+    for part, lists in zip(view.parts, numbers, strict=True):
+        for place, number in enumerate(lists):
+            if number >= 0:
+                frequencies[place] += part.living(number)
+    order = sorted(
+        (df, digest, place) for place, (df, digest) in enumerate(zip(frequencies, keys.tolist(), strict=True))
+    )
+    places, weights = [place for df, _, place in order if df], []
+    often = list(occurrences.values())
+    for place in places:
+        df = frequencies[place]
+        weights.append(often[place] * math.log1p((view.count - df + 0.5) / (df + 0.5)) * (k1 + 1))
+    mean = view.tokens / view.count if view.tokens else 1.0
+    return [[lists[place] for place in places] for lists in numbers], Weights(weights, norms(k1, b, mean), mean)
 
 
-def _finish(
-    rows: np.ndarray, scores: np.ndarray, terms: list[Term], store: Bm25File, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Add the remaining terms to the candidates, and drop those that can no longer reach the k-th place."""
-    left = sum(term.weight for term in terms)
-    for term in terms:
-        threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-        able = scores + left >= threshold * TIED
-        rows, scores = rows[able], scores[able]
-        _add_to(rows, scores, term, store)
-        left -= term.weight
-    return rows, scores
+def _largest_first(parts: Sequence[Part], numbers: list[list[int]]) -> list[tuple[Part, list[int]]]:
+    """Parts that hold a term: what is found in the largest lets most of the others be passed over."""
+    held = [(part, lists) for part, lists in zip(parts, numbers, strict=True) if max(lists, default=-1) >= 0]
+    return sorted(held, key=lambda pair: -pair[0].count)
 
 
-def _add_to(rows: np.ndarray, scores: np.ndarray, term: Term, store: Bm25File) -> None:
-    """Add a term's gain to the scores of given rows, which are ascending."""
-    places = np.searchsorted(term.rows, rows)
-    places[places == len(term.rows)] = 0
-    held = term.rows[places] == rows
-    places = places[held]
-    scores[held] += _gain(term, term.rows[places], term.frequencies[places], store)
+def _allowed(part: Part, node: Node | None) -> np.ndarray | None:
+    """Which rows of a part live and pass the filter; None: all."""
+    if node is None:
+        return None if part.dead is None else ~part.dead
+    lists = part.segment.lists
+
+    def lookup(fact: str) -> tuple[np.ndarray, np.ndarray]:
+        number = lists.find(np.array([key("fact", fact)], np.uint64))[0]
+        if number < 0:
+            return np.zeros(0, np.int64), np.zeros(0)
+        return lists.rows(number), lists.numbers(number)
+
+    passing = mask(node, lookup, part.segment.rows)
+    return passing if part.dead is None else passing & ~part.dead
 
 
-def _gain(term: Term, rows: np.ndarray, frequencies: np.ndarray, store: Bm25File) -> np.ndarray:
-    """weight x tf / (tf + k1 (1 - b + b length / mean length)), with the (k1 + 1) inside the weight."""
-    return term.weight * frequencies / (frequencies + store.norms()[rows])
+def _kth(scores: list[np.ndarray], k: int) -> float:
+    """The k-th best of some scores; -inf where there are not as many."""
+    found = np.concatenate(scores)
+    return float(np.partition(found, len(found) - k)[len(found) - k]) if len(found) >= k else -np.inf
 
 
-def _positive(scores: np.ndarray, passing: np.ndarray | None) -> np.ndarray:
-    return np.flatnonzero(scores if passing is None else (scores > 0) & passing)
+def _ranked(found: list[tuple[Part, np.ndarray, np.ndarray]], k: int) -> list[Scored]:
+    """The k best of all parts; the ids of those that tie with the k-th, which may be many, are read only as needed."""
+    if not found:
+        return []
+    scores = np.concatenate([part_scores for _, _, part_scores in found])
+    last = scores[top(scores, k)].min()
+    above = [(part, rows[scores > last], scores[scores > last]) for part, rows, scores in found]
+    ids = [_decode(id) for part, rows, _ in above for id in part.segment.id_bytes(rows)]
+    best = ranked(ids, np.concatenate([scores for _, _, scores in above]), k)
+    tied = [(part, rows[scores == last]) for part, rows, scores in found]
+    return best + [(id, float(last)) for id in first_ids(tied, k - len(best))]
+
+
+def first_ids(tied: Sequence[tuple[Part, np.ndarray]], count: int) -> list[str]:
+    """The first so many ids, in their order, of rows of parts."""
+    first: list[bytes] = []
+    for part, rows in tied:
+        first += part.segment.id_bytes(_first_rows(part, rows, count))
+    return [_decode(id) for id in sorted(first)[:count]]
+
+
+def _first_rows(part: Part, rows: np.ndarray, count: int) -> np.ndarray:
+    """Those rows whose ids can be among the first so many: of very many, most are left out by eight bytes at a time."""
+    sure, word = [np.zeros(0, np.int64)], 0
+    while len(rows) > 4 * count + 64 and count > 0 and word < 8:
+        words = part.segment.id_words(rows, word)
+        last = np.partition(words, count - 1)[count - 1]
+        sure.append(rows[words < last])
+        count -= len(sure[-1])
+        rows, word = rows[words == last], word + 1
+    return np.concatenate([*sure, rows])
+
+
+def _encode(id: str) -> bytes:
+    return id.encode("utf-8", "surrogatepass")
+
+
+def _decode(id: bytes) -> str:
+    return id.decode("utf-8", "surrogatepass")
 
 
 @contextmanager
