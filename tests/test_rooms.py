@@ -47,6 +47,7 @@ ORDER = [
     {"retrieve/bridge"},
     {"retrieve/build", "retrieve/export", "retrieve/status"},
     {"retrieve/refresh"},
+    {"retrieve/waiting"},
     {"retrieve/live"},
     {"mining"},
     {"data"},

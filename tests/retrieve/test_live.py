@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
@@ -229,13 +228,6 @@ def test_vectors_of_another_model_are_refused(live: LiveIndex, tiny, other) -> N
     live.close()
     with pytest.raises(FingerprintError, match="was built by the encoder"):
         LiveIndex.open(live.path, other)
-
-
-def test_asearch(live: LiveIndex) -> None:
-    live.add(corpus(5))
-    assert asyncio.run(live.asearch("old castle", k=2, heads=["dense"])) == live.search(
-        "old castle", 2, heads=["dense"]
-    )
 
 
 def test_evaluate_and_rerank(live: LiveIndex, tiny) -> None:

@@ -152,7 +152,7 @@ class SharedEncoder:
         with self._changed:
             while True:
                 for line in self._lines.values():
-                    while line and line[0].done.is_set():  # it failed, or its caller left
+                    while line and line[0].done.is_set():
                         line.popleft()
                 waiting = [lane for lane, line in self._lines.items() if line]
                 if not waiting:
@@ -255,28 +255,25 @@ def _gather(line: deque[_Request], most: int) -> list[_Slice]:
     Args:
         most: tokens; one text may have more.
     """
-    first, turn, left = line[0], [], deque[_Request]()
-    rest: list[_Request] = []
-    while line:
-        request = line.popleft()
-        if request.done.is_set():
+    waiting, first = list(line), line[0]
+    line.clear()
+    turn: list[_Slice] = []
+    begun: list[_Request] = []
+    for place, request in enumerate(waiting):
+        if request.done.is_set():  # it failed, or its caller left
             continue
         if not request.fits_with(first):
-            left.append(request)
+            line.append(request)
             continue
         slice = request.slice(most, some=not turn)
         if not slice.ids:
-            left.append(request)
+            line.extend(waiting[place:])
             break
         turn.append(slice)
         most -= slice.tokens
         if request.taken < len(request.ids):
-            rest.append(request)
-            break
-    left.extend(line)
-    left.extend(rest)
-    line.clear()
-    line.extend(left)
+            begun.append(request)
+    line.extend(begun)
     return turn
 
 

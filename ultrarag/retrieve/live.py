@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from ultrarag.retrieve.ranking import check_ids
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.retrieve.status import describe
 from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
+from ultrarag.retrieve.waiting import AsyncMethods, Waiting
 from ultrarag.types import Embeddings, Hit, Passage
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BATCH = 512
 
 
-class LiveIndex:
+class LiveIndex(AsyncMethods):
     """An index of passages that this process owns; every method may be called from any thread.
 
     A write that returned is on the disk. One process owns an index at a time; others may call
@@ -54,6 +54,7 @@ class LiveIndex:
     def __init__(self, core: Core) -> None:
         """Use `create` or `open`."""
         self._owned, self._owner, self._refreshing = core, os.getpid(), threading.Lock()
+        self._threads = Waiting()
 
     @property
     def _core(self) -> Core:
@@ -65,6 +66,12 @@ class LiveIndex:
                 f"in one process, or share it through a server (docs/shared-index.md)"
             )
         return self._owned
+
+    @property
+    def _waiting(self) -> Waiting:
+        """The threads of the async methods, which a fork does not have."""
+        _ = self._core
+        return self._threads
 
     def __reduce__(self) -> Any:
         raise IndexStateError(
@@ -192,6 +199,7 @@ class LiveIndex:
     def close(self) -> None:
         """End a running build (it can be taken up again), let searches finish, and flush; twice is harmless."""
         if os.getpid() == self._owner:  # a fork has nothing of its own to close, and must not close its parent's
+            self._threads.close()
             end_build(self._core)
             self._core.close()
 
@@ -336,10 +344,6 @@ class LiveIndex:
         """
         with self._core.searching() as searcher:
             return searcher.search_embeddings(embeddings, fingerprint, k=k, **options)
-
-    async def asearch(self, query: str, k: int = 10, **options: Any) -> list[Hit]:
-        """`search` in a worker thread, for async programs."""
-        return await asyncio.to_thread(self.search, query, k, **options)
 
     def evaluate(
         self,
