@@ -30,7 +30,7 @@ class SharedEncoder:
     """An encoder for many threads: what arrives during one forward is the next one, together.
 
     No text waits for others to come. Queries go before passages, which have a third of the time where both never end;
-    a turn of passages beside queries is 512 tokens, or what takes 50 ms where that is more. An error of one caller's
+    a turn beside others is 256 tokens, or what takes 30 ms where that is more. An error of one caller's
     texts is that caller's alone.
 
     One thread runs the model, whoever calls: each that ever ran one keeps 5 to 9 MB of buffers, and helpers of its own,
