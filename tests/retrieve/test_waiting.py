@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import os
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -165,3 +168,17 @@ def test_a_thread_has_the_context_of_its_caller(live: LiveIndex) -> None:
 
     asyncio.run(use())
     assert live.get("1").text == "of the request"
+
+
+def test_the_page_runs_as_written(live: LiveIndex) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    live.add(corpus(5))
+    live.search = functools.partial(live.search, heads=["dense"])  # type: ignore[method-assign]
+    live.search_many = functools.partial(live.search_many, heads=["dense"])  # type: ignore[method-assign]
+    names = {"live": live, "encoder": live.encoder}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert [len(hits) for hits in names["found"]] == [5, 5, 5]
+    assert [len(hits) for hits in (names["hits"], *names["many"])] == [3, 3, 3]
+    assert names["passage"].id == names["hits"][0].id
+    assert len(names["vectors"]) == 1
