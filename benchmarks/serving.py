@@ -217,7 +217,7 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         for name in in_turn(list(contenders), number):
             starts[name].append(contenders[name].start_seconds())
     rows = {str(count): summary([one[str(count)] for one in rounds]) for count in options.clients}
-    start = {name: statistics.median(seconds[1:]) for name, seconds in starts.items()}
+    start = {name: statistics.median(seconds[1:] or seconds) for name, seconds in starts.items()}
     return {"clients": rows, "start_seconds": {**start, "new to old": start["new"] / start["old"]}, "rounds": rounds}
 
 
@@ -253,7 +253,7 @@ def main() -> None:
         return
     if options.small:
         options.clients, options.passages, options.adds = [2], 20, 3
-        options.seconds, options.rounds, options.starts = 1.0, 1, 1
+        options.seconds, options.rounds, options.starts = 1.0, 1, 0
     with tempfile.TemporaryDirectory() as place:
         found = run(options, Path(place))
     noted = {"note": options.note} if options.note else {}
