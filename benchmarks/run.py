@@ -30,6 +30,7 @@ SUITE = {
     "bm25": ["bm25.py"],
     "live_index_cost": ["live_index_cost.py"],
     "live_index_share": ["live_index_share.py"],
+    "serving": ["serving.py"],
     "live_faults": ["live_faults.py", "--rounds", "50"],
     "campaign": ["campaign.py"],
     "gpu": ["gpu.py"],

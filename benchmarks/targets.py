@@ -194,6 +194,27 @@ TARGETS = (
         lambda report: report["2 searchers"]["add: searches per second to without"],
     ),
     Target(
+        "16 clients, searches per second to before",
+        "serving",
+        3,
+        False,
+        lambda report: report["clients"]["16"]["searches per second, new to old"],
+    ),
+    Target(
+        "16 clients, p99 while 60 passages are added, to idle",
+        "serving",
+        2,
+        True,
+        lambda report: report["clients"]["16"]["new"]["adding p99 to idle"],
+    ),
+    Target(
+        "Start of `ultrarag index search`, to before",
+        "serving",
+        0.5,
+        True,
+        lambda report: report["start_seconds"]["new to old"],
+    ),
+    Target(
         "Live index, p99 during a build to idle, the worse of two kinds of search",
         "live_index",
         2,

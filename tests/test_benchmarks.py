@@ -83,6 +83,21 @@ def test_gpu_on_a_cpu_with_tiny_sizes(tmp_path):
     assert "FlagEmbedding, as no --peer-python was given" in output.read_text(encoding="utf-8")
 
 
+def test_serving_in_its_small_form_beside_an_older_commit(tmp_path):
+    if subprocess.run(
+        ["git", "-C", str(HERE), "cat-file", "-e", "dee4ec6"], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("the history of this checkout does not reach back to the commit that is compared with")
+    output = tmp_path / "serving.json"
+    done = script(str(HERE / "serving.py"), "--small", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text(encoding="utf-8"))
+    found = report["clients"]["2"]
+    assert found["searches per second, new to old"] > 0
+    assert all(found[name]["p99_ms"] > 0 and found[name]["peak_mib"] > 0 for name in ("old", "new"))
+    assert report["start_seconds"]["new to old"] > 0
+
+
 def test_gpu_summary_compares_by_rounds_and_names_failures():
     from gpu_page import render, summarise
     from gpu_work import TINY, make_plan

@@ -49,7 +49,7 @@ ORDER = [
     {"retrieve/build", "retrieve/export", "retrieve/status"},
     {"retrieve/refresh"},
     {"retrieve/feedback"},
-    {"retrieve/adding", "retrieve/collection", "retrieve/signals"},
+    {"retrieve/adding", "retrieve/collection", "retrieve/signals", "retrieve/waiting"},
     {"retrieve/live"},
     {"mining"},
     {"data"},
@@ -267,3 +267,14 @@ def test_no_deep_learning_library_is_imported(code):
     check = f"{code}\nimport sys\nprint('heavy:', [name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_an_embedded_index_needs_no_client_of_a_server():
+    """It takes a second to import, which is a sixth of a search from the shell."""
+    clients = "('qdrant_client', 'pymilvus', 'httpx', 'grpc')"
+    code = (
+        "import ultrarag.retrieve.live, ultrarag.retrieve.command.commands, ultrarag.retrieve.engines.qdrant.embedded"
+    )
+    check = f"{code}\nimport sys\nprint([name for name in {clients} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

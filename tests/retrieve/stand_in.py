@@ -14,7 +14,7 @@ from ultrarag.checkpoint import MANIFEST, Identity, Manifest
 from ultrarag.io import write_json
 from ultrarag.maps import LinearMap
 from ultrarag.retrieve.generation.catalog import Generation, IndexLayout
-from ultrarag.types import Embeddings, EncoderSettings
+from ultrarag.types import Embeddings, EncoderSettings, Tokens, text_of
 
 #: Models, and dimensions of each: a model fills its own ones, so vectors of two models have the inner product 0.
 MODELS, WIDTH = 3, 4
@@ -62,6 +62,24 @@ class StandIn:
     def passage_fingerprint(self) -> str:
         """Of the side that made the vectors."""
         return self._identity.passage
+
+    def check_kind(self, kind: str) -> None:
+        """It reads every kind."""
+
+    def checked_heads(self, heads: tuple[str, ...]) -> tuple[str, ...]:
+        """As `Encoder.checked_heads`."""
+        return heads
+
+    def max_length(self, kind: str, asked: int | None = None) -> int | None:
+        """It cuts nothing."""
+
+    def tokenize(self, texts: list[Any], kind: Any, *_: Any) -> Tokens:
+        """A token is a byte."""
+        return Tokens([list(text_of(text).encode()) for text in texts], kind=kind)
+
+    def encode_tokens(self, tokens: Tokens, *_: Any) -> Embeddings:
+        """As `encode`."""
+        return self.encode([bytes(ids).decode() for ids in tokens.ids], tokens.kind or "passage")
 
     def encode(self, texts: list[str], kind: str = "passage", **options: Any) -> Embeddings:
         """Unit vectors, (texts, DIM)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
@@ -45,14 +44,14 @@ def ids(hits: list[Hit]) -> list[str]:
 def count_encoded(monkeypatch: pytest.MonkeyPatch, live: LiveIndex) -> list[str]:
     """Every passage text that is encoded from now on."""
     seen: list[str] = []
-    encode = live.encoder.encode
+    tokenize = live.encoder.tokenize
 
-    def counting(texts, kind="passage", **options):
+    def counting(texts, kind, *limits):
         if kind == "passage":
             seen.extend(texts)
-        return encode(texts, kind, **options)
+        return tokenize(texts, kind, *limits)
 
-    monkeypatch.setattr(live.encoder, "encode", counting)
+    monkeypatch.setattr(live.encoder, "tokenize", counting)
     return seen
 
 
@@ -229,13 +228,6 @@ def test_vectors_of_another_model_are_refused(live: LiveIndex, tiny, other) -> N
     live.close()
     with pytest.raises(FingerprintError, match="was built by the encoder"):
         LiveIndex.open(live.path, other)
-
-
-def test_asearch(live: LiveIndex) -> None:
-    live.add(corpus(5))
-    assert asyncio.run(live.asearch("old castle", k=2, heads=["dense"])) == live.search(
-        "old castle", 2, heads=["dense"]
-    )
 
 
 def test_evaluate_and_rerank(live: LiveIndex, tiny) -> None:
@@ -620,7 +612,7 @@ def test_a_search_keeps_the_pair_that_it_began_with(live: LiveIndex, other, quic
     live.add(corpus(10))
     new, old = live.build(other), live._core.live
     begun, go_on, found = threading.Event(), threading.Event(), []
-    encode = old.encoder.encode
+    encode = old.encoder.encode_tokens
 
     def slow(*args, **options):
         begun.set()
@@ -628,7 +620,7 @@ def test_a_search_keeps_the_pair_that_it_began_with(live: LiveIndex, other, quic
         return encode(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(old.encoder, "encode", slow)
+        patch.setattr(old.encoder, "encode_tokens", slow)
         searcher = threading.Thread(target=lambda: found.extend(live.search("old castle", heads=["dense"])))
         searcher.start()
         assert begun.wait(30)

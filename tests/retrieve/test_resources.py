@@ -295,7 +295,7 @@ def test_memory_does_not_grow_with_the_threads_that_search(tmp_path: Path, tiny,
     with LiveIndex.create(tmp_path / "kb", tiny, backend="numpy") as live:
         live.add(corpus(5))
         forwards: set[int] = set()
-        encode, together = live.encoder.encode, threading.Barrier(IDLE * 2)
+        encode, together = live.encoder.encode_tokens, threading.Barrier(IDLE * 2)
 
         def noting(*args, **options):
             forwards.add(threading.get_ident())
@@ -306,7 +306,7 @@ def test_memory_does_not_grow_with_the_threads_that_search(tmp_path: Path, tiny,
                 together.wait()
             live.search(text_of(number), heads=["dense"])
 
-        monkeypatch.setattr(live.encoder, "encode", noting)
+        monkeypatch.setattr(live.encoder, "encode_tokens", noting)
         threads = [threading.Thread(target=search, args=(n,)) for n in range(IDLE * 2)]
         for thread in threads:
             thread.start()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ultrarag.encoder.load import fastest_precision
     from ultrarag.encoder.low_rank import LowRank
     from ultrarag.encoder.pairs import render_pairs
+    from ultrarag.encoder.shared import SharedEncoder
     from ultrarag.encoder.sides import MapLayer, Sides, read_passage_maps
     from ultrarag.encoder.tokens import Cuts, pad, render, tokenize
 else:

@@ -351,6 +351,15 @@ class Encoder(TokenEncoder):
         Args:
             on_batch: told the number of texts after each forward (a progress bar's `update`, say).
         """
+        self.check_kind(kind)
+        read = partial(self.tokenize, kind=kind, max_length=max_length, instruction=instruction)
+        options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
+        options |= {"on_batch": on_batch, "cuts": cuts}
+        length = self.max_length(kind, max_length)
+        yield from self.encode_chunks(tokenized_chunks(texts, read, chunk_texts), "texts", length, **options)
+
+    def check_kind(self, kind: Kind) -> None:
+        """Raise UsageError where the model has no vectors for texts of this kind; says why."""
         if kind not in KINDS:
             raise UsageError(f"kind is '{kind}'; it must be 'query', 'passage', or 'text' for a symmetric task")
         if kind == "text" and self.asymmetric:
@@ -358,14 +367,6 @@ class Encoder(TokenEncoder):
                 "the model's query side and passage side differ, so it has none for kind 'text': compare texts of one "
                 "side (kind='passage' for all), or queries with passages"
             )
-        self._refuse_pairs()
-        read = partial(self.tokenize, kind=kind, max_length=max_length, instruction=instruction)
-        options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
-        options |= {"on_batch": on_batch, "cuts": cuts}
-        length = self.max_length(kind, max_length)
-        yield from self.encode_chunks(tokenized_chunks(texts, read, chunk_texts), "texts", length, **options)
-
-    def _refuse_pairs(self) -> None:
         if self.adapter.declared.pair_input:
             raise UsageError(
                 f"{self.adapter.describe()} reads (query, passage) pairs and gives no vectors: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared,
 from ultrarag.retrieve.signals import FROM_FEEDBACK, Signals
 from ultrarag.retrieve.status import describe
 from ultrarag.retrieve.swap import Flip, Gate, Note, SwapTerms, rollback, swap
+from ultrarag.retrieve.waiting import AsyncMethods, Waiting
 from ultrarag.types import Embeddings, Passage
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.refresh import OnProgress, RefreshReport
 
 
-class LiveIndex(Collection, Signals):
+class LiveIndex(Collection, Signals, AsyncMethods):
     """An index of passages that this process owns; every method may be called from any thread.
 
     A write that returned is on the disk. One process owns an index at a time; others may call
@@ -58,6 +58,7 @@ class LiveIndex(Collection, Signals):
         self._refreshing = threading.Lock() if shared is None else shared.refreshing
         self._left = False
         self._log_lock = threading.Lock()
+        self._threads = Waiting()
 
     @property
     def _core(self) -> Core:
@@ -71,6 +72,12 @@ class LiveIndex(Collection, Signals):
         if self._left:
             raise IndexStateError(f"this handle of '{self._owned.layout.root}' was closed; open it again")
         return self._owned
+
+    @property
+    def _waiting(self) -> Waiting:
+        """The threads of the async methods, which a fork does not have."""
+        _ = self._core
+        return self._threads
 
     def __reduce__(self) -> Any:
         raise IndexStateError(
@@ -201,6 +208,7 @@ class LiveIndex(Collection, Signals):
         if os.getpid() == self._owner:  # a fork has nothing of its own to close, and must not close its parent's
             if self._left:
                 return
+            self._threads.close()
             self._close_log()
             if self._shared is None:
                 _close(self._owned)
@@ -373,10 +381,6 @@ class LiveIndex(Collection, Signals):
             ...     pairs = live.search("what is milvus?"), new.search("what is milvus?")
         """
         return open_searcher(self._core, _id(generation))
-
-    async def asearch(self, query: str, k: int = 10, **options: Any) -> Hits:
-        """`search` in a worker thread, for async programs."""
-        return await asyncio.to_thread(self.search, query, k, **options)
 
     def evaluate(
         self,

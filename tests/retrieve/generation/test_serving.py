@@ -1,97 +1,128 @@
-"""Queries and passages share the encoder by time, whoever has the longer turns."""
+"""A pair in service: searches of many threads are encoded together, by the encoder of the pair that they entered."""
 
 from __future__ import annotations
 
 import threading
 import time
-from types import SimpleNamespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-import torch
+import pytest
 
-from ultrarag.retrieve.generation.serving import FairLock, Serving, VectorSet
-from ultrarag.types import Embeddings
+from tests.retrieve.test_live import corpus
+from ultrarag.retrieve import LiveIndex
 
-
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+SEARCH = {"heads": ["dense"], "k": 3}
 
 
-def order_of_turns(asked: list[tuple[str, float]]) -> list[int]:
-    """The order in which turns are given that were all asked for while a passage had the lock: (kind, seconds)."""
-    clock, order, threads = Clock(), [], []
-    lock = FairLock(clock)
+@contextmanager
+def first_forward_held(encoder, patch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, list[int]]]:
+    """The next forward begins, and waits for the event that is given away; beside it the texts of each forward."""
+    encode, began, go, rows = encoder.encode_tokens, threading.Event(), threading.Event(), []
 
-    def take(number: int, kind: str, seconds: float) -> None:
-        with lock.turn(kind):
-            order.append(number)
-            clock.now += seconds
+    def holding(tokens, *rest):
+        rows.append(len(tokens))
+        began.set()
+        assert go.wait(60)
+        return encode(tokens, *rest)
 
-    with lock.turn("passage"):
-        for number, what in enumerate(asked):
-            threads.append(threading.Thread(target=take, args=(number, *what)))
-            threads[-1].start()
-            while sum(map(len, lock._waiting.values())) <= number:
-                time.sleep(0.001)
-        clock.now += 3.0
+    patch.setattr(encoder, "encode_tokens", holding)
+    try:
+        yield go, rows
+    finally:
+        go.set()
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_searches_beside_a_swap_are_encoded_together_by_the_pair_they_entered(
+    live: LiveIndex, other, quick_builds, monkeypatch
+) -> None:
+    live.add(corpus(10))
+    new, old = live.build(other), live._core.live
+    texts = [f"castle number {number}" for number in range(6)]
+    wanted = [live.search(text, **SEARCH) for text in texts]
+    found: dict[str, list] = {}
+
+    def search(text: str) -> None:
+        found[text] = live.search(text, **SEARCH)
+
+    with monkeypatch.context() as patch, first_forward_held(old.encoder, patch) as (go, rows):
+        threads = [threading.Thread(target=search, args=(text,)) for text in texts]
+        for number, thread in enumerate(threads):
+            thread.start()
+            wait_until(lambda: rows)
+            wait_until(lambda: len(old._shared._lines["query"]) == number)  # noqa: B023
+        swapper = threading.Thread(target=live.swap, args=(new,))
+        swapper.start()
+        wait_until(lambda: live.fingerprint == other.fingerprint)
+        assert live.search(texts[0], **SEARCH)[0].score != wanted[0][0].score  # nobody waits for the old pair
+        go.set()
+        for thread in (*threads, swapper):
+            thread.join()
+    assert rows == [1, 5]
+    for text, hits in zip(texts, wanted, strict=True):
+        assert [hit.id for hit in found[text]] == [hit.id for hit in hits]
+        np.testing.assert_allclose([h.score for h in found[text]], [h.score for h in hits], atol=1e-6)
+
+
+def test_a_query_that_cannot_be_encoded_fails_for_its_caller_alone(live: LiveIndex, monkeypatch) -> None:
+    live.add(corpus(5))
+    serving, found = live._core.live, {}
+    encode = serving.encoder.encode_tokens
+    bad = serving.encoder.tokenize(["poison"], "query").ids[0]
+
+    def search(text: str) -> None:
+        try:
+            found[text] = live.search(text, **SEARCH)
+        except RuntimeError as error:
+            found[text] = error
+
+    def poisoned(tokens, *rest):
+        if bad in tokens.ids:
+            raise RuntimeError("no")
+        return encode(tokens, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving.encoder, "encode_tokens", poisoned)
+        with first_forward_held(serving.encoder, patch) as (go, rows):
+            threads = [threading.Thread(target=search, args=(text,)) for text in ("first", "a", "poison", "b")]
+            for thread in threads:
+                thread.start()
+                wait_until(lambda: rows)
+            wait_until(lambda: len(serving._shared._lines["query"]) == 3)
+            go.set()
+            for thread in threads:
+                thread.join()
+    assert str(found.pop("poison")) == "no"
+    assert all(len(hits) == 3 for hits in found.values())
+
+
+def test_an_add_beside_searches_without_end_is_done(live: LiveIndex) -> None:
+    live.add(corpus(5))
+    stop, failed = threading.Event(), []
+
+    def search() -> None:
+        while not stop.is_set():
+            try:
+                live.search("an old castle", **SEARCH)
+            except Exception as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
     for thread in threads:
-        thread.join()
-    return order
-
-
-def test_a_lock_is_given_away_in_order_within_a_kind() -> None:
-    assert order_of_turns([("query", 1.0)] * 5) == [0, 1, 2, 3, 4]
-
-
-def test_a_kind_with_long_turns_has_fewer_of_them() -> None:
-    passages, queries = [("passage", 3.0)] * 2, [("query", 1.0)] * 7
-    assert order_of_turns([*passages, *queries]) == [2, 3, 4, 5, 0, 6, 7, 8, 1]
-
-
-def test_passages_are_not_kept_waiting_by_queries_without_end() -> None:
-    order = order_of_turns([*[("query", 1.0)] * 20, ("passage", 3.0)])
-    assert order.index(20) == 4  # of equal time a query is first
-
-
-class Timed:
-    """An encoder that takes so many seconds for a text, and notes how many it was given at a time."""
-
-    device, passage_fingerprint = torch.device("cpu"), "f"
-
-    def __init__(self, clock: Clock, seconds: float) -> None:
-        self.clock, self.seconds, self.given = clock, seconds, []
-
-    def encode(self, texts, kind, **options) -> Embeddings:
-        self.given.append(len(texts))
-        self.clock.now += self.seconds * len(texts)
-        return Embeddings(dense=np.array([[float(text)] for text in texts], dtype=np.float32))
-
-
-def windows(seconds: float, searched: bool) -> list[int]:
-    """How many of 40 passages are encoded at a time, maybe after a query."""
-    clock = Clock()
-    clock.now = 100.0
-    encoder = Timed(clock, seconds)
-    schema, generation = SimpleNamespace(fingerprint="f"), SimpleNamespace(id=1, heads=("dense",), fingerprint="f")
-    vectors = VectorSet(SimpleNamespace(schema=schema, close=lambda: None), None)
-    vectors.join()
-    serving = Serving(generation, encoder, vectors, clock)
-    if searched:
-        serving.encode_queries(["0"], ["dense"])
-    found = serving.encode_passages([str(number) for number in range(40)])
-    assert found.dense[:, 0].tolist() == list(range(40))
-    serving.retire()
-    return encoder.given[searched:]
-
-
-def test_passages_are_encoded_in_short_turns_while_somebody_searches() -> None:
-    assert windows(0.02, searched=False) == [8] * 5
-    assert windows(0.012, searched=True) == [1, *[8] * 4, 7]  # but for the first, whose time is not known
-    assert windows(0.024, searched=False) == [8] * 5
-    assert windows(0.1, searched=True) == [1, *[2] * 4, *[8] * 3, 7]  # 250 ms at a time; the last query was long ago
+        thread.start()
+    try:
+        live.add([{"id": f"n{number}", "text": f"{number} " + "word " * 60} for number in range(30)])
+        assert len(live.vectors([f"n{number}" for number in range(30)])) == 30
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert failed == []

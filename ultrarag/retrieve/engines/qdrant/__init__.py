@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.engines.qdrant.client import QdrantConnection, covering, key, prefixes
+    from ultrarag.retrieve.engines.qdrant.client import QdrantConnection
+    from ultrarag.retrieve.engines.qdrant.payload import covering, key, prefixes
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -38,8 +38,16 @@ from ultrarag.retrieve.engines.arrays import (
     token_rows,
 )
 from ultrarag.retrieve.engines.base import Progress, Schema, write_schema
-from ultrarag.retrieve.engines.qdrant.client import FACTS, NUMBERS, field, key, new_number_fields, stored_id, to_payload
 from ultrarag.retrieve.engines.qdrant.optimize import optimize_in_child
+from ultrarag.retrieve.engines.qdrant.payload import (
+    FACTS,
+    NUMBERS,
+    field,
+    key,
+    new_number_fields,
+    stored_id,
+    to_payload,
+)
 from ultrarag.retrieve.ranking import Scored, beam, check_ids, check_k, ranked, through_ties
 from ultrarag.retrieve.search import AllOf, AnyOf, Filter, HasFact, InRange, Node, Not, parse
 from ultrarag.types import Embeddings

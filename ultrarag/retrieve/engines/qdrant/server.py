@@ -25,18 +25,14 @@ from ultrarag.retrieve.engines.arrays import (
 )
 from ultrarag.retrieve.engines.base import Progress, Schema
 from ultrarag.retrieve.engines.qdrant.client import (
-    FACTS,
     QdrantConnection,
     floats_of,
-    key,
     lexical_row,
     named_vectors,
-    new_number_fields,
     settings,
-    stored_id,
     to_filter,
-    to_payload,
 )
+from ultrarag.retrieve.engines.qdrant.payload import FACTS, key, new_number_fields, stored_id, to_payload
 from ultrarag.retrieve.engines.server import REQUEST_POINTS, ServerBackend, requests
 from ultrarag.retrieve.ranking import Scored, beam, check_ids, check_k, ranked, through_ties
 from ultrarag.retrieve.search import Filter, parse

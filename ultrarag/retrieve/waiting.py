@@ -1,0 +1,93 @@
+"""What async programs await of a live index: its own threads do the work, searches apart from writes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ultrarag.errors import IndexStateError
+
+if TYPE_CHECKING:
+    from ultrarag.retrieve.passages import Written
+    from ultrarag.retrieve.search import Hits
+    from ultrarag.types import Passage
+
+_Result = TypeVar("_Result")
+
+#: Threads of each kind at most, made when they are needed. A search mostly waits for the encoder, which takes what many
+#: ask in one forward; writes take turns anyway, and a long one lets others in after each batch.
+THREADS = {"search": 64, "write": 4}
+
+
+class Waiting:
+    """Threads of an index for what async programs ask of it; those of asyncio's default pool are left to others."""
+
+    def __init__(self) -> None:
+        self._mutex, self._closed = threading.Lock(), False
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+
+    async def run(self, kind: str, function: Callable[..., _Result], *args: Any, **options: Any) -> _Result:
+        """Run a function in a thread, in the caller's context.
+
+        Cancelled while it waits for a thread, it is not begun; once begun it goes on to its end, which nobody sees.
+        """
+        work = partial(contextvars.copy_context().run, function, *args, **options)
+        return await asyncio.wrap_future(self._pool(kind, work))
+
+    def _pool(self, kind: str, work: Callable[[], _Result]) -> Any:
+        with self._mutex:
+            if self._closed:
+                raise IndexStateError("the index was closed; open it again")
+            if kind not in self._pools:
+                self._pools[kind] = ThreadPoolExecutor(THREADS[kind], thread_name_prefix=f"ultrarag-{kind}")
+            return self._pools[kind].submit(work)
+
+    def close(self) -> None:
+        """Take nothing more; the threads end after what they were given."""
+        with self._mutex:
+            self._closed = True
+            for pool in self._pools.values():
+                pool.shutdown(wait=False)
+
+
+class AsyncMethods:
+    """What `LiveIndex` has for async programs.
+
+    Cancelling one (a timeout, a client that hung up) leaves the index sound: a search that waits for a thread is never
+    begun, and so is a write; a write that has begun is finished as if it had been waited for, batch by batch.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def _waiting(self) -> Waiting: ...
+        def search(self, query: str, k: int = 10, **options: Any) -> Hits: ...
+        def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]: ...
+        def add(self, passages: Iterable[Passage | Mapping[str, Any]], **options: Any) -> Written: ...
+        def delete(self, ids: Iterable[str] | None = None, **options: Any) -> int: ...
+        def get(self, id: str) -> Passage | None: ...
+
+    async def asearch(self, query: str, k: int = 10, **options: Any) -> Hits:
+        """`search`, for async programs: up to 64 at a time, whose queries are encoded together."""
+        return await self._waiting.run("search", self.search, query, k, **options)
+
+    async def asearch_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]:
+        """`search_many`, for async programs."""
+        return await self._waiting.run("search", self.search_many, queries, k, **options)
+
+    async def aget(self, id: str) -> Passage | None:
+        """`get`, for async programs."""
+        return await self._waiting.run("search", self.get, id)
+
+    async def aadd(self, passages: Iterable[Passage | Mapping[str, Any]], **options: Any) -> Written:
+        """`add`, for async programs; what is iterated over is iterated over in a thread."""
+        return await self._waiting.run("write", self.add, passages, **options)
+
+    async def adelete(self, ids: Iterable[str] | None = None, **options: Any) -> int:
+        """`delete`, for async programs."""
+        return await self._waiting.run("write", self.delete, ids, **options)
