@@ -500,7 +500,8 @@ class LiveIndex:
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.
 
-        While a bridge serves, its end is all that is rolled back.
+        While a bridge serves, its end is all that is rolled back. Passages written since that the previous generation
+        cannot encode do not stop it: they are named in a warning, and listed by `status`.
 
         Raises:
             IndexStateError: when there is none.
