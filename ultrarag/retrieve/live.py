@@ -246,8 +246,7 @@ class LiveIndex:
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages, and return how many there were; ids that do not exist are ignored."""
-        wanted = [ids] if isinstance(ids, str) else list(ids)
-        check_ids(wanted)
+        wanted = _listed(ids)
         return self._core.write(lambda: self._core.store.delete(wanted))
 
     def retry(self) -> dict[str, str]:
@@ -268,11 +267,11 @@ class LiveIndex:
     def existing(self, ids: Iterable[str]) -> set[str]:
         """Return those of the ids that are passages here."""
         _ = self._core.live
-        return self._core.store.existing(list(ids))
+        return self._core.store.existing(_listed(ids))
 
     def vectors(self, ids: Sequence[str]) -> Embeddings:
         """What the live generation stores for these passages, a row each; UsageError for an unknown id."""
-        return self._core.live.backend.vectors(ids)
+        return self._core.live.backend.vectors(_listed(ids))
 
     def corpus_vectors(
         self, folder: str | os.PathLike[str] | None = None, heads: Sequence[str] | None = None
@@ -546,3 +545,10 @@ def _text(path: str | os.PathLike[str] | None) -> str | None:
 
 def _id(generation: int | Generation) -> int:
     return generation.id if isinstance(generation, Generation) else generation
+
+
+def _listed(ids: str | Iterable[str]) -> list[str]:
+    """One id or several as a list; DataError unless every id is a non-empty string."""
+    wanted = [ids] if isinstance(ids, str) else list(ids)
+    check_ids(wanted)
+    return wanted
