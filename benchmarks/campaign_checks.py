@@ -13,7 +13,11 @@ from faults import State, check_derived, explain, outcomes
 from ultrarag.errors import UltraragError
 from ultrarag.retrieve import LiveIndex, remove_shared
 from ultrarag.retrieve.command import main as command
+from ultrarag.retrieve.engines import ServerError
 
+#: How often an index is looked at whose server does not answer within the address's two seconds: a machine that is
+#: busy with other things is no fault of an index.
+TRIES = 3
 #: Passages whose texts are searched for after each round.
 ASKED = 5
 #: The folder of a build that can be taken up.
@@ -28,22 +32,31 @@ def check_index(paths: list[Path], events: list[dict[str, Any]], known: dict[str
         events: what the process began and what it acknowledged.
         known: passages, and the number of the live generation, before it.
     """
+    silent: Exception | None = None
+    for _ in range(TRIES):
+        try:
+            return _looked_at(paths, events, known)
+        except ServerError as error:
+            silent = error
+        except Exception as error:
+            return {"lost": [], "closed": [f"{type(error).__name__}: {error}"], "wrong": []}
+    return {"lost": [], "closed": [f"{type(silent).__name__}, {TRIES} times: {silent}"], "wrong": []}
+
+
+def _looked_at(paths: list[Path], events: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
     findings: dict[str, Any] = {"lost": [], "closed": [], "wrong": []}
-    try:
-        for path in paths[1:]:
-            with LiveIndex.open(path, device="cpu") as reader:
-                findings["wrong"] += wrong_answers(reader, _passages(reader))
-        with LiveIndex.open(paths[0], device="cpu") as live:
-            live.delete(["nobody has this id"])  # of a shared index: take over from the writer that is gone
-            found = _passages(live)
-            findings |= _state(live, found)
-            findings["lost"] += lost(found, live.status()["live"]["id"], events, known)
-            findings["wrong"] += wrong_answers(live, found) + underived(live, found)
-        for path in paths[1:]:
-            with LiveIndex.open(path, device="cpu") as reader:
-                findings["wrong"] += [] if _passages(reader) == found else [f"{path.name} differs from its index"]
-    except Exception as error:
-        findings["closed"].append(f"{type(error).__name__}: {error}")
+    for path in paths[1:]:
+        with LiveIndex.open(path, device="cpu") as reader:
+            findings["wrong"] += wrong_answers(reader, _passages(reader))
+    with LiveIndex.open(paths[0], device="cpu") as live:
+        live.delete(["nobody has this id"])  # of a shared index: take over from the writer that is gone
+        found = _passages(live)
+        findings |= _state(live, found)
+        findings["lost"] += lost(found, live.status()["live"]["id"], events, known)
+        findings["wrong"] += wrong_answers(live, found) + underived(live, found)
+    for path in paths[1:]:
+        with LiveIndex.open(path, device="cpu") as reader:
+            findings["wrong"] += [] if _passages(reader) == found else [f"{path.name} differs from its index"]
     return findings
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from campaign_checks import check_creation, check_index, children, left_over
 from faults import IDS, MODEL, WORDS, Journal, building_here, fork, row, run_or_raise, write_on
 
 from ultrarag import Encoder
+from ultrarag.errors import UsageError
 from ultrarag.io import lasting_interrupts
 from ultrarag.maps import LinearMap
-from ultrarag.retrieve import LiveIndex
+from ultrarag.retrieve import LiveIndex, remove_shared
 from ultrarag.retrieve.command import main as command
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -66,6 +67,8 @@ class Ground:
         """Make the index: two generations, and one of each kind that encodes nothing, the last of them live."""
         shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "tmp").mkdir(parents=True)
+        if self.uri:
+            run_or_raise(lambda: _forget(str(self.uri)))
         run_or_raise(self._lay_out)
 
     def _lay_out(self) -> None:
@@ -185,11 +188,11 @@ WRITES = ("add", "delete", "swap", "rollback", "refresh")
 
 def _act(ground: Ground, op: str, words: list[str], journal: Journal, seed: float) -> int:
     """The forked process's work: a command line, or an index that is opened and maybe written to."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _redirect(ground.folder)
-    faulthandler.register(signal.SIGUSR1)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _redirect(ground.folder)
+        faulthandler.register(signal.SIGUSR1)
         with lasting_interrupts(), nullcontext() if op == "builder" else building_here():
             if words:
                 return command(words)
@@ -339,6 +342,12 @@ def _quiet(folder: Path) -> None:
 
 def _note(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _forget(uri: str) -> None:
+    """Remove the shared index that was found broken: the next one has its name."""
+    with suppress(UsageError):
+        remove_shared(uri)
 
 
 def remove(path: Path) -> None:

@@ -152,6 +152,16 @@ def test_sizes_that_the_weights_cannot_have_are_refused_at_once(bert, name, kind
         Encoder.load(bert, "bge")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_hidden_layers", -1), ("num_attention_heads", 0), ("hidden_size", 0), ("vocab_size", -5)],
+)
+def test_sizes_that_no_model_has_are_refused(bert, name, value):
+    edit(bert / "config.json", lambda values: values.update({name: value}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {name} is {value}, which no model has"):
+        Encoder.load(bert, "bge")
+
+
 def test_sizes_inside_a_configuration_and_in_a_modules_folder_are_looked_at(bert):
     (bert / "0_Transformer").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):

@@ -16,6 +16,9 @@ from ultrarag.errors import CheckpointError, UsageError
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers")
 _WIDTHS = ("vocab_size", "type_vocab_size", "hidden_size", "d_model", "intermediate_size", "max_position_embeddings")
+_HEADS = ("num_attention_heads", "num_key_value_heads", "n_heads", "n_head", "num_heads")
+#: Of these a model may have none; fewer than no places stand for as many as are wanted.
+_NONE_OF = ("type_vocab_size", "max_position_embeddings", *_LAYERS)
 #: Up to here a model may have more layers than tensors (layers that share them), or more places than numbers (rotary
 #: embeddings, whose angles are computed; the longest published context is 10 million tokens).
 _FEW_LAYERS, _FEW_PLACES = 1000, 1 << 24
@@ -137,6 +140,10 @@ def _check_sizes(folder: Path) -> None:
     if held is None:
         return
     for name, value in _sizes(_json(path)):
+        if value < 1 and not (name in _NONE_OF and (value == 0 or name == "max_position_embeddings")):
+            raise CheckpointError(
+                f"{path}: {name} is {value}, which no model has; get the file from where the weights were published"
+            )
         most = max(_FEW_LAYERS, held.tensors) if name in _LAYERS else max(_FEW_PLACES, held.numbers)
         if value > most:
             raise CheckpointError(
@@ -150,7 +157,7 @@ def _sizes(values: Any) -> Iterator[tuple[str, int]]:
     if not isinstance(values, dict):
         return
     for name, value in values.items():
-        if name in (*_LAYERS, *_WIDTHS) and isinstance(value, int):
+        if name in (*_LAYERS, *_WIDTHS, *_HEADS) and isinstance(value, int):
             yield name, value
         yield from _sizes(value)
 

@@ -94,6 +94,12 @@ def test_what_is_not_text_is_refused_by_position(m3_encoder, texts, error, words
         m3_encoder.encode(texts)
 
 
+@pytest.mark.parametrize("texts", [5, None, 1.5, {"a": "b"}, {"a", "b"}, b"bytes"])
+def test_what_holds_no_texts_in_an_order_is_named(m3_encoder, texts):
+    with pytest.raises(UsageError, match=f"texts is {type(texts).__name__}; give a text, or a list of texts"):
+        m3_encoder.encode(texts)
+
+
 def test_nul_bytes_are_text(m3_encoder):
     assert np.isfinite(m3_encoder.encode(["a\x00b"]).dense).all()
 

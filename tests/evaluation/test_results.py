@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ultrarag.errors import DataError, UsageError
+from ultrarag.evaluation.metrics import metrics
 from ultrarag.retrieve import differences, evaluate, evaluate_run
 from ultrarag.types import Hit, Passage
 
@@ -46,6 +47,15 @@ def test_only_judged_queries_are_searched_as_deep_as_the_metrics_look() -> None:
     assert (index.asked, index.options) == (["two"], {"k": 20, "weights": {"dense": 1}})
     evaluate(index, {"q": "x"}, {"q": {"a": 1}}, ["nDCG@5"], k=3)
     assert index.options["k"] == 3
+
+
+def test_one_metric_needs_no_list() -> None:
+    found = evaluate(Fixed("a"), {"q": "x"}, {"q": {"a": 1}}, "MRR@3")
+    assert found.metrics == {"MRR@3": 1.0}
+    assert evaluate_run({"q": {"a": 1}}, {"q": {"a": 2.0}}, "nDCG@5").metrics == {"nDCG@5": 1.0}
+    assert metrics({"q": {"a": 1}}, {"q": {"a": 2.0}}, "nDCG@5") == {"nDCG@5": 1.0}
+    with pytest.raises(UsageError, match="unknown metric 'nDGC@10'; did you mean 'nDCG@10'"):
+        evaluate(Fixed("a"), {"q": "x"}, {"q": {"a": 1}}, "nDGC@10")
 
 
 def test_an_unknown_metric_is_refused_before_anything_is_searched() -> None:

@@ -50,6 +50,14 @@ def test_what_shapes_the_weights_is_refused_before_anything_is_written(begun, ti
     assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
 
 
+def test_another_precision_of_the_launcher_is_refused(begun, tiny_m3, monkeypatch):
+    """It comes by the environment, and would be in no argument."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    options = {**CONSTANT, "use_cpu": True, "max_steps": 6, "resume_from_checkpoint": True}
+    with pytest.raises(UsageError, match="bf16: false then, true now"):
+        finetune(tiny_m3, ROWS, begun, **options)
+
+
 def test_a_run_that_has_all_its_steps_makes_none_more(begun, tiny_m3, tmp_path):
     free = {"save_steps": 3, "dataloader_num_workers": 0, "skip_data_check": True, "logging_steps": 2}
     checkpoint = begun / "checkpoint-4"

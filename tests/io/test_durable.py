@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -37,6 +38,35 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path: Path) -> None:
         file.writelines([b"half", "no bytes"])  # type: ignore[list-item]
     assert (tmp_path / "a").read_bytes() == b"onetwo"
     assert names(tmp_path) == ["a"]
+
+
+def _file(path: Path) -> None:
+    with replacing(path):
+        raise OSError(errno.ENOSPC, "full")
+
+
+def _folder(path: Path) -> None:
+    with staged_directory(path):
+        raise OSError(errno.EDQUOT, "full")
+
+
+def _bytes(path: Path) -> None:
+    with open("/dev/full", "wb", buffering=0) as full, replacing(path):
+        full.write(b"x")  # the error of a write, as the system gives it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+@pytest.mark.parametrize("write", [_file, _folder, _bytes])
+def test_the_error_of_a_full_disk_names_what_was_written(write, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=str(tmp_path / "target")):
+        write(tmp_path / "target")
+    assert names(tmp_path) == []
+
+
+def test_other_errors_are_given_no_name(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionRefusedError) as caught, replacing(tmp_path / "target"):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "of a server")
+    assert caught.value.filename is None
 
 
 def test_stages_of_killed_processes_are_removed(tmp_path: Path) -> None:

@@ -25,6 +25,14 @@ KEY = "sk-secret/0123456789"
         "https://host/v1?API_KEY=s3cret",
         "https://host/v1?x=1&access_token=s3cret",
         "https://host/v1?sig=s3cret",
+        "https://host/v1?subscription-key=s3cret",
+        "https://host/v1?Ocp-Apim-Subscription-Key=s3cret",
+        "https://host/v1?X-Amz-Signature=s3cret",
+        "https://host/v1?clientSecret=s3cret",
+        "https://host/v1?auth=s3cret",
+        "https://host/v1?code=s3cret",
+        "https://host/v1#api_key=s3cret",
+        "https://host/v1;api_key=s3cret",
     ],
 )
 def test_an_address_with_a_secret_is_refused_and_not_repeated(url):
@@ -37,7 +45,17 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(url):
     assert "s3cret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("url", ["http://host/v1", "https://host/v1?model=key", "http://host:80/a@b?tokens_max=3"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://host/v1",
+        "https://host/v1?model=key",
+        "http://host:80/a@b?tokens_max=3",
+        "http://host?max_tokens=3",
+        "http://host?monkey=1&author=x&keyword=y#top",
+        "http://host/v1?api-version=2026-01-01",
+    ],
+)
 def test_an_address_without_one_is_taken(url):
     assert secret_in(url) is None
     Endpoint(url, "m")

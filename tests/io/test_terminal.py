@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
+import ultrarag
+from ultrarag.cli import main
 from ultrarag.io.terminal import json_line, table, visible, width
 from ultrarag.retrieve.command.printing import hits
 from ultrarag.types import Hit, Passage
@@ -45,6 +49,34 @@ def test_hits_show_them(text: str, shown: str) -> None:
     found = hits([Hit(passage.id, 0.5, passage, {"dense": 0.5})], f"query {text}")
     assert shown in found
     assert found == visible(found, keep="\n")
+
+
+@pytest.mark.parametrize(("text", "shown"), HOSTILE[:3])
+def test_a_fine_tune_shows_them(text: str, shown: str, tiny_m3, tmp_path, capsys) -> None:
+    """Its notes name files, and its checks quote rows."""
+    row = {"query": f"why {text}", "pos": [f"for {text}"], "neg": ["no"]}
+    train = tmp_path / f"rows {text.replace('/', '')}.jsonl"
+    train.write_text("".join(json.dumps({**row, "query": f"{row['query']} {n}"}) + "\n" for n in range(4)))
+    words = ["--model_name_or_path", tiny_m3, "--adapter", "bgem3", "--query_max_len", "8", "--passage_max_len", "8"]
+    words += ["--train_data", str(train), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert main(["finetune", *words]) == 0
+    printed = capsys.readouterr()
+    for found in printed:
+        assert found == visible(found)
+    assert "fewer than 7 negatives" in printed.err
+
+
+def test_nothing_is_printed_past_this_module() -> None:
+    """A print of its own is a way for the characters of a text to the terminal; these print what is ours."""
+    root = Path(ultrarag.__file__).parent
+    own = {"io/command.py", "data/cli.py", "demo/__main__.py", "retrieve/build/child.py"}
+    printing = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    }
+    assert printing <= own, f"use print_result or print_error of ultrarag.io: {sorted(printing - own)}"
 
 
 @pytest.mark.parametrize(("text", "shown"), HOSTILE)

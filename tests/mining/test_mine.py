@@ -425,6 +425,17 @@ def test_a_positive_is_known_with_and_without_its_title(minilm_encoder, positive
     assert found.counts[0]["positive"] == found.counts[0]["query"] == 1
 
 
+@pytest.mark.parametrize("near", [None, 0.8])
+@pytest.mark.parametrize(
+    "positive", ["Milvus. It is a database.", "Milvus: it is a database", "Milvus - It is a database!"]
+)
+def test_a_positive_is_known_however_it_was_joined_with_its_title(minilm_encoder, positive, near):
+    rows = [{"query": "what is milvus?", "pos": [positive]}]
+    pool = ["Milvus\nIt is a database.", "Kites are birds."]
+    found = mine(rows, minilm_encoder, pool, range=(0, 2), negatives=2, near_duplicate=near)
+    assert (found.rows[0]["neg"], found.counts[0]["near_duplicate"]) == (["Kites are birds."], 1)
+
+
 def test_a_near_duplicate_is_known_with_and_without_its_title(minilm_encoder):
     text = "milvus is a fast open vector database for search over embeddings of all kinds"
     title = "a title of seven words and one"

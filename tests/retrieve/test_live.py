@@ -215,6 +215,16 @@ def test_a_filter_leaves_k_hits_when_k_exist(live: LiveIndex) -> None:
         assert all(hit.passage.metadata["n"] >= 50 and hit.passage.metadata["even"] for hit in hits)
 
 
+def test_one_id_needs_no_list(live: LiveIndex) -> None:
+    live.add(corpus(3))
+    assert live.existing("p1") == {"p1"}
+    np.testing.assert_array_equal(live.vectors("p1").dense, live.vectors(["p1"]).dense)
+    for ask in (live.existing, live.vectors, live.delete):
+        with pytest.raises(DataError, match="a passage's id is a non-empty string, not 1"):
+            ask([1])
+    assert (live.delete("p1"), len(live)) == (1, 2)
+
+
 def test_vectors_of_another_model_are_refused(live: LiveIndex, tiny, other) -> None:
     live.add(corpus(5))
     query = tiny.encode(["old castle"], "query")

@@ -16,7 +16,7 @@ from ultrarag.checkpoint.manifest import MANIFEST, Identity, Manifest, Training,
 from ultrarag.claims import ModelFolder
 from ultrarag.errors import CheckpointError
 from ultrarag.hookspecs import LoadOptions
-from ultrarag.io import publish_directory, quiet_progress, staged_directory
+from ultrarag.io import named_conditions, publish_directory, quiet_progress, staged_directory
 from ultrarag.plugins import Adapter
 from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
 
@@ -81,8 +81,9 @@ def publish(
 
     Raises:
         CheckpointError: when the reloaded checkpoint does not give the same vectors.
+        ResourceError: there is no room, or the folder cannot be written; what was at `target` is as it was.
     """
-    with staged_directory(target) as stage:
+    with named_conditions(target), staged_directory(target) as stage:
         write_checkpoint(encoder, stage, state_dict, training, more)
         publish_directory(stage, target, keep)
     return target
@@ -181,8 +182,9 @@ def copy_checkpoint(source: Path, manifest: Manifest, target: Path) -> None:
 
     Raises:
         CheckpointError: when a file is not what the manifest says; nothing is at `target` then.
+        ResourceError: there is no room, or the folder cannot be written.
     """
-    with staged_directory(target) as stage:
+    with named_conditions(target), staged_directory(target) as stage:
         for name in (*manifest.files, MANIFEST):
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, stage / name)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.data.cli import Parser, add_embedder, add_machine, load_embedder, weights
 from ultrarag.errors import UsageError
+from ultrarag.io import print_result
 
 if TYPE_CHECKING:
     from ultrarag.data.synthesize_client import Endpoint
@@ -42,10 +42,8 @@ def main(argv: Sequence[str]) -> int:
         overwrite=arguments.overwrite,
     )
     cost = report.cost(arguments.price_in, arguments.price_out)
-    if arguments.json:
-        print(json.dumps({**report.to_dict(), "cost": cost}, ensure_ascii=False))
-    else:
-        print(f"{report}; cost {cost:.4f}" if cost else report)
+    found = {**report.to_dict(), "cost": cost}
+    print_result(found, arguments.json, lambda _: f"{report}; cost {cost:.4f}" if cost else report)
     return 0
 
 

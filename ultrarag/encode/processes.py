@@ -23,7 +23,7 @@ from ultrarag.encode.blocks import CHUNK_TEXTS, encode_rest, same_work
 from ultrarag.encode.corpus import IDS, INFO, Compression, EncodedCorpus, Shard, committed_rows
 from ultrarag.encode.vectors import KEYS, write_keys
 from ultrarag.errors import DataError, UsageError
-from ultrarag.io import progress_bar, run_command, sha256_of, start_child, write_json
+from ultrarag.io import named_conditions, progress_bar, run_command, sha256_of, start_child, write_json
 from ultrarag.retrieve.passages import PassageFile, passage_file
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def encode_corpus(
     Raises:
         DataError: rows that are no passages (file:line), or a folder that holds something else.
         FingerprintError: the folder's vectors are another model's.
+        ResourceError: there is no room, or the folder cannot be written; the same call goes on later.
     """
     folder, compression = Path(output), compression or Compression()
     encoder = model.load(devices[0])
@@ -92,7 +93,7 @@ def encode_corpus(
     unknown = [head for head in chosen if head not in encoder.heads]
     if unknown:
         raise UsageError(f"the model has no head '{unknown[0]}' (it has {', '.join(encoder.heads)})")
-    with passage_file(corpus) as passages:
+    with named_conditions(folder), passage_file(corpus) as passages:
         if passages.blank:
             log.warning("%d blank passages of '%s' are left out", passages.blank, passages.name)
         info = _info(encoder, passages, chosen, compression, len(devices))

@@ -21,7 +21,7 @@ from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.load import check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
-from ultrarag.encoder.tokens import Cuts, tokenized_chunks
+from ultrarag.encoder.tokens import Cuts, listed_texts, tokenized_chunks
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
@@ -312,7 +312,7 @@ class Encoder(TokenEncoder):
         Raises:
             UsageError: an unknown head or kind, or a text that is no string.
         """
-        texts = [texts] if isinstance(texts, str | Passage) else list(texts)
+        texts = listed_texts(texts)
         if not texts:
             return self.encode([""], kind, heads=heads, progress=False)[:0]
         shown = False if progress is None and len(texts) == 1 else progress  # a bar takes as long as a tenth of a query

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -58,6 +58,15 @@ def effective_length(asked: int | None, declared: int | None, limit: int | None)
         raise UsageError(f"a maximum of {asked} tokens was asked for, but the model takes at most {limit}")
     known = [value for value in (asked if asked is not None else declared, limit) if value is not None]
     return min(known) if known else None
+
+
+def listed_texts(texts: str | Passage | Iterable[str | Passage]) -> list[str | Passage]:
+    """One text or several as a list; UsageError for what has no texts in an order, such as a mapping."""
+    if isinstance(texts, str | Passage):
+        return [texts]
+    if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):
+        raise UsageError(f"texts is {type(texts).__name__}; give a text, or a list of texts")
+    return list(texts)
 
 
 def check_texts(texts: Sequence[str | Passage]) -> None:

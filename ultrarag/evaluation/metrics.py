@@ -52,8 +52,18 @@ def metrics(qrels: Qrels, run: Run, names: Sequence[str] = DEFAULT_METRICS) -> d
     Source:
         The definitions of trec_eval, through ir-measures (MacAvaney et al., 2022).
     """
-    values = per_query(qrels, run, names)
+    return means(per_query(qrels, run, names))
+
+
+def means(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the queries of `per_query`."""
+    names = next(iter(values.values()))
     return {name: math.fsum(row[name] for row in values.values()) / len(values) for name in names}
+
+
+def listed(names: str | Sequence[str]) -> list[str]:
+    """One name or several as a list: the letters of one are no names."""
+    return [names] if isinstance(names, str) else list(names)
 
 
 def per_query(qrels: Qrels, run: Run, names: Sequence[str] = DEFAULT_METRICS) -> dict[str, dict[str, float]]:
@@ -62,7 +72,7 @@ def per_query(qrels: Qrels, run: Run, names: Sequence[str] = DEFAULT_METRICS) ->
 
     if not qrels:
         raise UsageError("there are no qrels to evaluate with")
-    qrels = checked_qrels(qrels)
+    qrels, names = checked_qrels(qrels), listed(names)
     measures = {name: ir_measures.parse_measure(_measure(name)) for name in names}
     ranked = _ranked(qrels, run)
     values = {query_id: dict.fromkeys(names, 0.0) for query_id in qrels}

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from ultrarag.errors import UsageError
-from ultrarag.evaluation.metrics import DEFAULT_METRICS, Run, Significance, deepest, per_query, significance
+from ultrarag.evaluation.metrics import (
+    DEFAULT_METRICS,
+    Run,
+    Significance,
+    deepest,
+    listed,
+    means,
+    per_query,
+    significance,
+)
 from ultrarag.evaluation.qrels import Qrels, checked_qrels, checked_queries, coverage
 from ultrarag.types import Hit, Passage
 
@@ -60,8 +68,7 @@ def evaluate_run(
         raise UsageError(f"the run answers none of the judged queries; it has '{next(iter(named))}' and others")
     kept, notes = _identical(qrels, named, ignore_identical_ids)
     values = per_query(qrels, kept, metrics)
-    means = {name: math.fsum(row[name] for row in values.values()) / len(values) for name in metrics}
-    return Evaluation(means, values, kept, (*notes, *_none_judged(qrels, kept)))
+    return Evaluation(means(values), values, kept, (*notes, *_none_judged(qrels, kept)))
 
 
 def _identical(
@@ -126,7 +133,7 @@ def evaluate(
             integer.
         DataError: no passage is relevant, or none of the relevant ones is in the index.
     """
-    queries, qrels = checked_queries(queries), checked_qrels(qrels)
+    queries, qrels, metrics = checked_queries(queries), checked_qrels(qrels), listed(metrics)
     missing = [query_id for query_id in qrels if query_id not in queries]
     if missing:
         raise UsageError(f"{len(missing)} judged queries have no text, '{missing[0]}' for one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -58,7 +57,7 @@ from ultrarag.finetune.step import (
     rank,
     world_size,
 )
-from ultrarag.io import remove_stale_stages
+from ultrarag.io import print_error, remove_stale_stages
 from ultrarag.plugins import registry
 from ultrarag.rows.checks import LeakChecks, Overlap
 
@@ -384,7 +383,7 @@ class Notes:
         if line not in self.lines:
             self.lines.append(line)
             if rank() == 0:
-                print(f"note: {line}", file=sys.stderr, flush=True)
+                print_error(f"note: {line}")
 
 
 def _use_one_gpu(arguments: FinetuneArguments, note: Callable[[str], None]) -> None:

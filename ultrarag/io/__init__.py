@@ -12,7 +12,7 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.io.child import start_child, stop_child
     from ultrarag.io.command import lasting_interrupts, print_error, print_result, run_command, standard_input
-    from ultrarag.io.conditions import UNWRITABLE, check_room, named_conditions, resource_error
+    from ultrarag.io.conditions import UNWRITABLE, check_room, named_conditions, named_when_full, resource_error
     from ultrarag.io.durable import (
         CHECKSUM_FILE,
         copy_with_holes,

@@ -37,8 +37,8 @@ _SQLITE = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_READONLY: errno.ERO
 _SQLITE_UNCLEAR = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}
 #: What SQLite opens for one connection: the file, its log and the log's index.
 _SQLITE_FILES = 3
-#: Bytes that must be free for SQLite not to have failed for want of them.
-_SQLITE_ROOM = 1 << 18
+#: Bytes that must be free for a writer that does not say why it failed not to have failed for want of them.
+_ROOM = 1 << 18
 
 
 def resource_error(error: BaseException | None, path: Path) -> ResourceError | None:
@@ -70,6 +70,20 @@ def named_conditions(path: Path) -> Iterator[None]:
         if found := resource_error(error, path):
             raise found from error
         raise
+
+
+@contextmanager
+def named_when_full(path: Path) -> Iterator[None]:
+    """`named_conditions` for writers that lose the system's error, as torch.save does: then the disk is looked at."""
+    with named_conditions(path):
+        try:
+            yield
+        except (UltraragError, OSError):
+            raise
+        except Exception as error:
+            if shutil.disk_usage(path.parent).free < _ROOM:
+                raise _error(errno.ENOSPC, path) from error
+            raise
 
 
 def check_room(path: Path, size: int) -> None:
@@ -111,7 +125,7 @@ def _look(path: Path) -> int:
     try:
         for _ in range(_SQLITE_FILES):
             handles.append(os.open(path, os.O_RDONLY))
-        if shutil.disk_usage(path).free < _SQLITE_ROOM:
+        if shutil.disk_usage(path).free < _ROOM:
             return errno.ENOSPC
         if hasattr(os, "statvfs") and os.statvfs(path).f_flag & os.ST_RDONLY:
             return errno.EROFS

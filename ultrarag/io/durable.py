@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from ultrarag.errors import IndexStateError
 from ultrarag.io.child import process_exists
+from ultrarag.io.conditions import REMEDIES
 from ultrarag.io.lock import LOCK_FILE, hold, is_held
 
 #: Folders in which the embedded vector engine writes a file before it takes its place.
@@ -31,7 +32,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     remove_stale_stages(path.parent, path.name)
     stage = _stage_of(path)
     try:
-        with open(stage, "wb") as file:
+        with _naming(path), open(stage, "wb") as file:
             hold(file.fileno())
             yield file
             file.flush()
@@ -97,11 +98,23 @@ def staged_directory(target: Path) -> Iterator[Path]:
     try:
         if handle is not None:
             hold(handle)
-        yield stage
+        with _naming(target):
+            yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if handle is not None:
             os.close(handle)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an error of the machine say what was being written: that of a write names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in REMEDIES and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _stage_of(target: Path) -> Path:

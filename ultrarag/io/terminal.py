@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -82,9 +83,11 @@ def _fit(text: str, size: int, right: bool) -> str:
     return blanks + text if right else text + blanks
 
 
-#: Names of query parameters that hold a secret, without case, dashes and underscores.
+#: The last word of the name of a parameter that holds a secret, after any others (X-Amz-Signature), or after those that
+#: are written without a dash before it (apikey). `max_tokens` is a number, `code` the key of Azure's functions.
+_WORD = r"keys?|token|secrets?|password|passwd|passphrase|pwd|credentials?|signature|sig|auth|authorization|bearer|jwt"
 _SECRET = re.compile(
-    r"(api|access|auth|secret|private)?(key|token|secret|password|passwd|pwd|credential|signature|sig)s?"
+    rf"(.*[-_. ])?(api|access|auth|secret|private|subscription|client|session|security)*({_WORD})|code"
 )
 
 
@@ -93,8 +96,9 @@ def secret_in(url: str) -> str | None:
     parts = urlsplit(url)
     if "@" in parts.netloc:
         return "a user or password"
-    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
-        if _SECRET.fullmatch(re.sub(r"[-_.]", "", name.lower())):
+    given = [parts.query, parts.fragment, *parts.path.split(";")[1:]]
+    for name, _ in chain.from_iterable(parse_qsl(part, keep_blank_values=True) for part in given):
+        if _SECRET.fullmatch(re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()):
             return f"the parameter '{name}'"
     return None
 

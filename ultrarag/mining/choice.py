@@ -14,7 +14,7 @@ import numpy as np
 from ultrarag.errors import DataError, UsageError, did_you_mean
 from ultrarag.mining.pool import without_title
 from ultrarag.mining.search import Found
-from ultrarag.rows.checks import nearly_same, shingles
+from ultrarag.rows.checks import leak_key, nearly_same, shingles
 from ultrarag.types import head_weights
 
 if TYPE_CHECKING:
@@ -186,11 +186,18 @@ class Job:
         return [int(number) for number in ordered]
 
     def _nearly_positive(self, text: str) -> bool:
+        if not self._same_words.isdisjoint(map(leak_key, (text, without_title(text)))):
+            return True
         least = self.settings.near_duplicate
         if least is None:
             return False
         mine = {shingles(text), shingles(without_title(text))}
         return any(nearly_same(one, theirs, least) for one in mine for theirs in self._shingles)
+
+    @cached_property
+    def _same_words(self) -> set[int]:
+        """A positive joined with its title by ". " or ": " has no line to tell where the title ends, but its words."""
+        return {leak_key(part) for text in self.positives for part in (text, without_title(text))}
 
     @cached_property
     def _shingles(self) -> set[frozenset[object]]:

@@ -43,7 +43,7 @@ class Collection:
     def existing(self, ids: Iterable[str]) -> set[str]:
         """Return those of the ids that are passages here."""
         _ = self._core.live
-        return self._core.store.existing(list(ids))
+        return self._core.store.existing(_ids(ids))
 
     @overload
     def vectors(self, ids: Sequence[str], missing: Literal["fail"] = "fail") -> Embeddings: ...
@@ -64,10 +64,11 @@ class Collection:
         if missing not in ("fail", "skip"):
             raise UsageError(f"missing is {missing!r}; it must be 'fail' or 'skip'")
         backend = self._core.live.backend
+        wanted = _ids(ids)
         if missing == "fail":
-            return backend.vectors(ids)
-        known = self._core.store.existing(list(ids))
-        return _held(backend, [id for id in ids if id in known])
+            return backend.vectors(wanted)
+        known = self._core.store.existing(wanted)
+        return _held(backend, [id for id in wanted if id in known])
 
     def passages(
         self,

@@ -15,7 +15,6 @@ from ultrarag.retrieve.adding import add
 from ultrarag.retrieve.aside import GenerationSearcher, open_searcher
 from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
 from ultrarag.retrieve.build import build_generation, end_build
-from ultrarag.retrieve.collection import Collection
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.refresh import OnProgress, RefreshReport
 
 
-class LiveIndex(Collection, Signals, AsyncMethods):
+class LiveIndex(AsyncMethods, Signals):
     """An index of passages that this process owns; every method may be called from any thread.
 
     A write that returned is on the disk. One process owns an index at a time; others may call
@@ -568,7 +567,8 @@ class LiveIndex(Collection, Signals, AsyncMethods):
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.
 
-        While a bridge serves, its end is all that is rolled back.
+        While a bridge serves, its end is all that is rolled back. Passages written since that the previous generation
+        cannot encode do not stop it: they are named in a warning, and listed by `status`.
 
         Raises:
             IndexStateError: when there is none.

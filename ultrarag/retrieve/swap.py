@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from ultrarag.retrieve.generation import Follower, Generation, Serving
 from ultrarag.retrieve.passages import Store
 from ultrarag.retrieve.search import Searcher
 from ultrarag.types import Embeddings, Passage
+
+logger = logging.getLogger("ultrarag")
 
 #: Passages whose stored vectors are looked at, and those of them that are encoded again.
 SAMPLE, CANARIES = 256, 8
@@ -53,13 +56,27 @@ def check_count(serving: Serving, store: Store) -> None:
 
 def check_encoded(new: Serving, old: Serving, store: Store) -> None:
     """Raise GateError when a generation cannot encode more than a few passages that the live one can."""
-    failed = {id: why for id, why in new.unencoded.all().items() if id not in old.unencoded.all()}
-    if len(failed) > MOST_UNENCODED * store.count():
-        id, why = next(iter(failed.items()))
-        raise GateError(
-            f"generation {new.generation.id} has no vectors of {len(failed)} passages out of {store.count()} that the "
-            f"live one can encode, such as {id!r} ({why}); force=True swaps all the same"
-        )
+    failed, told = _lacks(new, old, store)
+    if failed > MOST_UNENCODED * store.count():
+        raise GateError(f"{told}; force=True swaps all the same")
+
+
+def tell_unencoded(new: Serving, old: Serving, store: Store) -> None:
+    """Warn of passages that the live generation can encode, and the one that is to take its place cannot."""
+    failed, told = _lacks(new, old, store)
+    if failed:
+        logger.warning("%s; `retry` encodes them again, and rolling back again brings them back", told)
+
+
+def _lacks(new: Serving, old: Serving, store: Store) -> tuple[int, str]:
+    """How many passages only the live generation can encode, and that in words."""
+    able = old.unencoded.all()
+    failed = {id: why for id, why in new.unencoded.all().items() if id not in able}
+    example = next((f", such as {id!r} ({why})" for id, why in failed.items()), "")
+    return len(failed), (
+        f"generation {new.generation.id} has no vectors of {len(failed)} passages out of {store.count()} that the live "
+        f"one can encode{example}"
+    )
 
 
 def check_sound(serving: Serving, store: Store, applied: int) -> None:
@@ -214,6 +231,8 @@ class SwapTerms:
     note: Note | None = None
     #: refuse also what measures lower without being significantly worse
     refuse_any_fall: bool = False
+    #: go live although passages written since cannot be encoded by it; they are named in a warning
+    returning: bool = False
 
 
 def swap(core: Core, generation: int, terms: SwapTerms) -> Flip:
@@ -234,7 +253,7 @@ def rollback(core: Core) -> Flip:
         previous = core.catalog.in_state("previous")
         if not previous:
             raise IndexStateError("there is no previous generation to roll back to")
-        return _go_live(core, previous[0], SwapTerms())
+        return _go_live(core, previous[0], SwapTerms(returning=True))
 
 
 def _go_live(core: Core, generation: Generation, terms: SwapTerms) -> Flip:
@@ -248,7 +267,8 @@ def _go_live(core: Core, generation: Generation, terms: SwapTerms) -> Flip:
         else:
             _approach(core, vectors)
             check_sound(new, core.store, vectors.applied)
-        forced = _allowed(lambda: check_encoded(new, old, core.store), terms.force)
+        check = tell_unencoded if terms.returning else check_encoded
+        forced = _allowed(lambda: check(new, old, core.store), terms.force)
         verdict = _measure(core, new, terms)
         if verdict is not None:
             if terms.note is not None:

@@ -11,11 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ultrarag.errors import IndexStateError
+from ultrarag.retrieve.collection import Collection
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.passages import Written
+    from ultrarag.retrieve.passages import OnExisting, Written
     from ultrarag.retrieve.search import Hits
-    from ultrarag.types import Passage
+    from ultrarag.types import Embeddings, Passage
 
 _Result = TypeVar("_Result")
 
@@ -55,7 +56,7 @@ class Waiting:
                 pool.shutdown(wait=False)
 
 
-class AsyncMethods:
+class AsyncMethods(Collection):
     """What `LiveIndex` has for async programs.
 
     Cancelling one (a timeout, a client that hung up) leaves the index sound: a search that waits for a thread is never
@@ -68,9 +69,14 @@ class AsyncMethods:
         def _waiting(self) -> Waiting: ...
         def search(self, query: str, k: int = 10, **options: Any) -> Hits: ...
         def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]: ...
-        def add(self, passages: Iterable[Passage | Mapping[str, Any]], **options: Any) -> Written: ...
-        def delete(self, ids: Iterable[str] | None = None, **options: Any) -> int: ...
-        def get(self, id: str) -> Passage | None: ...
+        def add(
+            self,
+            passages: Iterable[Passage | Mapping[str, Any]],
+            *,
+            on_existing: OnExisting = "replace",
+            embeddings: Embeddings | None = None,
+            fingerprint: str | None = None,
+        ) -> Written: ...
 
     async def asearch(self, query: str, k: int = 10, **options: Any) -> Hits:
         """`search`, for async programs: up to 64 at a time, whose queries are encoded together."""

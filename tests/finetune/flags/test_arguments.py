@@ -356,6 +356,36 @@ def test_other_cpus_train_in_fp32_and_what_accelerate_chose_counts(parse: Any, c
     assert not parse("").training.bf16
 
 
+@pytest.mark.parametrize(
+    ("launcher", "words", "trained"),
+    [
+        ("bf16", "", "bf16"),
+        ("fp16", "", "fp16"),
+        ("no", "", "no"),
+        ("bf16", "--bf16 False", "no"),
+        ("no", "--bf16", "bf16"),
+        ("fp16", "--bf16", "bf16"),
+    ],
+)
+def test_what_the_launcher_chose_is_a_setting_like_any(parse: Any, monkeypatch, launcher, words, trained) -> None:
+    """So that the record of a run has it; a flag counts more, also where it says False."""
+    from ultrarag.finetune.flags import transformers as transformers_arguments
+
+    monkeypatch.setattr(transformers_arguments, "_has_accelerator", lambda values: True)
+    monkeypatch.setattr(transformers_arguments, "_made_for_bf16", lambda accelerated: True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    training = parse(f"--use_cpu {words}").training  # no GPU is here that transformers would want for bf16
+    assert training.mixed_precision == trained
+    assert (training.bf16, training.fp16) == (trained == "bf16", trained == "fp16")
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == launcher
+
+
+def test_a_precision_of_the_launcher_that_is_not_known_is_named(parse: Any, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UsageError, match=r"ACCELERATE_MIXED_PRECISION is 'fp8'.* no, fp16 and bf16"):
+        parse("")
+
+
 def test_bf16_on_the_cpu_where_it_is_asked_for(parse: Any) -> None:
     arguments = parse("--bf16 --use_cpu")
     assert arguments.training.bf16

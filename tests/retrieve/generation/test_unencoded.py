@@ -172,6 +172,26 @@ def test_a_model_that_fails_on_many_passages_does_not_go_live_unseen(tmp_path, m
         assert live.swap(new, force=True).new.forced
 
 
+@pytest.mark.parametrize("written", [{"b"}, {"b", "e"}, {"a", "b", "c"}])
+def test_a_rollback_is_not_stopped_by_what_was_written_since(tmp_path, models, caplog, written):
+    """It is the way out of a generation that does harm, and takes no `force`."""
+    with LiveIndex.create(tmp_path / "kb", Encoder.load(models / "first"), backend="numpy") as live:
+        live.add([Passage(id, TEXTS[id]) for id in "ac"])
+        live.swap(live.build(models / "sound", progress=False))
+        live.add([Passage(id, f"{id} {POISON}") for id in sorted(written)])
+        assert live.status()["live"]["unencoded"] == {}
+        live.rollback()
+        assert set(live.status()["live"]["unencoded"]) == written
+        assert f"generation 1 has no vectors of {len(written)} passages" in caplog.text
+        live.add([Passage("d", "copper lanterns")])
+    with LiveIndex.open(tmp_path / "kb") as live:
+        left = {"a", "c", "d"} - written
+        assert {hit.id for hit in live.search("river", k=9, heads=["dense"])} == left
+        live.rollback()
+        assert live.status()["live"]["unencoded"] == {}
+        assert {hit.id for hit in live.search("river", k=9, heads=["dense"])} == left | written
+
+
 def test_the_commands_show_it(kb, capsys):
     assert main(["index", "status", str(kb)]) == 0
     assert "1 passages cannot be encoded" in capsys.readouterr().out

@@ -6,7 +6,8 @@ import importlib.util
 import os
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ DEFAULTS: dict[str, Any] = {
 }
 
 _LOW_PRECISION = ("fp16", "bf16", "tf32", "fp16_full_eval", "bf16_full_eval")
+#: How `accelerate launch --mixed_precision` tells its processes.
+_LAUNCHERS_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def training_flags() -> dict[str, Flag]:
@@ -81,7 +84,8 @@ def build_training_arguments(settings: Mapping[str, Any], has_eval_data: bool, n
     _plan_evaluation(values, has_eval_data, notes)
     prepare_deepspeed(trains=bool(values.get("deepspeed")))
     try:
-        return TrainingArguments(**values)
+        with _launcher_unheard():
+            return TrainingArguments(**values)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(f"transformers refuses these arguments: {error}") from error
 
@@ -112,20 +116,45 @@ def _move_logging_dir(values: dict[str, Any]) -> None:
 
 def _fit_precision(values: dict[str, Any], notes: list[str]) -> None:
     """Train in bf16 where the device is made for it and no precision was chosen; without what needs a GPU on a CPU."""
+    _hear_launcher(values)
     asked = [name for name in _LOW_PRECISION if values.get(name)]
     accelerated = _has_accelerator(values)
     made_for_bf16 = _made_for_bf16(accelerated)
     if not accelerated:
         _stay_on_cpu(values, asked, made_for_bf16, notes)
-    # `accelerate launch --mixed_precision` chooses one too, by its environment variable
-    given = any(values.get(name) is not None for name in ("bf16", "fp16"))
-    chosen = given or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if not chosen and not values.get("deepspeed") and made_for_bf16:
+    if not _precision_chosen(values) and not values.get("deepspeed") and made_for_bf16:
         values["bf16"] = True
         which = "GPU" if accelerated else "CPU"
         notes.append(
             f"training in bf16, which this {which} is made for (float32 weights and optimizer; --bf16 False: fp32)"
         )
+
+
+def _precision_chosen(values: Mapping[str, Any]) -> bool:
+    return any(values.get(name) is not None for name in ("bf16", "fp16"))
+
+
+def _hear_launcher(values: dict[str, Any]) -> None:
+    """Make flags of what the launcher chose: no record of a run shows its environment, which a resume may lack."""
+    chosen = os.environ.get(_LAUNCHERS_PRECISION)
+    if chosen is None or _precision_chosen(values):
+        return
+    if chosen not in ("no", "fp16", "bf16"):
+        raise UsageError(
+            f"the environment variable {_LAUNCHERS_PRECISION} is '{chosen}'; a fine-tune knows no, fp16 and bf16"
+        )
+    values.update(fp16=chosen == "fp16", bf16=chosen == "bf16")
+
+
+@contextmanager
+def _launcher_unheard() -> Iterator[None]:
+    """Without the launcher's precision, which transformers would prefer to a flag that says False."""
+    chosen = os.environ.pop(_LAUNCHERS_PRECISION, None)
+    try:
+        yield
+    finally:
+        if chosen is not None:
+            os.environ[_LAUNCHERS_PRECISION] = chosen
 
 
 def _stay_on_cpu(values: dict[str, Any], asked: list[str], made_for_bf16: bool, notes: list[str]) -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ultrarag.finetune.step.distributed import most
 from ultrarag.finetune.step.watch import tell
 from ultrarag.hookspecs import Features
-from ultrarag.io import progress_bar
+from ultrarag.io import print_error, progress_bar, visible
 
 
 class StderrProgress(TrainerCallback):
@@ -48,9 +48,9 @@ class StderrProgress(TrainerCallback):
         values = " ".join(f"{name} {_short(value)}" for name, value in logs.items() if name != "epoch")
         line = f"step {state.global_step}/{state.max_steps} epoch {state.epoch or 0:.2f} {values}"
         if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
+            self.bar.write(visible(line), file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print_error(line)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,7 +93,7 @@ class StopOnInterrupt(TrainerCallback):
         self.asked = True
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
-        print("stopping after this step and saving a checkpoint (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        print_error("stopping after this step and saving a checkpoint (Ctrl-C again: at once)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop when any rank was asked to."""

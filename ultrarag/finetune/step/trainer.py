@@ -44,7 +44,7 @@ from ultrarag.finetune.step.lora import Lora
 from ultrarag.finetune.step.masking import FalseNegatives
 from ultrarag.finetune.step.trainable import Trainable
 from ultrarag.hookspecs import Features, LoadOptions
-from ultrarag.io import quiet_progress, sync_directory, sync_tree
+from ultrarag.io import named_when_full, quiet_progress, sync_directory, sync_tree
 from ultrarag.losses import regularizer_share, sparsity
 from ultrarag.transfer import remember_host
 from ultrarag.types import Embeddings
@@ -341,6 +341,17 @@ class EmbeddingTrainer(Trainer):
         """Write checkpoint-N beside, then rename it: a reader, and a resume, see all of it or nothing."""
         final = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         stage = final.with_name(f".{final.name}.tmp")
+        with named_when_full(final):
+            try:
+                self._fill(stage)
+                self._publish(stage, final)
+            except BaseException:
+                if self.args.should_save:  # what fills the disk would stay there
+                    shutil.rmtree(stage, ignore_errors=True)
+                raise
+        self.wait()
+
+    def _fill(self, stage: Path) -> None:
         if self.args.should_save:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
@@ -351,6 +362,8 @@ class EmbeddingTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(stage))
             self._save_scaler(str(stage))
             self._save_rng_state(str(stage))
+
+    def _publish(self, stage: Path, final: Path) -> None:
         if self.state.best_global_step:
             best = final.with_name(f"checkpoint-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best)
@@ -362,7 +375,6 @@ class EmbeddingTrainer(Trainer):
             os.rename(stage, final)
             sync_directory(final.parent)
             _remove_old(final, self.state.best_model_checkpoint, self.args.save_total_limit)
-        self.wait()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As transformers does it; under FSDP without the weights, which `save_model` has written."""

@@ -15,7 +15,7 @@ from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation.catalog import Generation
 from ultrarag.retrieve.generation.replay import Unencoded
-from ultrarag.types import Embeddings, Passage
+from ultrarag.types import Embeddings, Passage, text_of
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RowChecks,
         described_scripts,
         guessed_tokens,
+        leak_key,
         nearly_same,
         shingles,
     )
