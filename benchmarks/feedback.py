@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -65,9 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     for folder in options.data:
         part: dict[str, Any] = {"name": folder.resolve().name, "ways": {}}
         report["data"].append(part)
-        for way in WAYS:
-            with tempfile.TemporaryDirectory() as place:
-                for found in cycles(folder, way, Path(place), options):
+        with tempfile.TemporaryDirectory() as name:
+            place = Path(name)
+            index(folder, place / "index")
+            for way in WAYS:
+                shutil.copytree(place / "index", place / way / "index")
+                for found in cycles(folder, way, place / way, options):
                     part |= {"passages": found["passages"], "held_out": found["held_out"]}
                     part["ways"][way] = found["cycles"]
                     print(part["name"], way, json.dumps(found["cycles"][-1]), file=sys.stderr, flush=True)
@@ -75,16 +79,24 @@ def main(arguments: list[str] | None = None) -> None:
     print(render(report))
 
 
-def cycles(folder: Path, way: str, place: Path, options: argparse.Namespace) -> Any:
-    """Yield what was measured so far, after every cycle."""
+def index(folder: Path, path: Path) -> None:
+    """The passages of a data set, by the small model."""
     from ultrarag import Encoder
     from ultrarag.evaluation import read_beir
     from ultrarag.retrieve import LiveIndex
 
-    train, chance = read_beir(folder, "train"), random.Random(options.seed)
     encoder = Encoder.load(small_model(), "bge", device="cpu", query_max_length=LENGTH, passage_max_length=LENGTH)
-    live = LiveIndex.create(place / "index", encoder)
-    live.add(train.corpus.values())
+    with LiveIndex.create(path, encoder) as live:
+        live.add(read_beir(folder, "train").corpus.values())
+
+
+def cycles(folder: Path, way: str, place: Path, options: argparse.Namespace) -> Any:
+    """Yield what was measured so far, after every cycle."""
+    from ultrarag.evaluation import read_beir
+    from ultrarag.retrieve import LiveIndex
+
+    train, chance = read_beir(folder, "train"), random.Random(options.seed)
+    live = LiveIndex.open(place / "index")
     traffic, held_out = apart(train.queries)
     kept = {query: train.qrels[query] for query in held_out}
     if way == "rules":
