@@ -100,6 +100,23 @@ def test_what_holds_no_texts_in_an_order_is_named(m3_encoder, texts):
         m3_encoder.encode(texts)
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"max_length": 0}, "a maximum of tokens is 0; it must be a positive integer"),
+        ({"max_length": -1}, "a maximum of tokens is -1"),
+        ({"max_length": "5"}, "a maximum of tokens is '5'"),
+        ({"batch_tokens": 0}, "batch_tokens is 0; it must be a positive integer"),
+        ({"batch_tokens": "many"}, "batch_tokens is 'many'"),
+        ({"instruction": 4}, "instruction is int, not a string"),
+        ({"heads": 5}, r"heads is 5; give names of heads, such as \['dense'\]"),
+    ],
+)
+def test_options_that_mean_nothing_are_named(m3_encoder, option, words):
+    with pytest.raises(UsageError, match=words):
+        m3_encoder.encode(["a text"], **option)
+
+
 def test_nul_bytes_are_text(m3_encoder):
     assert np.isfinite(m3_encoder.encode(["a\x00b"]).dense).all()
 

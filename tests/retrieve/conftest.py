@@ -49,6 +49,38 @@ def live(tmp_path: Path, tiny):
     index.close()
 
 
+#: The word that some checkpoints of `poisoned` cannot encode.
+POISON = "violet"
+
+
+@pytest.fixture(scope="session")
+def poisoned(tiny_m3: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints that give NaN for one word (`first`, `second`), and one that does not (`sound`)."""
+    import torch
+
+    from tests.retrieve.test_live import text_of
+    from ultrarag import Encoder
+    from ultrarag.checkpoint import publishing
+    from ultrarag.encode.blocks import PROBES
+
+    folder = tmp_path_factory.mktemp("poisoned")
+    encoder = Encoder.load(tiny_m3, adapter="bgem3", device="cpu")
+    weight = next(iter(encoder.model.parameters()))
+    sound = ["well river copper lanterns", "a river of stone", "clouds and marble", *map(text_of, range(640))]
+    common = set(encoder.tokenizer(" ".join([*PROBES, *publishing.PROBES, *sound]))["input_ids"])
+    token = next(id for id in encoder.tokenizer(POISON)["input_ids"] if id not in common)
+    encoder.save(folder / "sound")
+    for name, shift in (("first", 0.01), ("second", 0.02)):
+        with torch.no_grad():
+            weight.add_(shift)
+            kept = weight[token].clone()
+            weight[token] = float("nan")
+        encoder.save(folder / name)
+        with torch.no_grad():
+            weight[token] = kept
+    return folder
+
+
 @pytest.fixture
 def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the builder's own code in this process, without the seconds that a new one takes to import torch."""

@@ -21,7 +21,7 @@ from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.load import check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
-from ultrarag.encoder.tokens import Cuts, listed_texts, tokenized_chunks
+from ultrarag.encoder.tokens import Cuts, check_count, listed_texts, tokenized_chunks
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
@@ -362,6 +362,10 @@ class Encoder(TokenEncoder):
         """Raise UsageError where the model has no vectors for texts of this kind; says why."""
         if kind not in KINDS:
             raise UsageError(f"kind is '{kind}'; it must be 'query', 'passage', or 'text' for a symmetric task")
+        if instruction is not None and not isinstance(instruction, str):
+            raise UsageError(f"instruction is {type(instruction).__name__}, not a string")
+        if batch_tokens is not None:
+            check_count("batch_tokens", batch_tokens)
         if kind == "text" and self.asymmetric:
             raise UsageError(
                 "the model's query side and passage side differ, so it has none for kind 'text': compare texts of one "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -197,6 +197,8 @@ class TokenEncoder:
     def checked_heads(self, heads: Sequence[str] | None) -> tuple[str, ...]:
         if heads is None:
             return self.heads
+        if not isinstance(heads, Iterable):
+            raise UsageError(f"heads is {heads!r}; give names of heads, such as ['dense']")
         chosen = (heads,) if isinstance(heads, str) else tuple(heads)
         for head in chosen:
             if head not in self.heads:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import islice
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -48,12 +49,20 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
     return None if smallest >= _NO_LIMIT else smallest
 
 
+def check_count(what: str, value: object) -> None:
+    """Raise UsageError unless a value is a positive integer."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{what} is {value!r}; it must be a positive integer")
+
+
 def effective_length(asked: int | None, declared: int | None, limit: int | None) -> int | None:
     """The token limit to use: what was asked for, else what the checkpoint declares, within the model's.
 
     Raises:
-        UsageError: when more tokens are asked for than the model has positions.
+        UsageError: what is asked for is no number of tokens, or more than the model has positions.
     """
+    if asked is not None:
+        check_count("a maximum of tokens", asked)
     if asked is not None and limit is not None and asked > limit:
         raise UsageError(f"a maximum of {asked} tokens was asked for, but the model takes at most {limit}")
     known = [value for value in (asked if asked is not None else declared, limit) if value is not None]

@@ -19,7 +19,9 @@ import psutil
 import pytest
 
 from tests.retrieve import servers
+from tests.retrieve.conftest import POISON
 from tests.retrieve.test_live import assert_complete, corpus
+from ultrarag import Encoder
 from ultrarag.encode.blocks import Ledger
 from ultrarag.encode.ray import driver as driver_module
 from ultrarag.encode.ray import pipeline
@@ -501,3 +503,23 @@ def test_a_shared_index_is_built_on_ray(checkpoint, other, tiny, milvus_lite, tm
         query = {"query": "the red apple near the hill", "k": 5, "heads": ["dense"]}
         assert [hit.id for hit in reader.search(**query)] == [hit.id for hit in live.search(**query)]
     remove_shared(uri)
+
+
+@real
+def test_a_passage_that_cannot_be_encoded_stops_no_worker(milvus_lite, tmp_path, cluster, poisoned) -> None:
+    """The other passages of its block are encoded, also where the block is taken again by another worker."""
+    uri = f"{milvus_lite.uri}poisoned"
+    with LiveIndex.create(tmp_path / "kb", Encoder.load(poisoned / "sound", device="cpu"), backend="numpy") as live:
+        live.add(corpus(MANY))
+        live.add([Passage("poisoned", f"the {POISON} harbour")])
+        pool = RayPool(cluster.address, workers=2, block=BLOCK)
+        join, thread = in_thread(lambda: live.build(poisoned / "first", backend=uri, ray=pool))
+        while confirmed(live.path) < 3 and thread.is_alive():
+            time.sleep(0.02)
+        if victims := workers(cluster):
+            victims[0].send_signal(signal.SIGKILL)
+        live.swap(join())
+        assert live.status()["live"]["unencoded"] == {"poisoned": "its vector is not finite"}
+        assert live._core.live.backend.count() == MANY
+        live.rollback()
+        assert live.status()["live"]["unencoded"] == {}

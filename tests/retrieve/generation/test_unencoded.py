@@ -6,17 +6,15 @@ import logging
 
 import numpy as np
 import pytest
-import torch
 
+from tests.retrieve.conftest import POISON
 from ultrarag import Encoder, Passage
-from ultrarag.checkpoint import publishing
 from ultrarag.cli import main
 from ultrarag.encode.blocks import PROBES, encode_apart
 from ultrarag.errors import GateError
 from ultrarag.retrieve import LiveIndex
 from ultrarag.types import Embeddings
 
-POISON = "violet"
 TEXTS = {"a": "a river of stone", "b": f"the {POISON} harbour", "c": "clouds and marble"}
 
 
@@ -84,35 +82,14 @@ def test_ctrl_c_is_no_failure():
         encode_apart(passages(POISON), raising(KeyboardInterrupt()))
 
 
-@pytest.fixture(scope="module")
-def models(tiny_m3, tmp_path_factory):
-    """Two checkpoints that give NaN for one word, and one that does not."""
-    folder = tmp_path_factory.mktemp("poisoned")
-    encoder = Encoder.load(tiny_m3, adapter="bgem3", device="cpu")
-    weight = next(iter(encoder.model.parameters()))
-    sound = ["well river copper lanterns", TEXTS["a"], TEXTS["c"]]
-    common = set(encoder.tokenizer(" ".join([*PROBES, *publishing.PROBES, *sound]))["input_ids"])
-    token = next(id for id in encoder.tokenizer(POISON)["input_ids"] if id not in common)
-    encoder.save(folder / "sound")
-    for name, shift in (("first", 0.01), ("second", 0.02)):
-        with torch.no_grad():
-            weight.add_(shift)
-            kept = weight[token].clone()
-            weight[token] = float("nan")
-        encoder.save(folder / name)
-        with torch.no_grad():
-            weight[token] = kept
-    return folder
-
-
 @pytest.fixture(params=["numpy", "qdrant-edge"])
-def kb(request, models, tmp_path):
-    with LiveIndex.create(tmp_path / "kb", Encoder.load(models / "first"), backend=request.param) as live:
+def kb(request, poisoned, tmp_path):
+    with LiveIndex.create(tmp_path / "kb", Encoder.load(poisoned / "first"), backend=request.param) as live:
         live.add([Passage(id, text) for id, text in TEXTS.items()])
     return tmp_path / "kb"
 
 
-def test_the_journey_of_an_index_with_such_a_passage(kb, models, caplog):
+def test_the_journey_of_an_index_with_such_a_passage(kb, poisoned, caplog):
     caplog.set_level(logging.WARNING, "ultrarag")
     with LiveIndex.open(kb) as live:
         assert len(live) == 3
@@ -121,7 +98,7 @@ def test_the_journey_of_an_index_with_such_a_passage(kb, models, caplog):
         assert live.search(POISON, k=3, heads=["bm25"])[0].id == "b"
         assert {hit.id for hit in live.search("river", k=3, heads=["colbert"])} <= {"a", "c"}
         live.add([{"id": "d", "text": "copper lanterns"}, {"id": "b", "text": TEXTS["b"], "metadata": {"n": 1}}])
-        new = live.build(models / "second", progress=False)
+        new = live.build(poisoned / "second", progress=False)
         assert live.status()["generations"][-1]["unencoded"] == {"b": "its vector is not finite"}
         live.swap(new)
         live.delete(["a"])
@@ -130,7 +107,7 @@ def test_the_journey_of_an_index_with_such_a_passage(kb, models, caplog):
         assert live.retry() == {"b": "its vector is not finite"}
     with LiveIndex.open(kb, repair=True) as live:
         assert {hit.id for hit in live.search("river", k=9, heads=["dense"])} == {"c", "d"}
-        live.swap(live.build(models / "sound", progress=False))  # a model that can encode it
+        live.swap(live.build(poisoned / "sound", progress=False))  # a model that can encode it
         assert live.status()["live"]["unencoded"] == {}
         assert "b" in {hit.id for hit in live.search("river", k=9, heads=["dense"])}
 
@@ -153,7 +130,7 @@ def test_a_new_text_that_cannot_be_encoded_leaves_no_old_vector(kb):
         assert [hit.id for hit in live.search("river", k=3, heads=["dense"])] == ["c"]
 
 
-def test_a_retry_that_was_killed_before_it_was_noted(kb, models):
+def test_a_retry_that_was_killed_before_it_was_noted(kb, poisoned):
     """What it stored is in the vectors and on the list."""
     with LiveIndex.open(kb) as live:
         backend = live._core.live.backend
@@ -163,21 +140,21 @@ def test_a_retry_that_was_killed_before_it_was_noted(kb, models):
         assert live.status()["live"]["unencoded"] == {}
 
 
-def test_a_model_that_fails_on_many_passages_does_not_go_live_unseen(tmp_path, models):
-    with LiveIndex.create(tmp_path / "kb", Encoder.load(models / "sound"), backend="numpy") as live:
+def test_a_model_that_fails_on_many_passages_does_not_go_live_unseen(tmp_path, poisoned):
+    with LiveIndex.create(tmp_path / "kb", Encoder.load(poisoned / "sound"), backend="numpy") as live:
         live.add([Passage(id, text) for id, text in TEXTS.items()])
-        new = live.build(models / "first", progress=False)
+        new = live.build(poisoned / "first", progress=False)
         with pytest.raises(GateError, match=r"no vectors of 1 passages out of 3 .* 'b'"):
             live.swap(new)
         assert live.swap(new, force=True).new.forced
 
 
 @pytest.mark.parametrize("written", [{"b"}, {"b", "e"}, {"a", "b", "c"}])
-def test_a_rollback_is_not_stopped_by_what_was_written_since(tmp_path, models, caplog, written):
+def test_a_rollback_is_not_stopped_by_what_was_written_since(tmp_path, poisoned, caplog, written):
     """It is the way out of a generation that does harm, and takes no `force`."""
-    with LiveIndex.create(tmp_path / "kb", Encoder.load(models / "first"), backend="numpy") as live:
+    with LiveIndex.create(tmp_path / "kb", Encoder.load(poisoned / "first"), backend="numpy") as live:
         live.add([Passage(id, TEXTS[id]) for id in "ac"])
-        live.swap(live.build(models / "sound", progress=False))
+        live.swap(live.build(poisoned / "sound", progress=False))
         live.add([Passage(id, f"{id} {POISON}") for id in sorted(written)])
         assert live.status()["live"]["unencoded"] == {}
         live.rollback()
