@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -142,7 +143,9 @@ def test_punctuation_that_is_no_token_leaves_unknown_words_compared(layout: str,
     assert_equal_to_library(tmp_path)
 
 
-@pytest.mark.long
+@pytest.mark.skipif(
+    os.environ.get("ULTRARAG_LONG_TESTS") != "1", reason="set ULTRARAG_LONG_TESTS=1 for the tests that take minutes"
+)
 def test_passages_of_other_processes_are_negatives(tmp_path: Path) -> None:
     """Two processes with half of the rows each take the step of one with all of them."""
     tiny_colbert(tmp_path / "model")
