@@ -352,6 +352,10 @@ class Encoder(TokenEncoder):
             on_batch: told the number of texts after each forward (a progress bar's `update`, say).
         """
         self.check_kind(kind)
+        if instruction is not None and not isinstance(instruction, str):
+            raise UsageError(f"instruction is {type(instruction).__name__}, not a string")
+        if batch_tokens is not None:
+            check_count("batch_tokens", batch_tokens)
         read = partial(self.tokenize, kind=kind, max_length=max_length, instruction=instruction)
         options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
         options |= {"on_batch": on_batch, "cuts": cuts}
@@ -362,10 +366,6 @@ class Encoder(TokenEncoder):
         """Raise UsageError where the model has no vectors for texts of this kind; says why."""
         if kind not in KINDS:
             raise UsageError(f"kind is '{kind}'; it must be 'query', 'passage', or 'text' for a symmetric task")
-        if instruction is not None and not isinstance(instruction, str):
-            raise UsageError(f"instruction is {type(instruction).__name__}, not a string")
-        if batch_tokens is not None:
-            check_count("batch_tokens", batch_tokens)
         if kind == "text" and self.asymmetric:
             raise UsageError(
                 "the model's query side and passage side differ, so it has none for kind 'text': compare texts of one "
