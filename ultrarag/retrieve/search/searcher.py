@@ -13,6 +13,7 @@ from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.generation import Serving
 from ultrarag.retrieve.passages import Store
 from ultrarag.retrieve.ranking import check_k
+from ultrarag.retrieve.search.encoding import Encoding
 from ultrarag.retrieve.search.filters import Filter, parse
 from ultrarag.retrieve.search.fusion import Fused, Method, check_weights, fuse
 from ultrarag.retrieve.search.hits import Hits
@@ -154,6 +155,10 @@ class Searcher:
             one = None if embeddings is None else embeddings[position : position + 1]
             results[row] = self._search(chosen, one, texts[position])
         return results
+
+    def encoding(self) -> Encoding:
+        """The encoder of this search."""
+        return Encoding(self._serving)
 
     def existing(self, ids: Sequence[str]) -> set[str]:
         """Those of the ids that are passages."""

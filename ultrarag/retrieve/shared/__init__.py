@@ -12,6 +12,7 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.shared.creation import check_mirror, create_mirror, create_shared, mirror_path, remove_shared
+    from ultrarag.retrieve.shared.lease import LeaseError
     from ultrarag.retrieve.shared.link import Link, Watcher
 else:
     __getattr__, __dir__, __all__ = exports(__name__)
