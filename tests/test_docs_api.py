@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.retrieve.conftest import quick_builds, tiny  # noqa: F401  fixtures
+from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
 from tests.test_readme import ROOT
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -30,9 +30,9 @@ def check(source: str, names: dict[str, Any]) -> None:
             assert value == ast.literal_eval(literal[0]), f"docs/api.md: {ast.unparse(statement)} is {value!r}"
 
 
-def test_the_page(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_builds) -> None:  # noqa: F811
+def test_the_page(tiny, checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_builds) -> None:  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"encoder": tiny}
+    names: dict[str, Any] = {"encoder": tiny, "checkpoint": checkpoint}
     try:
         for block in BLOCKS:
             check(block, names)

@@ -43,6 +43,7 @@ ORDER = [
     {"encode/ray"},
     {"retrieve/shared"},
     {"retrieve/core"},
+    {"retrieve/aside"},
     {"retrieve/swap"},
     {"retrieve/bridge"},
     {"retrieve/build", "retrieve/export", "retrieve/status"},

@@ -14,9 +14,9 @@ import pytest
 
 from tests.retrieve import servers
 from tests.retrieve.shared.test_shared import release
-from tests.retrieve.test_live import EVERY, corpus, count_encoded
-from ultrarag.errors import DataError, UsageError
-from ultrarag.retrieve import Hits, rerank
+from tests.retrieve.test_live import EVERY, corpus, count_encoded, text_of
+from ultrarag.errors import DataError, FingerprintError, IndexStateError, UsageError
+from ultrarag.retrieve import Hits, evaluate, rerank
 from ultrarag.retrieve.build import start
 from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.generation import Generation
@@ -277,3 +277,142 @@ def test_vectors_of_what_was_deleted_meanwhile_can_be_skipped(index: LiveIndex) 
         index.vectors(["p6", "nobody"])
     with pytest.raises(UsageError, match="'fail' or 'skip'"):
         index.vectors(["p6"], missing="zero")  # type: ignore[call-overload]
+
+
+# One generation beside the live one; given passages
+
+
+def test_generations_are_searched_beside_the_live_one(
+    index: LiveIndex, tiny, other, checkpoint: Path, quick_builds
+) -> None:
+    index.add(corpus(10))
+    built = index.build(checkpoint)
+    index.add(corpus(4, start=10))
+    index.delete(["p0"])
+    index.update({"n": 11}, {"late": True})
+    query = text_of(12)
+    with index.searcher(built) as ready, index.searcher(1) as live:
+        found, before = ready.search(query, k=50, weights=EVERY), index.search(query, k=50, weights=EVERY)
+        assert {hit.id for hit in found} == {f"p{n}" for n in range(1, 14)}
+        assert [hit.id for hit in ready.search(query, heads=["dense"], filter={"late": True})] == ["p11"]
+        assert (found.generation, found.fingerprint) == (ready.generation, ready.fingerprint) == (2, other.fingerprint)
+        expected = other.similarity(other.encode([query], "query"), index.vectors(["p12"]), {"dense": 1.0})
+        assert ready.score(query, ["p12"], heads=["dense"])[0].score == pytest.approx(float(expected[0, 0]), abs=0.05)
+        index.swap(built)
+        assert index.search(query, k=50, weights=EVERY) == found
+        assert live.search(query, k=50, weights=EVERY) == before  # as it was, now that it is the previous one
+        assert live.search(query, heads=["bm25"]).generation == 1
+        assert evaluate(live, {"q": query}, {"q": {"p12": 1}}, heads=["dense"]).run["q"]
+        queries = tiny.encode([query], "query")
+        assert live.search_embeddings(queries, tiny.fingerprint, k=50, heads=["dense"])[0]
+        with pytest.raises(FingerprintError):
+            ready.search_embeddings(queries, tiny.fingerprint)
+        index.rollback()
+        assert index.search(query, k=50, weights=EVERY) == before
+    for closed in (ready, live):
+        closed.close()
+        with pytest.raises(IndexStateError, match="was closed"):
+            closed.search(query)
+    assert index.search(query, k=50, weights=EVERY) == before
+
+
+def test_a_generation_that_was_removed_is_not_searched(
+    make: Make, checkpoint: Path, tiny, other, tmp_path: Path, quick_builds
+) -> None:
+    live = make()
+    live.add(corpus(5))
+    built = live.build(checkpoint)
+    with live.searcher(built) as ready:
+        assert len(ready.search("number", heads=["dense"])) == 5
+        live.discard(built)
+        live.vacuum()
+        with pytest.raises(IndexStateError, match="generation"):
+            ready.search("number")
+    live.vacuum()
+    with pytest.raises(IndexStateError, match="generation"):
+        live.searcher(built)
+    with pytest.raises(IndexStateError, match="no generation 77"):
+        live.searcher(77)
+    again = live.build(checkpoint)
+    with live.searcher(again) as ready:
+        live.close()
+        with pytest.raises(IndexStateError, match="closed"):
+            ready.search("number")
+
+
+def test_searchers_come_and_go_while_generations_are_swapped(make: Make, checkpoint: Path, quick_builds) -> None:
+    live = make()
+    live.add(corpus(10))
+    live.swap(live.build(checkpoint))
+    wrong: list[BaseException] = []
+    stop = threading.Event()
+
+    def search(id: int) -> None:
+        try:
+            while not stop.is_set():
+                with live.searcher(id) as searcher:
+                    assert searcher.search(text_of(3), heads=["dense"]).generation == id
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=search, args=[id]) for id in (1, 2, 1)]
+    for thread in threads:
+        thread.start()
+    for number in range(4):
+        live.add([Passage(f"new{number}", text_of(40 + number))])
+        live.rollback()
+        assert live.search(text_of(40 + number), k=1, heads=["bm25"])[0].id == f"new{number}"
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(live.search("number", k=50, heads=["dense"])) == 14
+
+
+def test_search_and_score_of_given_passages(index: LiveIndex) -> None:
+    index.add(corpus(20))
+    some = ["p3", "p7", "nobody", "p8", "p14"]
+    for head in ("dense", "sparse", "colbert", "bm25"):
+        everywhere = {hit.id: hit.score for hit in index.search(text_of(7), k=50, heads=[head], exact=True)}
+        found = index.search(text_of(7), ids=some, heads=[head])
+        assert {hit.id for hit in found} == everywhere.keys() & set(some), head
+        for hit in found:
+            assert hit.score == pytest.approx(everywhere[hit.id], abs=1e-4)
+    assert [hit.id for hit in index.search(text_of(7), ids=some, heads=["dense"], filter={"even": True}, k=1)] in (
+        ["p8"],
+        ["p14"],
+    )
+    assert index.search(text_of(7), ids=[], weights=EVERY) == []
+    assert index.search("", ids=some, weights=EVERY) == []
+    scored = index.score("castle", some, weights={"dense": 1.0, "bm25": 1.0})
+    assert {hit.id for hit in scored} == {"p3", "p7", "p8", "p14"}
+    assert scored[0].id == "p3"
+    assert {hit.id: hit.scores["bm25"] for hit in scored[1:]} == {"p7": 0, "p8": 0, "p14": 0}
+    for hit in scored:
+        assert hit.score == pytest.approx(hit.scores["dense"] + hit.scores["bm25"])
+    assert [hit.id for hit in index.search("castle", ids=some, heads=["bm25"])] == ["p3"]
+    assert index.score("castle", ["nobody"], heads=["dense"]) == []
+    with pytest.raises(UsageError, match="explicit weights"):
+        index.score("castle", some, heads=["dense", "bm25"])
+    with pytest.raises(UsageError, match="put one alone into a list"):
+        index.search("castle", ids="p3", heads=["bm25"])
+
+
+def test_hits_must_have_a_score_of_a_head(index: LiveIndex) -> None:
+    index.add(corpus(20))
+    plain = index.search(text_of(7), k=50, heads=["dense"], exact=True)
+    least = (plain[4].score + plain[5].score) / 2
+    above = index.search(text_of(7), k=50, heads=["dense"], exact=True, min_scores={"dense": least})
+    assert [hit.id for hit in above] == [hit.id for hit in plain[:5]]
+    both = index.search(text_of(7), k=50, weights={"dense": 1, "bm25": 3}, min_scores={"dense": least})
+    assert {hit.id for hit in both} == {hit.id for hit in plain[:5]}
+    assert index.search(text_of(7), weights={"dense": 1, "bm25": 1}, min_scores={"dense": 99}) == []
+    assert len(index.score(text_of(7), [hit.id for hit in plain], heads=["dense"], min_scores={"dense": least})) == 5
+    for wrong, why in (
+        ({"bm25": 1.0}, "head 'bm25' is not searched"),
+        ({"dense": "x"}, "finite number"),
+        ({"dense": float("nan")}, "finite number"),
+        (0.3, "maps heads to numbers"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            index.search("x", heads=["dense"], min_scores=wrong)

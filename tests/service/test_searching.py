@@ -35,6 +35,10 @@ def test_options_reach_the_search(served: Running) -> None:
     found = served.post("/v1/search", body).json()
     assert [set(hit) for hit in found["hits"]] == [{"id", "score", "scores"}]
     assert set(found["hits"][0]["scores"]) == {"dense", "bm25"}
+    among = served.post("/v1/search", {"query": "vectors", "ids": ["apfel", "qdrant"]}).json()["hits"]
+    assert [hit["id"] for hit in among] == ["qdrant", "apfel"]
+    bound = {"query": "vectors", "ids": ["apfel", "qdrant"], "min_scores": {"dense": among[0]["score"] - 0.01}}
+    assert len(served.post("/v1/search", bound).json()["hits"]) == 1
 
 
 def test_many_queries_are_searched_together(served: Running) -> None:

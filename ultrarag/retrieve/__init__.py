@@ -9,6 +9,7 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.evaluation import Evaluation, differences, evaluate, evaluate_run, read_run, write_run
     from ultrarag.mining import mine
+    from ultrarag.retrieve.aside import GenerationSearcher
     from ultrarag.retrieve.bridge import BridgeTerms
     from ultrarag.retrieve.generation import Generation
     from ultrarag.retrieve.live import LiveIndex

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -41,7 +41,7 @@ from ultrarag.retrieve.generation import (
 )
 from ultrarag.retrieve.passages import URI, Store
 from ultrarag.retrieve.search import Searcher
-from ultrarag.retrieve.shared import Link, Watcher
+from ultrarag.retrieve.shared import LeaseError, Link, Watcher
 from ultrarag.types import Embeddings, Passage
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class Core:
         #: the process of the build that runs
         self.builder: subprocess.Popen[str] | None = None
         self._lingering: list[Serving] = []
+        #: held while a pair is opened
+        self._opening = threading.Lock()
+        #: pairs that are searched beside the live one; see `retrieve.aside`
+        self._asides: list[Serving] = []
         with ExitStack() as undo:
             undo.enter_context(named_conditions(root))
             hint = "status and passages can be read meanwhile: ultrarag.retrieve.read_status"
@@ -118,6 +122,8 @@ class Core:
             undo.callback(serving.retire)
             self.device = str(serving.encoder.device)
             self._live: Serving | None = serving
+            #: vectors that are open, or were, by the generation that made them: no engine is opened twice
+            self._held = {live.vectors_of: serving.vectors}
             #: the encoder of a generation that is not built yet, over the live one's vectors; see `retrieve.bridge`
             self.bridge: Bridging | None = None
             self._ended: Bridging | None = None
@@ -320,9 +326,57 @@ class Core:
             self.let_go(serving)
         if self.link is not None:
             self.link.fetch_generation(generation)
-        return open_serving(
-            self.layout, self.store, generation, device=self.device, check=self._check, beside=self.live
-        )
+        return self._open_beside(generation)
+
+    def _open_beside(self, generation: Generation) -> tuple[Serving, Follower]:
+        with self._opening:
+            serving, follower = open_serving(
+                self.layout,
+                self.store,
+                generation,
+                device=self.device,
+                check=self._check,
+                read_only=bool(self.reading),
+                beside=self.live,
+                held=self._held.get(generation.vectors_of),
+            )
+            self._held = {id: vectors for id, vectors in self._held.items() if not vectors.closed}
+            self._held[generation.vectors_of] = serving.vectors
+        return serving, follower
+
+    def open_aside(self, generation: Generation) -> Serving:
+        """Open a generation to be searched beside the live one, with the writes so far where they can be applied now.
+
+        They cannot while something is swapped, nor while another process writes to a shared index.
+        """
+        if self.link is not None:
+            self.link.fetch_generation(generation)
+        serving, follower = self._open_beside(generation)
+        self._asides.append(serving)
+        try:
+            self._bring_up(serving, follower)
+        except BaseException:
+            self.close_aside(serving)
+            raise
+        return serving
+
+    def _bring_up(self, serving: Serving, follower: Follower) -> None:
+        if self.reading or not self.flipping.acquire(blocking=False):
+            return
+        try:
+            if serving.vectors is not self.live.vectors:  # which have one follower already
+                with suppress(LeaseError), self.leading(patience=0.0):
+                    follower.catch_up(self.store.last_seq())
+                    follower.flush()
+        finally:
+            self.flipping.release()
+        serving.cuts.tell()
+
+    def close_aside(self, serving: Serving) -> None:
+        """End what `open_aside` began, after the searches that are inside; again is harmless."""
+        if serving in self._asides:
+            self._asides.remove(serving)
+            self._retire(serving)
 
     def replace(self, new: Serving, vectors: Follower) -> None:
         """Let searches use another pair from now on; a bridge over the old one ends."""
@@ -334,6 +388,9 @@ class Core:
     def let_go(self, serving: Serving) -> None:
         """Close a pair that is not live; one that cannot write now is closed later: the log has what it lacks."""
         self._end_bridge()
+        self._retire(serving)
+
+    def _retire(self, serving: Serving) -> None:
         try:
             serving.retire()
         except (UltraragError, OSError) as error:
@@ -389,6 +446,8 @@ class Core:
             folders = list(self.layout.generations.iterdir())  # first: a build is in the catalog before it has a folder
             kept = [generation for generation in self.catalog.all() if generation.state != "retired"]
             names = {path.name for g in kept for path in (self.layout.final(g.id), self.layout.building(g.id))}
+            for aside in list(self._asides):  # retired, maybe, and open all the same
+                names |= {self.layout.final(id).name for id in (aside.generation.id, aside.generation.vectors_of)}
             shared = {self.layout.final(g.vectors_of).name for g in kept}  # maybe of a generation that is retired
             for folder in folders:
                 if folder.name in shared - names:
@@ -427,7 +486,7 @@ class Core:
                 if self.bm25 is not None:
                     parts.callback(self.bm25.close)
                 serving, self._live = self._live, None
-                for left in self._lingering:
+                for left in (*self._lingering, *self._asides):
                     parts.callback(left.retire)
                 parts.callback(serving.retire)
                 parts.callback(self.flush)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
+from ultrarag.retrieve.aside import GenerationSearcher, open_searcher
 from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
 from ultrarag.retrieve.build import build_generation, end_build
 from ultrarag.retrieve.collection import Collection
@@ -292,6 +293,10 @@ class LiveIndex(Collection):
             candidates: hits asked of each head before fusion; default: max(4 k, 100). ColBERT scores the candidates
                 of the others; alone, those of dense, sparse or bm25, the first that is stored.
             exact: compare the dense vector with all passages, not through the approximate graph.
+            ids: search these passages alone, each of them compared; unknown ones are ignored. With a filter, those of
+                them that pass it. "minmax" then maps the scores of these.
+            min_scores: what a hit must have at least from a head that is searched, such as {"dense": 0.3}, whatever
+                its fused score is: a fused score has no absolute meaning.
 
         Raises:
             UsageError: for arguments that cannot be used; names them and what can.
@@ -326,6 +331,37 @@ class LiveIndex(Collection):
         """
         with self._core.searching() as searcher:
             yield searcher.encoding()
+
+    def score(self, query: str, ids: Sequence[str], weights: Mapping[str, float] | None = None, **options: Any) -> Hits:
+        """Score given passages for a query, and return all of them, best first.
+
+        A search with `ids` finds those that a head finds; this ranks the others as well, such as passages without a
+        word of the query at BM25's 0. Left out are ids that do not exist, and passages that a head has no vectors of
+        (`status()["live"]["unencoded"]`).
+
+        Args:
+            query: an empty one scores none.
+            weights: as for `search`; scores are summed as they are, unless `normalize` or `fusion` say otherwise.
+            options: others of `search`, such as `heads`, `filter` and `min_scores`.
+        """
+        with self._core.searching() as searcher:
+            return searcher.score(query, ids, weights=weights, **options)
+
+    def searcher(self, generation: int | Generation) -> GenerationSearcher:
+        """Open a generation that is ready, live or previous for searches, whatever is live; for a `with` block.
+
+        It first gets the writes that it lacks (its encoder encodes their passages), unless something is being swapped,
+        the index is open for reading, or another process writes to a shared index: then it is searched as it is.
+        Models and vectors that another open generation has are shared with it.
+
+        Raises:
+            IndexStateError: it is being built, or was removed.
+
+        Example:
+            >>> with live.searcher(live.build(checkpoint)) as new:
+            ...     pairs = live.search("what is milvus?"), new.search("what is milvus?")
+        """
+        return open_searcher(self._core, _id(generation))
 
     async def asearch(self, query: str, k: int = 10, **options: Any) -> Hits:
         """`search` in a worker thread, for async programs."""

@@ -15,12 +15,14 @@ from ultrarag.service.metrics import TEXT
 
 
 class Options(Body):
-    """How to search; see `LiveIndex.search`."""
+    """How to search; docs/service.md says what each means."""
 
     k: int = Field(10, ge=1, description="hits of a query")
     weights: dict[str, float] | None = Field(None, description="weight of each head, such as {'dense': 1, 'bm25': 0.5}")
     heads: list[str] | None = Field(None, description="the heads to search; default: those with a weight, else all")
     filter: dict[str, Any] | None = Field(None, description="a condition on the metadata, such as {'lang': 'en'}")
+    ids: list[str] | None = Field(None, description="search among these passages alone")
+    min_scores: dict[str, float] | None = Field(None, description="leave out hits that a head scores lower")
     fusion: str | None = Field(None, description="weighted or rrf")
     normalize: str | None = Field(None, description="minmax or raw")
     candidates: int | None = Field(None, ge=1, description="hits asked of each head before fusion")

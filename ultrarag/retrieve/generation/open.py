@@ -55,14 +55,15 @@ def open_serving(
     check: Callable[[], object] = lambda: None,
     read_only: bool = False,
     beside: Serving | None = None,
+    held: VectorSet | None = None,
 ) -> tuple[Serving, Follower]:
     """Open the encoder and the vectors of a generation, and what keeps them up to date.
 
     Args:
         check: called before each write to the vectors, and may refuse it.
         read_only: change nothing on the disk.
-        beside: a pair in service; where the generation shares its vectors, or models of its encoder, those are used as
-            they are in memory.
+        beside: a pair in service: models that the generation's encoder shares with its are used as they are in memory.
+        held: the generation's vectors, where they may be open: they are used as they are.
 
     Raises:
         FingerprintError: when another encoder is given than the one that made the vectors.
@@ -78,11 +79,11 @@ def open_serving(
             f"an encoder to use its own copy, and `build` and `swap` to change it"
         )
     emptied = False
-    if beside is not None and beside.generation.vectors_of == generation.vectors_of and beside.vectors.join():
-        vectors = beside.vectors
+    if held is not None and held.join():
+        vectors = held
     else:
-        held = layout.vectors(layout.directory(generation.vectors_of))
-        backend, emptied = _opened(held, generation, encoder, repair, read_only)
+        folder = layout.vectors(layout.directory(generation.vectors_of))
+        backend, emptied = _opened(folder, generation, encoder, repair, read_only)
         vectors = VectorSet(backend, Unencoded(store, generation.vectors_of))
         vectors.join()
     try:

@@ -113,11 +113,16 @@ class VectorSet:
         self._closed = False
 
     def join(self) -> bool:
-        """Become a user; False where the last one has left."""
+        """Become a user; False where the last one has left. Waits while they are being closed."""
         with self._mutex:
             if not self._closed:
                 self._users += 1
             return not self._closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody can join any more."""
+        return self._closed
 
     def leave(self) -> None:
         """End what `join` began."""
@@ -129,8 +134,8 @@ class VectorSet:
         """Close them where nobody uses them; again where that failed."""
         with self._mutex:
             self._closed |= self._users == 0
-        if self._closed:
-            self.backend.close()
+            if self._closed:  # whoever opens them again needs them closed
+                self.backend.close()
 
 
 class Serving:

@@ -2,131 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from ultrarag.errors import FingerprintError, UsageError, did_you_mean
+from ultrarag.errors import FingerprintError, UsageError
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.generation import Serving
 from ultrarag.retrieve.passages import Store
-from ultrarag.retrieve.ranking import check_k
 from ultrarag.retrieve.search.encoding import Encoding
-from ultrarag.retrieve.search.filters import Filter, parse
-from ultrarag.retrieve.search.fusion import Fused, Method, check_weights, fuse
+from ultrarag.retrieve.search.filters import Filter, matches
+from ultrarag.retrieve.search.fusion import Fused, fuse
 from ultrarag.retrieve.search.hits import Hits
-from ultrarag.types import Embeddings, Hit, head_weights, is_blank
+from ultrarag.retrieve.search.options import BM25_HEAD, SOURCES, SearchOptions, SearchPlan, plan
+from ultrarag.types import Embeddings, Hit, is_blank
 
-Fusion = Literal["weighted", "rrf"]
-Normalize = Literal["minmax", "raw"]
 Scored = tuple[str, float]
-#: The retriever that needs no encoder.
-BM25_HEAD = "bm25"
-#: Where candidates come from for ColBERT alone, the first that the index has; without either it compares with all.
-_SOURCES = ("dense", "sparse")
+#: What each head gives to passages, by their ids; NaN where it has none of theirs.
+Scorers = dict[str, Callable[[Sequence[str]], Any]]
 #: Passages up to which a query's tokens are compared with those of all.
 MOST_COMPARED = 100_000
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How to search; see `LiveIndex.search` for what each means."""
-
-    k: int = 10
-    weights: Mapping[str, float] | None = None
-    filter: Filter = None
-    fusion: Fusion = "weighted"
-    normalize: Normalize = "minmax"
-    heads: Sequence[str] | None = None
-    candidates: int | None = None
-    exact: bool = False
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> SearchOptions:
-        """Check the names of keyword arguments."""
-        known = SearchOptions.__dataclass_fields__
-        for name in values:
-            if name not in known:
-                raise UsageError(
-                    f"search has no argument '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}"
-                )
-        return SearchOptions(**values)
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """Search options, checked against what an index has."""
-
-    k: int
-    #: what counts in the score
-    heads: tuple[str, ...]
-    weights: dict[str, float]
-    method: Method
-    #: hits asked of each head
-    depth: int
-    #: gives ColBERT its candidates when nothing else that counts does
-    source: str | None
-    filter: Filter
-    exact: bool
-
-    @property
-    def encoded(self) -> tuple[str, ...]:
-        """The heads for which the query must be encoded."""
-        wanted = (*self.heads, self.source)
-        return tuple(head for head in wanted if head and head != BM25_HEAD)
-
-
-def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> SearchPlan:
-    """Check options against the heads that are stored; UsageError says what cannot be, and what can."""
-    known = (*stored, BM25_HEAD) if bm25 else tuple(stored)
-    heads = _heads(options, tuple(stored), known)
-    method: Method = "raw" if len(heads) == 1 else _method(options)
-    weights = check_weights(heads, _chosen(options.weights, heads), method != "rrf")
-    if len(heads) == 1:
-        weights = dict.fromkeys(heads, 1.0)  # its own scores, whatever it weighs
-    heads = tuple(head for head in heads if weights[head] > 0)
-    k = check_k(options.k)
-    depth = check_k(options.candidates) if options.candidates is not None else max(4 * k, 100)
-    source = next((name for name in _SOURCES if name in known), None) if heads == ("colbert",) else None
-    single = len(heads) == 1 and source is None
-    kept = {head: weights[head] for head in heads}
-    return SearchPlan(
-        k, heads, kept, method, k if single else max(k, depth), source, parse(options.filter), options.exact
-    )
-
-
-def _heads(options: SearchOptions, stored: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """The heads named, else those that have a weight, else all that the encoder has."""
-    named = [options.heads] if isinstance(options.heads, str) else options.heads
-    if named is None and options.weights is None:
-        named = stored
-    elif named is None:
-        named = [head for head, weight in head_weights(options.weights).items() if weight != 0]
-        if not named:
-            raise UsageError("weights: all are 0; at least one head must count")
-    for head in named:
-        if head not in known:
-            raise UsageError(f"the index has no head '{head}'{did_you_mean(head, known)}; it has {', '.join(known)}")
-    if not named:
-        raise UsageError(f"heads names none; the index has {', '.join(known)}")
-    return tuple(dict.fromkeys(named))
-
-
-def _chosen(weights: Mapping[str, float] | None, heads: tuple[str, ...]) -> Mapping[str, float] | None:
-    """Leave out the weights of 0 for heads that are not searched."""
-    if weights is None:
-        return None
-    return {head: weight for head, weight in head_weights(weights).items() if head in heads or weight != 0}
-
-
-def _method(options: SearchOptions) -> Method:
-    if options.fusion not in get_args(Fusion):
-        raise UsageError(f"fusion is '{options.fusion}'; it must be one of {', '.join(get_args(Fusion))}")
-    if options.normalize not in get_args(Normalize):
-        raise UsageError(f"normalize is '{options.normalize}'; it must be one of {', '.join(get_args(Normalize))}")
-    return "rrf" if options.fusion == "rrf" else options.normalize
 
 
 def _check_queries(queries: Sequence[str]) -> None:
@@ -143,7 +41,17 @@ class Searcher:
 
     def search_many(self, queries: Sequence[str], **options: Any) -> list[Hits]:
         """The hits of each query, in their order; an empty query has none."""
-        chosen = self._plan(options)
+        return self._search_many(self._plan(options), queries)
+
+    def score(self, query: str, ids: Sequence[str], **options: Any) -> Hits:
+        """Score given passages for a query, best first: all of them, also those that a search would not find.
+
+        Left out are ids that do not exist, and passages that a head has no vectors of. An empty query scores none.
+        """
+        chosen = self._plan({"normalize": "raw", **options, "ids": ids, "k": max(1, len(ids))})
+        return self._search_many(replace(chosen, every=True), [query])[0]
+
+    def _search_many(self, chosen: SearchPlan, queries: Sequence[str]) -> list[Hits]:
         _check_queries(queries)
         asked = [row for row, query in enumerate(queries) if not is_blank(query)]
         results = [self._hits() for _ in queries]
@@ -205,17 +113,34 @@ class Searcher:
 
     def _fused(self, chosen: SearchPlan, query: Embeddings | None, text: str, more: int) -> Sequence[Fused]:
         """The k and some more best of all heads."""
-        score, search = self._scorers(query, text), self._retrievers(chosen, query, text, more)
+        score = self._scorers(query, text)
+        counted = self._found(chosen, query, text, more) if chosen.ids is None else self._given(chosen, score)
+        if chosen.min_scores:
+            counted = _above(counted, chosen.min_scores, score)
+        return fuse(counted, chosen.k + more, chosen.weights, chosen.method, lambda h, ids: score[h](ids))
+
+    def _given(self, chosen: SearchPlan, score: Scorers) -> dict[str, list[Scored]]:
+        """What each head gives to the passages that were named and pass the filter."""
+        named = self._store.get(chosen.ids or ())
+        ids = [id for id, passage in named.items() if matches(chosen.filter, passage.metadata)]
+        lists = {head: _scored(score[head], ids) for head in chosen.heads}
+        if not chosen.every:
+            for head in ("sparse", BM25_HEAD):  # which find what has a word in common with the query
+                if head in lists:
+                    lists[head] = [(id, value) for id, value in lists[head] if value]
+        return lists
+
+    def _found(self, chosen: SearchPlan, query: Embeddings | None, text: str, more: int) -> dict[str, list[Scored]]:
+        """What each head finds."""
+        search = self._retrievers(chosen, query, text, more)
         names = [head for head in (*chosen.heads, chosen.source) if head and head != "colbert"]
         lists = {name: search[name]() for name in names}
         if "colbert" in chosen.heads and self._compares_all(names):
             lists["colbert"] = search["colbert"]()
         elif "colbert" in chosen.heads:
             found = list(dict.fromkeys(id for scored in lists.values() for id, _ in scored))
-            values = score["colbert"](found) if found else []
-            lists["colbert"] = [(id, float(v)) for id, v in zip(found, values, strict=True) if not np.isnan(v)]
-        counted = {head: lists[head] for head in chosen.heads}
-        return fuse(counted, chosen.k + more, chosen.weights, chosen.method, lambda h, ids: score[h](ids))
+            lists["colbert"] = _scored(self._scorers(query, text)["colbert"], found)
+        return {head: lists[head] for head in chosen.heads}
 
     def _compares_all(self, others: Sequence[str]) -> bool:
         """Whether ColBERT finds its passages itself: in an index of its vectors alone, up to MOST_COMPARED passages.
@@ -223,7 +148,7 @@ class Searcher:
         Raises:
             UsageError: there are more, and nothing else that is searched gives candidates.
         """
-        if any(head in _SOURCES for head in self._serving.heads):
+        if any(head in SOURCES for head in self._serving.heads):
             return False
         held = self._store.count()
         if held > MOST_COMPARED and not others:
@@ -258,10 +183,10 @@ class Searcher:
             search[BM25_HEAD] = lambda: bm25.search(text, depth, chosen.filter)
         return search
 
-    def _scorers(self, query: Embeddings | None, text: str) -> dict[str, Callable[[Sequence[str]], Any]]:
+    def _scorers(self, query: Embeddings | None, text: str) -> Scorers:
         """What each head gives to passages that it did not find itself."""
         backend = self._serving.backend
-        score: dict[str, Callable[[Sequence[str]], Any]] = {}
+        score: Scorers = {}
         if query is not None and query.dense is not None:
             score["dense"] = lambda ids: backend.score_dense(query.dense[0], ids)
         if query is not None and query.sparse is not None:
@@ -273,6 +198,22 @@ class Searcher:
         if (bm25 := self._bm25) is not None:
             score[BM25_HEAD] = lambda ids: bm25.score(text, ids)
         return score
+
+
+def _scored(score: Callable[[Sequence[str]], Any], ids: Sequence[str]) -> list[Scored]:
+    """(id, score) of the passages that a head has something of."""
+    values = score(ids) if ids else []
+    return [(id, float(value)) for id, value in zip(ids, values, strict=True) if not np.isnan(value)]
+
+
+def _above(lists: dict[str, list[Scored]], least: Mapping[str, float], score: Scorers) -> dict[str, list[Scored]]:
+    """The candidates that have as much as they must from each head, whichever of the lists they are in."""
+    passing = {id for scored in lists.values() for id, _ in scored}
+    for head, bound in least.items():
+        known = dict(lists[head])
+        known |= dict(_scored(score[head], sorted(passing - known.keys())))
+        passing = {id for id in passing if known.get(id, -math.inf) >= bound}
+    return {head: [(id, value) for id, value in scored if id in passing] for head, scored in lists.items()}
 
 
 def _search_tokens(backend: Any, tokens: Any, depth: int, filter: Filter) -> list[Scored]:
