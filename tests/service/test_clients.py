@@ -64,13 +64,22 @@ def best(served: Running) -> list[int]:
 
 def test_cohere_reranks_by_both_versions(served: Running, best) -> None:
     import cohere
+    import httpx
 
-    for client in (cohere.Client("none", base_url=served.url), cohere.ClientV2("none", base_url=served.url)):
-        found = client.rerank(model=served.live.fingerprint, query=QUERY, documents=TEXTS, top_n=2)
-        assert [result.index for result in found.results] == best[:2]
-        assert found.results[0].relevance_score > found.results[1].relevance_score
-        with pytest.raises(cohere.ConflictError if hasattr(cohere, "ConflictError") else Exception, match="live one"):
-            client.rerank(model="0123456789abcdef", query=QUERY, documents=TEXTS)
+    for kind in (cohere.Client, cohere.ClientV2):
+        with httpx.Client() as http:
+            rerank_by(kind("none", base_url=served.url, httpx_client=http), served, best)
+
+
+def rerank_by(client, served: Running, best) -> None:
+    from cohere.core import ApiError
+
+    found = client.rerank(model=served.live.fingerprint, query=QUERY, documents=TEXTS, top_n=2)
+    assert [result.index for result in found.results] == best[:2]
+    assert found.results[0].relevance_score > found.results[1].relevance_score
+    with pytest.raises(ApiError, match="the live one is") as refused:
+        client.rerank(model="0123456789abcdef", query=QUERY, documents=TEXTS)
+    assert refused.value.status_code == 409
 
 
 def test_jina_and_vllm_shapes(served: Running, best) -> None:
@@ -84,18 +93,18 @@ def test_jina_and_vllm_shapes(served: Running, best) -> None:
 
 
 def test_hugging_face_against_teis_endpoints(served: Running, best, monkeypatch) -> None:
-    from huggingface_hub import InferenceClient, constants
+    from huggingface_hub import InferenceClient, close_session, constants
 
     monkeypatch.setattr(constants, "is_offline_mode", lambda: False)  # loopback is no network
-    embed = InferenceClient(model=f"{served.url}/embed")
-    np.testing.assert_allclose(embed.feature_extraction(TEXTS), served.live.encoder.encode(TEXTS).dense, atol=1e-5)
-    np.testing.assert_allclose(
-        embed.feature_extraction(QUERY, prompt_name="query", normalize=True)[0],
-        served.live.encoder.encode([QUERY], "query").dense[0],
-        atol=1e-5,
-    )
-    scores = InferenceClient(model=f"{served.url}/similarity").sentence_similarity(QUERY, other_sentences=TEXTS)
+    with InferenceClient(model=f"{served.url}/embed") as embed:
+        found = embed.feature_extraction(TEXTS)
+        asked = embed.feature_extraction(QUERY, prompt_name="query", normalize=True)
+    np.testing.assert_allclose(found, served.live.encoder.encode(TEXTS).dense, atol=1e-5)
+    np.testing.assert_allclose(asked, served.live.encoder.encode([QUERY], "query").dense, atol=1e-5)
+    with InferenceClient(model=f"{served.url}/similarity") as compare:
+        scores = compare.sentence_similarity(QUERY, other_sentences=TEXTS)
     assert np.argsort([-score for score in scores]).tolist() == best
+    close_session()
 
 
 def test_teis_other_requests(served: Running, best) -> None:
