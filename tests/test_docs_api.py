@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
 from tests.test_readme import ROOT
+from ultrarag.retrieve import LiveIndex
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
@@ -35,6 +37,18 @@ def test_the_page(tiny, checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names: dict[str, Any] = {"encoder": tiny, "checkpoint": checkpoint}
     try:
         for block in BLOCKS:
+            if "live.refresh(" in block:  # tests/retrieve/refresh/test_progress.py does
+                compile(block, "docs/api.md", "exec")
+                continue
             check(block, names)
     finally:
         names["live"].close()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"live\.(\w+)\(", PAGE))))
+def test_every_call_of_the_page_exists(name: str) -> None:
+    assert callable(getattr(LiveIndex, name))
+
+
+def test_the_refresh_of_the_page_has_these_arguments() -> None:
+    assert {"isolate", "on_progress", "output_dir"} <= inspect.signature(LiveIndex.refresh).parameters.keys()

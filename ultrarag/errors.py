@@ -18,6 +18,10 @@ class DataError(UltraragError, ValueError):
     """Input rows, corpora or qrels cannot be used; names file and line."""
 
 
+class ExistsError(DataError):
+    """A passage that was to be new is in the index already; names it."""
+
+
 class PluginError(UltraragError):
     """A plugin is missing, broken, incomplete, or answered wrongly; names plugin and hook."""
 
@@ -43,6 +47,10 @@ class ResourceError(IndexStateError):
 
     #: the system's number of the condition
     errno = 0
+
+
+class StoppedError(UltraragError):
+    """What ran was ended on request; what it had done is kept, and it can be taken up again."""
 
 
 class GateError(UltraragError):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import pickle
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from pathlib import Path
+from datetime import UTC, date, datetime
+from enum import Enum
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -15,14 +20,14 @@ import pytest
 from tests.retrieve import servers
 from tests.retrieve.shared.test_shared import release
 from tests.retrieve.test_live import EVERY, corpus, count_encoded, text_of
-from ultrarag.errors import DataError, FingerprintError, IndexStateError, UsageError
-from ultrarag.retrieve import Hits, evaluate, rerank
+from ultrarag.errors import DataError, ExistsError, FingerprintError, IndexStateError, UsageError
+from ultrarag.retrieve import Hits, Written, evaluate, jsonable, rerank
 from ultrarag.retrieve.build import start
 from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.shared import link as link_module
-from ultrarag.types import Passage
+from ultrarag.types import Embeddings, Passage
 
 KINDS = {"numpy": "numpy", "qdrant-edge": "qdrant_edge", "shared": "qdrant_client"}
 Make = Callable[..., LiveIndex]
@@ -416,3 +421,177 @@ def test_hits_must_have_a_score_of_a_head(index: LiveIndex) -> None:
     ):
         with pytest.raises(UsageError, match=why):
             index.search("x", heads=["dense"], min_scores=wrong)
+
+
+# Adding
+
+
+def test_what_becomes_of_passages_that_exist(index: LiveIndex) -> None:
+    index.add(corpus(3))
+    again = [Passage("p1", "other"), Passage("new", "first"), Passage("new", "second")]
+    assert index.add(again, on_existing="skip") == Written(added=1, unchanged=1)
+    assert (index.get("p1"), index.get("new").text) == (corpus(2)[1], "first")
+    many = [Passage(f"m{n}", text_of(n)) for n in range(600)]  # more than are written at a time otherwise
+    with pytest.raises(ExistsError, match="'p2'"):
+        index.add([*many, Passage("p2", "x")], on_existing="fail")
+    with pytest.raises(ExistsError, match="'m1' is twice"):
+        index.add([*many, many[1]], on_existing="fail")
+    assert len(index) == 4
+    assert index.delete(["p2"]) == 1
+    assert index.add([Passage("p2", "x")], on_existing="fail") == Written(added=1)  # a tombstone is no passage
+    with pytest.raises(UsageError, match="replace, skip, fail"):
+        index.add([], on_existing="never")  # type: ignore[arg-type]
+
+
+def test_of_two_that_add_the_same_passage_one_fails(make: Make) -> None:
+    live = make()
+    done: list[object] = []
+
+    def add(number: int) -> None:
+        for turn in range(5):
+            try:
+                done.append(live.add([Passage(f"t{turn}", text_of(number))], on_existing="fail"))
+            except ExistsError:
+                done.append(None)
+
+    threads = [threading.Thread(target=add, args=[number]) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (done.count(Written(added=1)), done.count(None)) == (5, 10)
+
+
+def test_given_vectors_are_stored_and_nothing_is_encoded(
+    index: LiveIndex, tiny, other, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, quick_builds
+) -> None:
+    passages = corpus(6)
+    vectors = tiny.encode([passage.content for passage in passages])
+    flipped = Embeddings(vectors.dense[::-1].copy(), vectors.sparse, vectors.colbert, vectors.mask)
+    seen = count_encoded(monkeypatch, index)
+    index.add(passages[:1])
+    assert len(seen) == 1
+    assert index.add(passages, embeddings=flipped, fingerprint=tiny.fingerprint) == Written(added=5, unchanged=1)
+    assert len(seen) == 1
+    np.testing.assert_allclose(index.vectors(["p2"]).dense[0], vectors.dense[3], atol=1e-3)  # as they were given
+    index.add([Passage("p1", "of its own")])
+    assert len(seen) == 2
+    with pytest.raises(FingerprintError, match="encode them with the live encoder"):
+        index.add(corpus(7), embeddings=tiny.encode(["x"] * 7), fingerprint=other.fingerprint)
+    assert len(index) == 6
+    index.swap(index.build(checkpoint))
+    with pytest.raises(FingerprintError):
+        index.add(corpus(1), embeddings=vectors[:1], fingerprint=tiny.fingerprint)
+
+
+def test_given_vectors_must_be_what_the_encoder_could_make(live: LiveIndex, tiny) -> None:
+    good, fingerprint = tiny.encode(["a", "b"]), tiny.fingerprint
+    wrong = {
+        "as many": good[:1],
+        "give exactly these": Embeddings(dense=good.dense),
+        "dense vectors are 3 wide": Embeddings(good.dense[:, :3], good.sparse, good.colbert, good.mask),
+        "not finite": Embeddings(good.dense * np.nan, good.sparse, good.colbert, good.mask),
+        "has length 2": Embeddings(good.dense * 2, good.sparse, good.colbert, good.mask),
+    }
+    for why, embeddings in wrong.items():
+        with pytest.raises(UsageError, match=why):
+            live.add(corpus(2), embeddings=embeddings, fingerprint=fingerprint)
+    with pytest.raises(UsageError, match="go together"):
+        live.add(corpus(2), embeddings=good)
+    assert len(live) == 0
+    assert live.add(corpus(2), embeddings=good, fingerprint=tiny.passage_fingerprint) == Written(added=2)
+    mixed = live._core.live.encode_passages
+    with live._core.live.giving({"b": good[:1]}):
+        found = mixed(["a", "b", "c"])
+    np.testing.assert_allclose(found.dense[1], good.dense[0])
+    np.testing.assert_allclose(found.dense[[0, 2]], tiny.encode(["a", "c"]).dense, atol=1e-5)
+
+
+def test_values_of_python_become_metadata(live: LiveIndex) -> None:
+    key = uuid.uuid4()
+    given = {
+        "at": datetime(2024, 5, 1, 12, tzinfo=UTC),
+        "day": date(2024, 5, 1),
+        "np day": np.datetime64("2024-05-01T00:00"),
+        "never": np.datetime64("NaT"),
+        "id": key,
+        "path": PurePosixPath("a/b"),
+        "n": [np.int64(3), np.float32(0.5), np.bool_(True), np.arange(2)],
+        "set": {"b", "a"},
+        "tuple": (1, None),
+        "colour": Enum("Colour", {"RED": "red"}).RED,
+        "plain": {"x": "y"},
+    }
+    made = jsonable(given)
+    assert made == {
+        "at": "2024-05-01T12:00:00+00:00",
+        "day": "2024-05-01",
+        "np day": "2024-05-01T00:00:00",
+        "never": None,
+        "id": str(key),
+        "path": "a/b",
+        "n": [3, 0.5, True, [0, 1]],
+        "set": ["a", "b"],
+        "tuple": [1, None],
+        "colour": "red",
+        "plain": {"x": "y"},
+    }
+    assert json.loads(json.dumps(made)) == made
+    live.add([Passage("p", "text", metadata=made)])
+    assert live.count({"at": {"gte": "2024-05-01", "lt": "2024-05-02"}, "id": str(key)}) == 1
+    for bad, place in (
+        ({"a": [1, math.nan]}, r"'a\[1\]' is nan"),
+        ({"a": {"b": np.float32("inf")}}, "'a.b' is inf"),
+        ({"a": {1: 2}}, "'a' is an object with the key 1"),
+        ({"a": b"x"}, "'a' is builtins.bytes"),
+        ({"a": object()}, "'a' is builtins.object"),
+    ):
+        with pytest.raises(DataError, match=place):
+            jsonable(bad)
+
+
+# One process, several handles
+
+
+def test_an_index_is_shared_within_a_process_and_closed_with_the_last_handle(make: Make, tiny, other) -> None:
+    live = make()
+    live.add(corpus(3))
+    path = live.path
+    live.close()
+    first, second = (LiveIndex.open(path, encoder, share=True) for encoder in (tiny, None))
+    first.add(corpus(4))
+    assert len(second) == 4
+    assert second.encoder is first.encoder
+    with pytest.raises(IndexStateError, match="in use"):
+        LiveIndex.open(path)
+    for wrong, why in (({"device": "cuda"}, "device=None"), ({"repair": True}, "repaired"), ({"uri": "x"}, "uri=None")):
+        with pytest.raises(UsageError, match=why):
+            LiveIndex.open(path, share=True, **wrong)
+    with pytest.raises(FingerprintError, match="leave the encoder out"):
+        LiveIndex.open(path, other, share=True)
+    first.close()
+    first.close()
+    with pytest.raises(IndexStateError, match="this handle of"):
+        len(first)
+    assert len(second.search("number", heads=["dense"])) == 4
+    second.close()
+    with closing(LiveIndex.open(path, tiny)) as alone:  # nobody has it any more
+        assert len(alone) == 4
+
+
+def test_threads_that_open_an_index_at_once_share_one(make: Make) -> None:
+    live = make()
+    path = live.path
+    live.close()
+    opened: list[LiveIndex] = []
+    threads = [threading.Thread(target=lambda: opened.append(LiveIndex.open(path, share=True))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(each.encoder) for each in opened}) == 1
+    for each in opened:
+        each.add([Passage(f"by{id(each)}", "text")])
+        each.close()
+    with closing(LiveIndex.open(path)) as alone:
+        assert len(alone) == 4

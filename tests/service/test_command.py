@@ -141,8 +141,9 @@ def test_workers_share_an_index_in_a_server(rest, minilm_encoder, tmp_path) -> N
         wait_for(both, 240)
         for _ in range(10):
             with httpx2.Client(base_url=url) as client:  # a connection anew: maybe another worker's
-                found = client.post("/v1/search", json={"query": "vector database", "k": 1}).json()
-                assert found["hits"][0]["id"] == "milvus"
+                answer = client.post("/v1/search", json={"query": "vector database", "k": 1})
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["hits"][0]["id"] == "milvus"
     finally:
         program.send_signal(signal.SIGTERM)
         _, err = program.communicate(timeout=60)

@@ -14,7 +14,7 @@ import pytest
 from tests.finetune.test_run import ROWS
 from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
 from tests.service.running import Running
-from ultrarag.errors import GateError, TrainingError
+from ultrarag.errors import GateError, StoppedError
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.service.jobs import Job, Jobs
 
@@ -64,16 +64,15 @@ class Refresh:
         self.asked: list[dict[str, Any]] = []
         self.go, self.stop, self.error = threading.Event(), threading.Event(), error
         monkeypatch.setattr(live, "refresh", self.refresh)
-        monkeypatch.setattr(live, "cancel_refresh", self.stop.set, raising=False)
-        status = live.status
-        progress = {"stage": "finetune", "step": 1, "steps": 2, "seconds_left": 3.5}
-        monkeypatch.setattr(live, "status", lambda: {**status(), "refresh": progress})
+        monkeypatch.setattr(live, "cancel_refresh", lambda: bool(self.stop.set() or True))
 
-    def refresh(self, **asked: Any) -> Any:
+    def refresh(self, on_progress, isolate, **asked: Any) -> Any:
+        assert isolate
         self.asked.append(asked)
+        on_progress({"stage": "finetune", "step": 1, "total": 2, "seconds_left": 3.5, "cancelled": False})
         while not self.go.wait(0.01):
             if self.stop.is_set():
-                raise TrainingError("stopped, and all that was done is kept")
+                raise StoppedError("stopped, and all that was done is kept")
         if self.error:
             raise self.error
         return type("Report", (), {"to_dict": lambda self: {"outcome": "swapped"}})()
@@ -108,7 +107,6 @@ def test_a_refresh_runs_beside_searches_and_swaps(learner: Running) -> None:
 
 
 def test_a_job_is_watched_and_cancelled_and_goes_on(learner: Running, monkeypatch) -> None:
-    monkeypatch.setattr("ultrarag.service.jobs._ISOLATED", True)
     fake = Refresh(learner.live, monkeypatch)
     body = {"train_data": ["rows.jsonl"], "gate": False, "arguments": {"learning_rate": 1e-4}}
     id = learner.post("/v1/refresh", body).json()["id"]
@@ -145,7 +143,6 @@ def test_the_gates_refusal_is_a_jobs_end(learner: Running, monkeypatch) -> None:
 
 
 def test_a_stopped_service_leaves_a_job_that_goes_on(tmp_path, tiny, monkeypatch) -> None:  # noqa: F811
-    monkeypatch.setattr("ultrarag.service.jobs._ISOLATED", True)
     running = Running(filled(tmp_path / "kb", tiny))
     Refresh(running.live, monkeypatch)
     id = running.post("/v1/refresh", {"rows": ROWS}).json()["id"]

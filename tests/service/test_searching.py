@@ -94,6 +94,9 @@ def test_passages_are_added_listed_and_deleted(served: Running) -> None:
     ).json()
     assert [p["id"] for p in english["passages"]] == ["milvus"]
     assert served.get("/v1/count", params={"filter": '{"lang": "en"}'}).json() == {"count": 3}
+    again = {"passages": [{"id": "new", "text": "Another text."}], "on_existing": "fail"}
+    assert served.post("/v1/passages", again).status_code == 409
+    assert served.post("/v1/passages", {**again, "on_existing": "skip"}).json()["added"] == 0
     update = {"filter": {"lang": "en"}, "metadata": {"seen": True}}
     assert served.client.patch("/v1/passages", json=update).json() == {"updated": 3}
     assert served.get("/v1/passages/milvus").json()["metadata"]["seen"] is True

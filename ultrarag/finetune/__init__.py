@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ultrarag.finetune.output import UNMERGED, checkpoints_in, claim_output_dir
     from ultrarag.finetune.report import FinetuneResult, read_history, read_measured, write_text
     from ultrarag.finetune.run import dry_run
-    from ultrarag.finetune.step import Interrupted
+    from ultrarag.finetune.step import Interrupted, watching
 else:
     __getattr__, __dir__, __all__ = exports(__name__)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.bridge import BridgeTerms
     from ultrarag.retrieve.generation import Generation
     from ultrarag.retrieve.live import LiveIndex
-    from ultrarag.retrieve.passages import Written
+    from ultrarag.retrieve.passages import Written, jsonable
     from ultrarag.retrieve.refresh import RefreshReport
     from ultrarag.retrieve.search import Encoding, Hits, rerank
     from ultrarag.retrieve.shared import remove_shared

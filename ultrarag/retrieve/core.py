@@ -10,10 +10,10 @@ import logging
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ultrarag.encode import passages_of
 from ultrarag.errors import IndexStateError, UltraragError, UsageError
@@ -64,6 +64,18 @@ class Bridging(Protocol):
         """End it after the searches that are inside."""
 
 
+class Running(Protocol):
+    """A refresh that runs."""
+
+    def describe(self) -> dict[str, Any]:
+        """How far it is, as plain JSON values."""
+        ...
+
+    def cancel(self) -> bool:
+        """Ask for its end; False where it is too late."""
+        ...
+
+
 class Core:
     """Store, BM25 and the live pair of an index that this process owns."""
 
@@ -85,6 +97,8 @@ class Core:
         self.writing = threading.RLock()
         #: held for a build, and for what replaces or removes generations: one at a time each
         self.building, self.flipping = threading.Lock(), threading.Lock()
+        #: the refresh that runs
+        self.running: Running | None = None
         #: the process of the build that runs
         self.builder: subprocess.Popen[str] | None = None
         self._lingering: list[Serving] = []
@@ -228,13 +242,18 @@ class Core:
             raise IndexStateError(f"'{self.layout.root}' was closed; open it again")
         return serving
 
-    def write(self, change: Callable[[], _Result]) -> _Result:
-        """Make a durable change to the store, then bring vectors and words up to date with it."""
+    def write(self, change: Callable[[], _Result], given: Mapping[str, Embeddings] | None = None) -> _Result:
+        """Make a durable change to the store, then bring vectors and words up to date with it.
+
+        Args:
+            given: the vectors of texts, a row each, which need not be encoded then.
+        """
         with self.leading(), self.writing:
             _ = self.live
             result = change()
             try:
-                self.catch_up()
+                with self.live.giving(given or {}):
+                    self.catch_up()
             except (UltraragError, OSError, RuntimeError, MemoryError) as error:
                 raise IndexStateError(
                     f"the write is stored and will not be lost, but it cannot be searched yet: {error}; the next "

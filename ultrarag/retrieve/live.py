@@ -7,13 +7,13 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Evaluation, Qrels, evaluate
 from ultrarag.io import named_conditions, publish_directory, staged_directory
+from ultrarag.retrieve.adding import add
 from ultrarag.retrieve.aside import GenerationSearcher, open_searcher
 from ultrarag.retrieve.bridge import BridgeTerms, drop, resume
 from ultrarag.retrieve.build import build_generation, end_build
@@ -21,7 +21,8 @@ from ultrarag.retrieve.collection import Collection
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
-from ultrarag.retrieve.passages import Written, records
+from ultrarag.retrieve.handles import Handle, join, leave
+from ultrarag.retrieve.passages import OnExisting, Written
 from ultrarag.retrieve.search import Encoding, Hits
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.retrieve.status import describe
@@ -32,10 +33,7 @@ if TYPE_CHECKING:
     from ultrarag.encode import CorpusVectors
     from ultrarag.encode.ray import RayPool
     from ultrarag.encoder import Encoder
-    from ultrarag.retrieve.refresh import RefreshReport
-
-#: Passages written to the store in one transaction.
-BATCH = 512
+    from ultrarag.retrieve.refresh import OnProgress, RefreshReport
 
 
 class LiveIndex(Collection):
@@ -54,9 +52,11 @@ class LiveIndex(Collection):
         >>> live.close()
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, shared: Handle | None = None) -> None:
         """Use `create` or `open`."""
-        self._owned, self._owner, self._refreshing = core, os.getpid(), threading.Lock()
+        self._owned, self._owner, self._shared = core, os.getpid(), shared
+        self._refreshing = threading.Lock() if shared is None else shared.refreshing
+        self._left = False
 
     @property
     def _core(self) -> Core:
@@ -67,6 +67,8 @@ class LiveIndex(Collection):
                 f"fork: an index has one owner, whose files and threads a fork does not have; open it after forking, "
                 f"in one process, or share it through a server (docs/shared-index.md)"
             )
+        if self._left:
+            raise IndexStateError(f"this handle of '{self._owned.layout.root}' was closed; open it again")
         return self._owned
 
     def __reduce__(self) -> Any:
@@ -149,6 +151,7 @@ class LiveIndex(Collection):
         checkpoints: str | os.PathLike[str] | None = None,
         device: str | None = None,
         repair: bool = False,
+        share: bool = False,
     ) -> LiveIndex:
         """Open an index; writes that a crash kept from the vectors are applied first.
 
@@ -162,6 +165,9 @@ class LiveIndex(Collection):
             encoder: the live generation's, if it is loaded already; default: its copy in the index is loaded.
             device: where to load it, such as "cuda".
             repair: where the vectors are damaged, encode all passages again.
+            share: where this process has it open with `share` already, return another handle of the same; it is closed
+                with the last one. Other arguments than the first time are refused. Other processes are not let in:
+                for those, put it into a server (docs/shared-index.md) or use one process as a service.
 
         Raises:
             ResourceError: when the machine does not allow it now: too few file descriptors, or files this user may not
@@ -172,19 +178,13 @@ class LiveIndex(Collection):
         """
         if path is None and uri is None:
             raise UsageError("LiveIndex.open needs a path or a uri")
-        root = mirror_path(uri) if path is None and uri is not None else Path(path or "")
-        if uri is not None:
-            if root.exists() and any(root.iterdir()):
-                check_mirror(root, uri)
-            else:
-                create_mirror(root, uri, _text(checkpoints))
-        core = Core.open(root, encoder, device, repair, _text(checkpoints))
-        try:
-            resume(core)
-        except BaseException:
-            core.close()
-            raise
-        return cls(core)
+        given: dict[str, Any] = {"encoder": encoder, "uri": uri, "device": device, "repair": repair}
+        given["checkpoints"] = _text(checkpoints)
+        if not share:
+            return cls(_open_core(path, **given))
+        place = uri if path is None and uri is not None else str(Path(path or "").resolve())
+        handle = join(place, given, lambda: _open_core(path, **given))
+        return cls(handle.core, handle)
 
     def __enter__(self) -> LiveIndex:
         return self
@@ -195,8 +195,13 @@ class LiveIndex(Collection):
     def close(self) -> None:
         """End a running build (it can be taken up again), let searches finish, and flush; twice is harmless."""
         if os.getpid() == self._owner:  # a fork has nothing of its own to close, and must not close its parent's
-            end_build(self._core)
-            self._core.close()
+            if self._left:
+                return
+            if self._shared is None:
+                _close(self._owned)
+            else:
+                self._left = True
+                leave(self._shared, lambda: _close(self._owned))
 
     @property
     def path(self) -> Path:
@@ -218,32 +223,39 @@ class LiveIndex(Collection):
         _ = self._core.live
         return self._core.store.count()
 
-    def add(self, passages: Iterable[Passage | Mapping[str, Any]]) -> Written:
+    def add(
+        self,
+        passages: Iterable[Passage | Mapping[str, Any]],
+        *,
+        on_existing: OnExisting = "replace",
+        embeddings: Embeddings | None = None,
+        fingerprint: str | None = None,
+    ) -> Written:
         """Insert passages, or replace those with the same id; what is returned for is durable and can be searched.
 
         A text that did not change is not encoded again, also when its metadata did. Of an id twice in one call the
         last wins. Passages are written 512 at a time: when a later one is refused, those before it are kept.
 
         Args:
-            passages: Passages, or mappings with `id`, `text` and maybe `title` and `metadata` (JSON). Any string but
-                the empty one is an id. Texts may be of any length; the encoder sees as many tokens as it takes, BM25
-                sees all.
+            passages: Passages, or mappings with `id`, `text` and maybe `title` and `metadata` (JSON; `jsonable` makes
+                it of Python's values). Any string but the empty one is an id. Texts may be of any length; the encoder
+                sees as many tokens as it takes, BM25 sees all.
+            on_existing: what becomes of passages whose id is there: "replace"; "skip" leaves those that are there as
+                they are, counted as unchanged, and of an id twice in one call the first wins; "fail" adds all or none,
+                in one transaction. Other writes cannot come between looking and writing.
+            embeddings: the passages' vectors, a row each, with exactly the heads that are stored: they are not encoded
+                then. After a swap other vectors are made of the texts, as of all.
+            fingerprint: of the encoder that made them, which must be the live one, or of its passage side.
 
         Raises:
             DataError: for a passage that no index can hold, such as one with lone surrogates, and for a blank one: no
                 visible character in title and text; names its id.
+            ExistsError: with "fail", when a passage exists, or is twice in the call; names it.
+            FingerprintError: when the vectors are another encoder's.
+            UsageError: for vectors of other heads, widths or lengths than the index has, or that are not finite.
             IndexStateError: when the disk is full, or the index was closed.
         """
-        if isinstance(passages, Passage | Mapping | str):
-            raise UsageError("add takes an iterable of passages; put one alone into a list")
-        serving = self._core.live  # also a call without passages says that the index was closed
-        total, source = Written(), records(passages)
-        try:
-            while batch := list(islice(source, BATCH)):
-                total += self._core.write(lambda batch=batch: self._core.store.write(batch))  # type: ignore[misc]
-        finally:
-            serving.cuts.tell()
-        return total
+        return add(self._core, passages, on_existing, embeddings, fingerprint)
 
     upsert = add
 
@@ -481,6 +493,8 @@ class LiveIndex(Collection):
         search: Mapping[str, Any] | None = None,
         effort: str = "full",
         bridge: bool = False,
+        isolate: bool = False,
+        on_progress: OnProgress | None = None,
         **finetune_arguments: Any,
     ) -> RefreshReport:
         """Fine-tune the live encoder, build a generation with it, and swap if the gate lets it; searches go on.
@@ -504,24 +518,45 @@ class LiveIndex(Collection):
                 the held-out queries (docs/refresh.md).
             bridge: while a full refresh encodes the passages, let the new encoder serve from the old vectors, if it is
                 significantly better so on the gate's queries (docs/bridge.md).
+            isolate: fine-tune in a process of its own at low priority, as `build` encodes in one: searches keep the
+                interpreter and its memory. It ends with this process, however that ends. Rows and arguments are sent
+                to it as JSON. Checkpoint and report are the same.
+            on_progress: called about once a second with what `status()["refresh"]` says, where that is new, by a
+                thread of its own.
             finetune_arguments: such as `learning_rate`; see `ultrarag.finetune.finetune`. Rows that the live model, or
                 one before it, was trained on are refused without `allow_seen_data=True`.
 
         Raises:
             GateError: when the new generation is refused, with the numbers; the old one stays live.
+            StoppedError: `cancel_refresh` was called; the same call goes on.
             UsageError: for arguments that cannot be used, or a folder with a refresh that was asked for differently.
             DataError, TrainingError, IndexStateError: as for fine-tuning, `build` and `swap`.
         """
-        from ultrarag.retrieve.refresh import RefreshTerms, refresh
+        from ultrarag.retrieve.refresh import Refreshing, RefreshTerms, refresh
 
         self._core.check_writable()  # before the training
         if not self._refreshing.acquire(blocking=False):
             raise IndexStateError("a refresh is running already; wait for it to finish")
         try:
-            terms = RefreshTerms(gate, force, metric, search, effort, bridge)
-            return refresh(self._core, train_data, eval_data, output_dir, terms, finetune_arguments)
+            core, terms = self._core, RefreshTerms(gate, force, metric, search, effort, bridge)
+            core.running = running = Refreshing(core, Path(output_dir), isolate, on_progress)
+            with running.telling():
+                return refresh(core, train_data, eval_data, output_dir, terms, finetune_arguments, running)
         finally:
+            self._owned.running = None
             self._refreshing.release()
+
+    def cancel_refresh(self) -> bool:
+        """Ask the refresh that another thread runs to end: it raises StoppedError there; the same call goes on later.
+
+        A fine-tune ends after its step, with a checkpoint; a build after the chunk that it committed last. Again: an
+        isolated fine-tune ends at once.
+
+        Returns:
+            whether one was told; False where none runs, or the new generation is going live already.
+        """
+        running = self._core.running
+        return running is not None and running.cancel()
 
     def rollback(self) -> Flip:
         """Bring the previous generation back, with all writes made since; rolling back again undoes it.
@@ -555,14 +590,47 @@ class LiveIndex(Collection):
     def status(self) -> dict[str, Any]:
         """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk.
 
-        `read_only` says why nothing can be written, where that is so.
+        `read_only` says why nothing can be written, where that is so. `refresh` says of the refresh that runs: its
+        stage ("prepare", "finetune", "build", "swap"), the step of how many (of a build: passages), the seconds that
+        are left of the stage (None where unknown), and whether it was cancelled; None where none runs.
         """
         _ = self._core.live
         found = describe(self._core.layout, self._core.store)
         found["read_only"] = self._core.reading or None
+        found["refresh"] = None if (running := self._core.running) is None else running.describe()
         if (link := self._core.link) is not None and (watcher := self._core.watcher) is not None:
             found["shared"] = {**link.describe(), "error": watcher.error}
         return found
+
+
+def _open_core(
+    path: str | os.PathLike[str] | None,
+    encoder: Encoder | None,
+    uri: str | None,
+    checkpoints: str | None,
+    device: str | None,
+    repair: bool,
+) -> Core:
+    root = mirror_path(uri) if path is None and uri is not None else Path(path or "")
+    if uri is not None:
+        if root.exists() and any(root.iterdir()):
+            check_mirror(root, uri)
+        else:
+            create_mirror(root, uri, checkpoints)
+    core = Core.open(root, encoder, device, repair, checkpoints)
+    try:
+        resume(core)
+    except BaseException:
+        core.close()
+        raise
+    return core
+
+
+def _close(core: Core) -> None:
+    if core.running is not None:
+        core.running.cancel()
+    end_build(core)
+    core.close()
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

@@ -6,7 +6,15 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ultrarag.errors import DataError, FingerprintError, GateError, ResourceError, UltraragError, UsageError
+from ultrarag.errors import (
+    DataError,
+    ExistsError,
+    FingerprintError,
+    GateError,
+    ResourceError,
+    UltraragError,
+    UsageError,
+)
 from ultrarag.retrieve.shared import LeaseError
 
 #: Whose client reads the answer: ours and OpenAI's, text-embeddings-inference's, or Cohere's.
@@ -14,6 +22,7 @@ Shape = Literal["own", "tei", "cohere"]
 #: Error -> status, the first that fits; any other one of the library is a conflict with the index's state.
 STATUS: tuple[tuple[type[UltraragError], int], ...] = (
     (FingerprintError, 409),
+    (ExistsError, 409),
     (GateError, 409),
     (UsageError, 400),
     (DataError, 400),

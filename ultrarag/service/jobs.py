@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ultrarag.errors import GateError, IndexStateError, UltraragError
+from ultrarag.errors import GateError, IndexStateError, StoppedError, UltraragError
 from ultrarag.io import OwnerLock, read_owner, write_json
 from ultrarag.retrieve import LiveIndex
 from ultrarag.service.faults import Fault
@@ -24,10 +24,12 @@ JOB_FILE, EVENTS_FILE, CANCEL_FILE = "job.json", "events.jsonl", "cancel"
 #: States in which nothing more happens by itself; an interrupted or cancelled job can be taken up again.
 ENDED = ("done", "refused", "failed", "cancelled", "interrupted")
 RESUMABLE = ("cancelled", "interrupted", "failed")
-#: Whether a refresh trains in a process of its own, which can be stopped.
-_ISOLATED = hasattr(LiveIndex, "cancel_refresh")
 #: Seconds between two looks at how far a job is.
 PULSE = 0.5
+#: Seconds between two events within a stage.
+BETWEEN = 2.0
+#: What an event tells of `LiveIndex.status()["refresh"]`.
+PROGRESS = ("stage", "step", "total", "seconds", "seconds_left", "seconds_in_all")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Jobs:
         self._thread: threading.Thread | None = None
         self._current: Job | None = None
         self._cancelled = self._closing = False
+        self._noted = 0.0
 
     @property
     def running(self) -> Job | None:
@@ -185,7 +188,7 @@ class Jobs:
     def _begin(self, job: Job) -> Job:
         folder = self.folder(job.id)
         lock = OwnerLock(folder)
-        self._current, self._cancelled = replace(job, started=time.time()), False
+        self._current, self._cancelled = replace(job, started=time.time(), progress={}), False
         self._save()
         self._tell("started")
         self._thread = threading.Thread(target=self._work, args=(lock,), name=f"ultrarag-job-{job.id}", daemon=True)
@@ -203,25 +206,21 @@ class Jobs:
             ended = {"state": "done", "report": report.to_dict()}
         except GateError as error:
             ended = {"state": "refused", "error": str(error)}
+        except StoppedError as error:
+            ended = {"state": "interrupted" if self._closing else "cancelled", "error": str(error)}
         except UltraragError as error:
-            ended = {"state": self._cut() or "failed", "error": str(error)}
+            ended = {"state": "failed", "error": str(error)}
         except BaseException as error:
             logger.exception("job %s failed", job.id)
-            ended = {"state": self._cut() or "failed", "error": f"{type(error).__name__}; see the service's log"}
+            ended = {"state": "failed", "error": f"{type(error).__name__}; see the service's log"}
         done.set()
         watcher.join()
         self._current = replace(self._current, ended=time.time(), **ended)
+        self._tell(ended["state"], error=ended.get("error"))  # first: who sees the state has seen all events
         self._save()
-        self._tell(ended["state"], error=ended.get("error"))
         ended_job, self._current = self._current, None
         lock.release()
         self._on_end(ended_job)
-
-    def _cut(self) -> str | None:
-        """How a job ended that was asked to stop."""
-        if not self._cancelled:
-            return None
-        return "interrupted" if self._closing else "cancelled"
 
     def _arguments(self, job: Job) -> dict[str, Any]:
         """Keyword arguments of `LiveIndex.refresh`, with the job's own files in place of their names."""
@@ -233,23 +232,23 @@ class Jobs:
         if isinstance(found.get("gate"), dict):
             found["gate"] = (found["gate"]["queries"], found["gate"]["qrels"])
         found.pop("reason", None)
-        return {**found, "output_dir": str(folder / "model"), **({"isolate": True} if _ISOLATED else {})}
+        return {**found, "output_dir": str(folder / "model"), "isolate": True, "on_progress": self._note}
 
     def _watch(self, id: str, done: threading.Event) -> None:
-        """Tell how far the job is, and stop it when it is asked to."""
-        last: dict[str, Any] = {}
+        """Stop the job when it is asked to, by whichever worker."""
         while not done.wait(PULSE):
             if not self._cancelled and (self.folder(id) / CANCEL_FILE).exists():
-                self._cancelled = True
-                if _ISOLATED:
-                    self._live.cancel_refresh()  # type: ignore[attr-defined]
-            progress = progress_of(self._live.status())
-            if progress and progress != last:
-                last = progress
-                assert self._current is not None
-                self._current = replace(self._current, progress=progress)
-                self._save()
-                self._tell("progress", **progress)
+                self._cancelled = self._live.cancel_refresh()
+
+    def _note(self, found: Mapping[str, Any]) -> None:
+        """Keep how far the job is: each stage, and in between as often as somebody may want to look."""
+        assert self._current is not None
+        new = found.get("stage") != self._current.progress.get("stage")
+        if new or time.monotonic() - self._noted >= BETWEEN:
+            self._noted = time.monotonic()
+            self._current = replace(self._current, progress={name: found.get(name) for name in PROGRESS})
+            self._save()
+            self._tell("progress", **self._current.progress)
 
     def _save(self) -> None:
         assert self._current is not None
@@ -260,12 +259,6 @@ class Jobs:
         entry = {"event": event, "time": round(time.time(), 3), **{k: v for k, v in values.items() if v is not None}}
         with open(self.folder(self._current.id) / EVENTS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def progress_of(status: Mapping[str, Any]) -> dict[str, Any]:
-    """How far a refresh is, of `LiveIndex.status()`: stage, step and steps, seconds left; empty where none runs."""
-    found = status.get("refresh") or {}
-    return {name: value for name, value in found.items() if isinstance(value, str | int | float)}
 
 
 def server_sent(events: list[dict[str, Any]]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,9 @@ class PassageBody(Body):
 
 class AddBody(Body):
     passages: list[PassageBody] = Field(min_length=1)
-    on_existing: str = Field("replace", description="of ids that are there: replace, skip, or fail (nothing is added)")
+    on_existing: Literal["replace", "skip", "fail"] = Field(
+        "replace", description="of ids that are there: replace, skip, or fail (nothing is added)"
+    )
 
 
 class WrittenAnswer(Answer):
@@ -133,8 +135,7 @@ async def add(call: Call) -> dict[str, int]:
     service, body = call.service, call.body
     service.check_most("passages", len(body.passages), service.settings.limits.passages)
     passages = [Passage(p.id, p.text, p.title, p.metadata) for p in body.passages]
-    options: dict[str, Any] = {} if body.on_existing == "replace" else {"on_existing": body.on_existing}
-    written = await service.writes.run(lambda: service.live.add(passages, **options))
+    written = await service.writes.run(lambda: service.live.add(passages, on_existing=body.on_existing))
     for what, number in asdict(written).items():
         if number:
             service.metrics.written.labels(what).inc(number)

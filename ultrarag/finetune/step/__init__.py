@@ -17,5 +17,6 @@ if TYPE_CHECKING:
     from ultrarag.finetune.step.masking import FalseNegatives
     from ultrarag.finetune.step.trainable import Trainable, choose_heads, freeze, load_encoder
     from ultrarag.finetune.step.trainer import EmbeddingTrainer, Learner
+    from ultrarag.finetune.step.watch import watching
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

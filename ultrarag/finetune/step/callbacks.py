@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ultrarag.finetune.step.distributed import most
+from ultrarag.finetune.step.watch import tell
 from ultrarag.hookspecs import Features
 from ultrarag.io import progress_bar
 
@@ -96,7 +97,8 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop when any rank was asked to."""
-        if most(int(self.asked)):
+        told = tell(state.global_step, state.max_steps)
+        if most(int(self.asked or told)):
             self.stopped = True
             control.should_training_stop = True
             control.should_save = True

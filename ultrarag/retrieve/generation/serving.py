@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ultrarag.encoder import Cuts
 from ultrarag.errors import FingerprintError, IndexStateError
@@ -161,6 +163,8 @@ class Serving:
         self._forward = ThreadPoolExecutor(1, thread_name_prefix="ultrarag-encode")
         #: of the passages; told when the write, or whatever encoded them, is done
         self.cuts = Cuts()
+        #: vectors of passages that were encoded elsewhere, by their contents
+        self._given: Mapping[str, Embeddings] = {}
         self._idle = threading.Condition()
         self._users, self._retiring = 0, False
 
@@ -219,7 +223,27 @@ class Serving:
 
     def encode_passages(self, texts: Sequence[str | Passage]) -> Embeddings:
         """Encode passages with all heads stored, a few at a time, so that queries come in between."""
-        return self._encode(texts, "passage", self.heads, self._window, self.cuts)
+        given = self._given
+        missing = [text for text in texts if text_of(text) not in given]
+        if not given or len(missing) == len(texts):
+            return self._encode(texts, "passage", self.heads, self._window, self.cuts)
+        parts = [given[content] for text in texts if (content := text_of(text)) in given]
+        if missing:
+            parts.append(self._encode(missing, "passage", self.heads, self._window, self.cuts))
+        order = np.argsort(np.array([text_of(text) not in given for text in texts]), kind="stable")
+        return Embeddings.cat(parts)[np.argsort(order)]
+
+    @contextmanager
+    def giving(self, vectors: Mapping[str, Embeddings]) -> Iterator[None]:
+        """Take the vectors of passages with these contents as they are, instead of encoding them, for a block.
+
+        They are what this encoder gives, by the word of whoever has them: one thread at a time writes.
+        """
+        self._given = vectors
+        try:
+            yield
+        finally:
+            self._given = {}
 
     def _window(self) -> int:
         """How many passages to encode before a query may come in."""

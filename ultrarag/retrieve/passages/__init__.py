@@ -11,8 +11,17 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.passages.database import FORMAT, Database, connect_for_reading
-    from ultrarag.retrieve.passages.files import STDIN, PassageFile, content_hash, passage_file, read_queries, records
+    from ultrarag.retrieve.passages.files import (
+        STDIN,
+        PassageFile,
+        Record,
+        content_hash,
+        passage_file,
+        read_queries,
+        records,
+    )
     from ultrarag.retrieve.passages.listing import count_matching, delete_matching, list_passages, update_matching
-    from ultrarag.retrieve.passages.store import URI, Changes, Store, Written
+    from ultrarag.retrieve.passages.store import URI, Changes, OnExisting, Store, Written
+    from ultrarag.retrieve.passages.values import jsonable
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

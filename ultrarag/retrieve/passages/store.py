@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-from ultrarag.errors import IndexStateError
+from ultrarag.errors import ExistsError, IndexStateError
 from ultrarag.retrieve.passages.database import UNENCODED, Database
 from ultrarag.retrieve.passages.files import Record, content_hash
 from ultrarag.types import Passage
 
+#: What becomes of a passage whose id is there already.
+OnExisting = Literal["replace", "skip", "fail"]
 DATABASE_FILE = "passages.sqlite"
 #: The named value that says which shared index a store mirrors.
 URI = "shared_uri"
@@ -66,17 +69,39 @@ class Store:
         """Open the store of an index."""
         return cls(Database.open(directory / DATABASE_FILE, read_only))
 
-    def write(self, records: Iterable[Record]) -> Written:
-        """Insert or replace passages in one transaction; of an id twice, the last wins."""
-        wanted = {record.id: record for record in records}
+    def write(self, records: Iterable[Record], on_existing: OnExisting = "replace") -> Written:
+        """Insert passages in one transaction, and do with those that exist what is asked.
+
+        Of an id twice, the last wins; the first with "skip", and neither with "fail".
+
+        Raises:
+            ExistsError: with "fail", when one exists; nothing is written then.
+        """
+        wanted: dict[str, Record] = {}
+        for record in records:
+            if record.id in wanted and on_existing == "fail":
+                raise ExistsError(f"passage {record.id!r} is twice in one call, which adds passages that are new")
+            if record.id not in wanted or on_existing == "replace":
+                wanted[record.id] = record
         with self.database.transaction() as db:
             held = _held(db, list(wanted))
+            there = [id for id, (*_, deleted) in held.items() if not deleted]
+            if there and on_existing == "fail":
+                raise ExistsError(
+                    f"{len(there)} of {len(wanted)} passages exist already, such as {there[0]!r}; nothing was added "
+                    f"(on_existing='replace' or 'skip' adds the others)"
+                )
+            if on_existing == "skip":
+                for id in there:
+                    del wanted[id]
             ops = {id: _operation(record, held.get(id)) for id, record in wanted.items()}
             first = _last_seq(db) + 1
             log = [(wanted[id], op) for id, op in ops.items() if op in ("added", "changed", "metadata")]
             _write(db, log, first)
         found = list(ops.values())
         written = Written(*(found.count(name) for name in vars(Written())))
+        if on_existing == "skip":
+            written += Written(unchanged=len(there))
         self._count = None if self._count is None else self._count + written.added
         return written
 

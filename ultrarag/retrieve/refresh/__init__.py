@@ -12,6 +12,7 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.retrieve.refresh.ladder import EFFORTS
     from ultrarag.retrieve.refresh.plan import RefreshTerms
+    from ultrarag.retrieve.refresh.progress import OnProgress, Refreshing
     from ultrarag.retrieve.refresh.report import RefreshReport
     from ultrarag.retrieve.refresh.stages import refresh
 else:

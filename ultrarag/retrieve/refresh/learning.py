@@ -15,9 +15,11 @@ from ultrarag.io import link_tree, publish_directory, staged_directory
 from ultrarag.retrieve.core import REFRESHING
 from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.refresh.apart import JUDGE, STOP, stopping_rows
+from ultrarag.retrieve.refresh.child import finetune_apart
 from ultrarag.retrieve.refresh.judging import questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FULL, Guard, Judge, climb
 from ultrarag.retrieve.refresh.plan import Plan
+from ultrarag.retrieve.refresh.progress import Refreshing
 from ultrarag.retrieve.refresh.rates import STOPPED, described, find_rate, stopping
 from ultrarag.retrieve.refresh.report import STATE_FILE, RefreshState
 from ultrarag.types import Passage
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 class Learning:
     """The fine-tuning of one refresh."""
 
-    def __init__(self, plan: Plan, state: RefreshState) -> None:
-        self.plan, self.state = plan, state
+    def __init__(self, plan: Plan, state: RefreshState, refreshing: Refreshing) -> None:
+        self.plan, self.state, self.refreshing = plan, state, refreshing
         self.core, self.output, self.terms = plan.core, plan.output, plan.terms
 
     def learn(self) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class Learning:
 
     def train(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
         """Fine-tune by one rung of the ladder into a folder, for so many steps at most."""
-        from ultrarag.finetune import NoMap, finetune
+        from ultrarag.finetune import NoMap
 
         if rung != FULL:
             self._corpus()
@@ -64,7 +66,7 @@ class Learning:
         if rung in STOPPED and self.plan.apart is not None and self.plan.apart.count(STOP):
             given = self._stopping(rung, given, steps)
         try:
-            result = finetune(self.plan.parent_checkpoint(), self._rows(), folder, **given)
+            result = self._finetune(folder, given)
         except NoMap as error:
             advice = "" if self.plan.effort == AUTO else ": give another effort, such as 'query' or 'auto'"
             raise TrainingError(f"{error.reason}{advice}") from error
@@ -89,15 +91,23 @@ class Learning:
         return stopping(given, self.plan.steps()) if steps is None else {**given, "eval_strategy": "no"}
 
     def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> dict[str, float]:
-        from ultrarag.finetune import finetune
-
         folder = self.plan.ladder / f"{rung}-rate"
         part = {"learning_rate": rate, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
         part |= {"resume_from_checkpoint": False, "overwrite_output_dir": True}
         kept = {name: value for name, value in given.items() if name not in ("save_steps", "early_stopping_patience")}
-        found = finetune(self.plan.parent_checkpoint(), self._rows(), folder, **{**kept, **part})
+        found = self._finetune(folder, {**kept, **part})
         shutil.rmtree(folder, ignore_errors=True)
-        return found.metrics["after"]
+        after: dict[str, float] = found.metrics["after"]
+        return after
+
+    def _finetune(self, folder: Path, given: dict[str, Any]) -> Any:
+        """Fine-tune the live generation's own copy into a folder: in this process, or in one of its own."""
+        if self.refreshing.isolate:
+            return finetune_apart(self.refreshing, self.plan.parent_checkpoint(), self._rows(), folder, given)
+        from ultrarag.finetune import finetune, watching
+
+        with watching(self.refreshing.step):
+            return finetune(self.plan.parent_checkpoint(), self._rows(), folder, **given)
 
     def _remarks(self) -> list[str]:
         """What was held out of the training rows, and found by it."""

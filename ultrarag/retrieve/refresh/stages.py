@@ -23,6 +23,7 @@ from ultrarag.retrieve.generation import Generation
 from ultrarag.retrieve.refresh.judging import Questions, compare_encoders, measured
 from ultrarag.retrieve.refresh.learning import Learning
 from ultrarag.retrieve.refresh.plan import Plan, RefreshTerms
+from ultrarag.retrieve.refresh.progress import Refreshing
 from ultrarag.retrieve.refresh.report import (
     JSON_FILE,
     STATE_FILE,
@@ -42,9 +43,11 @@ def refresh(
     output_dir: str | os.PathLike[str],
     terms: RefreshTerms,
     arguments: dict[str, Any],
+    refreshing: Refreshing | None = None,
 ) -> RefreshReport:
     """See `LiveIndex.refresh`."""
-    work = _Refresh(Plan(core, train_data, eval_data, Path(output_dir), terms, arguments))
+    refreshing = refreshing or Refreshing(core, Path(output_dir))
+    work = _Refresh(Plan(core, train_data, eval_data, Path(output_dir), terms, arguments), refreshing)
     if (done := work.finished()) is not None:
         return done
     core.store.set_meta(**{REFRESHING: str(work.output.absolute())})
@@ -54,6 +57,8 @@ def refresh(
         work.build()
         return work.swap()
     except KeyboardInterrupt as stop:
+        if refreshing.cancelled:  # the training's own way to end
+            raise refreshing.stopped() from stop
         from ultrarag.finetune import Interrupted
 
         raise Interrupted(
@@ -66,8 +71,8 @@ class _Refresh:
 
     state: RefreshState
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, refreshing: Refreshing) -> None:
+        self.plan, self.refreshing = plan, refreshing
         self.core, self.output, self.terms = plan.core, plan.output, plan.terms
 
     def finished(self) -> RefreshReport | None:
@@ -122,16 +127,21 @@ class _Refresh:
 
     @property
     def _learning(self) -> Learning:
-        return Learning(self.plan, self.state)
+        return Learning(self.plan, self.state, self.refreshing)
 
     def build(self) -> None:
         """Build the shadow generation; a build that was cut off goes on."""
         if self.state.generation is not None and self._generation().state != "retired":
             return
         with self._timed("build"):
-            built = build_generation(
-                self.core, self.output, trust_remote_code=self.plan.trusted, bridge=self._bridge_terms()
-            )
+            try:
+                built = build_generation(
+                    self.core, self.output, trust_remote_code=self.plan.trusted, bridge=self._bridge_terms()
+                )
+            except IndexStateError as error:
+                if self.refreshing.cancelled:  # so its builder was ended
+                    raise self.refreshing.stopped() from error
+                raise
             self.state.generation = built.id
             self.state.bridge = read_report(self.core.layout.directory(built.id)) if self.terms.bridge else None
         self.state.save(self.output)
@@ -243,6 +253,7 @@ class _Refresh:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
+        self.refreshing.enter(stage)
         started = time.monotonic()
         try:
             yield
