@@ -50,7 +50,7 @@ def encode_tokens(lengths: list[int], budget: int | None, options: argparse.Name
 
 
 def encode_corpus(count: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A whole run over a corpus that is read and let go window by window, from the start of the process."""
+    """A whole run over a corpus that is read and let go chunk by chunk, from the start of the process."""
     texts = mixed_lengths(read_corpus(None), count)
     with measured(options, whole=True) as found:
         encoder = load(options)

@@ -186,7 +186,7 @@ def test_passage_is_cut_and_the_query_at_three_quarters(encoder, caplog):
 def test_scores_depend_on_the_pair_alone(encoder):
     together = encoder.score(PAIRS)
     alone = [encoder.score([pair])[0] for pair in PAIRS]
-    pieces = encoder.score(PAIRS, window=2, batch_tokens=1)
+    pieces = encoder.score(PAIRS, chunk_pairs=2, batch_tokens=1)
     assert together == pytest.approx(alone, abs=1e-5)
     assert pieces == pytest.approx(together, abs=1e-5)
     assert encoder.score([]).shape == (0,)

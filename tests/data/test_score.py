@@ -75,13 +75,13 @@ def test_scores_are_the_weighted_heads_of_an_embedder(rows, m3_encoder, tmp_path
 
 def test_a_stopped_run_goes_on(rows, m3_encoder, tmp_path, monkeypatch):
     scorer, output = Scorer(m3_encoder, {"dense": 1}), tmp_path / "out.jsonl"
-    whole = score(rows, tmp_path / "whole.jsonl", scorer, window=1)
+    whole = score(rows, tmp_path / "whole.jsonl", scorer, chunk_rows=1)
     kept, calls = scorer.score, []
     monkeypatch.setattr(scorer, "score", lambda rows: kept(rows) if calls.append(rows) or len(calls) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        score(rows, output, scorer, window=1)
+        score(rows, output, scorer, chunk_rows=1)
     monkeypatch.setattr(scorer, "score", lambda rows: calls.append(rows) or kept(rows))
-    assert score(rows, output, scorer, window=1) == whole
+    assert score(rows, output, scorer, chunk_rows=1) == whole
     assert len(calls) == 3 + 2
     assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
     with pytest.raises(DataError, match="exists"):

@@ -36,9 +36,9 @@ def test_vectors_do_not_depend_on_batchmates(m3_encoder):
         assert np.abs(alone.colbert[0] - together.colbert[row, :tokens]).max(initial=0) < 1e-5
 
 
-def test_windows_and_budgets_change_nothing(m3_encoder):
+def test_chunks_and_budgets_change_nothing(m3_encoder):
     whole = m3_encoder.encode(TEXTS)
-    pieces = Embeddings.cat(list(m3_encoder.iter_encode(iter(TEXTS), window=2, batch_tokens=1)))
+    pieces = Embeddings.cat(list(m3_encoder.iter_encode(iter(TEXTS), chunk_texts=2, batch_tokens=1)))
     assert np.abs(pieces.dense - whole.dense).max() < 1e-5
     assert pieces.sparse.to_dicts() == [pytest.approx(row, abs=1e-5) for row in whole.sparse.to_dicts()]
 

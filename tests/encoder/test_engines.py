@@ -19,7 +19,7 @@ from ultrarag import Encoder
 from ultrarag.encoder import engines
 from ultrarag.encoder.engines import choice, files
 from ultrarag.encoder.engines.setting import VARIABLE
-from ultrarag.encoder.tokens import tokenized_windows
+from ultrarag.encoder.tokens import tokenized_chunks
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.testing.tiny import (
@@ -245,8 +245,8 @@ def test_one_window_is_tokenized_where_it_is_waited_for():
         seen.append(threading.get_ident())
         return Tokens([[1] for _ in items])
 
-    assert [len(window) for window in tokenized_windows(["a", "b"], tokenize, 2)] == [2]
+    assert [len(chunk) for chunk in tokenized_chunks(["a", "b"], tokenize, 2)] == [2]
     assert seen == [threading.get_ident()]
-    assert list(tokenized_windows([], tokenize, 2)) == []
-    assert [len(window) for window in tokenized_windows(["a", "b", "c"], tokenize, 2)] == [2, 1]
+    assert list(tokenized_chunks([], tokenize, 2)) == []
+    assert [len(chunk) for chunk in tokenized_chunks(["a", "b", "c"], tokenize, 2)] == [2, 1]
     assert seen[1] != seen[0]

@@ -66,7 +66,7 @@ def _stand_in(patch: pytest.MonkeyPatch) -> None:
 
 def _small(patch: pytest.MonkeyPatch) -> None:
     """Everything that is done in portions is done in several."""
-    patch.setattr(followers, "STRETCH", 2)
+    patch.setattr(followers, "CHUNK_CHANGES", 2)
     patch.setattr(followers, "FLUSH_FROM", 2)
     patch.setattr(swapping, "FEW", 1)
     patch.setattr(ranks, "CHUNK_TEXTS", 2)

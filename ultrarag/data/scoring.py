@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 #: Rows whose texts are encoded together, each distinct one once.
-WINDOW = 256
+CHUNK_ROWS = 256
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Scorer:
 
 
 def score(
-    input_file: Paths, output_file: str | Path, scorer: Scorer, *, overwrite: bool = False, window: int = WINDOW
+    input_file: Paths, output_file: str | Path, scorer: Scorer, *, overwrite: bool = False, chunk_rows: int = CHUNK_ROWS
 ) -> ScoringReport:
     """Write rows with `pos_scores` and `neg_scores`, in place of those that they had.
 
@@ -162,7 +162,7 @@ def score(
     with resumable(output_file, made_by, overwrite) as out:
         report = ScoringReport(**out.state)
         with reading(paths, "score", skip=out.done) as items:
-            while batch := list(islice(items, window)):
+            while batch := list(islice(items, chunk_rows)):
                 rows = [checked_row(place, raw) for place, raw in batch]
                 for values in _scored(scorer, rows, [place for place, _ in batch], report):
                     out.write(values)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
 
 #: Passages whose queries are searched together.
-WINDOW = 256
+CHUNK_PASSAGES = 256
 #: A sentence ends at a full stop before a space, or at a Chinese one.
 _SENTENCE = re.compile(r".*?(?:[.!?](?=\s)|[。！？])", re.DOTALL)
 #: Letters of the shortest first sentence: "Dr." is none.
@@ -242,14 +242,14 @@ def _write(out: Output, rows: Iterator[Made], trip: RoundTrip | None, progress: 
     report = SynthesisReport(**out.state)
     todo = islice(rows, out.done, None)
     with progress_bar(None, "write", "passage", progress) as bar:
-        while window := list(islice(todo, WINDOW)):
-            asked = [(query, made.passage.content) for made in window for query, _ in made.pairs]
+        while chunk := list(islice(todo, CHUNK_PASSAGES)):
+            asked = [(query, made.passage.content) for made in chunk for query, _ in made.pairs]
             kept = iter(trip.keeps(asked) if trip else [True] * len(asked))
-            for made in window:
+            for made in chunk:
                 _write_one(out, made, [next(kept) for _ in made.pairs], report)
             out.state = report.to_dict()
-            out.advance(len(window))
-            bar.update(len(window))
+            out.advance(len(chunk))
+            bar.update(len(chunk))
     return report
 
 

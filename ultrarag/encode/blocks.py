@@ -110,7 +110,9 @@ def encode_blocks(
         options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "cuts": cuts}
         for first in source:
             texts = texts_from(first)
-            for vectors in encoder.iter_encode(texts, "passage", window=chunk_texts, on_batch=bar.update, **options):
+            for vectors in encoder.iter_encode(
+                texts, "passage", chunk_texts=chunk_texts, on_batch=bar.update, **options
+            ):
                 write(*begun.popleft(), vectors)
             while begun:  # one without texts
                 write(*begun.popleft(), None)

@@ -21,7 +21,7 @@ from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.load import check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
-from ultrarag.encoder.tokens import Cuts, tokenized_windows
+from ultrarag.encoder.tokens import Cuts, tokenized_chunks
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ultrarag")
 
-#: Texts tokenized and sorted by length together; the next window is tokenized while one is encoded.
-WINDOW = 4096
+#: Texts tokenized and sorted by length together; the next chunk is tokenized while one is encoded.
+CHUNK_TEXTS = 4096
 
 
 class Encoder(TokenEncoder):
@@ -317,7 +317,7 @@ class Encoder(TokenEncoder):
             return self.encode([""], kind, heads=heads, progress=False)[:0]
         shown = False if progress is None and len(texts) == 1 else progress  # a bar takes as long as a tenth of a query
         with progress_bar(len(texts), "encode", "text", shown) as bar:
-            windows = self.iter_encode(
+            chunks = self.iter_encode(
                 texts,
                 kind,
                 heads=heads,
@@ -328,7 +328,7 @@ class Encoder(TokenEncoder):
                 on_batch=bar.update,
                 cuts=cuts,
             )
-            return Embeddings.cat(list(windows))
+            return Embeddings.cat(list(chunks))
 
     def iter_encode(
         self,
@@ -340,13 +340,13 @@ class Encoder(TokenEncoder):
         precision: str | None = None,
         max_length: int | None = None,
         instruction: str | None = None,
-        window: int = WINDOW,
+        chunk_texts: int = CHUNK_TEXTS,
         on_batch: Callable[[int], object] | None = None,
         cuts: Cuts | None = None,
     ) -> Iterator[Embeddings]:
-        """Yield the embeddings of `window` texts at a time, in order, for corpora larger than memory.
+        """Yield the embeddings of `chunk_texts` texts at a time, in order, for corpora larger than memory.
 
-        The next window is tokenized in a thread while one is encoded.
+        The next chunk is tokenized in a thread while one is encoded.
 
         Args:
             on_batch: told the number of texts after each forward (a progress bar's `update`, say).
@@ -363,7 +363,7 @@ class Encoder(TokenEncoder):
         options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
         options |= {"on_batch": on_batch, "cuts": cuts}
         length = self.max_length(kind, max_length)
-        yield from self.encode_windows(tokenized_windows(texts, read, window), "texts", length, **options)
+        yield from self.encode_chunks(tokenized_chunks(texts, read, chunk_texts), "texts", length, **options)
 
     def _refuse_pairs(self) -> None:
         if self.adapter.declared.pair_input:

@@ -108,9 +108,9 @@ class TokenEncoder:
         tokenizer = self.reader(tokens.kind).tokenizer
         return pad(chosen, tokenizer.pad_token_id, tokenizer.padding_side, multiple_of, types, tokens.kind)
 
-    def encode_windows(
+    def encode_chunks(
         self,
-        windows: Iterator[Tokens],
+        chunks: Iterator[Tokens],
         what: str,
         length: int | None,
         heads: Sequence[str] | None = None,
@@ -119,12 +119,12 @@ class TokenEncoder:
         on_batch: Callable[[int], object] | None = None,
         cuts: Cuts | None = None,
     ) -> Iterator[Embeddings]:
-        """Yield the embeddings of each window of tokenized texts or pairs; say in the end how many were cut."""
+        """Yield the embeddings of each chunk of tokenized texts or pairs; say in the end how many were cut."""
         chosen = self.checked_heads(heads)
         budget = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
         dtype = PRECISIONS[checked_precision(precision or self.precision, self.device)]
         counted = cuts or Cuts()
-        for tokens in windows:
+        for tokens in chunks:
             counted.add(tokens.truncated, len(tokens), what, length)
             yield self.encode_tokens(tokens, chosen, budget, dtype, on_batch)
         if cuts is None:

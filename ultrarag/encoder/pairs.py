@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ultrarag.encoder.forward import TokenEncoder
-from ultrarag.encoder.tokens import check_texts, tokenized_windows
+from ultrarag.encoder.tokens import check_texts, tokenized_chunks
 from ultrarag.errors import PluginError, UsageError
 from ultrarag.io import progress_bar
 from ultrarag.types import Embeddings, Tokens, head_weights
 
 #: Pairs tokenized and sorted by length together.
-WINDOW = 4096
+CHUNK_PAIRS = 4096
 
 
 def tokenize_pairs(
@@ -123,7 +123,7 @@ def score_pairs(
     max_length: int | None = None,
     instruction: str | None = None,
     progress: bool | None = None,
-    window: int = WINDOW,
+    chunk_pairs: int = CHUNK_PAIRS,
 ) -> np.ndarray:
     """Return the scores of (query, passage) pairs, (n,) float32: see `Encoder.score`.
 
@@ -136,11 +136,11 @@ def score_pairs(
         tokenize_pairs, encoder, query_max_length=query_max_length, max_length=max_length, instruction=instruction
     )
     length = encoder.max_length("passage", max_length)
-    windows = tokenized_windows(pairs, read, window)
+    chunks = tokenized_chunks(pairs, read, chunk_pairs)
     parts = [np.zeros(0, dtype=np.float32)]
     with progress_bar(len(pairs), "score", "pair", progress) as bar:
         options: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "on_batch": bar.update}
-        for part in encoder.encode_windows(windows, "pairs", length, **options):
+        for part in encoder.encode_chunks(chunks, "pairs", length, **options):
             parts.append(np.asarray(part.scores, dtype=np.float32))
     scores = np.concatenate(parts)
     return _logistic(scores) if normalize else scores

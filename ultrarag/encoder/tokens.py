@@ -116,18 +116,16 @@ def render(
     return [settings.render(text, kind, instruction) for text in texts]
 
 
-def tokenized_windows(
-    items: Iterable[Item], tokenizer: Callable[[list[Item]], Tokens], window: int
-) -> Iterator[Tokens]:
-    """Tokenize `window` items at a time, one window ahead, in a thread (tokenizers release the interpreter lock).
+def tokenized_chunks(items: Iterable[Item], tokenizer: Callable[[list[Item]], Tokens], chunk: int) -> Iterator[Tokens]:
+    """Tokenize `chunk` items at a time, one chunk ahead, in a thread (tokenizers release the interpreter lock).
 
-    A query, and whatever else is one window, is waited for anyway: it needs no thread.
+    A query, and whatever else is one chunk, is waited for anyway: it needs no thread.
     """
-    if isinstance(items, Sequence) and len(items) <= window:
+    if isinstance(items, Sequence) and len(items) <= chunk:
         yield from [tokenizer(list(items))] if items else []
         return
     source = iter(items)
-    yield from in_background(tokenizer, iter(lambda: list(islice(source, window)), []))
+    yield from in_background(tokenizer, iter(lambda: list(islice(source, chunk)), []))
 
 
 def pad(

@@ -16,7 +16,7 @@ from ultrarag.retrieve.passages import OnExisting, Record, Written, records
 from ultrarag.types import Embeddings, Passage
 
 #: Passages written to the store in one transaction.
-BATCH = 512
+CHUNK_PASSAGES = 512
 #: How far from 1 the length of a given vector may be, as that of a stored one in a swap.
 TOLERANCE = 0.03
 
@@ -40,21 +40,21 @@ def add(
     serving = core.live  # also a call without passages says that the index was closed
     total = Written()
     try:
-        for batch, given in _batches(core, records(passages), embeddings, fingerprint, on_existing == "fail"):
-            total += _write(core, batch, on_existing, given, fingerprint)
+        for chunk, given in _chunks(core, records(passages), embeddings, fingerprint, on_existing == "fail"):
+            total += _write(core, chunk, on_existing, given, fingerprint)
     finally:
         serving.cuts.tell()
     return total
 
 
-def _batches(
+def _chunks(
     core: Core, source: Iterator[Record], embeddings: Embeddings | None, fingerprint: str | None, at_once: bool
 ) -> Iterator[tuple[list[Record], Embeddings | None]]:
     """What is written in a transaction each: everything where one that exists fails all."""
-    size = None if at_once else BATCH
+    size = None if at_once else CHUNK_PASSAGES
     if embeddings is None or fingerprint is None:
-        while batch := list(islice(source, size)):
-            yield batch, None
+        while chunk := list(islice(source, size)):
+            yield chunk, None
         return
     wanted, given = list(source), embeddings.numpy()
     if len(wanted) != len(given):
@@ -66,16 +66,16 @@ def _batches(
 
 
 def _write(
-    core: Core, batch: Sequence[Record], on_existing: OnExisting, given: Embeddings | None, fingerprint: str | None
+    core: Core, chunk: Sequence[Record], on_existing: OnExisting, given: Embeddings | None, fingerprint: str | None
 ) -> Written:
     if given is None or fingerprint is None:
-        return core.write(lambda: core.store.write(batch, on_existing))
+        return core.write(lambda: core.store.write(chunk, on_existing))
 
     def change() -> Written:  # no other encoder comes in now
         _check_encoder(core.live, fingerprint)
-        return core.store.write(batch, on_existing)
+        return core.store.write(chunk, on_existing)
 
-    return core.write(change, {record.passage.content: given[row : row + 1] for row, record in enumerate(batch)})
+    return core.write(change, {record.passage.content: given[row : row + 1] for row, record in enumerate(chunk)})
 
 
 def _check_encoder(serving: Serving, fingerprint: str) -> None:

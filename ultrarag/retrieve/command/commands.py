@@ -23,7 +23,7 @@ from ultrarag.retrieve.status import read_status
 from ultrarag.types import Hit
 
 #: Queries searched at a time.
-BATCH = 64
+CHUNK_QUERIES = 64
 
 _Item = TypeVar("_Item")
 
@@ -111,7 +111,7 @@ def search(arguments: argparse.Namespace) -> None:
 def _searched(live: LiveIndex, queries: dict[str, str], options: dict[str, Any]) -> Iterator[tuple[str, list[Hit]]]:
     with progress_bar(len(queries), "search", "query") as bar:
         ids = iter(queries)
-        while part := list(islice(ids, BATCH)):
+        while part := list(islice(ids, CHUNK_QUERIES)):
             yield from zip(part, live.search_many([queries[id] for id in part], **options), strict=True)
             bar.update(len(part))
 

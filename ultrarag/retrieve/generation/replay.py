@@ -76,7 +76,7 @@ class Noted:
 
 
 #: Entries of the log applied at a time.
-STRETCH = 512
+CHUNK_CHANGES = 512
 #: A flush may cost this share of the work since the last one.
 FLUSH_SHARE = 0.1
 #: Flushing is not considered for fewer entries than this.
@@ -197,7 +197,9 @@ class Follower:
         After an error everything since the last flush is applied again next time.
         """
         try:
-            while (until is None or self.applied < until) and (changes := self._store.changes(self.applied, STRETCH)):
+            while (until is None or self.applied < until) and (
+                changes := self._store.changes(self.applied, CHUNK_CHANGES)
+            ):
                 started = time.perf_counter()
                 self._apply(changes)
                 self._spent += time.perf_counter() - started
@@ -213,7 +215,7 @@ class Follower:
         seq, row = self._store.last_seq(), 0
         wanted = {passage.id for passage in self._store.passages()}
         self._target.delete([id for id in held if id not in wanted])
-        while chunk := self._store.scan(row, STRETCH, seq):
+        while chunk := self._store.scan(row, CHUNK_CHANGES, seq):
             self._target.put([passage for _, passage in chunk])
             row = chunk[-1][0]
         self._target.flush()

@@ -16,7 +16,7 @@ from ultrarag.retrieve.search import Node, matches
 from ultrarag.types import Passage
 
 #: Passages read at a time; other threads and processes write in between.
-CHUNK = 1000
+CHUNK_PASSAGES = 1000
 
 
 class Match(NamedTuple):
@@ -42,7 +42,7 @@ def list_passages(store: Store, node: Node | None = None, after: str | None = No
     )
     while True:
         with store.database.reading() as db:
-            rows = db.execute(query, (last, CHUNK)).fetchall()
+            rows = db.execute(query, (last, CHUNK_PASSAGES)).fetchall()
         if not rows:
             return
         last = rows[-1][0]

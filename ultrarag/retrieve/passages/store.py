@@ -41,7 +41,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Changes:
-    """A stretch of the write log, reduced to what each passage is now."""
+    """A part of the write log, reduced to what each passage is now."""
 
     #: the last entry that is covered
     seq: int
