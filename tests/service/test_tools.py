@@ -32,7 +32,7 @@ def said(result) -> str:
 
 def check(names, results, live) -> None:
     found, one, none, wrong, status = results
-    assert names == ["search", "get", "status"]
+    assert names == ["search", "feedback", "get", "status"]
     hits = json.loads(said(found))
     assert hits["hits"][0]["id"] == "milvus"
     assert (hits["generation"], hits["fingerprint"]) == (1, live)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.refresh import RefreshReport
     from ultrarag.retrieve.search import Encoding, Hits, rerank
     from ultrarag.retrieve.shared import remove_shared
+    from ultrarag.retrieve.signals import FROM_FEEDBACK
     from ultrarag.retrieve.status import read_passages, read_status
     from ultrarag.retrieve.swap import Flip
 else:

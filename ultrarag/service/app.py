@@ -75,6 +75,8 @@ def _lifespan(service: Service, tools: Any) -> Any:
             if tools is not None:
                 await stack.enter_async_context(tools.running())
             await service.writes.run(service.jobs.recover, service.settings.resume)
+            if service.habit is not None:
+                service.habit.start()
             try:
                 yield
             finally:

@@ -79,6 +79,11 @@ def _serve_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", metavar="DIR", help="folder of training data that refreshes may name")
     parser.add_argument("--work_dir", metavar="DIR", help="where jobs keep what they make; default: PATH/service")
     parser.add_argument("--resume", action="store_true", help="go on with the job that the last stop or crash cut off")
+    parser.add_argument(
+        "--learn",
+        choices=["hourly", "daily", "weekly"],
+        help="learn from feedback by itself, so often at most, when there is enough (docs/feedback.md)",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes; more than one for a shared index alone")
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for requests to end in at a stop")
     parser.add_argument("--tls_cert", metavar="FILE", help="certificate chain (PEM)")

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from starlette.responses import Response, StreamingResponse
 
 from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.retrieve import FROM_FEEDBACK
 from ultrarag.service.endpoint import Answer, Body, Call, Endpoint, answer
 from ultrarag.service.faults import Fault
 from ultrarag.service.jobs import ENDED, server_sent
@@ -39,6 +40,7 @@ class RefreshBody(Body):
     train_data: list[str] | None = Field(
         None, min_length=1, description="files or folders below --data_dir, in place of rows"
     )
+    feedback: bool = Field(False, description="train on what the feedback log gives, in place of rows")
     eval_rows: list[dict[str, Any]] | None = Field(None, min_length=1, description="held-out rows, also the gate's")
     eval_data: str | None = Field(None, description="a file or BEIR folder below --data_dir, in place of eval_rows")
     gate: Judged | bool = Field(True, description="judged queries; true: those of the held-out data; false: no gate")
@@ -54,8 +56,8 @@ class RefreshBody(Body):
 
     @model_validator(mode="after")
     def _complete(self) -> RefreshBody:
-        if (self.rows is None) == (self.train_data is None):
-            raise ValueError("give either rows or train_data")
+        if (self.rows is not None) + (self.train_data is not None) + self.feedback != 1:
+            raise ValueError("give one of rows, train_data and feedback: true")
         if self.eval_rows is not None and self.eval_data is not None:
             raise ValueError("give eval_rows or eval_data, not both")
         if self.force and not (self.reason or "").strip():
@@ -137,6 +139,8 @@ def _request(service: Service, body: RefreshBody) -> tuple[dict[str, Any], dict[
     files: dict[str, list[Any]] = {}
     if body.rows is not None:
         files["train.jsonl"] = body.rows
+    elif body.feedback:
+        found["train_data"] = FROM_FEEDBACK
     else:
         found["train_data"] = [_below(service, name) for name in body.train_data or ()]
     if body.eval_rows is not None:

@@ -34,6 +34,7 @@ class Metrics:
         self.hits = Counter("search_hits", "Passages found", **ours)
         self.written = Counter("passages_written", "Passages written or deleted", ("what",), **ours)
         self.embedded = Counter("texts_encoded", "Texts embedded or reranked for clients", ("what",), **ours)
+        self.feedback = Counter("feedback", "Events of feedback that were kept", ("action",), **ours)
         self.swaps = Counter("swaps", "Generations that went live by this process", ("how",), **ours)
         self.jobs = Counter("jobs", "Jobs that ended in this process", ("kind", "state"), **ours)
         self.registry.register(_Index(describe, waiting))

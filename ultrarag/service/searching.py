@@ -33,12 +33,21 @@ class Options(Body):
         return {name: getattr(self, name) for name in Options.model_fields}
 
 
-class SearchBody(Options):
+class Logged(Body):
+    log: bool = Field(False, description="remember the search, so that POST /v1/feedback can refer to it")
+    client: str | None = Field(None, description="who asks, for the log; kept as a keyed hash")
+
+    def logging(self) -> dict[str, Any]:
+        """Keyword arguments of `LiveIndex.search` about the log."""
+        return {"log": self.log, "client": self.client}
+
+
+class SearchBody(Options, Logged):
     query: str = Field(description="an empty one finds nothing")
     texts: bool = Field(True, description="answer with the passages' texts and metadata, not with ids alone")
 
 
-class SearchManyBody(Options):
+class SearchManyBody(Options, Logged):
     queries: list[str] = Field(min_length=1)
     texts: bool = True
 
@@ -99,12 +108,12 @@ def _hit(hit: Any, texts: bool) -> dict[str, Any]:
 
 
 async def search(call: Call) -> dict[str, Any]:
-    found = await call.service.search([call.body.query], call.body.options())
+    found = await call.service.search([call.body.query], {**call.body.options(), **call.body.logging()})
     return shown(found[0], call.body.texts)
 
 
 async def search_many(call: Call) -> dict[str, Any]:
-    found = await call.service.search(call.body.queries, call.body.options())
+    found = await call.service.search(call.body.queries, {**call.body.options(), **call.body.logging()})
     return {"results": [shown(hits, call.body.texts) for hits in found]}
 
 

@@ -66,6 +66,8 @@ class Settings:
     work_dir: str | None = None
     #: go on at the start with jobs that a crash or a stop has cut off
     resume: bool = False
+    #: learn from feedback by itself: hourly, daily or weekly; None: when it is asked to
+    learn: str | None = None
     workers: int = 1
     #: seconds that requests have to end in when the service is stopped
     grace: float = 30.0

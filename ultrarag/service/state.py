@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.errors import FingerprintError
+from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve import Encoding, Hits, LiveIndex
 from ultrarag.service.faults import Fault
+from ultrarag.service.habit import Habit
 from ultrarag.service.jobs import Job, Jobs
 from ultrarag.service.metrics import Metrics
 from ultrarag.service.pool import Pool
@@ -43,6 +44,7 @@ class Service:
         pools = (self.searches, self.writes)
         self.metrics = Metrics(live.status, lambda: {pool.name: pool.pending for pool in pools})
         self.jobs = Jobs(live, settings.work / "jobs", self._count)
+        self.habit = self._habit()
         self._reranking = threading.Lock()  # one forward at a time, as of the index's encoder
 
     async def search(self, queries: Sequence[str], options: Mapping[str, Any]) -> list[Hits]:
@@ -58,6 +60,14 @@ class Service:
             self.metrics.answers.labels(str(hits.generation)).inc()
             self.metrics.hits.inc(len(hits))
         return found
+
+    @property
+    def remembers(self) -> bool:
+        """Whether searches can be remembered: not in an index that is open for reading alone."""
+        try:
+            return bool(self.live.feedback_log)
+        except IndexStateError:
+            return False
 
     def check_most(self, what: str, asked: int, most: int) -> None:
         """Refuse more than the limits allow."""
@@ -110,10 +120,20 @@ class Service:
         self.metrics.jobs.labels(job.kind, job.state).inc()
         if job.state == "done":
             self.metrics.swaps.labels("refresh").inc()
+        if self.habit is not None:
+            self.habit.ended(job)
+
+    def _habit(self) -> Habit | None:
+        if self.settings.learn is None:
+            return None
+        search = None if self.settings.weights is None else {"weights": dict(self.settings.weights)}
+        return Habit(self.live, self.jobs, self.settings.learn, search)
 
     def close(self) -> None:
         """Stop jobs, which can be taken up again, and let threads finish; the index stays open."""
         self.stopping = True
+        if self.habit is not None:
+            self.habit.close()
         self.jobs.close()
         self.searches.close()
         self.writes.close()

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import PlainTextResponse, Response
 
 from ultrarag import __version__
-from ultrarag.service import embedding, learning, passages, pipelines, reranking, searching, tei
+from ultrarag.service import embedding, learning, passages, pipelines, reporting, reranking, searching, tei
 from ultrarag.service.endpoint import Call, Endpoint
 from ultrarag.service.openapi import document
 
@@ -22,13 +22,14 @@ async def described(call: Call) -> dict[str, Any]:
     return document(ENDPOINTS)
 
 
-#: Endpoints of feedback, and a console in the place of the list at /, are added here.
+#: A console in the place of the list at / is added here.
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/", index, "The endpoints, as text", "service", answer=str, media="text/plain", errors=()),
     Endpoint("GET", "/openapi.json", described, "This document", "service", answer=dict, errors=()),
     *searching.ENDPOINTS,
     *passages.ENDPOINTS,
     *learning.ENDPOINTS,
+    *reporting.ENDPOINTS,
     *embedding.ENDPOINTS,
     *reranking.ENDPOINTS,
     *tei.ENDPOINTS,

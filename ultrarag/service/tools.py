@@ -1,11 +1,11 @@
-"""Tools: the index for language models, over MCP: search, get and status."""
+"""Tools: the index for language models, over MCP: search, feedback, get and status."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import wraps
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
@@ -54,8 +54,22 @@ def create_tools(service: Service) -> MCPServer[Any]:
             Field(description='metadata condition: {"lang": "en"}, {"year": {"gte": 2020}}, {"or": [...]}'),
         ] = None,
     ) -> dict[str, Any]:
-        found = await service.search([query], {"k": k, "filter": filter})
+        found = await service.search([query], {"k": k, "filter": filter, "log": service.remembers})
         return searching.shown(found[0])
+
+    @server.tool(description="Say which passages of a search you used (cite), and whether they answer the question.")
+    @readable
+    async def feedback(
+        query_id: Annotated[str, Field(description="as `search` gave it")],
+        action: Annotated[
+            Literal["cite", "relevant", "not_relevant", "answer_up", "answer_down"],
+            Field(description="cite: the answer uses the passage; answer_up, answer_down: about the whole answer"),
+        ],
+        id: Annotated[str | None, Field(description="of the passage; none for answer_up and answer_down")] = None,
+    ) -> dict[str, bool]:
+        await service.writes.run(service.live.feedback, query_id, id, action)
+        service.metrics.feedback.labels(action).inc()
+        return {"kept": True}
 
     @server.tool(description="Read one passage whole, by its id.")
     @readable
