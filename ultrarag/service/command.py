@@ -248,7 +248,7 @@ def _with_mirror(settings: Settings) -> Settings:
     work = str(settings.work)  # jobs are the service's, not a worker's
     for number in range(1, settings.workers + 64):
         path = Path(settings.path) if number == 1 else Path(f"{settings.path}.worker-{number}")
-        claims = Path(work) / "workers" / str(number)
+        claims = Path(f"{settings.path}.workers") / str(number)  # beside it: an empty PATH becomes a mirror
         claims.mkdir(parents=True, exist_ok=True)
         try:
             _claims.append(OwnerLock(claims, patience=0.0))
