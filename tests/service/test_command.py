@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -42,7 +43,6 @@ def test_flags_become_settings(tmp_path, monkeypatch) -> None:
     file.write_text(TOKEN)
     settings = read_settings(["kb", "--host", "0.0.0.0", "--token_file", str(file)])
     assert (settings.token, settings.limits.rate) == (TOKEN, 100.0)
-    monkeypatch.delenv("ULTRARAG_SERVICE_TOKEN_FILE")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,8 @@ def test_a_port_that_is_taken_is_said_at_once(closed, capsys) -> None:
 def test_an_index_that_is_not_there(tmp_path, capsys) -> None:
     assert main(["serve", str(tmp_path / "none"), "--port", "0"]) == 1
     assert "there is no index" in capsys.readouterr().err
+    assert logging.getLogger("ultrarag").propagate  # the process's logging is as it was
+    assert logging.getLogger("ultrarag").handlers == []
 
 
 def started(words: list[str], port: int, **env: str) -> forked.Popen:
