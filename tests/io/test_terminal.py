@@ -69,7 +69,7 @@ def test_a_fine_tune_shows_them(text: str, shown: str, tiny_m3, tmp_path, capsys
 def test_nothing_is_printed_past_this_module() -> None:
     """A print of its own is a way for the characters of a text to the terminal; these print what is ours."""
     root = Path(ultrarag.__file__).parent
-    own = {"io/command.py", "data/cli.py", "demo/__main__.py", "retrieve/build/child.py"}
+    own = {"io/command.py", "data/cli.py", "demo/__main__.py", "retrieve/build/child.py", "retrieve/refresh/child.py"}
     printing = {
         path.relative_to(root).as_posix()
         for path in root.rglob("*.py")

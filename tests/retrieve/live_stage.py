@@ -114,9 +114,9 @@ def _record(patch: pytest.MonkeyPatch, found: type[LiveMachine]) -> None:
     """Tell the machine of every write at the moment at which the store has it."""
     write, delete = Store.write, Store.delete
 
-    def writing(self: Store, records: Any) -> Any:
+    def writing(self: Store, records: Any, *policy: Any) -> Any:
         records = list(records)
-        result = write(self, records)
+        result = write(self, records, *policy)
         found.current.committed({record.id: record.text for record in records})
         found.turns.pause("after write")
         return result

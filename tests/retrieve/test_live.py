@@ -46,10 +46,10 @@ def count_encoded(monkeypatch: pytest.MonkeyPatch, live: LiveIndex) -> list[str]
     seen: list[str] = []
     tokenize = live.encoder.tokenize
 
-    def counting(texts, kind, *limits):
+    def counting(texts, kind, *limits, **options):
         if kind == "passage":
             seen.extend(texts)
-        return tokenize(texts, kind, *limits)
+        return tokenize(texts, kind, *limits, **options)
 
     monkeypatch.setattr(live.encoder, "tokenize", counting)
     return seen
