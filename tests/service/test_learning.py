@@ -189,8 +189,8 @@ def test_a_job_of_a_process_that_was_killed_is_interrupted(tmp_path, tiny) -> No
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({}, "give either rows or train_data"),
-        ({"rows": ROWS, "train_data": ["rows.jsonl"]}, "give either rows or train_data"),
+        ({}, "give one of rows, train_data and feedback"),
+        ({"rows": ROWS, "train_data": ["rows.jsonl"]}, "give one of rows, train_data and feedback"),
         ({"train_data": ["../kb/passages.sqlite"]}, "is not in the folder"),
         ({"train_data": ["/etc/passwd"]}, "is not in the folder"),
         ({"train_data": ["none.jsonl"]}, "is not in the folder"),
