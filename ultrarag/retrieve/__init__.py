@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.live import LiveIndex
     from ultrarag.retrieve.passages import Written, jsonable
     from ultrarag.retrieve.refresh import RefreshReport
-    from ultrarag.retrieve.search import Hits, rerank
+    from ultrarag.retrieve.search import Encoding, Hits, rerank
     from ultrarag.retrieve.shared import remove_shared
     from ultrarag.retrieve.status import read_passages, read_status
     from ultrarag.retrieve.swap import Flip

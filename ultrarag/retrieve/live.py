@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ultrarag.retrieve.export import corpus_vectors
 from ultrarag.retrieve.generation import Generation, lay_out, stored_heads
 from ultrarag.retrieve.handles import Handle, join, leave
 from ultrarag.retrieve.passages import OnExisting, Written
-from ultrarag.retrieve.search import Hits
+from ultrarag.retrieve.search import Encoding, Hits
 from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
 from ultrarag.retrieve.signals import FROM_FEEDBACK, Signals
 from ultrarag.retrieve.status import describe
@@ -349,6 +350,19 @@ class LiveIndex(AsyncMethods, Signals):
         """
         with self._core.searching() as searcher:
             return searcher.search_embeddings(embeddings, fingerprint, k=k, **options)
+
+    @contextmanager
+    def encoding(self) -> Iterator[Encoding]:
+        """Lend the encoder of the searches, to encode texts that are not passages here; it stays the same in the block.
+
+        Example:
+            >>> with live.encoding() as lent:
+            ...     vectors = lent.encode(["what is milvus?"], "query").dense
+            ...     vectors.shape, lent.fingerprint == live.fingerprint
+            ((1, 384), True)
+        """
+        with self._core.searching() as searcher:
+            yield searcher.encoding()
 
     def score(self, query: str, ids: Sequence[str], weights: Mapping[str, float] | None = None, **options: Any) -> Hits:
         """Score given passages for a query, and return all of them, best first.

@@ -6,8 +6,10 @@ import random
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ultrarag.errors import UsageError
 from ultrarag.retrieve.engines import default_backend
 from ultrarag.retrieve.live import LiveIndex
 
@@ -49,3 +51,19 @@ def test_the_same_passages_come_first_after_a_rebuild(tied: LiveIndex, tiny, oth
     tied.swap(tied.build(other))
     tied.swap(tied.build(tiny))
     assert searched(tied, 5, heads=["dense"]) == before
+
+
+def test_an_encoder_is_lent_between_searches(live: LiveIndex, tiny) -> None:
+    texts = ["an old castle", "the deep ocean", "a red apple"]
+    with live.encoding() as lent:
+        assert (lent.generation, lent.fingerprint, lent.heads) == (1, live.fingerprint, live.encoder.heads)
+        asked, held = lent.encode(texts[:1], "query"), lent.encode(texts)
+        scores = lent.similarity(asked, held, {"dense": 1.0, "colbert": 0.5})
+        assert lent.tokenize(texts).ids == tiny.tokenize(texts, "passage").ids
+        with pytest.raises(UsageError, match="kind is 'question'"):
+            lent.encode(texts, "question")
+        with pytest.raises(UsageError, match="no text"):
+            lent.encode([])
+    np.testing.assert_allclose(held.dense, tiny.encode(texts).dense, atol=1e-6)
+    wanted = tiny.similarity(tiny.encode(texts[:1], "query"), tiny.encode(texts), {"dense": 1.0, "colbert": 0.5})
+    np.testing.assert_allclose(scores, wanted, atol=1e-5)

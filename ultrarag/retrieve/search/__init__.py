@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.retrieve.search.encoding import Encoding
     from ultrarag.retrieve.search.filters import (
         AllOf,
         AnyOf,

@@ -13,6 +13,7 @@ from ultrarag.errors import FingerprintError, UsageError
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.generation import Serving
 from ultrarag.retrieve.passages import Store
+from ultrarag.retrieve.search.encoding import Encoding
 from ultrarag.retrieve.search.filters import Filter, matches
 from ultrarag.retrieve.search.fusion import Fused, fuse
 from ultrarag.retrieve.search.hits import Hits
@@ -62,6 +63,10 @@ class Searcher:
             one = None if embeddings is None else embeddings[position : position + 1]
             results[row] = self._search(chosen, one, texts[position])
         return results
+
+    def encoding(self) -> Encoding:
+        """The encoder of this search."""
+        return Encoding(self._serving)
 
     def existing(self, ids: Sequence[str]) -> set[str]:
         """Those of the ids that are passages."""

@@ -1,0 +1,97 @@
+"""The index for language models, over both of MCP's transports."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import anyio
+
+from tests.service.running import Running
+from ultrarag.service import create_tools
+
+ROOT = Path(__file__).parents[2]
+
+
+def called(server, *calls: tuple[str, dict]) -> tuple[list[str], list]:
+    """The names of the tools, and what each call gives."""
+    from mcp.client import Client
+
+    async def run():
+        async with Client(server) as client:
+            names = [tool.name for tool in (await client.list_tools()).tools]
+            return names, [await client.call_tool(name, arguments) for name, arguments in calls]
+
+    return anyio.run(run)
+
+
+def said(result) -> str:
+    return result.content[0].text
+
+
+def check(names, results, live) -> None:
+    found, one, none, wrong, status = results
+    assert names == ["search", "get", "status"]
+    hits = json.loads(said(found))
+    assert hits["hits"][0]["id"] == "milvus"
+    assert (hits["generation"], hits["fingerprint"]) == (1, live)
+    assert json.loads(said(one))["text"] == "Milvus is a vector database."
+    assert none.is_error
+    assert "there is no passage 'none'; take an id that `search` gave" in said(none)
+    assert wrong.is_error
+    assert "unknown bound 'over'" in said(wrong)
+    assert json.loads(said(status))["passages"] == 4
+
+
+CALLS = (
+    ("search", {"query": "what is milvus?", "k": 2}),
+    ("get", {"id": "milvus"}),
+    ("get", {"id": "none"}),
+    ("search", {"query": "x", "filter": {"year": {"over": 1}}}),
+    ("status", {}),
+)
+
+
+def test_in_memory(served: Running) -> None:
+    check(*called(create_tools(served.service), *CALLS), served.live.fingerprint)
+
+
+def test_over_http(served: Running) -> None:
+    check(*called(f"{served.url}/mcp", *CALLS), served.live.fingerprint)
+
+
+def test_over_http_with_a_token(index) -> None:
+    import httpx2
+    from mcp.client.streamable_http import streamable_http_client
+
+    running = Running(index, token="a-token-that-is-long")
+    try:
+        assert httpx2.post(f"{running.url}/mcp", json={}).status_code == 401
+        token = {"Authorization": "Bearer a-token-that-is-long"}
+
+        async def run():
+            from mcp.client import Client
+
+            async with (
+                httpx2.AsyncClient(headers=token) as http,
+                Client(streamable_http_client(f"{running.url}/mcp", http_client=http)) as client,
+            ):
+                return await client.call_tool("status", {})
+
+        assert json.loads(said(anyio.run(run)))["passages"] == 4
+    finally:
+        running.stop()
+
+
+def test_over_stdio(index) -> None:
+    from mcp.client.stdio import StdioServerParameters, stdio_client
+
+    path, live = index.path, index.fingerprint
+    index.close()
+    program = StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "ultrarag", "mcp", str(path)],
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    check(*called(stdio_client(program), *CALLS), live)
