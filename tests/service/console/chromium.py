@@ -38,7 +38,7 @@ class Chromium:
         self._reads, self._writes, self._number, self._rest = reads, writes, 0, b""
         self.events: list[dict[str, Any]] = []
         self._session: str | None = None
-        target = self.call("Target.createTarget", url="about:blank", width=size[0], height=size[1])["targetId"]
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for name in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{name}.enable")

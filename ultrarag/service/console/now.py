@@ -15,7 +15,9 @@ from ultrarag.service.state import Service
 
 async def now(ask: Ask) -> Response:
     """The page; asked by htmx, the part of it that changes."""
-    found = await ask.service.writes.run(_state, ask.service)
+    service = ask.service
+    pending = {pool.name: pool.pending for pool in (service.searches, service.writes)}
+    found = {**await service.writes.run(_state, service), "pending": pending}
     return ask.show("now_part.html" if ask.request.headers.get("hx-request") else "now.html", **found)
 
 
@@ -26,7 +28,6 @@ def _state(service: Service) -> dict[str, Any]:
         "live": status["live"],
         "job": job,
         "counts": feedback_counts(service),
-        "pending": {pool.name: pool.pending for pool in (service.searches, service.writes)},
         "reranker": service.reranker.fingerprint if service.reranker else None,
         "started": service.started,
     }

@@ -119,7 +119,8 @@ class Page:
             response = await self.run(ask)
         except (UltraragError, ValidationError) as error:
             fault = fault_of(error, service.stopping)
-            response = ask.show("error.html", fault.status, error=str(fault), title=reason(fault.status))
+            template = "error_part.html" if request.headers.get("hx-request") else "error.html"
+            response = ask.show(template, fault.status, error=str(fault), title=reason(fault.status))
             response.headers.update(fault.headers)
         if not known:
             access.keep_reviewer(response, ask.reviewer, secure)
