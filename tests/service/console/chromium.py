@@ -89,7 +89,7 @@ class Chromium:
     def wait(self, script: str, seconds: float = 30) -> None:
         """Wait until an expression is true in the page."""
         deadline = time.monotonic() + seconds
-        while not self.value(script):
+        while not self.value(f"Boolean({script})"):
             assert time.monotonic() < deadline, f"{script} is not true in {self.value('document.body.innerText')}"
             time.sleep(0.05)
 
