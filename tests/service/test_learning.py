@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from tests.finetune.test_run import ROWS
 from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
+from tests.retrieve.servers import free_port
 from tests.service.running import Running
+from tests.service.test_command import started
 from ultrarag.errors import GateError, StoppedError
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.service.jobs import Job, Jobs
@@ -52,7 +56,11 @@ def ended(running: Running, id: str) -> dict[str, Any]:
 
 
 def streamed(running: Running, path: str, **options: Any) -> list[dict[str, Any]]:
-    with running.client.stream("GET", path, **options) as response:
+    return streamed_by(running.client, path, **options)
+
+
+def streamed_by(client: httpx2.Client, path: str, **options: Any) -> list[dict[str, Any]]:
+    with client.stream("GET", path, **options) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         return [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line.startswith("data: ")]
 
@@ -166,6 +174,14 @@ def test_a_job_of_a_process_that_was_killed_is_interrupted(tmp_path, tiny) -> No
         job = Job("20260101-000000-abc", "running", 1.0, {"train_data": {"file": "train.jsonl"}})
         (folder / "job.json").write_text(json.dumps(vars(job)))
         assert jobs.get(job.id).state == "interrupted"
+        (folder / "events.jsonl").write_bytes(
+            b'{"event": "started"}\n{"event": "progr{"event": "x"}\n{"event": "done"}\n'
+        )
+        assert [event["id"] for event in jobs.events(job.id)] == [1, 3]
+        (tmp_path / "jobs" / "half").mkdir()
+        (tmp_path / "jobs" / "newer").mkdir()
+        (tmp_path / "jobs" / "newer" / "job.json").write_text('{"id": "newer", "colour": 1}')
+        assert [found.id for found in jobs.all()] == [job.id]
         jobs.recover(resume=False)
         assert json.loads((folder / "job.json").read_text())["state"] == "interrupted"
 
@@ -183,6 +199,7 @@ def test_a_job_of_a_process_that_was_killed_is_interrupted(tmp_path, tiny) -> No
         ({"rows": ROWS, "force": True}, "force needs a reason"),
         ({"rows": ROWS, "arguments": {"model_name_or_path": "x"}}, "'model_name_or_path' cannot be given here"),
         ({"rows": ROWS, "arguments": {"learning_rat": 1}}, "did you mean 'learning_rate'?"),
+        ({"rows": ROWS, "search": {"head": ["dense"]}}, "did you mean 'heads'?"),
     ],
 )
 def test_what_a_refresh_may_not_be_asked(learner: Running, body, words) -> None:
@@ -197,6 +214,9 @@ def test_swaps_pass_the_gate_and_are_rolled_back(learner: Running, checkpoint) -
     learner.live.build(checkpoint)
     wrong = {"queries": {"q": "x"}, "qrels": {"q": {"nowhere": 1}}}
     assert learner.post("/v1/swap", {"gate": wrong}).status_code == 400
+    for option in ("note", "gate", "force", "generation", "metric"):
+        assert learner.post("/v1/swap", {"search": {option: "x"}}).status_code == 400
+    assert learner.post("/v1/swap", {"gate": GATE, "metric": "goodness"}).status_code == 400
     flip = learner.post("/v1/swap", {"gate": GATE, "search": {"heads": ["dense"]}, "force": True})
     assert flip.status_code == 200, flip.text
     assert (flip.json()["old"]["id"], flip.json()["new"]["id"]) == (1, 2)
@@ -204,3 +224,35 @@ def test_swaps_pass_the_gate_and_are_rolled_back(learner: Running, checkpoint) -
     assert learner.post("/v1/embeddings", {"input": "x", "model": old}).status_code == 409
     assert learner.post("/v1/rollback").json()["new"]["id"] == 1
     assert learner.post("/v1/embeddings", {"input": "x", "model": old}).status_code == 200
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["finetune", "build"])
+def test_a_refresh_of_a_killed_service_goes_on_after_a_restart(tmp_path, tiny, stage) -> None:  # noqa: F811
+    filled(tmp_path / "kb", tiny).close()
+    port = free_port()
+    program = started([str(tmp_path / "kb")], port)
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        added = client.post("/v1/passages", json={"passages": [{"id": "kept", "text": "an answered write"}]})
+        assert added.json()["added"] == 1
+        body = {"rows": ROWS, "gate": False, "arguments": {**ARGUMENTS, "max_steps": 40}}
+        id = client.post("/v1/refresh", json=body).json()["id"]
+        deadline = time.monotonic() + 240
+        while client.get(f"/v1/jobs/{id}").json()["progress"].get("stage") != stage:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        program.kill()
+        program.communicate()
+    again = started([str(tmp_path / "kb"), "--resume"], port)
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        deadline = time.monotonic() + 300
+        while (job := client.get(f"/v1/jobs/{id}").json())["state"] == "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert job["state"] == "done", job["error"]
+        assert client.get("/v1/status").json()["index"]["live"]["id"] == 2
+        assert client.get("/v1/passages/kept").status_code == 200
+        told = [event["event"] for event in streamed_by(client, f"/v1/jobs/{id}/events")]
+        assert (told.count("started"), told[-1]) == (2, "done")
+    again.send_signal(signal.SIGTERM)
+    again.communicate()

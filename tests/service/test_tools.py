@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -55,6 +56,18 @@ CALLS = (
 
 def test_in_memory(served: Running) -> None:
     check(*called(create_tools(served.service), *CALLS), served.live.fingerprint)
+
+
+def test_logging_stays_as_it_was(served: Running) -> None:
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    root.handlers[:] = []
+    try:
+        create_tools(served.service)
+        assert root.handlers == []
+    finally:
+        root.handlers[:] = before[0]
+    assert root.level == before[1]
 
 
 def test_over_http(served: Running) -> None:

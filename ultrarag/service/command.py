@@ -10,7 +10,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 #: The variable in which the settings travel to workers, without the token, which is in its own variable or file.
 _SETTINGS = "ULTRARAG_SERVICE_SETTINGS"
-_TOKEN_FILE = "ULTRARAG_SERVICE_TOKEN_FILE"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -115,14 +115,10 @@ def read_settings(words: Sequence[str]) -> Settings:
     """
     given = vars(_serve_parser().parse_args(words))
     limits = Limits(**{item.name: given.pop(f"max_{item.name}") for item in fields(Limits)})
-    token_file = given.pop("token_file")
-    token = read_token(token_file)
-    settings = Settings(**given, token=token, limits=limits)
+    settings = Settings(**given, token=read_token(given["token_file"]), limits=limits)
     if not settings.on_loopback and not limits.rate:
         settings = replace(settings, limits=replace(limits, rate=100.0))
     settings.check()
-    if token_file is not None:
-        os.environ[_TOKEN_FILE] = str(Path(token_file).absolute())
     return settings
 
 
@@ -133,8 +129,7 @@ def serve(words: Sequence[str]) -> int:
         raise UsageError(f"serving needs the extra serve: {install('starlette', 'uvicorn', 'prometheus-client')}")
     if settings.workers > 1:
         _check_workers(settings)
-    _log()
-    with _listening(settings) as listener:
+    with _logged(), _listening(settings) as listener:
         return _run_workers(settings, listener) if settings.workers > 1 else _run(settings, listener)
 
 
@@ -165,14 +160,21 @@ def _listening(settings: Settings) -> socket.socket:
     return listener
 
 
-def _log() -> None:
-    """Lines of access and of faults on stderr; none of them holds a text of anybody's."""
-    handler = logging.StreamHandler()
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Lines of access and of faults on stderr for a block; none of them holds a text of anybody's."""
+    root, handler = logging.getLogger("ultrarag"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    root = logging.getLogger("ultrarag")
+    before = root.level, root.propagate
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     root.propagate = False
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before[0])
+        root.propagate = before[1]
 
 
 def _config(app: Any, settings: Settings, **more: Any) -> Any:
@@ -230,8 +232,8 @@ def worker() -> Starlette:
     given["limits"] = Limits(**given["limits"])
     for name in ("allowed_hosts", "model_names"):
         given[name] = tuple(given[name])
-    settings = Settings(**{**given, "token": read_token(os.environ.get(_TOKEN_FILE))})
-    _log()
+    settings = Settings(**{**given, "token": read_token(given["token_file"])})
+    _logging.enter_context(_logged())
     return _opened(_with_mirror(settings))
 
 
@@ -243,7 +245,7 @@ def _with_mirror(settings: Settings) -> Settings:
     work = str(settings.work)  # jobs are the service's, not a worker's
     for number in range(1, settings.workers + 64):
         path = Path(settings.path) if number == 1 else Path(f"{settings.path}.worker-{number}")
-        claims = Path(work) / "workers" / str(number)
+        claims = Path(f"{settings.path}.workers") / str(number)  # beside it: an empty PATH becomes a mirror
         claims.mkdir(parents=True, exist_ok=True)
         try:
             _claims.append(OwnerLock(claims, patience=0.0))
@@ -255,6 +257,7 @@ def _with_mirror(settings: Settings) -> Settings:
 
 #: Held until the process ends.
 _claims: list[OwnerLock] = []
+_logging = ExitStack()
 
 
 def _opened(settings: Settings) -> Starlette:

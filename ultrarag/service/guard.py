@@ -187,7 +187,8 @@ class _Answer:
     def end(self) -> None:
         """Log and count it. The path is the endpoint's own: a real one may hold a passage's id."""
         seconds = time.perf_counter() - self._began
-        route, method, status = self._scope.get("ultrarag.route", "-"), _method(self._scope), self.status or 499
+        unnamed = "/mcp" if self._scope["path"] == "/mcp" else "-"
+        route, method, status = self._scope.get("ultrarag.route", unnamed), _method(self._scope), self.status or 499
         self._service.metrics.requests.labels(method, route, str(status)).inc()
         if not self._streams:
             self._service.metrics.seconds.labels(route).observe(seconds)

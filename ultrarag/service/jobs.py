@@ -9,12 +9,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import GateError, IndexStateError, StoppedError, UltraragError
-from ultrarag.io import OwnerLock, read_owner, write_json
+from ultrarag.io import OwnerLock, read_owner, write_bytes, write_json
 from ultrarag.retrieve import LiveIndex
 from ultrarag.service.faults import Fault
 
@@ -98,8 +99,10 @@ class Jobs:
 
     def all(self) -> list[Job]:
         """All jobs, the newest first."""
-        folders = self._folder.iterdir() if self._folder.is_dir() else ()
-        found = [Job.read(folder) for folder in folders if (folder / JOB_FILE).exists()]
+        found = []
+        for folder in self._folder.iterdir() if self._folder.is_dir() else ():
+            with suppress(Fault):  # one that was begun when the machine went down, or is a newer version's
+                found.append(Job.read(folder))
         return sorted(found, key=lambda job: (job.created, job.id), reverse=True)
 
     def get(self, id: str) -> Job:
@@ -123,8 +126,7 @@ class Jobs:
             folder = self.folder(id)
             folder.mkdir(parents=True)
             for name, rows in files.items():
-                lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-                (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                write_bytes(folder / name, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
             return self._begin(Job(id, "running", time.time(), dict(request)))
 
     def resume(self, id: str) -> Job:
@@ -175,8 +177,11 @@ class Jobs:
     def events(self, id: str, after: int = 0) -> list[dict[str, Any]]:
         """What happened to a job since an event, each with its number."""
         path = self.folder(id) / EVENTS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [{"id": number, **json.loads(line)} for number, line in enumerate(lines, 1) if number > after]
+        found, lines = [], path.read_bytes().splitlines() if path.exists() else []
+        for number, line in enumerate(lines[after:], after + 1):
+            with suppress(ValueError):  # of one that a crash cut through
+                found.append({"id": number, **json.loads(line)})
+        return found
 
     # ---- the thread
 

@@ -15,6 +15,7 @@ from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.service.endpoint import Answer, Body, Call, Endpoint, answer
 from ultrarag.service.faults import Fault
 from ultrarag.service.jobs import ENDED, server_sent
+from ultrarag.service.searching import Options
 from ultrarag.service.state import Service
 
 #: Arguments of fine-tuning that a client may give. Others name files, models or code, which are the operator's affair.
@@ -25,6 +26,8 @@ ARGUMENTS = (
     *("early_stopping_patience", "replay_ratio", "max_forgetting", "allow_seen_data", "ignore_identical_ids"),
     *("on_bad_rows", "map_learning_rate", "map_regularization", "map_steps", "map_rank", "eval_steps", "logging_steps"),
 )
+#: Options of the gate's searches.
+SEARCH = (*Options.model_fields, "ignore_identical_ids")
 #: Seconds between two looks for events, and between two signs of life on a stream.
 LOOK, HEARTBEAT = 0.5, 15.0
 
@@ -129,7 +132,7 @@ def _request(service: Service, body: RefreshBody) -> tuple[dict[str, Any], dict[
         "force": body.force,
         "reason": body.reason,
         "metric": body.metric,
-        "search": body.search,
+        "search": _searched(body.search) or None,
         "effort": body.effort,
         "bridge": body.bridge,
         **body.arguments,
@@ -214,10 +217,18 @@ def _news(service: Service, id: str, after: int) -> tuple[str, list[dict[str, An
 async def swap(call: Call) -> dict[str, Any]:
     service, body = call.service, call.body
     gate = None if body.gate is None else (body.gate.queries, body.gate.qrels)
-    options = {"force": body.force, "metric": body.metric, **(body.search or {})}
+    options = {"force": body.force, "metric": body.metric, **_searched(body.search)}
     flip = await service.writes.run(lambda: service.live.swap(_wanted(service, body.generation), gate, **options))
     service.metrics.swaps.labels("swap").inc()
     return _shown(flip)
+
+
+def _searched(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Options of the gate's searches."""
+    for name in options or {}:
+        if name not in SEARCH:
+            raise UsageError(f"search: '{name}' cannot be given here{did_you_mean(name, SEARCH)}")
+    return dict(options or {})
 
 
 def _wanted(service: Service, generation: int | None) -> int:

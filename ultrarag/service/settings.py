@@ -47,6 +47,8 @@ class Settings:
     port: int = 8080
     #: what clients send as `Authorization: Bearer TOKEN`; None: anybody who reaches the port may do everything
     token: str | None = field(default=None, repr=False)
+    #: where the token was read from, for workers to read it again
+    token_file: str | None = None
     limits: Limits = field(default_factory=Limits)
     #: names that a request's Host may have beside those of loopback; empty and not on loopback: any
     allowed_hosts: tuple[str, ...] = ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import wraps
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -42,7 +43,8 @@ def readable(tool: Callable[_Parameters, Awaitable[_Result]]) -> Callable[_Param
 
 def create_tools(service: Service) -> MCPServer[Any]:
     """The MCP server of a service; `run_stdio_async` and `streamable_http_app` are its doors."""
-    server: MCPServer[Any] = MCPServer("ultrarag", instructions=INSTRUCTIONS, version=__version__)
+    with _logging_kept():
+        server: MCPServer[Any] = MCPServer("ultrarag", instructions=INSTRUCTIONS, version=__version__)
 
     @server.tool(description="Search the knowledge base; returns the best passages with their ids and scores.")
     @readable
@@ -74,6 +76,18 @@ def create_tools(service: Service) -> MCPServer[Any]:
         return {"passages": found["passages"], "live": {name: live.get(name) for name in names}}
 
     return server
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Leave the root logger as it is: the SDK gives it a handler that shows tools' errors, which may quote a query."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 class Mounted:
