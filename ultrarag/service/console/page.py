@@ -167,7 +167,13 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"bytes": shown_bytes, "time": shown_time, "number": shown_number, "seconds": shown_seconds}
+    found.filters |= {
+        "bytes": shown_bytes,
+        "time": shown_time,
+        "number": shown_number,
+        "clock": shown_clock,
+        "seconds": shown_seconds,
+    }
     return found
 
 
@@ -184,6 +190,11 @@ def shown_bytes(count: int) -> str:
 def shown_time(seconds: float | None) -> str:
     """Seconds since 1970, in UTC."""
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds)) + " UTC"
+
+
+def shown_clock(seconds: float) -> str:
+    """Seconds since 1970, as the time of day in UTC."""
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))
 
 
 def shown_seconds(seconds: float | None) -> str:
