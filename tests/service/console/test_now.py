@@ -13,6 +13,10 @@ from ultrarag.service.console import access
 from ultrarag.service.console.page import shown_bytes, shown_seconds
 from ultrarag.service.console.table import PAGES
 
+#: Pages that are there without more, with a search; downloads have no page.
+SCREENS = ["/", *(page.path for page in PAGES if page.method == "GET" and not {"{", "."} & set(page.path))]
+SCREENS.append("/console/search?q=vector")
+
 
 def test_now_shows_what_is_live(browser: Browser) -> None:
     page = browser.get("/")
@@ -33,7 +37,7 @@ def test_other_clients_still_get_the_list_of_endpoints(browser: Browser) -> None
     assert "/v1/search" in response.text
 
 
-@pytest.mark.parametrize("path", ["/", *(page.path for page in PAGES if page.method == "GET" and "{" not in page.path)])
+@pytest.mark.parametrize("path", SCREENS)
 def test_every_page_allows_nothing_from_elsewhere_and_no_script_in_it(browser: Browser, path: str) -> None:
     response = browser.client.get(path)
     assert response.status_code == 200

@@ -92,7 +92,7 @@ async def job(ask: Ask) -> Response:
     """One job; asked by htmx, the part that changes."""
     id = ask.request.path_params["id"]
     found, happened = await ask.service.writes.run(_job, ask.service, id)
-    template = "job_part.html" if ask.request.headers.get("hx-request") else "job.html"
+    template = "job_fresh.html" if ask.request.headers.get("hx-request") else "job.html"
     return ask.show(template, job=found, events=happened[-30:], resumable=found.state in RESUMABLE)
 
 

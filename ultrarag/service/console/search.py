@@ -99,9 +99,9 @@ async def judge(ask: Ask) -> Response:
     await ask.service.writes.run(lambda: live.feedback(query_id, passage_id, action, client=ask.reviewer))
     values = {"query_id": query_id, "passage_id": passage_id, "said": action, "label": label, "votes": VOTES}
     rank, address = ask.number("rank", 1, 1, 10_000), ask.text("address")
-    if ask.request.headers.get("hx-request"):
-        return ask.show("votes.html", rank=rank, address=address, **values)
     back = ask.text("back") if ask.text("back") in BACK else BACK[0]
+    if ask.request.headers.get("hx-request"):
+        return ask.show("votes.html", rank=rank, address=address, back=back, **values)
     return ask.show("judged.html", address=f"{back}?{address}#hit-{rank}", **values)
 
 

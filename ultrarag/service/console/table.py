@@ -6,12 +6,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 
-from ultrarag.service.console import compare, gate, lineage, now, refresh, search
+from ultrarag.service.console import compare, gate, labels, lineage, now, refresh, search
 from ultrarag.service.console.page import HEADERS, HERE, Page
 from ultrarag.service.faults import Fault
 
 _HOME = Page("GET", "/", now.now)
-PAGES: tuple[Page, ...] = (*now.PAGES, *search.PAGES, *compare.PAGES, *lineage.PAGES, *refresh.PAGES, *gate.PAGES)
+PAGES: tuple[Page, ...] = (
+    *now.PAGES,
+    *search.PAGES,
+    *compare.PAGES,
+    *lineage.PAGES,
+    *refresh.PAGES,
+    *gate.PAGES,
+    *labels.PAGES,
+)
 #: File -> its type; nothing else is sent.
 STATIC = {
     "console.css": "text/css",
