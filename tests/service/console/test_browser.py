@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.console.chromium import PROGRAM, Chromium
+from tests.service.console.test_now import SCREENS
 from tests.service.running import Running
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="chromium is not installed (apt-get install chromium)")
@@ -33,6 +34,20 @@ def test_hits_are_judged_with_one_key(chromium: Chromium, served: Running) -> No
     kept = list(served.live.feedback_log.queries())[-1]
     assert [action for action, *_ in kept.events] == ["relevant", "not_relevant"]
     assert chromium.complaints() == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_screen_loads_with_nothing_blocked(chromium: Chromium, served: Running, dark: bool) -> None:
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    chromium.call("Emulation.setEmulatedMedia", features=[scheme])
+    for path in SCREENS:
+        chromium.events.clear()
+        chromium.open(f"{served.url}{path}")
+        assert chromium.complaints() == [], path
+        assert chromium.value("typeof htmx") == "object"
+        ground = chromium.value("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(18, 22, 28)") == dark
+        assert chromium.value("document.documentElement.scrollWidth <= innerWidth"), path
 
 
 def test_signing_in_by_keyboard_without_scripts(tmp_path: Path, index) -> None:

@@ -60,7 +60,7 @@ async def start(ask: Ask) -> Response:
 
 
 def _asked(ask: Ask) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    given = {
+    given: dict[str, Any] = {
         "eval_data": ask.text("eval_data") or None,
         "gate": bool(ask.text("gate")),
         "effort": ask.text("effort", "full"),

@@ -97,7 +97,13 @@ async def judge(ask: Ask) -> Response:
         raise Fault(400, f"there is no vote '{action[:50]}'")
     live = ask.service.live
     await ask.service.writes.run(lambda: live.feedback(query_id, passage_id, action, client=ask.reviewer))
-    values = {"query_id": query_id, "passage_id": passage_id, "said": action, "label": label, "votes": VOTES}
+    values: dict[str, Any] = {
+        "query_id": query_id,
+        "passage_id": passage_id,
+        "said": action,
+        "label": label,
+        "votes": VOTES,
+    }
     rank, address = ask.number("rank", 1, 1, 10_000), ask.text("address")
     back = ask.text("back") if ask.text("back") in BACK else BACK[0]
     if ask.request.headers.get("hx-request"):
