@@ -110,7 +110,7 @@ class Chromium:
                 found.append(str(event["params"]["exceptionDetails"]))
         return found
 
-    def picture(self, path: Path) -> None:
-        """Save the whole page as a PNG."""
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    def picture(self, path: Path, beyond: bool = True) -> None:
+        """Save the whole page, or what of it is in view, as a PNG."""
+        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=beyond)
         path.write_bytes(base64.b64decode(found["data"]))
