@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ultrarag.retrieve import LiveIndex
+from ultrarag.service import console
 from ultrarag.service.endpoint import answer
 from ultrarag.service.faults import Fault, body_of
 from ultrarag.service.guard import Guard
@@ -45,6 +46,7 @@ def create_app(live: LiveIndex, settings: Settings | None = None, reranker: Enco
     service = Service(live, chosen, reranker)
     tools = _tools(service)
     routes: list[Any] = [endpoint.route() for endpoint in ENDPOINTS]
+    routes += console.routes()
     if tools is not None:
         routes += tools.routes
     app = Starlette(

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ultrarag.service.console import admit, is_page
 from ultrarag.service.endpoint import answer
 from ultrarag.service.faults import Fault, body_of, fault_of
 from ultrarag.service.settings import is_loopback
@@ -68,7 +69,9 @@ class Guard:
         if self._service.stopping:
             raise Fault(503, "the service is stopping; ask again", headers={"Retry-After": "5", "Connection": "close"})
         self._check_host(headers)
-        if not (scope["path"] == "/health" or self._service.settings.token is None):
+        if is_page(scope["path"], headers):
+            admit(scope["path"], headers, self._service.settings)
+        elif not (scope["path"] == "/health" or self._service.settings.token is None):
             self._check_token(headers)
         if self._rates is not None and scope["path"] != "/health":
             self._rates.take(_client(scope, headers))

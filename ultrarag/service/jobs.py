@@ -143,6 +143,20 @@ class Jobs:
             (self.folder(id) / CANCEL_FILE).unlink(missing_ok=True)
             return self._begin(replace(job, state="running", error=None, ended=None))
 
+    def force(self, id: str, reason: str) -> Job:
+        """Let the generation of a job that the gate refused go live all the same; the reason is kept in the request.
+
+        Raises:
+            IndexStateError: the gate has not refused it, or another one is running.
+        """
+        with self._mutex:
+            job = self.get(id)
+            if job.state != "refused":
+                raise IndexStateError(f"job '{id}' is {job.state}; only one that the gate refused can be forced")
+            self._refuse_second()
+            request = {**job.request, "force": True, "reason": reason}
+            return self._begin(replace(job, state="running", error=None, ended=None, request=request))
+
     def cancel(self, id: str) -> Job:
         """Ask a job to stop; it can be taken up again. Returns it as it is now."""
         job = self.get(id)

@@ -108,7 +108,7 @@ class RemovedAnswer(Answer):
     removed: str
 
 
-def _below(service: Service, name: str) -> str:
+def below(service: Service, name: str) -> str:
     """A path that a request names, which must lie below the folder for it."""
     root = service.settings.data_dir
     if root is None:
@@ -123,7 +123,7 @@ def _below(service: Service, name: str) -> str:
     return str(found)
 
 
-def _request(service: Service, body: RefreshBody) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def requested(service: Service, body: RefreshBody) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Keyword arguments of a refresh, and the rows that came along, by the name of their file."""
     for name in body.arguments:
         if name not in ARGUMENTS:
@@ -145,18 +145,18 @@ def _request(service: Service, body: RefreshBody) -> tuple[dict[str, Any], dict[
     elif body.feedback:
         found["train_data"] = FROM_FEEDBACK
     else:
-        found["train_data"] = [_below(service, name) for name in body.train_data or ()]
+        found["train_data"] = [below(service, name) for name in body.train_data or ()]
     if body.eval_rows is not None:
         files["eval.jsonl"] = body.eval_rows
         found["eval_data"] = {"file": "eval.jsonl"}
     elif body.eval_data is not None:
-        found["eval_data"] = _below(service, body.eval_data)
+        found["eval_data"] = below(service, body.eval_data)
     return found, files
 
 
 async def refresh(call: Call) -> Response:
     service = call.service
-    request, files = _request(service, call.body)
+    request, files = requested(service, call.body)
     job = await service.writes.run(service.jobs.start, request, files)
     return answer(asdict(job), 202, {"Location": f"/v1/jobs/{job.id}"})
 

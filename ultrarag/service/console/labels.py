@@ -1,0 +1,140 @@
+"""Labels: hits that are worth a look, because somebody clicked, cited, doubted or disagreed; and what to train with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from ultrarag.retrieve.feedback import LoggedQuery
+from ultrarag.service.console.now import feedback_counts
+from ultrarag.service.console.page import HEADERS, Ask, Page
+from ultrarag.service.console.search import VOTES
+from ultrarag.service.faults import Fault
+from ultrarag.service.state import Service
+
+#: Why a hit is in the queue, the most urgent first.
+REASONS = {
+    "disagreement": "people disagree",
+    "unsure": "somebody was unsure",
+    "cited": "an answer cited it",
+    "clicked": "somebody clicked it",
+}
+#: Hits on a page of the queue.
+SHOWN = 20
+
+
+@dataclass
+class Item:
+    """A hit of a query, and what is known of it."""
+
+    query: str
+    #: of the last search that was asked so
+    query_id: str
+    passage_id: str
+    clicks: int = 0
+    citations: int = 0
+    #: who voted -> relevant, not_relevant or unsure; the last one counts
+    votes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is worth a look; None where there is nothing to say, or it is settled."""
+        said = set(self.votes.values())
+        if {"relevant", "not_relevant"} <= said:
+            return "disagreement"
+        if "unsure" in said:
+            return "unsure"
+        if said:
+            return None
+        return "cited" if self.citations else "clicked" if self.clicks else None
+
+
+def queue(queries: Iterable[LoggedQuery]) -> list[tuple[str, Item]]:
+    """(reason, hit) of all that is worth a look: disagreements first, then doubts, citations and clicks.
+
+    Queries whose text was only kept as a hash are left out: nobody could judge them.
+    """
+    found: dict[tuple[int, str], Item] = {}
+    for query in queries:
+        for action, passage_id, client, _ in query.events if query.text else ():
+            if not passage_id:
+                continue
+            item = found.setdefault((query.key, passage_id), Item(query.text, query.query_id, passage_id))
+            item.query_id = query.query_id
+            if action in ("click", "cite"):
+                item.clicks += action == "click"
+                item.citations += action == "cite"
+            else:
+                item.votes[client or query.query_id] = action
+    waiting = [(reason, item) for item in found.values() if (reason := item.reason) is not None]
+    order = list(REASONS)
+    return sorted(waiting, key=lambda pair: (order.index(pair[0]), -pair[1].citations, -pair[1].clicks))
+
+
+async def labels(ask: Ask) -> Response:
+    """The queue."""
+    why, start = ask.text("why"), ask.number("start", 0, 0, 10**6)
+    if why and why not in REASONS:
+        raise Fault(400, f"there is no reason '{why[:50]}'; choose one of {', '.join(REASONS)}")
+    found = await ask.service.writes.run(_state, ask.service, why, start)
+    return ask.show("labels.html", why=why, start=start, reasons=REASONS, votes=VOTES, shown=SHOWN, **found)
+
+
+def _state(service: Service, why: str, start: int) -> dict[str, Any]:
+    if feedback_counts(service) is None:
+        return {"counts": dict.fromkeys(REASONS, 0), "items": [], "total": 0}
+    waiting = queue(service.live.feedback_log.queries())
+    counts = {reason: sum(found == reason for found, _ in waiting) for reason in REASONS}
+    chosen = [pair for pair in waiting if why in ("", pair[0])]
+    part = chosen[start : start + SHOWN]
+    passages = service.live.get_many([item.passage_id for _, item in part])
+    items = [(reason, item, passages.get(item.passage_id)) for reason, item in part]
+    return {"counts": counts, "items": items, "total": len(chosen)}
+
+
+async def rows(ask: Ask) -> Response:
+    """Training rows, by the rules."""
+    made = await ask.service.writes.run(_made, ask.service)
+    return _file("rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows))
+
+
+async def queries(ask: Ask) -> Response:
+    """The held-out queries that have votes, as BEIR names them."""
+    made = await ask.service.writes.run(_made, ask.service)
+    lines = ({"_id": id, "text": made.queries[id]} for id in made.qrels)
+    return _file("queries.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+async def qrels(ask: Ask) -> Response:
+    """The votes on them."""
+    made = await ask.service.writes.run(_made, ask.service)
+    lines = ["query-id\tcorpus-id\tscore"]
+    for query, judged in made.qrels.items():
+        for id, score in judged.items():
+            if any(sign in id for sign in "\t\r\n"):
+                raise Fault(409, f"the passage {id!r} has an id that no table of qrels can hold (tab or new line)")
+            lines.append(f"{query}\t{id}\t{score}")
+    return _file("qrels.tsv", "\n".join(lines) + "\n")
+
+
+def _made(service: Service) -> Any:
+    if feedback_counts(service) is None:
+        raise Fault(409, "no search was remembered yet, so that there is nothing to export")
+    return service.live.training_rows()
+
+
+def _file(name: str, text: str) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="{name}"', **HEADERS}
+    return Response(text, 200, headers, "text/plain; charset=utf-8")
+
+
+PAGES = (
+    Page("GET", "/console/labels", labels),
+    Page("GET", "/console/labels/rows.jsonl", rows),
+    Page("GET", "/console/labels/queries.jsonl", queries),
+    Page("GET", "/console/labels/qrels.tsv", qrels),
+)
