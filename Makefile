@@ -6,10 +6,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Extra arguments for the command behind a target: make test ARGS="-n 0 -k ir -x" (-n 0: in one process)
 ARGS ?=
 
-.PHONY: help demo test test-long lint bench venv
+.PHONY: help demo serve test test-long lint bench venv
 
 help:
 	@echo "make demo    index Python's documentation, fine-tune a small model on it, swap it in while it answers (two to four minutes)"
+	@echo "make serve   the demonstration's index in a browser, at http://127.0.0.1:8080 (Ctrl-C stops it)"
 	@echo "make test    run the tests"
 	@echo "make test-long  run the tests that repeat kills many times"
 	@echo "make lint    ruff check, ruff format --check, mypy"
@@ -17,6 +18,10 @@ help:
 
 demo: venv
 	$(BIN)/python -m ultrarag.demo $(ARGS)
+
+serve: venv
+	@test -d .demo/checkpoint || $(BIN)/python -m ultrarag.demo
+	$(BIN)/ultrarag serve .demo/index --weights dense=1 --data_dir .demo/data $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
