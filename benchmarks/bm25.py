@@ -17,18 +17,17 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bm25_contenders import K, queries
 from machine import in_turn, origin
+from older import COMMIT, older_code
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "bm25.json"
@@ -59,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--passages", type=int, nargs="*", default=[50_000])
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--before", default="dee4ec6", help="the commit beside; '' for none")
+    parser.add_argument("--before", default=COMMIT, help="the commit beside; '' for none")
     parser.add_argument("--hybrid", action="store_true", help="also build dense vectors, and search both")
     parser.add_argument("--engine", default="qdrant-edge", help="the engine of --hybrid")
     parser.add_argument("--dim", type=int, default=384)
@@ -71,13 +70,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def checked_out(commit: str, place: Path) -> Path | None:
     """The code of a commit in a folder; None where the repository does not have it."""
-    command = ["git", "-C", str(HERE.parent), "archive", commit, "ultrarag"]
-    done = subprocess.run(command, capture_output=True, check=False) if commit else None
-    if done is None or done.returncode:
+    try:
+        return older_code(place / "before", commit) if commit else None
+    except LookupError:
         return None
-    with tarfile.open(fileobj=BytesIO(done.stdout)) as archive:
-        archive.extractall(place / "before", filter="data")
-    return place / "before"
 
 
 def available(name: str, code: dict[str, Path | None]) -> bool:

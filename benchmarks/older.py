@@ -14,13 +14,16 @@ def older_code(place: Path, commit: str = COMMIT) -> Path:
     """Write the files of a commit of this checkout into a folder that serves as PYTHONPATH.
 
     The plugins of the installed distribution are today's; beside the older code lies a description of its own.
+
+    Raises:
+        LookupError: the repository does not have the commit, as a shallow clone may not.
     """
+    command = ["git", "-C", str(Path(__file__).parents[1]), "archive", commit, "ultrarag", "setup.cfg"]
+    found = subprocess.run(command, capture_output=True, check=False)
+    if found.returncode:
+        raise LookupError(f"the commit '{commit}' cannot be unpacked: {found.stderr.decode().strip()}")
     place.mkdir(parents=True)
-    archive = place.with_suffix(".tar")
-    repository = str(Path(__file__).parents[1])
-    subprocess.run(["git", "-C", repository, "archive", "-o", str(archive), commit], check=True)
-    subprocess.run(["tar", "-xf", str(archive), "-C", str(place)], check=True)
-    archive.unlink()
+    subprocess.run(["tar", "-x", "-C", str(place)], input=found.stdout, check=True)
     setup = configparser.ConfigParser()
     setup.read(place / "setup.cfg", encoding="utf-8")
     described = place / "ultrarag_retrieval-0.0.0.dist-info"

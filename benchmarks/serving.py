@@ -12,7 +12,6 @@ results/serving.json
 from __future__ import annotations
 
 import argparse
-import configparser
 import json
 import os
 import statistics
@@ -30,6 +29,7 @@ import numpy as np
 from live_index_contenders import texts
 from live_index_searching import small_model
 from machine import in_turn, origin
+from older import COMMIT, older_code
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "serving.json"
@@ -179,29 +179,9 @@ class Contender:
         return time.perf_counter() - began
 
 
-def unpack(commit: str, folder: Path) -> Path:
-    """The package as it was in a commit, with the entry points that it had: else its plugins would be today's."""
-    folder.mkdir()
-    command = ["git", "-C", str(HERE.parent), "archive", commit, "ultrarag", "setup.cfg"]
-    archive = subprocess.run(command, capture_output=True, check=False)
-    if archive.returncode:
-        raise SystemExit(f"the commit '{commit}' cannot be unpacked: {archive.stderr.decode().strip()}")
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
-    declared, today = configparser.ConfigParser(), configparser.ConfigParser()
-    declared.read(folder / "setup.cfg")
-    today.read(HERE.parent / "setup.cfg")
-    name = today["metadata"]["name"]  # it stands before what is installed under this name
-    installed = folder / f"{name.replace('-', '_')}-0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
-    groups = declared["options.entry_points"].items()
-    (installed / "entry_points.txt").write_text("".join(f"[{group}]{names}\n" for group, names in groups))
-    return folder
-
-
 def run(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """All rounds."""
-    trees = {"old": unpack(options.old, place / "code"), "new": HERE.parent}
+    trees = {"old": older_code(place / "code", options.old), "new": HERE.parent}
     contenders = {name: Contender(name, tree, place / name, options) for name, tree in trees.items()}
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
@@ -234,7 +214,7 @@ def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, write the result and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old", default="dee4ec6", help="the commit to compare with (default: %(default)s)")
+    parser.add_argument("--old", default=COMMIT, help="the commit to compare with (default: %(default)s)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--passages", type=int, default=2000, help="in the index")
     parser.add_argument("--adds", type=int, default=60, help="passages of one `add`")
