@@ -149,7 +149,12 @@ def simulate(
     clicked: dict[str, set[str]] = {}
     found = live.search_many([train.queries[query] for query in asked], k=10, **DENSE)
     for query, hits in zip(asked, found, strict=True):
-        for session in range(sessions):
+        ranked, told = [(hit.id, hit.score) for hit in hits], {"fingerprint": hits.fingerprint}
+        ids = [f"{hits.query_id}-{session}" for session in range(sessions)]
+        if log:
+            shown = [(id, train.queries[query], ranked) for id in ids]
+            live.feedback_log.remember(shown, **told, generation=hits.generation)
+        for id in ids:
             clicks = [
                 hit.id
                 for rank, hit in enumerate(hits, 1)
@@ -157,13 +162,8 @@ def simulate(
                 and chance.random() < (RELEVANT if train.qrels[query].get(hit.id) else OTHER)
             ]
             clicked.setdefault(query, set()).update(clicks)
-            if log:
-                id = f"{hits.query_id}-{session}"
-                ranked = [(hit.id, hit.score) for hit in hits]
-                told = {"fingerprint": hits.fingerprint, "generation": hits.generation}
-                live.feedback_log.remember([(id, train.queries[query], ranked)], **told)
-                for passage in clicks:
-                    live.feedback(id, passage, "click")
+            for passage in clicks if log else ():
+                live.feedback(id, passage, "click")
     return clicked
 
 
