@@ -405,7 +405,7 @@ class LiveIndex(AsyncMethods, Signals):
         ignore_identical_ids: bool = False,
         **search: Any,
     ) -> Evaluation:
-        """Search judged queries and measure; see `ultrarag.retrieve.evaluate`."""
+        """Search judged queries and measure; see `ultrarag.retrieve.evaluate`. None of them is remembered."""
         return evaluate(self, queries, qrels, metrics, k, ignore_identical_ids=ignore_identical_ids, **search)
 
     def generation(self, generation: int | Generation) -> Generation:

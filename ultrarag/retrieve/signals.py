@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from ultrarag.retrieve.search import Hits
 
 #: What a refresh takes in place of training data: the rows that feedback gives.
 FROM_FEEDBACK = "feedback"
+#: Seconds between two looks for what is too old to be kept.
+EXPIRY = 3600.0
 
 
 class Signals:
@@ -22,6 +26,8 @@ class Signals:
     #: opened when it is first used; an index that remembers nothing has no such file
     _log: FeedbackLog | None = None
     _log_lock: threading.Lock
+    #: when what is too old was last looked for (time.monotonic)
+    _looked: float
 
     @property
     def _core(self) -> Core:
@@ -29,7 +35,7 @@ class Signals:
 
     @property
     def feedback_log(self) -> FeedbackLog:
-        """Queries and events beside the index, made when it is first used; what is too old is deleted then.
+        """Queries and events beside the index, made when it is first used; what is too old is deleted then, and once an hour.
 
         Raises:
             IndexStateError: the index is closed, or can only be read.
@@ -38,7 +44,9 @@ class Signals:
         self._core.check_writable()
         with self._log_lock:
             if self._log is None:
-                self._log = FeedbackLog(self._core.layout.root / FILE)
+                self._log, self._looked = FeedbackLog(self._core.layout.root / FILE), -math.inf
+            if time.monotonic() - self._looked > EXPIRY:
+                self._looked = time.monotonic()
                 self._log.expire()
             return self._log
 

@@ -63,6 +63,36 @@ def test_a_search_is_remembered_when_it_is_asked_to_be(live, caplog):
     assert live.feedback_log.counts()["searches"] == 3  # a blank one is nothing to learn from
 
 
+def test_judged_queries_are_nobodys_searches(live):
+    with pytest.raises(UsageError, match="takes no 'log'"):
+        live.evaluate({"q": TEXTS[0]}, {"q": {IDS[TEXTS[0]]: 1}}, log=True, **DENSE)
+    assert not (live.path / "feedback.sqlite3").exists()
+
+
+def test_what_is_too_old_goes_while_the_index_is_open(live, monkeypatch):
+    live.search(TEXTS[0], log=True, **DENSE)
+    with live.feedback_log._database.transaction() as db:
+        db.execute("UPDATE queries SET time = 5")
+    assert live.feedback_log.counts()["searches"] == 1
+    monkeypatch.setattr("ultrarag.retrieve.signals.EXPIRY", -1.0)
+    assert live.feedback_log.counts()["searches"] == 0
+
+
+@pytest.mark.parametrize("how", ["forget", "hashed"])
+def test_what_is_forgotten_is_in_no_rows_of_a_refresh_either(live, tmp_path, how):
+    vote(live, next(row for row in ROWS if not held_out(row["query"])))
+    with pytest.raises(UsageError, match="no held-out query"):
+        live.refresh("feedback", output_dir=tmp_path / "out", **SETTINGS)
+    (place,) = (live.path / "feedback_rows").iterdir()
+    live.feedback_log.forget(client="nobody")
+    assert place.is_dir()
+    if how == "forget":
+        live.feedback_log.forget(client="ann")
+    else:
+        live.feedback_log.set(texts="hashed")
+    assert not place.exists()
+
+
 def test_feedback_survives_close_and_open(live, tmp_path):
     found = live.search(TEXTS[0], log=True, **DENSE)
     live.close()

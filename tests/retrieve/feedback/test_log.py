@@ -244,3 +244,47 @@ def test_a_line_that_cannot_be_used_is_named(log, tmp_path, line, word):
     (tmp_path / "ubi.jsonl").write_text(f"\n{line}\n")
     with pytest.raises(DataError, match=f"line 2: .*{word}"):
         import_ubi(log, tmp_path / "ubi.jsonl")
+
+
+@pytest.mark.parametrize("when", ["2026-01-01", "now", float("nan"), True, [1]])
+def test_a_time_that_is_no_number_deletes_and_finds_nothing(log, when):
+    remember(log)
+    for call in (
+        lambda: log.forget(before=when),
+        lambda: list(log.queries(since=when)),
+        lambda: log.add("q1", "click", "a", at=when),
+        lambda: remember(log, "q2", at=when),
+    ):
+        with pytest.raises(UsageError, match="seconds since 1970"):
+            call()
+    assert log.counts()["searches"] == 1
+
+
+def test_nobody_is_not_a_client_to_forget(log):
+    remember(log)
+    log.add("q1", "click", "a")
+    with pytest.raises(UsageError, match="takes a client"):
+        log.forget(client="")
+    assert log.counts()["events"]["click"] == 1
+
+
+@pytest.mark.parametrize("days", [1.5, "30", True, -1, 10**20])
+def test_days_that_are_none_are_refused_and_the_log_goes_on(log, days):
+    with pytest.raises(UsageError, match="whole number of days"):
+        log.set(retention_days=days)
+    assert log.retention_days == 180
+
+
+@pytest.mark.parametrize(
+    ("query", "passage", "event"), [(["q1"], "a", None), ("q1", 5, None), ("\ud800", "a", None), ("q1", "a", ["e"])]
+)
+def test_ids_that_are_no_text_are_refused(log, query, passage, event):
+    remember(log)
+    with pytest.raises(UsageError, match="the id of the"):
+        log.add(query, "relevant", passage, event_id=event)
+
+
+def test_fewer_days_delete_at_once(log):
+    remember(log, at=5.0)
+    log.set(retention_days=30)
+    assert log.counts()["searches"] == 0

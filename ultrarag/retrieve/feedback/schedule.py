@@ -52,8 +52,8 @@ class Schedule:
         if every not in PERIODS:
             raise UsageError(f"a schedule is one of {', '.join(PERIODS)}, not '{every}'")
         for name, value in (("new_rows", new_rows), ("below_first", below_first), ("judged", judged)):
-            if value < 1:
-                raise UsageError(f"schedule: {name} is {value}; give at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"schedule: {name} is {value!r}; give a whole number of at least 1")
         self.log, self.rows, self.every = log, rows, every
         self.new_rows, self.below_first, self.judged = new_rows, below_first, judged
 
