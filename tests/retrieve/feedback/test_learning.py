@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,35 @@ def test_what_is_forgotten_is_in_no_rows_of_a_refresh_either(live, tmp_path, how
     assert not place.exists()
 
 
+def test_an_index_that_can_only_be_read_says_so_before_it_searches(live, monkeypatch):
+    live._core.reading = "the disk is full"
+    monkeypatch.setattr(live._core, "searching", None)
+    with pytest.raises(IndexStateError, match="open for reading"):
+        live.search(TEXTS[0], log=True, **DENSE)
+
+
+def test_a_cancelled_search_is_not_remembered(live, monkeypatch):
+    """Nobody has seen its hits, so that no click on them is no sign."""
+    begun, go = threading.Event(), threading.Event()
+    searched = live.search_many
+    monkeypatch.setattr(
+        live, "search_many", lambda *args, **more: (begun.set(), go.wait(60), searched(*args, **more))[2]
+    )
+
+    async def run() -> None:
+        task = asyncio.create_task(live.asearch("nobody waits", log=True, **DENSE))
+        await asyncio.to_thread(begun.wait, 60)
+        task.cancel()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        found = await live.asearch("somebody waits", 3, log=True, client="ann", **DENSE)
+        (query,) = live.feedback_log.queries()
+        assert (query.text, query.query_id, query.options) == ("somebody waits", found.query_id, {"k": 3, **DENSE})
+
+    asyncio.run(run())
+
+
 def test_feedback_survives_close_and_open(live, tmp_path):
     found = live.search(TEXTS[0], log=True, **DENSE)
     live.close()
@@ -135,8 +166,10 @@ def test_a_refresh_without_rows_or_without_votes_is_refused(live, tmp_path):
 class Made:
     """What a log gives, as a schedule sees it."""
 
-    def __init__(self, rows: int, below: int = 50, judged: int = 100) -> None:
-        self.made = TrainingRows([{}] * rows, {}, {str(n): {"p": 1} for n in range(judged)})
+    def __init__(self, rows: int, below: int = 50, judged: int = 100, first: int = 0) -> None:
+        self.made = TrainingRows(
+            [{"id": f"feedback-{n}"} for n in range(first, rows)], {}, {str(n): {"p": 1} for n in range(judged)}
+        )
         self.made.report["rows with a positive below rank 1"] = below
 
     def __call__(self) -> TrainingRows:
@@ -161,23 +194,43 @@ def test_a_schedule_begins_once_a_day_and_asks_for_more_after_a_refusal(live):
     schedule = live.schedule()
     schedule.rows = Made(200)
     assert schedule.due(now=0.0).ready
-    schedule.begun(200, now=0.0)
+    schedule.begun(Made(200)(), now=0.0)
     assert "the next in 23.0 h" in schedule.due(now=3600.0).reason
     schedule.ended(swapped=False)
     assert "200 of 400 new rows" in schedule.due(now=90_000.0).reason
     schedule.rows = Made(400)
     assert schedule.due(now=90_000.0).ready
-    schedule.begun(400, now=90_000.0)
+    schedule.begun(Made(400)(), now=90_000.0)
     schedule.ended(swapped=True)
     schedule.rows = Made(599)
     assert "199 of 200 new rows" in schedule.due(now=1e9).reason
 
 
+def test_new_rows_are_new_also_when_as_many_old_ones_went(live):
+    schedule = live.schedule()
+    schedule.begun(Made(200)(), now=0.0)
+    schedule.ended(swapped=True)
+    schedule.rows = Made(300, first=100)  # the log keeps half a year
+    assert "100 of 200 new rows" in schedule.due(now=1e9).reason
+    schedule.rows = Made(400, first=200)
+    assert schedule.due(now=1e9).ready
+    assert "feedback-" not in str(schedule.state())
+
+
+def test_a_refresh_that_never_ended_is_tried_again_the_next_day(live):
+    live.schedule().begun(Made(200)(), now=0.0)
+    schedule = live.schedule()
+    schedule.rows = Made(200)
+    assert not schedule.due(now=86_000.0).ready
+    assert schedule.due(now=87_000.0).ready
+
+
 def test_a_schedule_that_makes_no_sense_is_refused(live):
     with pytest.raises(UsageError, match="daily"):
         live.schedule("yearly")
-    with pytest.raises(UsageError, match="judged"):
-        live.schedule(judged=0)
+    for wrong in (0, "5", True):
+        with pytest.raises(UsageError, match="judged"):
+            live.schedule(judged=wrong)
 
 
 def test_the_command(live, tmp_path, capsys):

@@ -187,7 +187,7 @@ def test_rules_that_make_no_sense_are_refused(wrong):
 
 
 def test_rules_and_verify_must_be_what_they_are():
-    with pytest.raises(UsageError, match="give ultrarag.retrieve.feedback.Rules"):
+    with pytest.raises(UsageError, match="rules is dict; give"):
         rows_of(search(), rules={"click_rate": 0.4})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="shown 1 pairs and said something of 0"):
         rows_of(search(("cite", "p1")), verify=lambda pairs: [])

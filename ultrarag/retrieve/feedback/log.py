@@ -150,7 +150,7 @@ class FeedbackLog:
         kept = self.texts == "kept"
         _check_time("at", at)
         told = json.dumps(dict(options or {}), ensure_ascii=False, sort_keys=True, default=str)
-        when, who = time.time() if at is None else at, self._hash(client)
+        when, who = time.time() if at is None else at, self.hashed(client)
         rows = [
             (id, when, text_key(text), text if kept else "", fingerprint, generation, told, _json(hits), who)
             for id, text, hits in queries
@@ -200,7 +200,7 @@ class FeedbackLog:
                 )
             if action in _SHOWN and passage_id not in {id for id, _ in json.loads(asked[0])}:
                 raise UsageError(f"passage '{passage_id}' was not among the hits of query '{query_id}'")
-            who = asked[1] if client is None else self._hash(client)
+            who = asked[1] if client is None else self.hashed(client)
             when = time.time() if at is None else at
             db.execute(
                 "INSERT OR IGNORE INTO events (query_id, passage_id, action, client, time, event_id) "
@@ -319,7 +319,7 @@ class FeedbackLog:
     def _forget(self, client: str | None, before: float | None, days: float = 0) -> int:
         with self._database.transaction() as db:
             if client is not None:
-                who = self._hash(client)
+                who = self.hashed(client)
                 db.execute("DELETE FROM events WHERE client = ?", (who,))
                 gone = db.execute("DELETE FROM queries WHERE client = ? AND client != ''", (who,)).rowcount
             else:
@@ -366,8 +366,8 @@ class FeedbackLog:
             "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
         )
 
-    def _hash(self, client: str | None) -> str:
-        """Keyed, so that nobody who has only the hashes can try names."""
+    def hashed(self, client: str | None) -> str:
+        """The hash of a name, keyed, so that nobody who has only the hashes can try names; "" for nobody."""
         if client is None or client == "":
             return ""
         return hashlib.blake2b(str(client).encode("utf-8", "surrogatepass"), key=self._key, digest_size=12).hexdigest()
