@@ -257,6 +257,20 @@ def test_the_command(live, tmp_path, capsys):
     assert main(["feedback", "stats", str(tmp_path / "nowhere")]) == 1
 
 
+def test_the_command_refuses_files_that_cannot_be(live, tmp_path, capsys):
+    live.add([Passage("a b", "a passage whose id has a space")])
+    text = next(text for text in (f"{TEXTS[0]} {number}" for number in range(100)) if held_out(text))
+    found = live.search(text, log=True, **DENSE)
+    live.feedback(found.query_id, "a b", "relevant")
+    kb, out = str(live.path), str(tmp_path / "out")
+    for words in (["export", kb, "--out", str(tmp_path / "no" / "x")], ["rows", kb, "--out", str(tmp_path)]):
+        assert main(["feedback", *words]) == 2
+        assert "in a folder that exists" in capsys.readouterr().err
+    assert main(["feedback", "rows", kb, "--out", out, "--held_out", str(tmp_path / "qrels")]) == 1
+    assert "an id with a space" in capsys.readouterr().err
+    assert not (tmp_path / "qrels").exists()
+
+
 def test_refresh_from_feedback_on_the_command_line(live, tmp_path, capsys):
     row = next(row for row in ROWS if not held_out(row["query"]))
     vote(live, row)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ultrarag.errors import DataError
 from ultrarag.io import publish_directory, staged_directory, write_json
+from ultrarag.retrieve.feedback.forgotten import FOLDER, JUDGED, ROWS
+from ultrarag.retrieve.feedback.rows import TrainingRows
 
-if TYPE_CHECKING:
-    from ultrarag.retrieve.feedback.rows import TrainingRows
-
-#: Folder in the index with the rows of each output folder.
-FOLDER = "feedback_rows"
-ROWS, JUDGED, MADE_FOR = "rows.jsonl", "judged.json", "output_dir.json"
+MADE_FOR = "output_dir.json"
 
 
 def freeze(index: Path, output: Path, begun: bool, rows: Callable[[], TrainingRows]) -> tuple[Path, Any]:
@@ -54,39 +50,6 @@ def freeze(index: Path, output: Path, begun: bool, rows: Callable[[], TrainingRo
             publish_directory(stage, place)
     judged = json.loads((place / JUDGED).read_text(encoding="utf-8"))
     return place / ROWS, (judged["queries"], judged["qrels"])
-
-
-def discard_forgotten(index: Path, known: Set[int], days: float = 0) -> None:
-    """Remove the rows of refreshes that hold a query which the log does not hold any more.
-
-    A refresh that was cut off cannot go on then, and is begun again in another output folder.
-
-    Args:
-        known: keys of the queries whose text is in the log.
-        days: leave rows that are younger, for a refresh that goes on.
-    """
-    folder = index / FOLDER
-    for place in folder.iterdir() if folder.is_dir() else ():
-        if place.stat().st_mtime > time.time() - days * 86_400:
-            continue
-        if not {_key(id) for id in _queries(place)} <= known:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def _queries(place: Path) -> Iterator[str]:
-    """The ids of the queries in a folder of rows; one that cannot be read holds an unknown one."""
-    try:
-        with open(place / ROWS, encoding="utf-8") as file:
-            yield from (json.loads(line)["id"] for line in file)
-        yield from json.loads((place / JUDGED).read_text(encoding="utf-8"))["queries"]
-    except (OSError, ValueError, KeyError, TypeError):
-        yield ""
-
-
-def _key(id: str) -> int:
-    """The key of a query, of the id that its row has."""
-    number = id.removeprefix("feedback-")
-    return int(number) if number.lstrip("-").isdigit() else -1
 
 
 def _prune(folder: Path) -> None:

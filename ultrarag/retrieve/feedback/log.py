@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import UsageError, did_you_mean
-from ultrarag.retrieve.feedback.frozen import discard_forgotten
+from ultrarag.retrieve.feedback.forgotten import discard_forgotten
 from ultrarag.retrieve.passages import Database
 from ultrarag.rows import text_key
 

@@ -61,7 +61,7 @@ class Schedule:
         """When the last refresh began (seconds since 1970) and as which job, hashes of the rows learned from and tried,
         and what multiplies the threshold.
         """
-        first = {"begun": None, "job": None, "learned": [], "tried": [], "factor": 1}
+        first: dict[str, Any] = {"begun": None, "job": None, "learned": [], "tried": [], "factor": 1}
         return {**first, **self.log.noted(_STATE, {})}
 
     def due(self, now: float | None = None) -> Readiness:

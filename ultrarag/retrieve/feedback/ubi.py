@@ -65,7 +65,7 @@ def import_ubi(log: FeedbackLog, path: str | Path) -> dict[str, int]:
                 counts["queries"] += 1
             else:
                 raise UsageError("is neither an event ('action_name') nor a query ('user_query')")
-        except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (UsageError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{place}: {reason}") from error
     return counts
