@@ -282,3 +282,40 @@ def test_fewer_days_delete_at_once(log):
     remember(log, at=5.0)
     log.set(retention_days=30)
     assert log.counts()["searches"] == 0
+
+
+def test_what_comes_back_from_an_export_is_not_a_second_client(log, tmp_path):
+    """Two machines that exchange their logs would else vote against themselves."""
+    remember(log, client="ann")
+    log.add("q1", "relevant", "a")
+    log.add("q1", "answer_up")
+    export_ubi(log, tmp_path / "ubi.jsonl")
+    with FeedbackLog(tmp_path / "other.sqlite3") as other:
+        for _ in range(2):
+            import_ubi(other, tmp_path / "ubi.jsonl")
+        assert len(other.get("q1").events) == 2
+        export_ubi(other, tmp_path / "back.jsonl")
+    before = log.get("q1").events
+    import_ubi(log, tmp_path / "back.jsonl")
+    assert log.get("q1").events == before
+
+
+def test_what_was_deleted_beside_a_reader_goes_when_it_has_left(log, monkeypatch, caplog):
+    def readable() -> bool:  # by another process: closing the file in this one would end SQLite's locks
+        script = "import sys; print(any(b'Secret' in open(p, 'rb').read() for p in sys.argv[1:]))"
+        files = [str(path) for path in log.path.parent.glob("feedback.sqlite3*")]
+        return subprocess.check_output([sys.executable, "-c", script, *files], text=True).strip() == "True"
+
+    monkeypatch.setattr("ultrarag.retrieve.feedback.log.READER_SECONDS", 0.05)
+    remember(log, client="ann")
+    for number in range(9):
+        remember(log, f"other {number}", "another")
+    reader = log.queries()
+    next(reader)
+    log.forget(client="ann")
+    assert "is reading it" in caplog.text
+    reader.close()
+    assert readable()
+    log.expire()
+    assert not readable()
+    assert not log.noted("unclean")

@@ -36,6 +36,10 @@ RETENTION_DAYS = 180
 MOST_DAYS = 1_000_000
 #: Days for which the rows of a refresh are left when a query of theirs has become too old, so that it can go on.
 DAYS_OF_ROWS = 7
+#: Seconds to wait for who reads what is being deleted.
+READER_SECONDS = 5.0
+#: Note that what was deleted is still in the file.
+_UNCLEAN = "unclean"
 TEXTS = ("kept", "hashed")
 
 _TABLES = (
@@ -208,6 +212,15 @@ class FeedbackLog:
                 (query_id, passage_id or "", action, who, when, event_id),
             )
 
+    def has_event(self, query_id: str, action: str, passage_id: str | None, at: float) -> bool:
+        """Whether such an event of that millisecond is here: one that is read back from an export is."""
+        with self._database.reading() as db:
+            found = db.execute(
+                "SELECT 1 FROM events WHERE query_id = ? AND action = ? AND passage_id = ? AND abs(time - ?) < 0.001",
+                (query_id, action, passage_id or "", at),
+            ).fetchone()
+        return found is not None
+
     # what goes out
 
     def queries(self, since: float | None = None, until: float | None = None) -> Iterator[LoggedQuery]:
@@ -302,7 +315,8 @@ class FeedbackLog:
     def forget(self, *, client: str | None = None, before: float | None = None) -> int:
         """Delete what a client did, or what is older than a time, for good; return how many searches that were.
 
-        What is deleted cannot be read in the file either. A checkpoint that was trained on it does not change.
+        What is deleted cannot be read in the file either; where somebody reads it for longer than five seconds, only
+        after the next `expire`, which an open index calls every hour. A checkpoint that was trained on it stays.
 
         Args:
             client: as it was given; both its searches and its events go.
@@ -330,13 +344,20 @@ class FeedbackLog:
 
     def _gone(self, days: float = 0) -> None:
         """Let nothing of what was deleted be read in a file: pages that are free, the rows of refreshes."""
-        self._database.vacuum()
+        clean = self._database.vacuum(patience=READER_SECONDS)
+        if clean == bool(self.noted(_UNCLEAN)):  # somebody reads for long: `expire` comes back to it
+            self.note(_UNCLEAN, not clean)
         with self._database.reading() as db:
             known = {key for (key,) in db.execute("SELECT DISTINCT key FROM queries WHERE text != ''")}
         discard_forgotten(self.path.parent, known, days)
 
     def expire(self, now: float | None = None) -> int:
-        """Delete what is older than `retention_days`; return how many searches that were."""
+        """Delete what is older than `retention_days`; return how many searches that were.
+
+        What was deleted while somebody read, and so is still in the file, is removed from it now.
+        """
+        if self.noted(_UNCLEAN):
+            self._gone(DAYS_OF_ROWS)
         days = self.retention_days
         if not days:
             return 0
