@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -278,3 +281,39 @@ def test_refresh_from_feedback_on_the_command_line(live, tmp_path, capsys):
     words = ["index", "refresh", str(live.path), "--train_data", "feedback", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 2
     assert "no held-out query has votes" in capsys.readouterr().err
+
+
+KILLED = """
+import sys
+from tests.retrieve.refresh.refresh_worker import arm
+from tests.retrieve.feedback.test_learning import DENSE, SETTINGS
+from ultrarag.retrieve.live import LiveIndex
+arm("finetune")
+with LiveIndex.open(sys.argv[1]) as live:
+    live.refresh("feedback", force=True, output_dir=sys.argv[2], search=DENSE, cache_path=sys.argv[3], **SETTINGS)
+"""
+
+
+@pytest.mark.long
+def test_a_killed_refresh_goes_on_with_the_rows_it_began_with(live, tmp_path):
+    for row in ROWS:
+        vote(live, row)
+    number = 0
+    while not live.training_rows().qrels:
+        number += 1
+        if held_out(text := f"{ROWS[0]['query']} {number}"):
+            vote(live, ROWS[0], text)
+    live.close()
+    where = [str(tmp_path / name) for name in ("kb", "out", "cache")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *where], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with LiveIndex.open(where[0]) as again:
+        (rows,) = (again.path / "feedback_rows").glob("*/rows.jsonl")
+        before = rows.read_text(encoding="utf-8")
+        vote(again, ROWS[1], f"{ROWS[1]['query']} in other words")
+        again.delete([IDS[ROWS[0]["pos"][0]]])  # what a row names is gone meanwhile
+        report = again.refresh(
+            "feedback", force=True, output_dir=where[1], search=DENSE, cache_path=where[2], **SETTINGS
+        )
+        assert report.outcome in ("swapped", "forced")
+        assert rows.read_text(encoding="utf-8") == before
