@@ -158,6 +158,9 @@ def test_workers_share_an_index_in_a_server(rest, minilm_encoder, tmp_path) -> N
         added = httpx2.post(f"{url}/v1/passages", json={"passages": [{"id": "new", "text": "A castle by the sea."}]})
         assert added.status_code == 200, added.text
         wait_for(lambda: {best(url, "castle by the sea") for _ in range(10)} == {"new"}, 60)
+        shown = httpx2.post(f"{url}/v1/search", json={"query": "castle", "k": 1, "log": True}).json()
+        body = {"query_id": shown["query_id"], "action": "click", "passage_id": shown["hits"][0]["id"]}
+        assert {httpx2.post(f"{url}/v1/feedback", json=body).status_code for _ in range(10)} == {200}
     finally:
         program.send_signal(signal.SIGTERM)
         _, err = program.communicate(timeout=60)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 
+from tests.service.conftest import created
 from tests.service.running import Running
 from tests.service.test_searching import fault
+from ultrarag.errors import IndexStateError
 from ultrarag.retrieve.feedback import TrainingRows
 from ultrarag.service.habit import Habit
 from ultrarag.service.jobs import Job
+from ultrarag.service.jobs import Jobs as RealJobs
 
 
 def asked(served: Running, **more) -> dict:
@@ -72,7 +77,7 @@ class Jobs:
 
 
 def enough() -> TrainingRows:
-    made = TrainingRows([{}] * 200, {}, {str(n): {"p": 1} for n in range(100)})
+    made = TrainingRows([{"id": f"feedback-{n}"} for n in range(200)], {}, {str(n): {"p": 1} for n in range(100)})
     made.report["rows with a positive below rank 1"] = 50
     return made
 
@@ -89,8 +94,11 @@ def test_a_service_learns_by_itself_when_there_is_enough(served: Running) -> Non
     assert (request["train_data"], request["effort"]) == ("feedback", "auto")
     habit.ended(Job("other", "refused", 0.0, {}))
     assert habit.schedule.state()["factor"] == 1
-    habit.ended(Job("j1", "refused", 0.0, {}))
-    assert habit.schedule.state()["factor"] == 2
+    restarted = Habit(served.live, jobs, "daily", None)
+    restarted.ended(Job("j1", "refused", 0.0, {}))  # gone on with after a restart
+    assert restarted.schedule.state()["factor"] == 2
+    restarted.ended(Job("j1", "done", 0.0, {}))  # somebody let it past the gate
+    assert len(restarted.schedule.state()["learned"]) == 200
 
 
 def test_nothing_begins_beside_a_job(served: Running) -> None:
@@ -102,3 +110,56 @@ def test_nothing_begins_beside_a_job(served: Running) -> None:
     assert not habit.look()
     assert jobs.asked == []
     habit.close()
+
+
+def test_a_damaged_log_stops_no_search_of_the_service(index) -> None:
+    (index.path / "feedback.sqlite3").write_bytes(b"garbage" * 1000)
+    running = Running(index, weights={"dense": 1.0})
+    try:
+        assert not running.service.remembers
+        assert running.get("/", headers={"Accept": "text/html"}).status_code == 200
+        assert "Milvus" in running.get("/console/search", params={"q": "milvus"}).text
+        assert fault(running.post("/v1/search", {"query": "x", "log": True}))[0] == 409
+    finally:
+        running.stop()
+
+
+def test_workers_share_a_log(tmp_path, minilm_encoder) -> None:
+    """What one has shown, another is told of; each has an index of its own here, as it has a mirror."""
+    first = Running(created(tmp_path / "kb", minilm_encoder), weights={"dense": 1.0})
+    second = Running(
+        created(tmp_path / "kb.worker-2", minilm_encoder), weights={"dense": 1.0}, feedback_dir=str(tmp_path / "kb")
+    )
+    try:
+        found = asked(first)
+        body = {"query_id": found["query_id"], "action": "click", "passage_id": found["hits"][0]["id"]}
+        assert second.post("/v1/feedback", body).json() == {"kept": True}
+        assert first.get("/v1/feedback").json() == second.get("/v1/feedback").json()
+        assert not (tmp_path / "kb.worker-2" / "feedback.sqlite3").exists()
+    finally:
+        first.stop()
+        second.stop()
+
+
+def test_two_workers_do_not_begin_at_once(tmp_path, minilm_encoder, monkeypatch) -> None:
+    with created(tmp_path / "kb", minilm_encoder) as live:
+        release, begun = threading.Event(), []
+        monkeypatch.setattr(live, "refresh", lambda **_: release.wait(60))
+        workers = [RealJobs(live, tmp_path / "jobs") for _ in range(4)]
+        for worker in workers:  # both have looked before either begins
+            looked = worker._refuse_second
+            monkeypatch.setattr(worker, "_refuse_second", lambda looked=looked: (looked(), time.sleep(0.1)))
+
+        def begin(worker: RealJobs) -> None:
+            with suppress(IndexStateError):
+                begun.append(worker.start({}, {}))
+
+        threads = [threading.Thread(target=begin, args=[worker]) for worker in workers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        release.set()
+        for worker in workers:
+            worker.close()
+        assert len(begun) == 1

@@ -133,6 +133,9 @@ def evaluate(
             integer.
         DataError: no passage is relevant, or none of the relevant ones is in the index.
     """
+    for option in ("log", "client"):
+        if option in search:
+            raise UsageError(f"evaluate takes no '{option}': judged queries are nobody's searches, and not remembered")
     queries, qrels, metrics = checked_queries(queries), checked_qrels(qrels), listed(metrics)
     missing = [query_id for query_id in qrels if query_id not in queries]
     if missing:

@@ -327,6 +327,7 @@ class LiveIndex(AsyncMethods, Signals):
 
         Raises:
             UsageError: for arguments that cannot be used; names them and what can.
+            IndexStateError: with `log`, when the index is open for reading, or the log is damaged.
         """
         return self.search_many([query], k=k, **options)[0]
 
@@ -336,6 +337,8 @@ class LiveIndex(AsyncMethods, Signals):
         """Search several queries, encoded together, on one generation; options as for `search`."""
         if isinstance(queries, str):
             raise UsageError("search_many takes several queries; use search for one")
+        if log:
+            self._core.check_writable()  # before the search
         with self._core.searching() as searcher:
             found = searcher.search_many(list(queries), k=k, **options)
         if log:
@@ -405,7 +408,7 @@ class LiveIndex(AsyncMethods, Signals):
         ignore_identical_ids: bool = False,
         **search: Any,
     ) -> Evaluation:
-        """Search judged queries and measure; see `ultrarag.retrieve.evaluate`."""
+        """Search judged queries and measure; see `ultrarag.retrieve.evaluate`. None of them is remembered."""
         return evaluate(self, queries, qrels, metrics, k, ignore_identical_ids=ignore_identical_ids, **search)
 
     def generation(self, generation: int | Generation) -> Generation:

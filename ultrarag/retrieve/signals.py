@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,20 @@ from ultrarag.retrieve.search import Hits
 
 #: What a refresh takes in place of training data: the rows that feedback gives.
 FROM_FEEDBACK = "feedback"
+#: Seconds between two looks for what is too old to be kept.
+EXPIRY = 3600.0
 
 
 class Signals:
     """What `LiveIndex` offers of feedback (docs/feedback.md)."""
 
+    #: where the log lies; None: in the index. The workers of a service, with a mirror each, share that of the first
+    feedback_folder: Path | None = None
     #: opened when it is first used; an index that remembers nothing has no such file
     _log: FeedbackLog | None = None
     _log_lock: threading.Lock
+    #: when what is too old was last looked for (time.monotonic)
+    _looked: float
 
     @property
     def _core(self) -> Core:
@@ -29,7 +37,9 @@ class Signals:
 
     @property
     def feedback_log(self) -> FeedbackLog:
-        """Queries and events beside the index, made when it is first used; what is too old is deleted then.
+        """Queries and events beside the index, made when it is first used.
+
+        What is too old is deleted then, and once an hour.
 
         Raises:
             IndexStateError: the index is closed, or can only be read.
@@ -38,9 +48,20 @@ class Signals:
         self._core.check_writable()
         with self._log_lock:
             if self._log is None:
-                self._log = FeedbackLog(self._core.layout.root / FILE)
+                self._log, self._looked = FeedbackLog(self._feedback_root / FILE), -math.inf
+            if time.monotonic() - self._looked > EXPIRY:
+                self._looked = time.monotonic()
                 self._log.expire()
             return self._log
+
+    @property
+    def _feedback_root(self) -> Path:
+        return self._core.layout.root if self.feedback_folder is None else self.feedback_folder
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether anything was ever remembered; looking makes no file."""
+        return (self._feedback_root / FILE).exists()
 
     def feedback(
         self,
@@ -100,7 +121,7 @@ class Signals:
         from ultrarag.retrieve.refresh import is_begun
 
         begun = is_begun(output) and not arguments.get("overwrite_output_dir")
-        rows, judged = freeze(self._core.layout.root, output, begun, self.training_rows)
+        rows, judged = freeze(self._feedback_root, output, begun, self.training_rows)
         if gate is True and eval_data is None:
             if not judged[1]:
                 raise UsageError(

@@ -67,6 +67,9 @@ class AsyncMethods(Collection):
 
         @property
         def _waiting(self) -> Waiting: ...
+        def _remember(
+            self, queries: Sequence[str], found: Sequence[Hits], options: Mapping[str, Any], client: str | None
+        ) -> None: ...
         def search(self, query: str, k: int = 10, **options: Any) -> Hits: ...
         def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]: ...
         def add(
@@ -80,11 +83,19 @@ class AsyncMethods(Collection):
 
     async def asearch(self, query: str, k: int = 10, **options: Any) -> Hits:
         """`search`, for async programs: up to 64 at a time, whose queries are encoded together."""
-        return await self._waiting.run("search", self.search, query, k, **options)
+        if not options.pop("log", False):
+            return await self._waiting.run("search", self.search, query, k, **options)
+        return (await self.asearch_many([query], k, log=True, **options))[0]
 
     async def asearch_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]:
-        """`search_many`, for async programs."""
-        return await self._waiting.run("search", self.search_many, queries, k, **options)
+        """`search_many`, for async programs; one that was cancelled is not remembered, for nobody has seen the hits."""
+        log, client = options.pop("log", False), options.pop("client", None)
+        if log:
+            self._core.check_writable()
+        found = await self._waiting.run("search", self.search_many, queries, k, **options)
+        if log:
+            await self._waiting.run("search", self._remember, list(queries), found, {"k": k, **options}, client)
+        return found
 
     async def aget(self, id: str) -> Passage | None:
         """`get`, for async programs."""

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 #: The variable in which the settings travel to workers, without the token, which is in its own variable or file.
 _SETTINGS = "ULTRARAG_SERVICE_SETTINGS"
+#: Seconds in which the first worker must have made its mirror of a shared index.
+MIRROR_SECONDS = 120.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -256,8 +259,25 @@ def _with_mirror(settings: Settings) -> Settings:
             _claims.append(OwnerLock(claims, patience=0.0))
         except IndexStateError:
             continue
-        return replace(settings, path=str(path), uri=uri, work_dir=work)
+        if number > 1:
+            _wait_for_mirror(Path(settings.path))
+        return replace(settings, path=str(path), uri=uri, work_dir=work, feedback_dir=settings.path)
     raise IndexStateError(f"no mirror beside '{settings.path}' is free for another worker")
+
+
+def _wait_for_mirror(path: Path) -> None:
+    """Wait for the first worker to make its mirror, beside whose passages the feedback of all workers lies."""
+    from ultrarag.retrieve import read_status
+
+    deadline = time.monotonic() + MIRROR_SECONDS
+    while True:
+        try:
+            read_status(path)
+            return
+        except IndexStateError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 #: Held until the process ends.

@@ -34,7 +34,7 @@ class Habit:
         self.schedule = live.schedule(every)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ultrarag-habit", daemon=True)
-        self._begun: str | None = None
+        self._mutex = threading.Lock()
 
     def start(self) -> None:
         """Look now and then, in a thread."""
@@ -52,16 +52,20 @@ class Habit:
         if not found.ready or found.rows is None or self._jobs.running is not None:
             logger.info("learning: %s", "a job is running" if found.ready else found.reason)
             return False
-        job = self._jobs.start({"train_data": "feedback", "effort": "auto", "search": self._search}, {})
-        self._begun = job.id
-        self.schedule.begun(len(found.rows.rows))
+        with self._mutex:  # it may end before its beginning is noted
+            job = self._jobs.start({"train_data": "feedback", "effort": "auto", "search": self._search}, {})
+            self.schedule.begun(found.rows, job=job.id)
         logger.info("learning: job %s begins; %s", job.id, found.reason)
         return True
 
     def ended(self, job: Job) -> None:
-        """Remember how a job of ours ended: what was learned is not new any more; a refusal asks for twice as much."""
-        if job.id == self._begun and job.state in ("done", "refused"):
-            self.schedule.ended(job.state == "done")
+        """Remember how a job of ours ended: what was learned is not new any more; a refusal asks for twice as much.
+
+        It may have begun before a restart, or in another worker.
+        """
+        with self._mutex:
+            if job.state in ("done", "refused") and job.id == self.schedule.state()["job"]:
+                self.schedule.ended(job.state == "done")
 
     def _run(self) -> None:
         while not self._stopped.wait(self._look):

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ JOB_FILE, EVENTS_FILE, CANCEL_FILE = "job.json", "events.jsonl", "cancel"
 #: States in which nothing more happens by itself; an interrupted or cancelled job can be taken up again.
 ENDED = ("done", "refused", "failed", "cancelled", "interrupted")
 RESUMABLE = ("cancelled", "interrupted", "failed")
+#: Seconds to wait while another worker begins a job.
+PATIENCE = 10.0
 #: Seconds between two looks at how far a job is.
 PULSE = 0.5
 #: Seconds between two events within a stage.
@@ -120,7 +122,7 @@ class Jobs:
         Raises:
             IndexStateError: one is running.
         """
-        with self._mutex:
+        with self._turn():
             self._refuse_second()
             id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
             folder = self.folder(id)
@@ -135,13 +137,27 @@ class Jobs:
         Raises:
             IndexStateError: it has not been cut off, or another one is running.
         """
+        with self._turn():
+            return self._resume(id)
+
+    def _resume(self, id: str) -> Job:
+        job = self.get(id)
+        if job.state not in RESUMABLE:
+            raise IndexStateError(f"job '{id}' is {job.state}; only one that was cut off can go on")
+        self._refuse_second()
+        (self.folder(id) / CANCEL_FILE).unlink(missing_ok=True)
+        return self._begin(replace(job, state="running", error=None, ended=None))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Begin jobs one after another, also with other workers: who looks whether one runs must not be overtaken."""
         with self._mutex:
-            job = self.get(id)
-            if job.state not in RESUMABLE:
-                raise IndexStateError(f"job '{id}' is {job.state}; only one that was cut off can go on")
-            self._refuse_second()
-            (self.folder(id) / CANCEL_FILE).unlink(missing_ok=True)
-            return self._begin(replace(job, state="running", error=None, ended=None))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = OwnerLock(self._folder, patience=PATIENCE)
+            try:
+                yield
+            finally:
+                lock.release()
 
     def force(self, id: str, reason: str) -> Job:
         """Let the generation of a job that the gate refused go live all the same; the reason is kept in the request.
@@ -149,7 +165,7 @@ class Jobs:
         Raises:
             IndexStateError: the gate has not refused it, or another one is running.
         """
-        with self._mutex:
+        with self._turn():
             job = self.get(id)
             if job.state != "refused":
                 raise IndexStateError(f"job '{id}' is {job.state}; only one that the gate refused can be forced")
@@ -173,13 +189,18 @@ class Jobs:
         shutil.rmtree(self.folder(id))
 
     def recover(self, resume: bool) -> None:
-        """Note what a crash cut off, and go on with the newest of it where that is wanted."""
-        cut = [job for job in self.all() if job.state == "interrupted"]
-        for job in cut:
-            write_json(self.folder(job.id) / JOB_FILE, asdict(job))
-            logger.warning("job %s was cut off; POST /v1/jobs/%s/resume goes on with it", job.id, job.id)
-        if cut and resume:
-            self.resume(cut[0].id)
+        """Note what a crash cut off, and go on with the newest of it where that is wanted, and no other worker has."""
+        if not self._cut():  # then nothing is written
+            return
+        with self._turn():
+            for job in (cut := self._cut()):
+                write_json(self.folder(job.id) / JOB_FILE, asdict(job))
+                logger.warning("job %s was cut off; POST /v1/jobs/%s/resume goes on with it", job.id, job.id)
+            if cut and resume and all(job.state != "running" for job in self.all()):
+                self._resume(cut[0].id)
+
+    def _cut(self) -> list[Job]:
+        return [job for job in self.all() if job.state == "interrupted"]
 
     def close(self) -> None:
         """Stop the job that runs, so that it can be taken up again, and wait until it has."""

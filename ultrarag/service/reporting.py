@@ -60,8 +60,12 @@ async def counts(call: Call) -> dict[str, Any]:
 
 async def forget(call: Call) -> dict[str, int]:
     query: ForgetQuery = call.query
-    log = call.service.live.feedback_log
-    return {"deleted": await call.service.writes.run(lambda: log.forget(client=query.client, before=query.before))}
+    live = call.service.live
+
+    def delete() -> int:
+        return live.feedback_log.forget(client=query.client, before=query.before)
+
+    return {"deleted": await call.service.writes.run(delete)}
 
 
 ENDPOINTS = (

@@ -66,6 +66,8 @@ class Settings:
     data_dir: str | None = None
     #: where jobs keep what they make; None: the folder "service" in the index
     work_dir: str | None = None
+    #: where the feedback log lies, which several workers share; None: in the index
+    feedback_dir: str | None = None
     #: go on at the start with jobs that a crash or a stop has cut off
     resume: bool = False
     #: learn from feedback by itself: hourly, daily or weekly; None: when it is asked to

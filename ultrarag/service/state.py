@@ -6,11 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultrarag.errors import FingerprintError, IndexStateError
+from ultrarag.errors import FingerprintError, UltraragError
 from ultrarag.retrieve import Encoding, Hits, LiveIndex
 from ultrarag.service.faults import Fault
 from ultrarag.service.habit import Habit
@@ -38,6 +39,8 @@ class Service:
     def __init__(self, live: LiveIndex, settings: Settings, reranker: Encoder | None = None) -> None:
         """Serve an index that is open; `close` leaves it open."""
         self.live, self.settings, self.reranker = live, settings, reranker
+        if settings.feedback_dir is not None:
+            live.feedback_folder = Path(settings.feedback_dir)
         self.started, self.stopping = time.time(), False
         self.searches = Pool("searches", SEARCH_THREADS, settings.limits.waiting)
         self.writes = Pool("writes", WRITE_THREADS, settings.limits.waiting)
@@ -63,10 +66,13 @@ class Service:
 
     @property
     def remembers(self) -> bool:
-        """Whether searches can be remembered: not in an index that is open for reading alone."""
+        """Whether searches can be remembered: not in an index open for reading alone, nor with a damaged log."""
+        if self.live.status()["read_only"]:
+            return False
         try:
             return bool(self.live.feedback_log)
-        except IndexStateError:
+        except UltraragError as error:  # who only searches is answered all the same
+            logger.warning("searches are not remembered: %s", error)
             return False
 
     def check_most(self, what: str, asked: int, most: int) -> None:

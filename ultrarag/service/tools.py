@@ -56,7 +56,8 @@ def create_tools(service: Service) -> MCPServer[Any]:
             Field(description='metadata condition: {"lang": "en"}, {"year": {"gte": 2020}}, {"or": [...]}'),
         ] = None,
     ) -> dict[str, Any]:
-        found = await service.search([query], {"k": k, "filter": filter, "log": service.remembers})
+        remembers = await service.writes.run(lambda: service.remembers)
+        found = await service.search([query], {"k": k, "filter": filter, "log": remembers})
         return searching.shown(found[0])
 
     @server.tool(description="Say which passages of a search you used (cite), and whether they answer the question.")

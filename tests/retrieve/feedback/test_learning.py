@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +68,65 @@ def test_a_search_is_remembered_when_it_is_asked_to_be(live, caplog):
     assert live.feedback_log.counts()["searches"] == 3  # a blank one is nothing to learn from
 
 
+def test_judged_queries_are_nobodys_searches(live):
+    with pytest.raises(UsageError, match="takes no 'log'"):
+        live.evaluate({"q": TEXTS[0]}, {"q": {IDS[TEXTS[0]]: 1}}, log=True, **DENSE)
+    assert not (live.path / "feedback.sqlite3").exists()
+
+
+def test_what_is_too_old_goes_while_the_index_is_open(live, monkeypatch):
+    live.search(TEXTS[0], log=True, **DENSE)
+    with live.feedback_log._database.transaction() as db:
+        db.execute("UPDATE queries SET time = 5")
+    assert live.feedback_log.counts()["searches"] == 1
+    monkeypatch.setattr("ultrarag.retrieve.signals.EXPIRY", -1.0)
+    assert live.feedback_log.counts()["searches"] == 0
+
+
+@pytest.mark.parametrize("how", ["forget", "hashed"])
+def test_what_is_forgotten_is_in_no_rows_of_a_refresh_either(live, tmp_path, how):
+    vote(live, next(row for row in ROWS if not held_out(row["query"])))
+    with pytest.raises(UsageError, match="no held-out query"):
+        live.refresh("feedback", output_dir=tmp_path / "out", **SETTINGS)
+    (place,) = (live.path / "feedback_rows").iterdir()
+    live.feedback_log.forget(client="nobody")
+    assert place.is_dir()
+    if how == "forget":
+        live.feedback_log.forget(client="ann")
+    else:
+        live.feedback_log.set(texts="hashed")
+    assert not place.exists()
+
+
+def test_an_index_that_can_only_be_read_says_so_before_it_searches(live, monkeypatch):
+    live._core.reading = "the disk is full"
+    monkeypatch.setattr(live._core, "searching", None)
+    with pytest.raises(IndexStateError, match="open for reading"):
+        live.search(TEXTS[0], log=True, **DENSE)
+
+
+def test_a_cancelled_search_is_not_remembered(live, monkeypatch):
+    """Nobody has seen its hits, so that no click on them is no sign."""
+    begun, go = threading.Event(), threading.Event()
+    searched = live.search_many
+    monkeypatch.setattr(
+        live, "search_many", lambda *args, **more: (begun.set(), go.wait(60), searched(*args, **more))[2]
+    )
+
+    async def run() -> None:
+        task = asyncio.create_task(live.asearch("nobody waits", log=True, **DENSE))
+        await asyncio.to_thread(begun.wait, 60)
+        task.cancel()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        found = await live.asearch("somebody waits", 3, log=True, client="ann", **DENSE)
+        (query,) = live.feedback_log.queries()
+        assert (query.text, query.query_id, query.options) == ("somebody waits", found.query_id, {"k": 3, **DENSE})
+
+    asyncio.run(run())
+
+
 def test_feedback_survives_close_and_open(live, tmp_path):
     found = live.search(TEXTS[0], log=True, **DENSE)
     live.close()
@@ -105,8 +169,10 @@ def test_a_refresh_without_rows_or_without_votes_is_refused(live, tmp_path):
 class Made:
     """What a log gives, as a schedule sees it."""
 
-    def __init__(self, rows: int, below: int = 50, judged: int = 100) -> None:
-        self.made = TrainingRows([{}] * rows, {}, {str(n): {"p": 1} for n in range(judged)})
+    def __init__(self, rows: int, below: int = 50, judged: int = 100, first: int = 0) -> None:
+        self.made = TrainingRows(
+            [{"id": f"feedback-{n}"} for n in range(first, rows)], {}, {str(n): {"p": 1} for n in range(judged)}
+        )
         self.made.report["rows with a positive below rank 1"] = below
 
     def __call__(self) -> TrainingRows:
@@ -131,23 +197,43 @@ def test_a_schedule_begins_once_a_day_and_asks_for_more_after_a_refusal(live):
     schedule = live.schedule()
     schedule.rows = Made(200)
     assert schedule.due(now=0.0).ready
-    schedule.begun(200, now=0.0)
+    schedule.begun(Made(200)(), now=0.0)
     assert "the next in 23.0 h" in schedule.due(now=3600.0).reason
     schedule.ended(swapped=False)
     assert "200 of 400 new rows" in schedule.due(now=90_000.0).reason
     schedule.rows = Made(400)
     assert schedule.due(now=90_000.0).ready
-    schedule.begun(400, now=90_000.0)
+    schedule.begun(Made(400)(), now=90_000.0)
     schedule.ended(swapped=True)
     schedule.rows = Made(599)
     assert "199 of 200 new rows" in schedule.due(now=1e9).reason
 
 
+def test_new_rows_are_new_also_when_as_many_old_ones_went(live):
+    schedule = live.schedule()
+    schedule.begun(Made(200)(), now=0.0)
+    schedule.ended(swapped=True)
+    schedule.rows = Made(300, first=100)  # the log keeps half a year
+    assert "100 of 200 new rows" in schedule.due(now=1e9).reason
+    schedule.rows = Made(400, first=200)
+    assert schedule.due(now=1e9).ready
+    assert "feedback-" not in str(schedule.state())
+
+
+def test_a_refresh_that_never_ended_is_tried_again_the_next_day(live):
+    live.schedule().begun(Made(200)(), now=0.0)
+    schedule = live.schedule()
+    schedule.rows = Made(200)
+    assert not schedule.due(now=86_000.0).ready
+    assert schedule.due(now=87_000.0).ready
+
+
 def test_a_schedule_that_makes_no_sense_is_refused(live):
     with pytest.raises(UsageError, match="daily"):
         live.schedule("yearly")
-    with pytest.raises(UsageError, match="judged"):
-        live.schedule(judged=0)
+    for wrong in (0, "5", True):
+        with pytest.raises(UsageError, match="judged"):
+            live.schedule(judged=wrong)
 
 
 def test_the_command(live, tmp_path, capsys):
@@ -174,6 +260,20 @@ def test_the_command(live, tmp_path, capsys):
     assert main(["feedback", "stats", str(tmp_path / "nowhere")]) == 1
 
 
+def test_the_command_refuses_files_that_cannot_be(live, tmp_path, capsys):
+    live.add([Passage("a b", "a passage whose id has a space")])
+    text = next(text for text in (f"{TEXTS[0]} {number}" for number in range(100)) if held_out(text))
+    found = live.search(text, log=True, **DENSE)
+    live.feedback(found.query_id, "a b", "relevant")
+    kb, out = str(live.path), str(tmp_path / "out")
+    for words in (["export", kb, "--out", str(tmp_path / "no" / "x")], ["rows", kb, "--out", str(tmp_path)]):
+        assert main(["feedback", *words]) == 2
+        assert "in a folder that exists" in capsys.readouterr().err
+    assert main(["feedback", "rows", kb, "--out", out, "--held_out", str(tmp_path / "qrels")]) == 1
+    assert "an id with a space" in capsys.readouterr().err
+    assert not (tmp_path / "qrels").exists()
+
+
 def test_refresh_from_feedback_on_the_command_line(live, tmp_path, capsys):
     row = next(row for row in ROWS if not held_out(row["query"]))
     vote(live, row)
@@ -181,3 +281,39 @@ def test_refresh_from_feedback_on_the_command_line(live, tmp_path, capsys):
     words = ["index", "refresh", str(live.path), "--train_data", "feedback", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 2
     assert "no held-out query has votes" in capsys.readouterr().err
+
+
+KILLED = """
+import sys
+from tests.retrieve.refresh.refresh_worker import arm
+from tests.retrieve.feedback.test_learning import DENSE, SETTINGS
+from ultrarag.retrieve.live import LiveIndex
+arm("finetune")
+with LiveIndex.open(sys.argv[1]) as live:
+    live.refresh("feedback", force=True, output_dir=sys.argv[2], search=DENSE, cache_path=sys.argv[3], **SETTINGS)
+"""
+
+
+@pytest.mark.long
+def test_a_killed_refresh_goes_on_with_the_rows_it_began_with(live, tmp_path):
+    for row in ROWS:
+        vote(live, row)
+    number = 0
+    while not live.training_rows().qrels:
+        number += 1
+        if held_out(text := f"{ROWS[0]['query']} {number}"):
+            vote(live, ROWS[0], text)
+    live.close()
+    where = [str(tmp_path / name) for name in ("kb", "out", "cache")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *where], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with LiveIndex.open(where[0]) as again:
+        (rows,) = (again.path / "feedback_rows").glob("*/rows.jsonl")
+        before = rows.read_text(encoding="utf-8")
+        vote(again, ROWS[1], f"{ROWS[1]['query']} in other words")
+        again.delete([IDS[ROWS[0]["pos"][0]]])  # what a row names is gone meanwhile
+        report = again.refresh(
+            "feedback", force=True, output_dir=where[1], search=DENSE, cache_path=where[2], **SETTINGS
+        )
+        assert report.outcome in ("swapped", "forced")
+        assert rows.read_text(encoding="utf-8") == before

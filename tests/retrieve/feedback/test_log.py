@@ -98,8 +98,10 @@ def test_what_a_client_did_goes_and_cannot_be_read_in_the_file(log, tmp_path):
 
 def test_nobody_is_not_a_client_to_forget(log):
     remember(log)
-    assert log.forget(client="") == 0
-    assert log.get("q1") is not None
+    log.add("q1", "click", "a")
+    with pytest.raises(UsageError, match="a client, or a time"):
+        log.forget(client="")
+    assert len(log.get("q1").events) == 1
     with pytest.raises(UsageError, match="a client, or a time"):
         log.forget()
 
@@ -244,3 +246,76 @@ def test_a_line_that_cannot_be_used_is_named(log, tmp_path, line, word):
     (tmp_path / "ubi.jsonl").write_text(f"\n{line}\n")
     with pytest.raises(DataError, match=f"line 2: .*{word}"):
         import_ubi(log, tmp_path / "ubi.jsonl")
+
+
+@pytest.mark.parametrize("when", ["2026-01-01", "now", float("nan"), True, [1]])
+def test_a_time_that_is_no_number_deletes_and_finds_nothing(log, when):
+    remember(log)
+    for call in (
+        lambda: log.forget(before=when),
+        lambda: list(log.queries(since=when)),
+        lambda: log.add("q1", "click", "a", at=when),
+        lambda: remember(log, "q2", at=when),
+    ):
+        with pytest.raises(UsageError, match="seconds since 1970"):
+            call()
+    assert log.counts()["searches"] == 1
+
+
+@pytest.mark.parametrize("days", [1.5, "30", True, -1, 10**20])
+def test_days_that_are_none_are_refused_and_the_log_goes_on(log, days):
+    with pytest.raises(UsageError, match="whole number of days"):
+        log.set(retention_days=days)
+    assert log.retention_days == 180
+
+
+@pytest.mark.parametrize(
+    ("query", "passage", "event"), [(["q1"], "a", None), ("q1", 5, None), ("\ud800", "a", None), ("q1", "a", ["e"])]
+)
+def test_ids_that_are_no_text_are_refused(log, query, passage, event):
+    remember(log)
+    with pytest.raises(UsageError, match="the id of the"):
+        log.add(query, "relevant", passage, event_id=event)
+
+
+def test_fewer_days_delete_at_once(log):
+    remember(log, at=5.0)
+    log.set(retention_days=30)
+    assert log.counts()["searches"] == 0
+
+
+def test_what_comes_back_from_an_export_is_not_a_second_client(log, tmp_path):
+    """Two machines that exchange their logs would else vote against themselves."""
+    remember(log, client="ann")
+    log.add("q1", "relevant", "a")
+    log.add("q1", "answer_up")
+    export_ubi(log, tmp_path / "ubi.jsonl")
+    with FeedbackLog(tmp_path / "other.sqlite3") as other:
+        for _ in range(2):
+            import_ubi(other, tmp_path / "ubi.jsonl")
+        assert len(other.get("q1").events) == 2
+        export_ubi(other, tmp_path / "back.jsonl")
+    before = log.get("q1").events
+    import_ubi(log, tmp_path / "back.jsonl")
+    assert log.get("q1").events == before
+
+
+def test_what_was_deleted_beside_a_reader_goes_when_it_has_left(log, monkeypatch, caplog):
+    def readable() -> bool:  # by another process: closing the file in this one would end SQLite's locks
+        script = "import sys; print(any(b'Secret' in open(p, 'rb').read() for p in sys.argv[1:]))"
+        files = [str(path) for path in log.path.parent.glob("feedback.sqlite3*")]
+        return subprocess.check_output([sys.executable, "-c", script, *files], text=True).strip() == "True"
+
+    monkeypatch.setattr("ultrarag.retrieve.feedback.log.READER_SECONDS", 0.05)
+    remember(log, client="ann")
+    for number in range(9):
+        remember(log, f"other {number}", "another")
+    reader = log.queries()
+    next(reader)
+    log.forget(client="ann")
+    assert "is reading it" in caplog.text
+    reader.close()
+    assert readable()
+    log.expire()
+    assert not readable()
+    assert not log.noted("unclean")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import pytest
 
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.feedback import LoggedQuery, Rules, training_rows, wilson
-from ultrarag.retrieve.feedback.labels import is_held_out
+from ultrarag.retrieve.feedback.labels import gathered, is_held_out
 from ultrarag.rows import text_key
 from ultrarag.types import Passage
 
@@ -183,3 +184,19 @@ def test_rules_that_make_no_sense_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(UsageError, match=name):
         Rules(**wrong)
+
+
+def test_rules_and_verify_must_be_what_they_are():
+    with pytest.raises(UsageError, match="rules is dict; give"):
+        rows_of(search(), rules={"click_rate": 0.4})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="shown 1 pairs and said something of 0"):
+        rows_of(search(("cite", "p1")), verify=lambda pairs: [])
+
+
+def test_a_passage_that_was_only_shown_takes_little_memory():
+    queries = [search(number=n, hits=[f"p{n}-{i}" for i in range(10)]) for n in range(500)]
+    tracemalloc.start()
+    gathered(queries, Rules())
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most / 5000 < 500  # bytes; sets in each of them took 1,000

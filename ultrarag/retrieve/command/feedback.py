@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.errors import DataError, IndexStateError, UsageError
 from ultrarag.io import print_result, replacing, run_command
 from ultrarag.retrieve.feedback import (
     FILE,
@@ -81,19 +81,30 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _rows(arguments: argparse.Namespace) -> None:
+    _check_out("out", arguments.out)
+    _check_out("held_out", arguments.held_out)
     with _log(arguments) as log:
         made = _made(arguments, log, _date(arguments.since))
     with replacing(Path(arguments.out)) as file:
         for row in made.rows:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     if arguments.held_out:
+        for id in (id for judged in made.qrels.values() for id in judged):
+            if id.split() != [id]:
+                raise DataError(f"the passage {id!r} has an id with a space, which no TREC qrels can hold")
         with replacing(Path(arguments.held_out)) as file:
             for query, judged in made.qrels.items():
                 file.writelines(f"{query} 0 {passage} {relevance}\n".encode() for passage, relevance in judged.items())
     print_result(made, arguments.json, lambda _: _lines(made.report))
 
 
+def _check_out(flag: str, file: str | None) -> None:
+    if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
+        raise UsageError(f"--{flag} '{file}' cannot be written: give a file in a folder that exists")
+
+
 def _export(arguments: argparse.Namespace) -> None:
+    _check_out("out", arguments.out)
     with _log(arguments) as log:
         print_result(export_ubi(log, arguments.out, _date(arguments.since)), arguments.json, _lines)
 

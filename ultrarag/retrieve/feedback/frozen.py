@@ -11,11 +11,10 @@ from typing import Any
 
 from ultrarag.errors import DataError
 from ultrarag.io import publish_directory, staged_directory, write_json
+from ultrarag.retrieve.feedback.forgotten import FOLDER, JUDGED, ROWS
 from ultrarag.retrieve.feedback.rows import TrainingRows
 
-#: Folder in the index with the rows of each output folder.
-FOLDER = "feedback_rows"
-ROWS, JUDGED, MADE_FOR = "rows.jsonl", "judged.json", "output_dir.json"
+MADE_FOR = "output_dir.json"
 
 
 def freeze(index: Path, output: Path, begun: bool, rows: Callable[[], TrainingRows]) -> tuple[Path, Any]:

@@ -60,18 +60,21 @@ class Label:
     rank: int | None
 
 
-@dataclass
+@dataclass(slots=True)
 class Evidence:
-    """What was seen of one passage for one query."""
+    """What was seen of one passage for one query.
+
+    Most passages were only shown: there are ten of these for each search, so that an empty one must be small.
+    """
 
     #: client -> its last vote: True relevant, False not; voters without a name are told apart by their search
-    votes: dict[str, bool] = field(default_factory=dict)
-    #: searches whose answer cited it and was not voted down
-    cited: set[str] = field(default_factory=set)
-    #: those of them whose answer was voted up
-    confirmed: set[str] = field(default_factory=set)
-    #: searches in which it was clicked, and how often it was examined
-    clicked: set[str] = field(default_factory=set)
+    votes: dict[str, bool] | None = None
+    #: number of searches whose answer cited it and was not voted down
+    cited: int = 0
+    #: of them those whose answer was voted up
+    confirmed: int = 0
+    #: number of searches in which it was clicked, and how often it was examined
+    clicked: int = 0
     examined: float = 0.0
     rank: int | None = None
 
@@ -110,7 +113,8 @@ def gathered(queries: Iterable[LoggedQuery], rules: Rules) -> dict[int, Asked]:
 def _votes(asked: Asked, query: LoggedQuery) -> None:
     for action, passage, client, _ in query.events:
         if action in ("relevant", "not_relevant", "unsure"):
-            votes = asked.passages[passage].votes
+            evidence = asked.passages[passage]
+            evidence.votes = votes = {} if evidence.votes is None else evidence.votes
             voter = client or f"search {query.query_id}"
             votes.pop(voter, None)
             if action != "unsure":  # takes a vote back
@@ -125,13 +129,12 @@ def _signals(asked: Asked, query: LoggedQuery, rules: Rules) -> None:
         evidence = asked.passages[passage]
         evidence.examined += rank**-rules.eta
         evidence.rank = min(rank, evidence.rank or rank)
-    for action, passage, _, _ in query.events:
+    for action, passage in {(action, passage) for action, passage, *_ in query.events}:  # twice counts once
         if action == "click":
-            asked.passages[passage].clicked.add(query.query_id)
+            asked.passages[passage].clicked += 1
         elif action == "cite" and "answer_down" not in of_answer:
-            asked.passages[passage].cited.add(query.query_id)
-            if "answer_up" in of_answer:
-                asked.passages[passage].confirmed.add(query.query_id)
+            asked.passages[passage].cited += 1
+            asked.passages[passage].confirmed += "answer_up" in of_answer
 
 
 def label(evidence: Evidence, rules: Rules) -> Label | None:
@@ -141,7 +144,7 @@ def label(evidence: Evidence, rules: Rules) -> Label | None:
         return Label(votes.pop(), "vote", evidence.rank) if len(votes) == 1 else None
     if evidence.cited and (evidence.confirmed or evidence.clicked):
         return Label(True, "citation", evidence.rank)
-    clicks = len(evidence.clicked)
+    clicks = evidence.clicked
     low, high = wilson(clicks, evidence.examined, rules.z)
     if clicks >= rules.clicks and low > rules.click_rate:
         return Label(True, "clicks", evidence.rank)

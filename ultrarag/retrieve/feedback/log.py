@@ -14,10 +14,12 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.retrieve.feedback.forgotten import discard_forgotten
 from ultrarag.retrieve.passages import Database
 from ultrarag.rows import text_key
 
@@ -31,6 +33,13 @@ ACTIONS = (*OF_A_PASSAGE, *OF_AN_ANSWER)
 _SHOWN = ("click", "cite")
 #: Days after which queries and their events are deleted, unless another number is set.
 RETENTION_DAYS = 180
+MOST_DAYS = 1_000_000
+#: Days for which the rows of a refresh are left when a query of theirs has become too old, so that it can go on.
+DAYS_OF_ROWS = 7
+#: Seconds to wait for who reads what is being deleted.
+READER_SECONDS = 5.0
+#: Note that what was deleted is still in the file.
+_UNCLEAN = "unclean"
 TEXTS = ("kept", "hashed")
 
 _TABLES = (
@@ -143,8 +152,9 @@ class FeedbackLog:
             at: seconds since 1970; default: now.
         """
         kept = self.texts == "kept"
+        _check_time("at", at)
         told = json.dumps(dict(options or {}), ensure_ascii=False, sort_keys=True, default=str)
-        when, who = time.time() if at is None else at, self._hash(client)
+        when, who = time.time() if at is None else at, self.hashed(client)
         rows = [
             (id, when, text_key(text), text if kept else "", fingerprint, generation, told, _json(hits), who)
             for id, text, hits in queries
@@ -182,8 +192,9 @@ class FeedbackLog:
         if (action in OF_A_PASSAGE) != bool(passage_id):
             wants = "the id of a passage" if action in OF_A_PASSAGE else "no passage: it is about the whole answer"
             raise UsageError(f"feedback '{action}' takes {wants}")
-        if at is not None and not math.isfinite(at):
-            raise UsageError(f"the time of an event is a number of seconds since 1970, not {at}")
+        for what, value in (("query", query_id), ("passage", passage_id), ("event", event_id)):
+            _check_id(what, value)
+        _check_time("at", at)
         with self._database.transaction() as db:
             asked = db.execute("SELECT hits, client FROM queries WHERE query_id = ?", (query_id,)).fetchone()
             if asked is None:
@@ -193,13 +204,22 @@ class FeedbackLog:
                 )
             if action in _SHOWN and passage_id not in {id for id, _ in json.loads(asked[0])}:
                 raise UsageError(f"passage '{passage_id}' was not among the hits of query '{query_id}'")
-            who = asked[1] if client is None else self._hash(client)
+            who = asked[1] if client is None else self.hashed(client)
             when = time.time() if at is None else at
             db.execute(
                 "INSERT OR IGNORE INTO events (query_id, passage_id, action, client, time, event_id) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 (query_id, passage_id or "", action, who, when, event_id),
             )
+
+    def has_event(self, query_id: str, action: str, passage_id: str | None, at: float) -> bool:
+        """Whether such an event of that millisecond is here: one that is read back from an export is."""
+        with self._database.reading() as db:
+            found = db.execute(
+                "SELECT 1 FROM events WHERE query_id = ? AND action = ? AND passage_id = ? AND abs(time - ?) < 0.001",
+                (query_id, action, passage_id or "", at),
+            ).fetchone()
+        return found is not None
 
     # what goes out
 
@@ -209,6 +229,8 @@ class FeedbackLog:
         Args:
             since, until: seconds since 1970, of the search or of one of its events; `until` is excluded.
         """
+        _check_time("since", since)
+        _check_time("until", until)
         low, high = -math.inf if since is None else since, math.inf if until is None else until
         found = (
             "SELECT q.query_id, q.time, q.key, q.text, q.fingerprint, q.generation, q.options, q.hits, q.client, "
@@ -270,13 +292,14 @@ class FeedbackLog:
         return self._setting("texts", TEXTS[0])
 
     def set(self, retention_days: int | None = None, texts: str | None = None) -> None:
-        """Change what is kept. "hashed" also removes the texts that are there.
+        """Change what is kept. "hashed" also removes the texts that are there, fewer days what is older.
 
         Raises:
-            UsageError: for days below 0, and texts that are neither "kept" nor "hashed".
+            UsageError: for days that are no whole number of at least 0, and texts that are neither "kept" nor "hashed".
         """
-        if retention_days is not None and retention_days < 0:
-            raise UsageError(f"retention_days is {retention_days}: give a number of days, or 0 to keep all")
+        whole = isinstance(retention_days, int) and not isinstance(retention_days, bool)
+        if retention_days is not None and not (whole and 0 <= retention_days <= MOST_DAYS):
+            raise UsageError(f"retention_days is {retention_days!r}: give a whole number of days, or 0 to keep all")
         if texts is not None and texts not in TEXTS:
             raise UsageError(f"texts is '{texts}': choose 'kept' or 'hashed'")
         with self._database.transaction() as db:
@@ -286,32 +309,55 @@ class FeedbackLog:
             if texts == "hashed":
                 db.execute("UPDATE queries SET text = ''")
         if texts == "hashed":
-            self._database.vacuum()  # or the texts would stay in pages that are free
+            self._gone()  # or the texts would stay in pages that are free
+        self.expire()
 
     def forget(self, *, client: str | None = None, before: float | None = None) -> int:
         """Delete what a client did, or what is older than a time, for good; return how many searches that were.
 
-        What is deleted cannot be read in the file either. A checkpoint that was trained on it does not change.
+        What is deleted cannot be read in the file either; where somebody reads it for longer than five seconds, only
+        after the next `expire`, which an open index calls every hour. A checkpoint that was trained on it stays.
 
         Args:
             client: as it was given; both its searches and its events go.
             before: seconds since 1970.
+
+        Raises:
+            UsageError: for neither or both, an empty client (nobody was named then), and a time that is no number.
         """
-        if (client is None) == (before is None):
+        if (client is None) == (before is None) or client == "":
             raise UsageError("forget takes a client, or a time before which all is deleted")
+        _check_time("before", before)
+        return self._forget(client, before)
+
+    def _forget(self, client: str | None, before: float | None, days: float = 0) -> int:
         with self._database.transaction() as db:
             if client is not None:
-                who = self._hash(client)
+                who = self.hashed(client)
                 db.execute("DELETE FROM events WHERE client = ?", (who,))
                 gone = db.execute("DELETE FROM queries WHERE client = ? AND client != ''", (who,)).rowcount
             else:
                 gone = db.execute("DELETE FROM queries WHERE time < ?", (before,)).rowcount
             db.execute("DELETE FROM events WHERE query_id NOT IN (SELECT query_id FROM queries)")
-        self._database.vacuum()
+        self._gone(days)
         return int(gone)
 
+    def _gone(self, days: float = 0) -> None:
+        """Let nothing of what was deleted be read in a file: pages that are free, the rows of refreshes."""
+        clean = self._database.vacuum(patience=READER_SECONDS)
+        if clean == bool(self.noted(_UNCLEAN)):  # somebody reads for long: `expire` comes back to it
+            self.note(_UNCLEAN, not clean)
+        with self._database.reading() as db:
+            known = {key for (key,) in db.execute("SELECT DISTINCT key FROM queries WHERE text != ''")}
+        discard_forgotten(self.path.parent, known, days)
+
     def expire(self, now: float | None = None) -> int:
-        """Delete what is older than `retention_days`; return how many searches that were."""
+        """Delete what is older than `retention_days`; return how many searches that were.
+
+        What was deleted while somebody read, and so is still in the file, is removed from it now.
+        """
+        if self.noted(_UNCLEAN):
+            self._gone(DAYS_OF_ROWS)
         days = self.retention_days
         if not days:
             return 0
@@ -319,7 +365,7 @@ class FeedbackLog:
         with self._database.reading() as db:
             if db.execute("SELECT 1 FROM queries WHERE time < ? LIMIT 1", (limit,)).fetchone() is None:
                 return 0
-        return self.forget(before=limit)
+        return self._forget(None, limit, DAYS_OF_ROWS)
 
     def note(self, name: str, value: Any) -> None:
         """Keep a JSON value of the schedule's."""
@@ -341,11 +387,35 @@ class FeedbackLog:
             "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
         )
 
-    def _hash(self, client: str | None) -> str:
-        """Keyed, so that nobody who has only the hashes can try names."""
+    def hashed(self, client: str | None) -> str:
+        """The hash of a name, keyed, so that nobody who has only the hashes can try names; "" for nobody."""
         if client is None or client == "":
             return ""
         return hashlib.blake2b(str(client).encode("utf-8", "surrogatepass"), key=self._key, digest_size=12).hexdigest()
+
+
+def _check_time(name: str, value: Any) -> None:
+    """Refuse what SQLite would compare as a text: every number is smaller than that."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and not (number and math.isfinite(value)):
+        raise UsageError(f"{name} is {value!r}; give a number of seconds since 1970, such as datetime.timestamp()")
+
+
+def _check_id(what: str, value: Any) -> None:
+    if value is None and what != "query":
+        return
+    if not isinstance(value, str):
+        raise UsageError(f"the id of the {what} is {type(value).__name__}, not a string")
+    if not _is_text(value):
+        raise UsageError(f"the id of the {what} holds a lone surrogate, which is not text")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json(hits: Iterable[tuple[str, float]]) -> str:

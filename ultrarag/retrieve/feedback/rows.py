@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ultrarag.errors import UsageError
 from ultrarag.retrieve.feedback.labels import Asked, Label, Rules, gathered, is_held_out, label, unverified
 from ultrarag.retrieve.feedback.log import LoggedQuery
 from ultrarag.types import Passage
@@ -56,7 +57,9 @@ def training_rows(
         rules: default: Rules().
         verify: asked about citations that nothing else confirms; default: they are not used.
     """
-    rules = rules or Rules()
+    rules = Rules() if rules is None else rules
+    if not isinstance(rules, Rules):
+        raise UsageError(f"rules is {type(rules).__name__}; give ultrarag.retrieve.feedback.Rules(...)")
     made, counts, sources, negatives = TrainingRows(), Counter[str](), Counter[str](), Counter[str]()
     below_first = 0
     for asked in gathered(queries, rules).values():
@@ -112,6 +115,8 @@ def _verified(asked: Asked, rules: Rules, stored: Mapping[str, Passage], verify:
     if not ids:
         return {}
     said = verify([(asked.text, stored[id].content) for id in ids])
+    if len(said) != len(ids):
+        raise UsageError(f"verify was shown {len(ids)} pairs and said something of {len(said)}")
     return {
         id: Label(True, "citation", asked.passages[id].rank) for id, good in zip(ids, said, strict=True) if bool(good)
     }

@@ -52,15 +52,17 @@ class Schedule:
         if every not in PERIODS:
             raise UsageError(f"a schedule is one of {', '.join(PERIODS)}, not '{every}'")
         for name, value in (("new_rows", new_rows), ("below_first", below_first), ("judged", judged)):
-            if value < 1:
-                raise UsageError(f"schedule: {name} is {value}; give at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"schedule: {name} is {value!r}; give a whole number of at least 1")
         self.log, self.rows, self.every = log, rows, every
         self.new_rows, self.below_first, self.judged = new_rows, below_first, judged
 
     def state(self) -> dict[str, Any]:
-        """When the last refresh began (seconds since 1970), the rows learned from, what multiplies the threshold."""
-        found: dict[str, Any] = self.log.noted(_STATE, {"begun": None, "rows": 0, "factor": 1})
-        return found
+        """When the last refresh began (seconds since 1970) and as which job, hashes of the rows learned from and tried,
+        and what multiplies the threshold.
+        """
+        first: dict[str, Any] = {"begun": None, "job": None, "learned": [], "tried": [], "factor": 1}
+        return {**first, **self.log.noted(_STATE, {})}
 
     def due(self, now: float | None = None) -> Readiness:
         """Say whether a refresh may begin, and what is missing if not."""
@@ -68,7 +70,9 @@ class Schedule:
         if state["begun"] is not None and (left := state["begun"] + PERIODS[self.every] - now) > 0:
             return Readiness(False, f"the last refresh began {self.every} ago or less; the next in {left / 3600:.1f} h")
         made = self.rows()
-        new, needed = len(made.rows) - state["rows"], self.new_rows * state["factor"]
+        # by name, not by number: old rows go while new ones come
+        learned = set(state["learned"])
+        new, needed = sum(id not in learned for id in self._hashes(made)), self.new_rows * state["factor"]
         below, judged = made.report["rows with a positive below rank 1"], len(made.qrels)
         missing = [
             f"{have} of {want} {what}"
@@ -83,15 +87,19 @@ class Schedule:
             return Readiness(False, "too little to learn from yet: " + ", ".join(missing), made)
         return Readiness(True, f"{new} new rows, {judged} held-out queries with votes", made)
 
-    def begun(self, rows: int, now: float | None = None) -> None:
-        """Remember that a refresh began with so many rows."""
-        state = self.state()
-        self.log.note(_STATE, {**state, "begun": time.time() if now is None else now, "tried": rows})
+    def begun(self, rows: TrainingRows, now: float | None = None, job: str | None = None) -> None:
+        """Remember that a refresh began with these rows, under a name of the caller's."""
+        when = time.time() if now is None else now
+        self.log.note(_STATE, {**self.state(), "begun": when, "tried": self._hashes(rows), "job": job})
 
     def ended(self, swapped: bool) -> None:
         """Remember how it ended: what was learned from is not new any more; a refusal doubles what is asked for."""
         state = self.state()
         if swapped:
-            self.log.note(_STATE, {**state, "rows": state.get("tried", state["rows"]), "factor": 1})
+            self.log.note(_STATE, {**state, "learned": state["tried"], "factor": 1})
         else:
             self.log.note(_STATE, {**state, "factor": state["factor"] * 2})
+
+    def _hashes(self, made: TrainingRows) -> list[str]:
+        """Of the rows' ids, which are made of the queries."""
+        return [self.log.hashed(row["id"]) for row in made.rows]

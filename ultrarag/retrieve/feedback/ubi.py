@@ -65,7 +65,7 @@ def import_ubi(log: FeedbackLog, path: str | Path) -> dict[str, int]:
                 counts["queries"] += 1
             else:
                 raise UsageError("is neither an event ('action_name') nor a query ('user_query')")
-        except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (UsageError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{place}: {reason}") from error
     return counts
@@ -146,11 +146,14 @@ def _read_event(log: FeedbackLog, found: dict[str, Any], place: str) -> bool:
     thing = (found.get("event_attributes") or {}).get("object") or {}
     passage = thing.get("object_id")
     at = _seconds(found["timestamp"])
+    query_id, id = str(found["query_id"]), None if passage is None else str(passage)
+    if not found.get("event_id") and log.has_event(query_id, action, id, at):
+        return True  # of our own export: it would come in as somebody else's, for clients are hashed anew
     parts = [found["query_id"], action, passage, found.get("client_id"), at]
     log.add(
-        str(found["query_id"]),
+        query_id,
         action,
-        None if passage is None else str(passage),
+        id,
         client=str(found.get("client_id") or "") or None,
         at=at,
         event_id=str(found.get("event_id") or json.dumps(parts)),

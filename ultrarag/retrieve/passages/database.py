@@ -144,12 +144,18 @@ class Database:
                 else:
                     self._idle.append(db)
 
-    def vacuum(self) -> None:
-        """Give free pages back to the file system."""
+    def vacuum(self, patience: float = 0.0) -> bool:
+        """Give free pages back to the file system; return whether all were, for a reader keeps those that it sees.
+
+        Args:
+            patience: seconds to wait for readers; writers wait meanwhile.
+        """
         with self.lock, named_errors(self.path):
             db = self._writing()
             db.execute("VACUUM")
-            db.execute("PRAGMA busy_timeout=0")  # whoever reads in another process may do so for long
+            db.execute(
+                f"PRAGMA busy_timeout={int(patience * 1000)}"
+            )  # whoever reads in another process may do so for long
             try:
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             finally:
@@ -157,9 +163,10 @@ class Database:
         if busy:
             logger.warning(
                 "'%s' is compacted, but another process or thread is reading it: its old pages are given back when "
-                "the last reader has left, at the next write, vacuum or close",
+                "the last reader has left, at the next vacuum or close",
                 self.path,
             )
+        return not busy
 
     def close(self) -> None:
         """Close all connections; closing twice is harmless."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ultrarag.retrieve.feedback import FILE
 from ultrarag.service.console import access
 from ultrarag.service.console.page import Ask, Page
 from ultrarag.service.faults import Fault
@@ -35,7 +34,7 @@ def _state(service: Service) -> dict[str, Any]:
 
 def feedback_counts(service: Service) -> dict[str, Any] | None:
     """What is in the feedback log; None where nothing was ever remembered, for looking makes no file."""
-    if not (service.live.path / FILE).exists() or service.live.status()["read_only"]:
+    if not service.live.has_feedback or not service.remembers:
         return None
     return service.live.feedback_log.counts()
 

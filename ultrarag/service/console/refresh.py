@@ -37,7 +37,7 @@ async def refresh(ask: Ask) -> Response:
 
 def _state(service: Service) -> dict[str, Any]:
     counts = feedback_counts(service)
-    due = service.live.schedule().due() if counts else None
+    due = service.live.schedule(service.settings.learn or "daily").due() if counts else None
     report = due.rows.report if due and due.rows else service.live.training_rows().report if counts else None
     return {"report": report, "due": due, "files": _files(service), "jobs": service.jobs.all()}
 

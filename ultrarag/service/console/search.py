@@ -32,7 +32,7 @@ async def search(ask: Ask) -> Response:
         "votes": VOTES,
     }
     if values["query"]:
-        kept = remembers(ask)
+        kept = is_own(ask) and await ask.service.writes.run(lambda: ask.service.remembers)
         found = await ask.service.search(
             [values["query"]], {**options(ask, heads), "log": kept, "client": ask.reviewer}
         )
@@ -83,10 +83,9 @@ def _weight(head: str, text: str) -> float:
     return found
 
 
-def remembers(ask: Ask) -> bool:
-    """Whether a search goes into the feedback log: not one that a stranger's page has made the browser ask."""
-    own = ask.request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
-    return own and not ask.service.live.status()["read_only"]
+def is_own(ask: Ask) -> bool:
+    """Whether nobody else's page has made the browser ask: such a search does not go into the feedback log."""
+    return ask.request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
 
 
 async def judge(ask: Ask) -> Response:
