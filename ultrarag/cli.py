@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ultrarag import __version__
-from ultrarag.io import print_result, run_command, table
+from ultrarag.io import print_result, run_action, run_command, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,16 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ultrarag.service import main as service
 
         return service(words)
-    return run_command(lambda: _run(words))
-
-
-def _run(words: list[str]) -> int:
-    parser = _parser()
-    if not words:
-        parser.print_help(sys.stderr)
-        return 2
-    arguments = parser.parse_args(words)
-    return int(arguments.run(arguments))
+    return run_command(lambda: run_action(_parser(), words))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultrarag.encoder.engines import add_engine_flag
 from ultrarag.errors import UsageError, did_you_mean
-from ultrarag.io import run_command
+from ultrarag.io import run_command, underscored
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: a flag is unknown (names the nearest), or its value cannot be used.
         """
-        found, rest = self.parse_known_args([_underscored(word) for word in argv])
+        found, rest = self.parse_known_args([underscored(word) for word in argv])
         for word in rest:
             name = word.partition("=")[0]
             known = [flag for flag in self._option_string_actions if flag.startswith("--")]
@@ -47,13 +47,6 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--output", "-o", required=True, metavar="PATH", help=help)
         self.add_argument("--overwrite", action="store_true", help="replace what is there, finished or begun")
         self.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _underscored(word: str) -> str:
-    if not word.startswith("--") or word == "--":
-        return word
-    name, equals, value = word[2:].partition("=")
-    return word if " " in name else f"--{name.replace('-', '_')}{equals}{value}"
 
 
 logger = logging.getLogger("ultrarag")

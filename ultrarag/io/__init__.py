@@ -11,7 +11,15 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.io.child import start_child, stop_child
-    from ultrarag.io.command import lasting_interrupts, print_error, print_result, run_command, standard_input
+    from ultrarag.io.command import (
+        lasting_interrupts,
+        print_error,
+        print_result,
+        run_action,
+        run_command,
+        standard_input,
+        underscored,
+    )
     from ultrarag.io.conditions import UNWRITABLE, check_room, named_conditions, named_when_full, resource_error
     from ultrarag.io.durable import (
         CHECKSUM_FILE,

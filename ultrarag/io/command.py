@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
@@ -48,6 +49,25 @@ def run_command(run: Callable[[], int | None], interrupted: str = "", who: str =
         return _failed(1, _condition(error), who)
     except KeyboardInterrupt as stop:
         return _failed(130, str(stop) or interrupted, who, "interrupted")
+
+
+def run_action(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """Run the action that a parser has set as `run`; without any word show its help, and return 2."""
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments = parser.parse_args(words)
+    return int(arguments.run(arguments) or 0)
+
+
+def underscored(word: str) -> str:
+    """A flag with underscores for dashes: both spellings are in use. Other words, and values, stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    if " " in name:
+        return word  # a text that begins with dashes
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 @contextmanager

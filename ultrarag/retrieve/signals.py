@@ -113,8 +113,14 @@ class Signals:
             if query.strip()
         ]
         if asked:
-            who = {"fingerprint": found[0].fingerprint, "generation": found[0].generation}
-            self.feedback_log.remember(asked, **who, options=options, client=client)  # type: ignore[arg-type]
+            answered, log = found[0], self.feedback_log
+            log.remember(
+                asked,
+                fingerprint=answered.fingerprint,
+                generation=answered.generation,
+                options=options,
+                client=client,
+            )
 
     def _from_feedback(self, output: Path, gate: Any, eval_data: Any, arguments: dict[str, Any]) -> tuple[str, Any]:
         """(training data, gate) of a refresh from feedback; its arguments get what such rows need."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import OwnerLock, print_error, run_command
+from ultrarag.io import OwnerLock, print_error, run_command, underscored
 from ultrarag.packages import install
 from ultrarag.service.settings import Limits, Settings, read_token
 
@@ -37,13 +37,8 @@ MIRROR_SECONDS = 120.0
 def main(argv: Sequence[str]) -> int:
     """Run `serve` or `mcp`; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
     name, *words = argv
-    words = [_underscored(word) for word in words]
+    words = [underscored(word) for word in words]
     return run_command(lambda: _COMMANDS[name](words), "every write that was answered is kept")
-
-
-def _underscored(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else word
 
 
 def _parser(name: str, text: str) -> argparse.ArgumentParser:

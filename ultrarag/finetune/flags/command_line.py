@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.finetune.flags.values import Flag
+from ultrarag.io import underscored
 
 #: More choices than this are listed in the text and not in the flag's heading.
 _MOST_CHOICES = 5
@@ -32,7 +33,7 @@ def read_command_line(argv: Sequence[str], flags: Mapping[str, Flag], prog: str)
         UsageError: for a flag that is not known, or given twice, or lacks its value.
     """
     parser = _parser(flags.values(), prog)
-    namespace, rest = parser.parse_known_args([_underscored(word) for word in argv])
+    namespace, rest = parser.parse_known_args([underscored(word) for word in argv])
     if rest:
         raise UsageError(_not_understood(rest[0], flags))
     return dict(vars(namespace))
@@ -53,16 +54,6 @@ def named_adapter(argv: Sequence[str]) -> str | None:
         if word.startswith("--adapter="):
             return word.partition("=")[2]
     return None
-
-
-def _underscored(word: str) -> str:
-    """Return a flag with underscores for dashes: both spellings are in use."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    if " " in name:
-        return word  # a text that begins with dashes
-    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _not_understood(word: str, flags: Mapping[str, Flag]) -> str:

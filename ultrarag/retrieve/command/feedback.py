@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import DataError, IndexStateError, UsageError
-from ultrarag.io import print_result, replacing, run_command
+from ultrarag.io import print_result, replacing, run_action, run_command
 from ultrarag.retrieve.feedback import (
     FILE,
     FeedbackLog,
@@ -27,16 +27,7 @@ from ultrarag.retrieve.passages import Store
 def feedback_main(argv: Sequence[str] | None = None) -> int:
     """Run one action; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(words))
-
-
-def _run(words: list[str]) -> int:
-    parser = _parser()
-    if not words:
-        parser.print_help(sys.stderr)
-        return 2
-    arguments = parser.parse_args(words)
-    return int(arguments.run(arguments) or 0)
+    return run_command(lambda: run_action(_parser(), words))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,14 +11,14 @@ from typing import Any
 
 from ultrarag.encoder.engines import add_engine_flag
 from ultrarag.errors import UsageError
-from ultrarag.io import run_command
+from ultrarag.io import run_command, underscored
 
 METRICS = "nDCG@10,Recall@10,MRR@10"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
-    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     return run_command(lambda: _run(words), "every write that was reported is kept")
 
 
@@ -301,14 +301,6 @@ def _keyword(name: str, values: list[str]) -> tuple[str, Any]:
     if not values:
         return (name[3:], False) if name.startswith("no_") else (name, True)
     return name, values[0] if len(values) == 1 else values
-
-
-def _underscored(word: str) -> str:
-    """A flag with underscores for dashes, as fine-tuning's command line reads it."""
-    if not word.startswith("--") or word == "--":
-        return word
-    name, equals, value = word[2:].partition("=")
-    return word if " " in name else f"--{name.replace('-', '_')}{equals}{value}"
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
