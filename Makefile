@@ -6,13 +6,14 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Extra arguments for the command behind a target: make test ARGS="-n 0 -k ir -x" (-n 0: in one process)
 ARGS ?=
 
-.PHONY: help demo serve test test-long lint bench venv
+.PHONY: help demo serve test test-long doors lint bench venv
 
 help:
 	@echo "make demo    index Python's documentation, fine-tune a small model on it, swap it in while it answers (two to four minutes)"
 	@echo "make serve   the demonstration's index in a browser, at http://127.0.0.1:8080 (Ctrl-C stops it)"
 	@echo "make test    run the tests"
 	@echo "make test-long  run the tests that repeat kills many times"
+	@echo "make doors   test the doors beside their frameworks, each in an environment of its own (.doors)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   measure speed, memory and quality"
 
@@ -28,6 +29,9 @@ test: venv
 
 test-long: venv
 	$(BIN)/python -m pytest -n 2 --dist load -m long $(ARGS)
+
+doors: venv
+	$(BIN)/python tests/doors/run.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ ORDER = [
     {"data"},
     {"retrieve/command"},
     {"retrieve/build/__main__", "retrieve", "retrieve/mining"},
-    {"testing", "demo", "service", "cli", "__init__", "__main__"},
+    {"testing", "demo", "service", "doors", "cli", "__init__", "__main__"},
 ]
 #: What an adapter may use: it could be anybody's package.
 FOR_ADAPTERS = {

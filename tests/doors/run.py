@@ -1,0 +1,169 @@
+"""Run each door's tests beside its framework, in an environment of its own, and write the table of docs/doors.md.
+
+    python tests/doors/run.py [langchain ...] [--fast] [--keep-page]
+
+An environment lies in .doors/NAME: what its requirements.txt pins, over the packages of .venv (of a package that both
+have, its own counts). `peer.txt`, where a door has one, is installed into .doors/NAME/peer, which sees nothing of ours.
+Every test file is a row of the table, under the first line of its docstring. `--fast` leaves out what is marked long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PLACE = ROOT / ".doors"
+PAGE = ROOT / "docs" / "doors.md"
+START, END = "<!-- results: made by tests/doors/run.py -->\n", "<!-- end of results -->\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the doors that are named, or all; 0 when every test passed."""
+    asked = parse(arguments)
+    failed = [name for name in asked.doors if not run(name, asked.fast)]
+    if not asked.keep_page:
+        write_page()
+    print("all doors passed" if not failed else f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def doors() -> list[str]:
+    """Every folder here that has a requirements.txt."""
+    return sorted(file.parent.name for file in HERE.glob("*/requirements.txt"))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("doors", nargs="*", metavar="DOOR", help=f"of {', '.join(doors())} (default: all)")
+    parser.add_argument("--fast", action="store_true", help="leave out the tests marked long")
+    parser.add_argument("--keep-page", action="store_true", help="do not write results and docs/doors.md")
+    asked = parser.parse_args(arguments)
+    unknown = sorted(set(asked.doors) - set(doors()))
+    if unknown:
+        parser.error(f"no door '{unknown[0]}': there are {', '.join(doors())}")
+    asked.doors = asked.doors or doors()
+    asked.keep_page = asked.keep_page or asked.fast
+    return asked
+
+
+def run(name: str, fast: bool) -> bool:
+    """Run one door's tests, whose counts are kept beside them; True when none failed and some passed."""
+    print(f"== {name}", file=sys.stderr)
+    python = environment(name)
+    junit = PLACE / name / "junit.xml"
+    junit.unlink(missing_ok=True)
+    only = ["-m", "not long"] if fast else ["-m", ""]
+    config = ["-c", str(HERE / "pytest.ini"), f"--rootdir={ROOT}"]
+    command = [python, "-m", "pytest", *config, "-n", "0", *only, f"--junitxml={junit}", str(HERE / name)]
+    started = time.time()
+    status = subprocess.run(command, cwd=ROOT).returncode
+    rows = counted(name, junit) if junit.is_file() else []
+    print(f"== {name}: {time.time() - started:.0f} s", file=sys.stderr)
+    if rows and not fast:
+        result = {"versions": versions(name), "python": sys.version.split()[0], "suites": rows}
+        (HERE / name / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return status == 0 and any(row["passed"] for row in rows)
+
+
+def environment(name: str) -> str:
+    """Make .doors/NAME if it is not there or its requirements have changed; return its Python."""
+    place, wanted = PLACE / name, HERE / name / "requirements.txt"
+    peer = HERE / name / "peer.txt"
+    stamp = place / ".ready"
+    digest = hashlib.sha256(
+        b"".join(f.read_bytes() for f in (wanted, peer, ROOT / "setup.cfg") if f.is_file())
+    ).hexdigest()
+    python = str(place / "bin" / "python")
+    if stamp.is_file() and stamp.read_text() == digest:
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+    site = place / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    # .pth lines are added after the folder itself: what is installed here comes first. addsitedir reads the .pth files
+    # of .venv too, and with them this checkout
+    (site / "1-base.pth").write_text(
+        f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n", encoding="utf-8"
+    )
+    (site / "0-checkout.pth").write_text(f"{ROOT}\n", encoding="utf-8")
+    install(python, wanted)
+    if peer.is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place / "peer")], check=True)
+        install(str(place / "peer" / "bin" / "python"), peer)
+    stamp.write_text(digest, encoding="utf-8")
+    return python
+
+
+def install(python: str, requirements: Path) -> None:
+    words = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "-r", str(requirements)]
+    subprocess.run(words, check=True, cwd=ROOT, env={**os.environ, "PIP_NO_WARN_CONFLICTS": "1"})
+
+
+def versions(name: str) -> dict[str, str]:
+    """What the door's requirements (and its peer's) pin, by name."""
+    files = (HERE / name / "requirements.txt", HERE / name / "peer.txt")
+    lines = [line.strip() for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
+    return dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))  # type: ignore[misc]
+
+
+def counted(name: str, junit: Path) -> list[dict[str, Any]]:
+    """Passed, failed and skipped of each test file, with the reasons of those skipped."""
+    files: dict[str, Counter[str]] = {}
+    reasons: dict[str, set[str]] = {}
+    for case in ElementTree.parse(junit).iter("testcase"):
+        file = next(p for p in case.get("classname", "").split(".") if p.startswith("test_"))
+        skip = case.find("skipped")
+        bad = case.find("failure") is not None or case.find("error") is not None
+        files.setdefault(file, Counter())["failed" if bad else "skipped" if skip is not None else "passed"] += 1
+        if skip is not None:
+            reasons.setdefault(file, set()).add(skip.get("message", "")[:200])
+    return [
+        {"file": file, "suite": title(name, file), **{k: files[file][k] for k in ("passed", "failed", "skipped")}}
+        | ({"reasons": sorted(reasons[file])} if file in reasons else {})
+        for file in sorted(files)
+    ]
+
+
+def title(name: str, file: str) -> str:
+    """The first line of the test file's docstring."""
+    tree = ast.parse((HERE / name / f"{file}.py").read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or file).splitlines()[0]
+
+
+def table() -> str:
+    """The results of all doors, as a table in Markdown."""
+    lines = ["| door | versions | suite | passed | failed | skipped |", "|---|---|---|---|---|---|"]
+    for file in sorted(HERE.glob("*/result.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        pinned = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        for row in result["suites"]:
+            skipped = f"{row['skipped']}: {'; '.join(row['reasons'])}" if row.get("reasons") else row["skipped"]
+            lines.append(
+                f"| {file.parent.name} | {pinned} | {row['suite']} | {row['passed']} | {row['failed']} | {skipped} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """docs/doors.md with the table of what is kept now."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    return before + START + table() + END + rest.partition(END)[2]
+
+
+def write_page() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""The page of doors says what the committed runs gave."""
+
+import configparser
+from pathlib import Path
+
+from tests.doors import run
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_table_is_that_of_the_results():
+    assert run.PAGE.read_text(encoding="utf-8") == run.page(), "python tests/doors/run.py writes it anew"
+
+
+def test_every_door_has_a_result_without_failures():
+    rows = run.table()
+    for name in run.doors():
+        assert f"| {name} |" in rows, f"make doors ARGS={name}, and commit its result.json"
+    assert all(line.split(" | ")[-2] == "0" for line in rows.splitlines()[2:]), rows
+
+
+def test_every_door_s_versions_are_pinned():
+    for name in run.doors():
+        lines = (run.HERE / name / "requirements.txt").read_text(encoding="utf-8").split()
+        assert lines, name
+        assert all("==" in line for line in lines), name
+
+
+def test_frameworks_are_extras_of_their_names():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    rooms = {folder.name for folder in (ROOT / "ultrarag" / "doors").iterdir() if (folder / "__init__.py").is_file()}
+    assert rooms <= set(config["options.extras_require"])
