@@ -78,7 +78,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     from encode import small_model
 
     from ultrarag import Encoder
-    from ultrarag.finetune.step.gradcache import cached_step
+    from ultrarag.finetune.step.gradcache import by_texts, cached_step
     from ultrarag.finetune.step.trainable import Trainable
     from ultrarag.loss_arguments import LossArguments
 
@@ -92,7 +92,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     def run(batch: int, chunk: int) -> None:
         sides = [made_up(batch, length, len(encoder.tokenizer)) for length in (QUERY, PASSAGE)]
         if chunk:
-            cached_step(sides, module, loss, lambda value: value.backward(), chunk, contextlib.nullcontext)
+            cached_step(sides, module, loss, lambda value: value.backward(), by_texts(chunk), contextlib.nullcontext)
         else:
             loss(module(sides)).backward()
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests import golden
 from ultrarag.encoder import Encoder
 from ultrarag.finetune.step.distributed import gather, rank
-from ultrarag.finetune.step.gradcache import cached_step
+from ultrarag.finetune.step.gradcache import by_texts, cached_step
 from ultrarag.finetune.step.trainable import Trainable, freeze
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.loss_arguments import LossArguments
@@ -78,7 +78,7 @@ def two_ranks(case: dict, chunk: int | None) -> tuple[float, dict[str, float]]:
         return module.adapter.loss(module.model, query, passage, target, 0, arguments(config, group))
 
     if chunk:
-        value = cached_step(sides, wrapped, loss, lambda value: value.backward(), chunk, wrapped.no_sync)
+        value = cached_step(sides, wrapped, loss, lambda value: value.backward(), by_texts(chunk), wrapped.no_sync)
     else:
         value = loss(wrapped(sides))
         value.backward()

@@ -15,7 +15,7 @@ from ultrarag.encoder.device import in_background, one_ahead
 from ultrarag.finetune.batches import make_collator, make_loader, make_plan, read_data
 from ultrarag.finetune.flags.arguments import parse_command_line
 from ultrarag.finetune.step import load_encoder
-from ultrarag.finetune.step.gradcache import split
+from ultrarag.finetune.step.gradcache import by_texts
 from ultrarag.testing.tiny import TEXTS, tiny_m3
 from ultrarag.transfer import on_host, remember_host, to_device, to_host
 from ultrarag.types import Embeddings, Sparse
@@ -105,7 +105,7 @@ def test_a_loader_that_works_ahead_gives_the_same_batches(tmp_path):
 def test_parts_of_a_moved_batch_know_their_masks():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]])
     features = {"input_ids": torch.arange(12).view(3, 4), "attention_mask": remember_host(mask.clone(), mask)}
-    parts = split(features, 2)
+    parts = [part for _, part in by_texts(2)(features)]
     assert [part["input_ids"].shape for part in parts] == [(2, 3), (1, 1)]
     assert all(torch.equal(on_host(part["attention_mask"]), part["attention_mask"]) for part in parts)
     assert all(on_host(part["attention_mask"]) is not part["attention_mask"] for part in parts)

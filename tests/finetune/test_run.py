@@ -160,12 +160,14 @@ def test_two_processes_with_gradcache_give_the_weights_of_one(command, tmp_path)
         ("one", one, 1),
         ("two", shared, 2),
         ("chunks", [*shared, "--sub_batch_size", 3], 2),
+        ("tokens", [*shared, "--sub_batch_tokens", 40], 2),
     ):
         words = ["ultrarag.finetune.bgem3", *words, "--output_dir", tmp_path / name]
         status, _, err = run(words, processes)
         assert status == 0, err[-3000:]
     assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-6)
     assert_same_weights(tmp_path / "two", tmp_path / "chunks", 1e-6)
+    assert_same_weights(tmp_path / "two", tmp_path / "tokens", 1e-6)
 
 
 def kill_at(words, step):

@@ -47,6 +47,7 @@ _FREE = {
 #: May change in the middle: how long the run is, how it fits into memory, where it computes, and when it is measured.
 _TAKEN_OVER = {
     "model.sub_batch_size",
+    "model.sub_batch_tokens",
     *(
         f"training.{name}"
         for name in (

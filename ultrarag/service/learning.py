@@ -23,7 +23,14 @@ from ultrarag.service.state import Service
 ARGUMENTS = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("warmup_ratio", "warmup_steps", "weight_decay", "lr_scheduler_type", "max_grad_norm", "seed", "temperature"),
-    *("train_group_size", "query_max_len", "passage_max_len", "sub_batch_size", "knowledge_distillation"),
+    *(
+        "train_group_size",
+        "query_max_len",
+        "passage_max_len",
+        "sub_batch_size",
+        "sub_batch_tokens",
+        "knowledge_distillation",
+    ),
     *("early_stopping_patience", "replay_ratio", "max_forgetting", "allow_seen_data", "ignore_identical_ids"),
     *("on_bad_rows", "map_learning_rate", "map_regularization", "map_steps", "map_rank", "eval_steps", "logging_steps"),
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ultrarag.checkpoint import write_checkpoint
 from ultrarag.encoder import Encoder, adapted_part
 from ultrarag.finetune.flags import LoraArguments
-from ultrarag.finetune.step import LORA_FILE, Trainable, add_lora, cached_step
+from ultrarag.finetune.step import LORA_FILE, Trainable, add_lora, by_texts, cached_step
 from ultrarag.hookspecs import Features
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.packages import install
@@ -156,7 +156,7 @@ def check_gradcache(subject: Subject) -> str:
         module,
         lambda embeddings: subject.loss(encoder, embeddings, arguments),
         lambda value: value.backward(),
-        CHUNK,
+        by_texts(CHUNK),
         contextlib.nullcontext,
     )
     gradient = _take_gradients(module)

@@ -238,6 +238,8 @@ def test_booleans_that_are_off(parse: Any, words: str) -> None:
         ("--train_group_size 0", "train_group_size is 0; it must be at least 1"),
         ("--query_max_len -3", "query_max_len is -3; it must be at least 1"),
         ("--sub_batch_size 0", "sub_batch_size is 0"),
+        ("--sub_batch_tokens 0", "sub_batch_tokens is 0"),
+        ("--sub_batch_size 8 --sub_batch_tokens 64", "both say how a batch is cut"),
         ("--query_instruction_format {}", "exactly two {}"),
         ("--passage_instruction_format {}{}{}", "exactly two {}"),
         ("--passage_instruction_format {", "exactly two {}"),

@@ -18,7 +18,7 @@ from ultrarag.finetune.batches.loader import Collator
 from ultrarag.finetune.batches.plan import Batch
 from ultrarag.finetune.flags.groups import DataArguments, FalseNegativeArguments
 from ultrarag.finetune.step.distributed import gather, rank
-from ultrarag.finetune.step.gradcache import cached_step
+from ultrarag.finetune.step.gradcache import by_texts, cached_step
 from ultrarag.finetune.step.masking import FalseNegatives, Guide
 from ultrarag.finetune.step.trainable import Trainable
 from ultrarag.hookspecs import LoadOptions
@@ -108,7 +108,7 @@ def on_two(path: str, mask: str, chunk: int | None) -> dict[str, float]:
     wrapped = DistributedDataParallel(module, find_unused_parameters=True)
     loss = loss_of(module, masking, mine, across=True)
     if chunk:
-        value = cached_step(sides, wrapped, loss, lambda value: value.backward(), chunk, wrapped.no_sync)
+        value = cached_step(sides, wrapped, loss, lambda value: value.backward(), by_texts(chunk), wrapped.no_sync)
     else:
         value = loss(wrapped(sides))
         value.backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ultrarag.encoder import Encoder
-from ultrarag.finetune.step.gradcache import cached_step, split
+from ultrarag.finetune.step.gradcache import by_texts, by_tokens, cached_step
 from ultrarag.finetune.step.trainable import Trainable
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.loss_arguments import LossArguments
@@ -33,8 +33,8 @@ def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4, 100])
-def test_equals_the_plain_step(tiny_m3, chunk):
+@pytest.mark.parametrize("cut", [*map(by_texts, (1, 2, 4, 100)), *map(by_tokens, (1, 14, 40, 1000))])
+def test_equals_the_plain_step(tiny_m3, cut):
     module, sides = make(tiny_m3, dropout=0.0)
     arguments = LossArguments(use_self_distill=True, group_size=2)
 
@@ -45,7 +45,7 @@ def test_equals_the_plain_step(tiny_m3, chunk):
     plain.backward()
     expected = gradients(module)
     module.zero_grad()
-    cached = cached_step(sides, module, loss, lambda value: value.backward(), chunk, nullcontext)
+    cached = cached_step(sides, module, loss, lambda value: value.backward(), cut, nullcontext)
     assert cached.item() == pytest.approx(plain.item(), rel=1e-12)
     found = gradients(module)
     assert found.keys() == expected.keys()
@@ -65,7 +65,7 @@ def test_dropout_is_the_same_in_both_passes(tiny_m3):
     def step():
         torch.manual_seed(7)
         module.zero_grad()
-        return cached_step(sides, module, loss, lambda value: value.backward(), 2, nullcontext).item()
+        return cached_step(sides, module, loss, lambda value: value.backward(), by_texts(2), nullcontext).item()
 
     step()
     analytic = weight.grad.item()
@@ -84,14 +84,27 @@ def test_random_state_goes_on_as_after_a_plain_step(tiny_m3):
         return embeddings[0].dense.sum() + embeddings[1].dense.sum()
 
     torch.manual_seed(3)
-    loss(module([part for side in sides for part in split(side, 2)]))
+    loss(module([part for side in sides for _, part in by_texts(2)(side)]))
     expected = torch.rand(4)
     torch.manual_seed(3)
-    cached_step(sides, module, loss, lambda value: value.backward(), 2, nullcontext)
+    cached_step(sides, module, loss, lambda value: value.backward(), by_texts(2), nullcontext)
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_chunks_are_no_wider_than_their_longest_text(tiny_m3):
     _, sides = make(tiny_m3, dropout=0.0)
-    widths = [part["input_ids"].shape[1] for part in split(sides[1], 1)]
+    widths = [part["input_ids"].shape[1] for _, part in by_texts(1)(sides[1])]
     assert widths == sides[1]["attention_mask"].sum(1).tolist()
+
+
+def test_chunks_by_tokens_hold_texts_of_similar_length(tiny_m3):
+    _, sides = make(tiny_m3, dropout=0.0)
+    lengths = sides[1]["attention_mask"].sum(1)
+    parts = by_tokens(16)(sides[1])
+    assert sorted(torch.cat([rows for rows, _ in parts]).tolist()) == list(range(len(PASSAGES)))
+    assert [len(rows) for rows, _ in parts] != [1] * len(PASSAGES)
+    for rows, part in parts:
+        assert part["input_ids"].shape == (len(rows), lengths[rows].max())
+        assert len(rows) == 1 or part["input_ids"].numel() <= 16
+    longest = [int(lengths[rows].max()) for rows, _ in parts]
+    assert longest == sorted(longest, reverse=True)

@@ -16,7 +16,7 @@ from tests.finetune.step.masking_worker import BATCH, MASKS, arguments_of, embed
 from tests.finetune.test_run import QUICK, ROWS
 from ultrarag.errors import UsageError
 from ultrarag.finetune import finetune
-from ultrarag.finetune.step.gradcache import cached_step
+from ultrarag.finetune.step.gradcache import by_texts, cached_step
 from ultrarag.finetune.step.masking import score_mask, spare, text_keys, text_mask
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.losses import embedding_loss
@@ -93,7 +93,7 @@ def test_gradcache_gives_the_gradients_of_the_whole_batch(tiny_m3, mask):
     expected = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     assert masking.share() > 0
     module.zero_grad()
-    cached = cached_step(sides, module, loss, lambda value: value.backward(), 3, nullcontext)
+    cached = cached_step(sides, module, loss, lambda value: value.backward(), by_texts(3), nullcontext)
     assert cached.item() == pytest.approx(plain.item(), rel=1e-12)
     assert all(torch.allclose(p.grad, expected[n], rtol=1e-9, atol=1e-12) for n, p in module.named_parameters())
     unmasked = module.adapter.loss(module.model, *embeddings(module, sides), None, 0, arguments_of(BATCH))

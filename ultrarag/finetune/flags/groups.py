@@ -81,6 +81,11 @@ class ModelArguments:
         "a small one. None or -1: the whole batch at once; auto: as many as fit into memory, tried out.",
         kind="int_or_auto",
     )
+    sub_batch_tokens: int | None = flag(
+        None,
+        "Instead of --sub_batch_size: encode texts of similar length together, at most this many tokens at a time, "
+        "padding counted. Short texts are then not encoded a few at a time.",
+    )
     peak_tflops: float | None = flag(
         None,
         "What the device can do, in 1e12 operations per second: the logs then say which share of it is used (MFU).",
@@ -97,6 +102,9 @@ class ModelArguments:
             self.sub_batch_size = None
         if self.sub_batch_size != AUTO:
             _at_least(self, "sub_batch_size", 1)
+        _at_least(self, "sub_batch_tokens", 1)
+        if self.sub_batch_size is not None and self.sub_batch_tokens is not None:
+            raise UsageError("sub_batch_size and sub_batch_tokens both say how a batch is cut: give one")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise UsageError(f"peak_tflops is {self.peak_tflops}; it must be above 0")
         if self.heads is not None:

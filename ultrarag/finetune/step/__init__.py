@@ -12,7 +12,7 @@ from ultrarag.lazy import exports
 if TYPE_CHECKING:
     from ultrarag.finetune.step.callbacks import Interrupted
     from ultrarag.finetune.step.distributed import encode_by_ranks, least, rank, wait, world_size
-    from ultrarag.finetune.step.gradcache import cached_step
+    from ultrarag.finetune.step.gradcache import by_texts, by_tokens, cached_step
     from ultrarag.finetune.step.lora import LORA_FILE, Lora, add_lora
     from ultrarag.finetune.step.masking import FalseNegatives
     from ultrarag.finetune.step.trainable import (

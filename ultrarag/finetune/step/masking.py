@@ -18,7 +18,7 @@ from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import Batch, Collator
 from ultrarag.finetune.flags import DataArguments, FalseNegativeArguments
 from ultrarag.finetune.step.distributed import gather, gather_rows
-from ultrarag.finetune.step.gradcache import split
+from ultrarag.finetune.step.gradcache import by_texts
 from ultrarag.hookspecs import Features
 from ultrarag.loss_arguments import LossArguments
 from ultrarag.losses import combined_scores
@@ -231,6 +231,6 @@ class Guide:
         self.encoder.model.eval()
         parts = [
             self.encoder.adapter.encode(self.encoder.model, {**part, "heads": (self._head,)})
-            for part in split(features, self.chunk_texts)
+            for _, part in by_texts(self.chunk_texts)(features)
         ]
         return Embeddings.cat(parts)

@@ -39,7 +39,7 @@ from ultrarag.finetune.step.distributed import (
     wait,
     world_size,
 )
-from ultrarag.finetune.step.gradcache import cached_step
+from ultrarag.finetune.step.gradcache import by_texts, by_tokens, cached_step
 from ultrarag.finetune.step.lora import Lora
 from ultrarag.finetune.step.masking import FalseNegatives
 from ultrarag.finetune.step.trainable import Trainable
@@ -108,7 +108,9 @@ class EmbeddingTrainer(Trainer):
         self.corpus, self.mine, self.map_rate = learner.corpus, learner.mine, learner.map_rate
         self.loader = loader
         self.loss_arguments = arguments.loss
-        self.chunk_texts = arguments.model.chunk_texts
+        texts, tokens = arguments.model.chunk_texts, arguments.model.sub_batch_tokens
+        #: how GradCache cuts a side of the batch; None: the step is taken in one piece
+        self.cut = by_tokens(tokens) if tokens else by_texts(texts) if texts else None
         self.record = record
         self.measure = measure
         half, peak_tflops = args.bf16 or args.fp16, arguments.model.peak_tflops
@@ -168,7 +170,7 @@ class EmbeddingTrainer(Trainer):
     # ---- the step
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Encode, gather, loss, backward; in chunks of `sub_batch_size` texts where that is set."""
+        """Encode, gather, loss, backward; in chunks of `sub_batch_size` or `sub_batch_tokens`."""
         self._mine_again()
         model.train()
         given = _sides(inputs)
@@ -178,13 +180,13 @@ class EmbeddingTrainer(Trainer):
         for side, before in zip(sides, given, strict=True):
             remember_host(side["attention_mask"], before["attention_mask"])
         share = 1 / self.current_gradient_accumulation_steps
-        if self.chunk_texts:
+        if self.cut:
             value = cached_step(
                 sides,
                 functools.partial(self._encode, model),
                 lambda embeddings: self._loss(batch, embeddings) * share,
                 Tensor.backward if self.is_deepspeed_enabled else self.accelerator.backward,
-                self.chunk_texts,
+                self.cut,
                 functools.partial(self.accelerator.no_sync, model=model),
                 self._push if self.is_deepspeed_enabled else None,
                 most if self.trained.engine else None,
