@@ -60,6 +60,9 @@ class LiveIndex(AsyncMethods, Signals):
         self._log_lock = threading.Lock()
         self._threads = Waiting()
 
+    def __repr__(self) -> str:
+        return f"LiveIndex({str(self._owned.layout.root)!r})"
+
     @property
     def _core(self) -> Core:
         """The parts of the index, which the process that opened it alone may use."""
