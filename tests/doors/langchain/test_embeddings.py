@@ -1,0 +1,33 @@
+"""langchain-tests: EmbeddingsUnitTests and EmbeddingsIntegrationTests"""
+
+from typing import Any
+
+import pytest
+from langchain_tests.integration_tests import EmbeddingsIntegrationTests
+from langchain_tests.unit_tests import EmbeddingsUnitTests
+
+from ultrarag.doors.langchain import UltraragEmbeddings
+
+
+class Params:
+    """What both suites construct the class with."""
+
+    @pytest.fixture(autouse=True)
+    def _loaded(self, minilm_encoder) -> None:
+        self._params = {"model": minilm_encoder}
+
+    @property
+    def embeddings_class(self) -> type[UltraragEmbeddings]:
+        return UltraragEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return self._params
+
+
+class TestUnit(Params, EmbeddingsUnitTests):
+    pass
+
+
+class TestIntegration(Params, EmbeddingsIntegrationTests):
+    pass

@@ -1,0 +1,11 @@
+"""langchain-tests: VectorStoreIntegrationTests"""
+
+import pytest
+from langchain_core.vectorstores import VectorStore
+from langchain_tests.integration_tests import VectorStoreIntegrationTests
+
+
+class TestUltraragVectorStore(VectorStoreIntegrationTests):
+    @pytest.fixture
+    def vectorstore(self, store) -> VectorStore:
+        return store

@@ -1,0 +1,24 @@
+"""LangChain: embeddings, a vector store, a retriever and a reranker over a live index.
+
+Calls of `langchain_core` come in. All of them follow a swap: nothing is made anew when the index has another encoder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrarag.lazy import exports
+from ultrarag.packages import install
+
+try:
+    import langchain_core
+except ModuleNotFoundError as error:
+    raise ImportError(f"ultrarag.doors.langchain needs langchain-core: {install('langchain-core')}") from error
+
+if TYPE_CHECKING:
+    from ultrarag.doors.langchain.embeddings import UltraragEmbeddings, Vector
+    from ultrarag.doors.langchain.reranker import UltraragReranker
+    from ultrarag.doors.langchain.retriever import UltraragRetriever
+    from ultrarag.doors.langchain.store import UltraragVectorStore
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,0 +1,39 @@
+"""The live index behind a part of a chain: opened by its path or shared, and searched as its user said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ultrarag.errors import UsageError
+from ultrarag.retrieve import LiveIndex
+
+#: The head that LangChain's "similarity" means, where it is stored.
+DENSE = "dense"
+
+
+def opened(index: LiveIndex | str | os.PathLike[str]) -> LiveIndex:
+    """A live index as it is; of a path, a handle that other parts of this process may share."""
+    if isinstance(index, LiveIndex):
+        return index
+    if isinstance(index, str | os.PathLike):
+        return LiveIndex.open(index, share=True)
+    raise UsageError(f"index is {type(index).__name__}; it must be a LiveIndex, or the path of one")
+
+
+def search_options(live: LiveIndex, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `LiveIndex.search`: what the last layer says counts, and the dense head where none says which.
+
+    Heads or weights of a layer take the place of both in those before it; None says nothing.
+    """
+    options: dict[str, Any] = {}
+    for layer in layers:
+        said = {name: value for name, value in layer.items() if value is not None}
+        if said.keys() & {"heads", "weights"}:
+            options = {name: value for name, value in options.items() if name not in ("heads", "weights")}
+        options |= said
+    if options.keys() & {"heads", "weights"}:
+        return options
+    with live.encoding() as lent:
+        return {**options, "heads": [DENSE]} if DENSE in lent.heads else options
