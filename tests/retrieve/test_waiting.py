@@ -36,6 +36,9 @@ def test_every_async_method_gives_what_the_other_gives(live: LiveIndex) -> None:
         assert await live.aget("p1") is None
         with pytest.raises(UsageError, match="no argument 'kk'"):
             await live.asearch("old castle", kk=2)
+        name = await live.arun(lambda: threading.current_thread().name)
+        assert name.startswith("ultrarag-search")
+        assert await live.arun(live.count, filter={"n": {"gte": 0}}) == live.count({"n": {"gte": 0}})
 
     asyncio.run(use())
     assert names("search")

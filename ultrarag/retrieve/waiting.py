@@ -108,3 +108,10 @@ class AsyncMethods(Collection):
     async def adelete(self, ids: Iterable[str] | None = None, **options: Any) -> int:
         """`delete`, for async programs."""
         return await self._waiting.run("write", self.delete, ids, **options)
+
+    async def arun(self, function: Callable[..., _Result], /, *args: Any, **options: Any) -> _Result:
+        """Run a function that asks this index for something in the threads of its searches, for async programs.
+
+        It is for what has no async form here, such as `passages` or several calls at once.
+        """
+        return await self._waiting.run("search", function, *args, **options)
