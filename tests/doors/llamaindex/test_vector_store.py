@@ -1,6 +1,6 @@
 """Vector store: own cases by kind, for llama-index-core ships no suite of stores
 
-Kinds: nodes round-trip (types, relationships, metadata, excluded keys), replacing, deleting (by document, ids, filters),
+Kinds: nodes round-trip (types, relations, metadata, excluded keys), replacing, deleting (by document, ids, filters),
 getting, clearing, query modes (default, sparse, hybrid, text_search, semantic_hybrid, mmr, those not served), node ids,
 document ids, vectors that come along (own, stale, foreign, unknown), async twins, serialisation, swaps.
 """

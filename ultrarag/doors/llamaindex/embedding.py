@@ -88,6 +88,19 @@ class UltraRAGEmbedding(BaseEmbedding):
         """What `to_dict` gave, with the index that lies there now, or the checkpoint."""
         return super().from_dict({name: value for name, value in data.items() if name != "fingerprint"}, **kwargs)
 
+    def __reduce__(self) -> Any:
+        if self.checkpoint is None:
+            raise UsageError(
+                "an embedding over an open index, or over an encoder in memory, stays in its process: run the pipeline "
+                "without num_workers, or give it UltraRAGEmbedding(encoder=FOLDER)"
+            )
+        return type(self).from_dict, (self.to_dict(),)
+
+    def close(self) -> None:
+        """Close the index, or this handle of it."""
+        if self._live is not None:
+            self._live.close()
+
     @property
     def _one(self) -> Encoder:
         assert self._encoder is not None

@@ -69,3 +69,10 @@ def _metadata(given: dict[str, Any], held: Any) -> dict[str, Any]:
     kept = {key: given[key] if key in ours else held[key] for key in given if key in ours or key in held}
     hidden = {*ours, *ALIASES, *given}
     return {**kept, **{key: value for key, value in held.items() if key not in hidden}}
+
+
+def note(node: BaseNode, key: str, value: Any) -> None:
+    """Put a value into a node's metadata for programs alone: no language model and no embedding is shown it."""
+    node.metadata = {**node.metadata, key: value}
+    for hidden in ("excluded_llm_metadata_keys", "excluded_embed_metadata_keys"):
+        setattr(node, hidden, list(dict.fromkeys([*getattr(node, hidden), key])))

@@ -12,6 +12,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
+from ultrarag.doors.llamaindex.nodes import note
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import rerank
@@ -80,6 +81,6 @@ class UltraRAGRerank(BaseNodePostprocessor):
 
     def _scored(self, node: NodeWithScore, score: float) -> NodeWithScore:
         if self.keep_retrieval_score:
-            node.node.metadata["retrieval_score"] = node.score
+            note(node.node, "retrieval_score", node.score)
         node.score = score
         return node

@@ -13,7 +13,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
 
 from ultrarag.doors.llamaindex.filters import translated
-from ultrarag.doors.llamaindex.nodes import to_node
+from ultrarag.doors.llamaindex.nodes import note, to_node
 from ultrarag.doors.llamaindex.source import Source, opened
 from ultrarag.retrieve import Hits
 
@@ -91,13 +91,5 @@ class UltraRAGRetriever(BaseRetriever):
         ]
         if self._key is not None:
             for item in found:
-                _note(item, self._key)
+                note(item.node, self._key, item.generation)
         return list(found)
-
-
-def _note(found: FoundNode, key: str) -> None:
-    """Name the generation in the node's metadata, for programs alone."""
-    node = found.node
-    node.metadata = {**node.metadata, key: found.generation}
-    node.excluded_llm_metadata_keys = [*node.excluded_llm_metadata_keys, key]
-    node.excluded_embed_metadata_keys = [*node.excluded_embed_metadata_keys, key]

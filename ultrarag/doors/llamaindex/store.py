@@ -162,6 +162,9 @@ class UltraRAGVectorStore(BasePydanticVectorStore):
     def persist(self, persist_path: str, fs: fsspec.AbstractFileSystem | None = None) -> None:
         """Nothing is left to do: the index is on the disk, in its own folder (`path`)."""
 
+    def __reduce__(self) -> Any:
+        return self._live.__reduce__()  # which says that it stays in its process
+
     def close(self) -> None:
         """Close the index, or this handle of it."""
         self._live.close()
