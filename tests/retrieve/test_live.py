@@ -240,6 +240,19 @@ def test_vectors_of_another_model_are_refused(live: LiveIndex, tiny, other) -> N
         LiveIndex.open(live.path, other)
 
 
+def test_query_vectors_with_their_texts_are_searched_by_words_too(live: LiveIndex, tiny) -> None:
+    live.add(corpus(20))
+    texts, weights = ["old castle", "books"], {"dense": 1, "bm25": 0.5}
+    made = tiny.encode(texts, "query")
+    found = live.search_embeddings(made, tiny.fingerprint, 3, weights=weights, texts=texts)
+    assert found == live.search_many(texts, 3, weights=weights)
+    for wrong in ("old castle", texts[:1]):
+        with pytest.raises(UsageError, match="texts must list a text for each of the 2 embeddings"):
+            live.search_embeddings(made, tiny.fingerprint, heads=["dense"], texts=wrong)
+    with pytest.raises(UsageError, match="give the queries' texts"):
+        live.search_embeddings(made, tiny.fingerprint, weights=weights)
+
+
 def test_evaluate_and_rerank(live: LiveIndex, tiny) -> None:
     passages = corpus(10)
     live.add(passages)

@@ -354,6 +354,9 @@ class LiveIndex(AsyncMethods, Signals):
     def search_embeddings(self, embeddings: Embeddings, fingerprint: str, k: int = 10, **options: Any) -> list[Hits]:
         """Search with query vectors made elsewhere; options as for `search`.
 
+        Args:
+            options: also `texts`, the queries' texts, for the head "bm25" beside those of the vectors.
+
         Raises:
             FingerprintError: when `fingerprint` is not that of the live encoder.
         """

@@ -74,8 +74,10 @@ class Searcher:
         """Those of the ids that are passages."""
         return self._store.existing(ids)
 
-    def search_embeddings(self, embeddings: Embeddings, fingerprint: str, **options: Any) -> list[Hits]:
-        """The hits of queries that were encoded elsewhere, by the encoder with this fingerprint."""
+    def search_embeddings(
+        self, embeddings: Embeddings, fingerprint: str, *, texts: Sequence[str] | None = None, **options: Any
+    ) -> list[Hits]:
+        """The hits of queries that were encoded elsewhere, by the encoder with this fingerprint; `texts` for BM25."""
         if fingerprint != self._serving.fingerprint:
             raise FingerprintError(
                 f"the query vectors come from the encoder {fingerprint[:12] or '(unnamed)'}, the live generation "
@@ -85,15 +87,15 @@ class Searcher:
         if options.get("heads") is None and options.get("weights") is None:
             options["heads"] = embeddings.heads
         chosen = self._plan(options)
-        for head in (*chosen.encoded, *([BM25_HEAD] if BM25_HEAD in (*chosen.heads, chosen.source) else [])):
-            if head not in embeddings.heads:
-                raise UsageError(
-                    f"head '{head}' is to be searched, but the embeddings hold {', '.join(embeddings.heads)}"
-                )
+        held = embeddings.heads if texts is None else (*embeddings.heads, BM25_HEAD)
+        for head in chosen.heads if chosen.source is None else (*chosen.heads, chosen.source):
+            if head not in held:
+                raise UsageError(f"head '{head}' is to be searched, but {_lacking(head, embeddings)}")
+        words = _words(texts, len(embeddings))
         if not self._store.count():
             return [self._hits() for _ in range(len(embeddings))]
         arrays = embeddings.numpy()
-        return [self._search(chosen, arrays[row : row + 1], "") for row in range(len(arrays))]
+        return [self._search(chosen, arrays[row : row + 1], words[row]) for row in range(len(arrays))]
 
     def _hits(self, hits: Iterable[Hit] = ()) -> Hits:
         return Hits(hits, generation=self._serving.generation.id, fingerprint=self._serving.fingerprint)
@@ -213,6 +215,22 @@ class Searcher:
         if (bm25 := self._bm25) is not None:
             score[BM25_HEAD] = lambda ids: bm25.score(text, ids)
         return score
+
+
+def _lacking(head: str, embeddings: Embeddings) -> str:
+    """Why a head cannot be searched with embeddings made elsewhere."""
+    held = f"the embeddings hold {', '.join(embeddings.heads)}"
+    return f"{held}; give the queries' texts for it" if head == BM25_HEAD else held
+
+
+def _words(texts: Sequence[str] | None, queries: int) -> Sequence[str]:
+    """The text of each query, for BM25."""
+    if texts is None:
+        return [""] * queries
+    if isinstance(texts, str) or len(texts) != queries:
+        raise UsageError(f"texts must list a text for each of the {queries} embeddings")
+    _check_queries(texts)
+    return texts
 
 
 def _scored(score: Callable[[Sequence[str]], Any], ids: Sequence[str]) -> list[Scored]:
