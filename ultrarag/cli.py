@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ultrarag.data import main as data
 
         return data(words[1:])
+    if words[:1] == ["evaluate"]:
+        from ultrarag.doors.mteb import main as evaluate
+
+        return evaluate(words[1:])
     if words[:1] in (["serve"], ["mcp"]):
         from ultrarag.service import main as service
 
@@ -44,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("finetune", help="fine-tune a model (ultrarag finetune --help)", add_help=False)
     commands.add_parser("index", help="make, search and renew a live index (ultrarag index --help)", add_help=False)
     commands.add_parser("data", help="make, check and change training data (ultrarag data --help)", add_help=False)
+    commands.add_parser("evaluate", help="evaluate a model with MTEB (ultrarag evaluate --help)", add_help=False)
     commands.add_parser("feedback", help="what people did with the hits (ultrarag feedback --help)", add_help=False)
     commands.add_parser("serve", help="serve a live index over HTTP and MCP (ultrarag serve --help)", add_help=False)
     commands.add_parser("mcp", help="offer a live index to a language model, over stdio", add_help=False)
