@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ultrarag import __version__
+from ultrarag.errors import UsageError
 from ultrarag.io import print_result, run_action, run_command, table
 
 
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ultrarag.data import main as data
 
         return data(words[1:])
+    if words[:1] == ["evaluate"]:
+        from ultrarag.doors.mteb import main as evaluate
+
+        return evaluate(words[1:])
     if words[:1] in (["serve"], ["mcp"]):
         from ultrarag.service import main as service
 
@@ -44,10 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("finetune", help="fine-tune a model (ultrarag finetune --help)", add_help=False)
     commands.add_parser("index", help="make, search and renew a live index (ultrarag index --help)", add_help=False)
     commands.add_parser("data", help="make, check and change training data (ultrarag data --help)", add_help=False)
+    commands.add_parser("evaluate", help="evaluate a model with MTEB (ultrarag evaluate --help)", add_help=False)
     commands.add_parser("feedback", help="what people did with the hits (ultrarag feedback --help)", add_help=False)
     commands.add_parser("serve", help="serve a live index over HTTP and MCP (ultrarag serve --help)", add_help=False)
     commands.add_parser("mcp", help="offer a live index to a language model, over stdio", add_help=False)
-    checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from")
+    checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from, and push it to the hub")
     _checkpoint_actions(checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION"))
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
     plugins.add_argument("--json", action="store_true", help="print JSON")
@@ -67,6 +73,39 @@ def _checkpoint_actions(actions: Any) -> None:
     log.add_argument("path", metavar="PATH", help="the checkpoint's folder")
     log.add_argument("--json", action="store_true", help="print JSON: a list, the newest model first")
     log.set_defaults(run=_checkpoint_log)
+
+    push = actions.add_parser("push", help="push it to the model hub, after it was loaded again and compared")
+    push.add_argument("path", metavar="PATH", help="the checkpoint's folder")
+    push.add_argument("repo", metavar="REPO", help="such as me/model; made where it does not exist")
+    push.add_argument("--private", action="store_true", help="refuse a repository that others may read")
+    push.add_argument("--revision", metavar="BRANCH", help="a branch, made for this push; default: main")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument("--token_file", "--token-file", metavar="FILE", help="file with the token; default: HF_TOKEN")
+    push.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    push.add_argument("--json", action="store_true", help="print JSON")
+    push.set_defaults(run=_checkpoint_push)
+
+
+def _checkpoint_push(arguments: argparse.Namespace) -> int:
+    """Push a checkpoint to the model hub."""
+    from ultrarag.encoder import push_to_hub
+
+    names = ("private", "revision", "message", "trust_remote_code")
+    token = _read_token(arguments.token_file) if arguments.token_file else None
+    given = {name: getattr(arguments, name) for name in names}
+    print_result(push_to_hub(arguments.path, arguments.repo, token=token, **given), arguments.json)
+    return 0
+
+
+def _read_token(file: str) -> str:
+    try:
+        with open(file, encoding="utf-8") as lines:
+            token = lines.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--token_file '{file}' cannot be read: {error}") from error
+    if not token:
+        raise UsageError(f"--token_file '{file}' is empty")
+    return token
 
 
 def _checkpoint_log(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ TESTED = {
     "langchain-core": "1.8.3",
     "llama-index-core": "0.14.25",
     "mcp": "2.3.0",
+    "mteb": "2.26.24",
     "openvino": "2026.4.1",
     "peft": "0.21.2",
     "prometheus-client": "0.26.0",

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ultrarag.checkpoint.manifest import Manifest, Training
-
-_TEXT_TAGS = ("feature-extraction", "sentence-similarity")
-_PAIR_TAGS = ("text-ranking", "reranker", "cross-encoder")
+from ultrarag.checkpoint.metadata import front_matter
 
 
 def model_card(manifest: Manifest, pairs: bool, longest: tuple[int | None, int | None]) -> str:
@@ -21,10 +19,7 @@ def model_card(manifest: Manifest, pairs: bool, longest: tuple[int | None, int |
         pairs: whether the model reads (query, passage) pairs.
         longest: the most tokens of a query and of a passage, or pair.
     """
-    tags = ["sentence-transformers", *(_PAIR_TAGS if pairs else _TEXT_TAGS), "ultrarag"]
-    task = "text-ranking" if pairs else "sentence-similarity"
-    front = ["---", "library_name: sentence-transformers", f"pipeline_tag: {task}", "tags:"]
-    front += [f"- {tag}" for tag in tags] + ["---", ""]
+    front = front_matter(manifest, pairs)
     settings = manifest.settings
     facts = [("adapter", manifest.adapter), ("heads", ", ".join(settings.heads))]
     if pairs:

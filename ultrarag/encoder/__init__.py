@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ultrarag.encoder.device import in_background
     from ultrarag.encoder.encoder import Encoder
     from ultrarag.encoder.forward import BATCH_TOKENS
+    from ultrarag.encoder.hub import Pushed, push_to_hub
     from ultrarag.encoder.load import fastest_precision
     from ultrarag.encoder.low_rank import LowRank
     from ultrarag.encoder.pairs import render_pairs

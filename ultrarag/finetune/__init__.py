@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ultrarag.finetune.report import FinetuneResult, read_history, read_measured, write_text
     from ultrarag.finetune.run import dry_run
     from ultrarag.finetune.step import Interrupted, watching
+    from ultrarag.finetune.tracking import compared
+    from ultrarag.finetune.tracking import send as send_figures
 else:
     __getattr__, __dir__, __all__ = exports(__name__)
 

@@ -57,6 +57,7 @@ from ultrarag.finetune.step import (
     rank,
     world_size,
 )
+from ultrarag.finetune.tracking import own_run, run_figures, send, tensorboard_folder
 from ultrarag.io import print_error, remove_stale_stages
 from ultrarag.plugins import registry
 from ultrarag.rows.checks import LeakChecks, Overlap
@@ -129,10 +130,11 @@ class FinetuneRun:
         self.begin()
         self.stand()
         self.measure("before")
-        self.train()
-        self.measure("after")
-        self.merge()
-        return self.publish()
+        with own_run(self.arguments.training.report_to):
+            self.train()
+            self.measure("after")
+            self.merge()
+            return self.publish()
 
     def preview(self) -> RenderedBatch | None:
         """Stop before anything is written or trained, and show the first batch; None on all ranks but the first."""
@@ -339,7 +341,15 @@ class FinetuneRun:
         domain, found = self.measures.domain, self.measures.found
         measured = domain.measured(found["before"], found["after"]) if domain else None
         write_report(self.output, result, record, self.trained.history or read_history(self.output), measured)
+        self._track(result)
         return result
+
+    def _track(self, result: FinetuneResult) -> None:
+        """Send what it came to where its steps were sent."""
+        callbacks = [] if self.arguments.sides.maps_alone else self.trainer.callback_handler.callbacks
+        folder = tensorboard_folder(self.output, callbacks)
+        figures = run_figures(result, self.measures.found)
+        send(self.arguments.training.report_to, figures, folder, step=result.steps)
 
     def _write(self, folder: Path) -> tuple[str, Training]:
         """Write a checkpoint of the model as it is now; its identity (empty on other ranks), and what it records."""

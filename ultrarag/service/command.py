@@ -82,6 +82,9 @@ def _serve_parser() -> argparse.ArgumentParser:
         choices=["hourly", "daily", "weekly"],
         help="learn from feedback by itself, so often at most, when there is enough (docs/feedback.md)",
     )
+    parser.add_argument(
+        "--report_to", type=_names, default=(), metavar="A,B", help="where refreshes report to: wandb, tensorboard"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes; more than one for a shared index alone")
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for requests to end in at a stop")
     parser.add_argument("--tls_cert", metavar="FILE", help="certificate chain (PEM)")
@@ -233,7 +236,7 @@ def worker() -> Starlette:
     """The application of one of several workers, each with a mirror of its own."""
     given = json.loads(os.environ[_SETTINGS])
     given["limits"] = Limits(**given["limits"])
-    for name in ("allowed_hosts", "model_names"):
+    for name in ("allowed_hosts", "model_names", "report_to"):
         given[name] = tuple(given[name])
     settings = Settings(**{**given, "token": read_token(given["token_file"])})
     _logging.enter_context(_logged())

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -75,13 +75,21 @@ class Job:
 class Jobs:
     """The jobs of an index, one at a time."""
 
-    def __init__(self, live: LiveIndex, folder: Path, on_end: Callable[[Job], None] = lambda job: None) -> None:
+    def __init__(
+        self,
+        live: LiveIndex,
+        folder: Path,
+        on_end: Callable[[Job], None] = lambda job: None,
+        report_to: Sequence[str] = (),
+    ) -> None:
         """Keep jobs in a folder.
 
         Args:
             on_end: is told of each job that this process has ended.
+            report_to: where the refreshes that begin here report to; a job that goes on reports where it began.
         """
         self._live, self._folder, self._on_end = live, folder, on_end
+        self._reporting = {"report_to": list(report_to)} if report_to else {}
         self._mutex = threading.Lock()
         self._thread: threading.Thread | None = None
         self._current: Job | None = None
@@ -129,7 +137,7 @@ class Jobs:
             folder.mkdir(parents=True)
             for name, rows in files.items():
                 write_bytes(folder / name, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-            return self._begin(Job(id, "running", time.time(), dict(request)))
+            return self._begin(Job(id, "running", time.time(), {**request, **self._reporting}))
 
     def resume(self, id: str) -> Job:
         """Go on with a job that was cut off; what it had done is not done again.

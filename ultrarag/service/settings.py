@@ -72,6 +72,8 @@ class Settings:
     resume: bool = False
     #: learn from feedback by itself: hourly, daily or weekly; None: when it is asked to
     learn: str | None = None
+    #: where refreshes report their steps and figures, such as wandb and tensorboard
+    report_to: tuple[str, ...] = ()
     workers: int = 1
     #: seconds that requests have to end in when the service is stopped
     grace: float = 30.0
@@ -99,6 +101,10 @@ class Settings:
                 f"--host {self.host} can be reached from other machines, and nobody would need a token: set "
                 f"{TOKEN_VARIABLE} or give --token_file FILE, or stay on --host 127.0.0.1"
             )
+        if self.report_to:
+            from ultrarag.finetune.flags import check_reporters
+
+            check_reporters(self.report_to)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("--tls_cert and --tls_key belong together: give both, or neither")
         for flag, value in (("reranker", self.reranker), ("data_dir", self.data_dir)):

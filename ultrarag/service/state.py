@@ -46,7 +46,7 @@ class Service:
         self.writes = Pool("writes", WRITE_THREADS, settings.limits.waiting)
         pools = (self.searches, self.writes)
         self.metrics = Metrics(live.status, lambda: {pool.name: pool.pending for pool in pools})
-        self.jobs = Jobs(live, settings.work / "jobs", self._count)
+        self.jobs = Jobs(live, settings.work / "jobs", self._count, settings.report_to)
         self.habit = self._habit()
         self._reranking = threading.Lock()  # one forward at a time, as of the index's encoder
 

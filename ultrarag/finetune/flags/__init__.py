@@ -29,5 +29,6 @@ if TYPE_CHECKING:
         ModelArguments,
     )
     from ultrarag.finetune.flags.sides import SideArguments
+    from ultrarag.finetune.flags.transformers import check_reporters
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -93,6 +93,7 @@ class Learning:
     def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> dict[str, float]:
         folder = self.plan.ladder / f"{rung}-rate"
         part = {"learning_rate": rate, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
+        part |= {"report_to": "none"}  # a few steps, to choose a rate by: no run that anybody wants to see
         part |= {"resume_from_checkpoint": False, "overwrite_output_dir": True}
         kept = {name: value for name, value in given.items() if name not in ("save_steps", "early_stopping_patience")}
         found = self._finetune(folder, {**kept, **part})

@@ -187,6 +187,8 @@ class Plan:
             given = {name: value for name, value in given.items() if name not in _OF_MAPS}
         if steps is not None and self.steps() > steps:
             given["max_steps"] = steps
+        if given.get("report_to") not in (None, "none"):
+            given["run_name"] = f"{given.get('run_name', self.output.name)} {rung}{'' if steps is None else ' pilot'}"
         # the folder is ours by its state file: where nothing can be resumed, what lies there is written anew
         left = bool(checkpoints_in(folder)) or (folder / UNMERGED).is_dir()
         return {**given, "resume_from_checkpoint": left, "overwrite_output_dir": True}

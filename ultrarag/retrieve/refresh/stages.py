@@ -31,6 +31,7 @@ from ultrarag.retrieve.refresh.report import (
     RefreshState,
     write_report,
 )
+from ultrarag.retrieve.refresh.tracking import track
 from ultrarag.retrieve.swap import Gate, SwapTerms, swap
 
 logger = logging.getLogger("ultrarag")
@@ -165,6 +166,7 @@ class _Refresh:
         report = self._report(refused)
         write_report(report, self._shown(), self.output)
         self.core.store.set_meta(**{REFRESHING: ""})
+        track(report, self.plan.settings.training.report_to, self._generation().encodes)
         if refused is not None:
             raise GateError(f"{refused}; see '{report.html}'") from refused
         shutil.rmtree(self.plan.ladder, ignore_errors=True)
