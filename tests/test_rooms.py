@@ -272,6 +272,7 @@ def test_adapters_use_the_contract_alone(path):
         "import ultrarag.retrieve",
         "import ultrarag.data",
         "import ultrarag.service",
+        "import ultrarag.doors.ultrarag_v3.serving",
         "from ultrarag.cli import main\nassert main(['data', '--help']) == 0",
         "from ultrarag.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from ultrarag.cli import main\ntry: main(['serve', '--help'])\nexcept SystemExit: pass",

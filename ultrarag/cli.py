@@ -9,7 +9,7 @@ from typing import Any
 
 from ultrarag import __version__
 from ultrarag.errors import UsageError
-from ultrarag.io import print_result, run_action, run_command, table
+from ultrarag.io import print_error, print_result, run_action, run_command, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("feedback", help="what people did with the hits (ultrarag feedback --help)", add_help=False)
     commands.add_parser("serve", help="serve a live index over HTTP and MCP (ultrarag serve --help)", add_help=False)
     commands.add_parser("mcp", help="offer a live index to a language model, over stdio", add_help=False)
+    doors = commands.add_parser("doors", help="what a framework needs on its own side (docs/doors.md)")
+    _doors(doors.add_subparsers(title="frameworks", required=True, metavar="FRAMEWORK"))
     checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from, and push it to the hub")
     _checkpoint_actions(checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION"))
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
@@ -66,6 +68,29 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     check.set_defaults(run=_check_plugin)
     return parser
+
+
+def _doors(frameworks: Any) -> None:
+    v3 = frameworks.add_parser("ultrarag_v3", help="server folders for the pipelines of OpenBMB's UltraRAG v3")
+    v3.add_argument("checkout", metavar="CHECKOUT", help="the folder of UltraRAG, which holds servers/")
+    v3.add_argument("--url", default="http://127.0.0.1:8080", help="of `ultrarag serve` (default: %(default)s)")
+    v3.add_argument("--json", action="store_true", help="print JSON: folder -> whether its parameters are new")
+    v3.set_defaults(run=_ultrarag_v3)
+
+
+def _ultrarag_v3(arguments: argparse.Namespace) -> int:
+    """Write the servers, and say how a pipeline names them."""
+    from ultrarag.doors.ultrarag_v3 import write_servers
+
+    found = write_servers(arguments.checkout, arguments.url)
+    for folder, new in found.items():
+        print_error(f"{folder}: " + ("written" if new else "written anew; its parameter.yaml is kept as it was"))
+    print_result(found, arguments.json, lambda _: V3_SERVERS)
+    return 0
+
+
+#: What to write into a pipeline of UltraRAG v3.
+V3_SERVERS = "servers:\n  retriever: servers/live_retriever\n  reranker: servers/live_reranker"
 
 
 def _checkpoint_actions(actions: Any) -> None:

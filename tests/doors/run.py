@@ -4,6 +4,9 @@
 
 An environment lies in .doors/NAME: what its requirements.txt pins, over the packages of .venv (of a package that both
 have, its own counts). `peer.txt`, where a door has one, is installed into .doors/NAME/peer, which sees nothing of ours.
+`checkout.txt` (address and tag) names a framework that comes from a repository alone: it is cloned into
+.doors/NAME/checkout, from the address or from a clone that the variable DOORS_SOURCE_NAME names, and installed into the
+peer. Where neither can be had, what needs it is skipped with that reason.
 Every test file is a row of the table, under the first line of its docstring. `--fast` leaves out what is marked long.
 """
 
@@ -14,6 +17,7 @@ import ast
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -81,14 +85,24 @@ def run(name: str, fast: bool) -> bool:
 def environment(name: str) -> str:
     """Make .doors/NAME if it is not there or its requirements have changed; return its Python."""
     place, wanted = PLACE / name, HERE / name / "requirements.txt"
-    peer = HERE / name / "peer.txt"
+    peer, repository = HERE / name / "peer.txt", HERE / name / "checkout.txt"
     stamp = place / ".ready"
     digest = hashlib.sha256(
-        b"".join(f.read_bytes() for f in (wanted, peer, ROOT / "setup.cfg") if f.is_file())
+        b"".join(f.read_bytes() for f in (wanted, peer, repository, ROOT / "setup.cfg") if f.is_file())
     ).hexdigest()
     python = str(place / "bin" / "python")
-    if stamp.is_file() and stamp.read_text() == digest:
-        return python
+    if not (stamp.is_file() and stamp.read_text() == digest):
+        stamp.unlink(missing_ok=True)
+        make(name, place, wanted, peer)
+        stamp.write_text(digest, encoding="utf-8")
+    if repository.is_file() and not (place / "checkout").is_dir():
+        clone(name, place, *repository.read_text(encoding="utf-8").split())
+    return python
+
+
+def make(name: str, place: Path, wanted: Path, peer: Path) -> None:
+    """Make the environment, and its peer."""
+    python = str(place / "bin" / "python")
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
     site = place / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     # .pth lines are added after the folder itself: what is installed here comes first. addsitedir reads the .pth files
@@ -101,8 +115,26 @@ def environment(name: str) -> str:
     if peer.is_file():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(place / "peer")], check=True)
         install(str(place / "peer" / "bin" / "python"), peer)
-    stamp.write_text(digest, encoding="utf-8")
-    return python
+
+
+def clone(name: str, place: Path, address: str, tag: str) -> None:
+    """Get a framework's repository at a tag, and install it into the peer; say so where that cannot be done."""
+    source = os.environ.get(f"DOORS_SOURCE_{name.upper()}", address)
+    unfinished = place / "checkout.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    words = ["git", "-c", "advice.detachedHead=false", "clone", "-q", "--depth", "1", "--branch", tag]
+    where = source if "://" in source else Path(source).resolve().as_uri()  # --depth needs an address
+    done = subprocess.run([*words, where, str(unfinished)], env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+    if done.returncode:
+        print(f"== {name}: {source} cannot be cloned; DOORS_SOURCE_{name.upper()} may name a clone", file=sys.stderr)
+        return
+    copy = place / "build"  # setuptools writes into what it builds
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(unfinished, copy, ignore=shutil.ignore_patterns(".git"))
+    python = str(place / "peer" / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", str(copy)], check=True)
+    shutil.rmtree(copy)
+    unfinished.rename(place / "checkout")
 
 
 def install(python: str, requirements: Path) -> None:
@@ -111,9 +143,13 @@ def install(python: str, requirements: Path) -> None:
 
 
 def versions(name: str) -> dict[str, str]:
-    """What the door's requirements (and its peer's) pin, by name."""
-    files = (HERE / name / "requirements.txt", HERE / name / "peer.txt")
+    """What the door's requirements pin, by name, and the framework's repository, or else its peer's packages."""
+    repository = HERE / name / "checkout.txt"
+    files = [HERE / name / "requirements.txt", *([] if repository.is_file() else [HERE / name / "peer.txt"])]
     lines = [line.strip() for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
+    if repository.is_file():
+        address, tag = repository.read_text(encoding="utf-8").split()
+        lines.insert(0, f"{address.rpartition('/')[2]}=={tag.removeprefix('v')}")
     return dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))  # type: ignore[misc]
 
 

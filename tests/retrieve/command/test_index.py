@@ -182,6 +182,17 @@ def test_blank_passages_of_a_file_are_left_out_and_counted(kb: str, tmp_path: Pa
     assert "holds no passages but 1 blank ones" in capsys.readouterr().err
 
 
+def test_a_corpus_of_ultrarag_gets_ids_of_its_own(kb: str, tmp_path: Path, capsys) -> None:
+    corpus = tmp_path / "chunks.jsonl"
+    corpus.write_text("".join(json.dumps({"id": "7", "contents": text}) + "\n" for text in ("one", "two", "three")))
+    assert main(["add", kb, str(corpus)]) == 1
+    assert "2 of 3 rows cannot be used" in capsys.readouterr().err
+    assert main(["add", kb, str(corpus), "--layout", "ultrarag_v3", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["added"] == 3
+    assert "chunks.jsonl: 2 rows repeat an id and are added under one of their own, such as '7#2'" in said.err
+
+
 def test_build_swap_rollback_vacuum(
     full: str, checkpoint: Path, folder: Path, quick_builds, capsys: pytest.CaptureFixture[str]
 ) -> None:

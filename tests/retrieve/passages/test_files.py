@@ -130,3 +130,43 @@ def test_blank_passages_of_a_file_are_left_out_and_counted(tmp_path: Path, blank
 def test_bad_queries_are_named(tmp_path: Path, row: str, said: str) -> None:
     with pytest.raises(DataError, match=rf"q\.tsv:2: .*{said}"):
         read_queries(write(tmp_path / "q.tsv", "q\tfirst", row))
+
+
+CHUNKS = [
+    {"id": 7, "doc_id": "a", "title": "Seven", "contents": "one"},
+    {"id": "7#2", "contents": "two"},
+    {"id": "7", "contents": "three", "metadata": {"lang": "en"}},
+    {"id": "7", "contents": "four"},
+]
+
+
+def test_rows_of_a_corpus_of_ultrarag_get_ids_of_their_own(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in CHUNKS))
+    with passage_file(path, layout="ultrarag_v3") as source:
+        found = list(source)
+        assert [passage.id for passage in found] == ["7", "7#2", "7#3", "7#4"]
+        assert [passage.content for passage in found] == ["one", "two", "three", "four"]
+        assert [dict(passage.metadata) for passage in found[:3]] == [
+            {"doc_id": "a", "title": "Seven"},
+            {},
+            {"lang": "en"},
+        ]
+        assert (source.count, source.renamed, source.example) == (4, 2, "7#3")
+        assert list(source) == found
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"contents": "x"}, "no 'id'"),
+        ({"id": True, "contents": "x"}, "'id' is bool"),
+        ({"id": "1", "image_path": "x.png"}, "no 'text' \\(known as text or contents\\)"),
+        ({"id": "1", "contents": "x", "metadata": 1}, "'metadata' is int"),
+    ],
+)
+def test_a_bad_row_of_such_a_corpus_is_refused(tmp_path, row, said):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(DataError, match=said), passage_file(path, layout="ultrarag_v3"):
+        pass

@@ -57,7 +57,10 @@ def mirror(arguments: argparse.Namespace) -> None:
 def add(arguments: argparse.Namespace) -> None:
     """Check every file before the first passage is added."""
     with ExitStack() as files:
-        sources = [files.enter_context(passage_file(name)) for name in arguments.files]
+        sources = [files.enter_context(passage_file(name, layout=arguments.layout)) for name in arguments.files]
+        for source in sources:
+            if source.renamed:
+                print_error(printing.renamed(source.name, source.renamed, source.example))
         bar = progress_bar(sum(source.count for source in sources), "add", "passage")
         with _open(arguments) as live, bar:
             written = Written()

@@ -95,6 +95,12 @@ def _add(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL with _id (or id), text (or contents), title, metadata; a folder in BEIR's layout; or - for stdin",
     )
+    parser.add_argument(
+        "--layout",
+        choices=["plain", "ultrarag_v3"],
+        default="plain",
+        help="ultrarag_v3: a corpus of UltraRAG, whose rows may repeat an id: they get id#2, id#3 (default: plain)",
+    )
     _device(parser)
 
 

@@ -12,6 +12,12 @@ from ultrarag.retrieve.bridge import described
 from ultrarag.types import Hit
 
 
+def renamed(name: str, rows: int, example: str) -> str:
+    """That rows of a file were given ids of their own."""
+    them = "row repeats an id and is" if rows == 1 else "rows repeat an id and are"
+    return f"{visible(name)}: {rows} {them} added under one of their own, such as '{visible(example)}'"
+
+
 def hits(found: Sequence[Hit], query: str = "") -> str:
     """Rank, score and the beginning of each passage, as wide as the terminal."""
     title = [visible(query)] if query else []

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.passages.database import FORMAT, Database, connect_for_reading
     from ultrarag.retrieve.passages.files import (
         STDIN,
+        Layout,
         PassageFile,
         Record,
         content_hash,

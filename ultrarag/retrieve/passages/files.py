@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from ultrarag.errors import DataError, did_you_mean
 from ultrarag.io import standard_input
+from ultrarag.retrieve.passages.chunks import ChunkRows
 from ultrarag.retrieve.search import facts
 from ultrarag.rows import BadJson, raw_rows
 from ultrarag.types import Passage, is_blank
@@ -22,6 +23,8 @@ from ultrarag.types import Passage, is_blank
 SHOWN = 20
 #: The name of stdin on the command line, and in errors.
 STDIN, STDIN_NAME = "-", "stdin"
+#: plain: a row is a passage, and nothing else; ultrarag_v3: a chunk as UltraRAG's corpora hold them
+Layout = Literal["plain", "ultrarag_v3"]
 
 
 class TabSeparated(dict[str, str]):
@@ -39,16 +42,21 @@ class PassageFile:
     count: int
     #: passages without a visible character in title and text: left out
     blank: int = 0
+    #: passages whose id was there before, and that have got one of their own; and the first such id
+    renamed: int = 0
+    example: str = ""
+    layout: Layout = "plain"
 
     def __iter__(self) -> Iterator[Passage]:
+        chunks = ChunkRows() if self.layout == "ultrarag_v3" else None
         for place, row in _rows(self.path, self.name):
-            passage = _passage(row, place)
+            passage = _passage(row, place, chunks)
             if not passage.blank:
                 yield passage
 
 
 @contextmanager
-def passage_file(source: str | Path, stdin: BinaryIO | None = None) -> Iterator[PassageFile]:
+def passage_file(source: str | Path, stdin: BinaryIO | None = None, layout: Layout = "plain") -> Iterator[PassageFile]:
     """Open and check passages: JSONL, or a JSON list, of `_id`/`id`, `text`/`contents`, `title`, `metadata`.
 
     Blank ones, which collections have, are left out and counted in `blank`; one with a title only is none.
@@ -56,18 +64,20 @@ def passage_file(source: str | Path, stdin: BinaryIO | None = None) -> Iterator[
     Args:
         source: a file; a folder in BEIR's layout, which holds corpus.jsonl; or "-" for stdin.
         stdin: what "-" reads; default: the process's.
+        layout: `ultrarag_v3` gives rows that repeat an id one of their own (`id#2`), counted in `renamed`, and puts
+            fields that a passage has not into its metadata; `plain` refuses both.
 
     Raises:
         DataError: naming file and line of the first 20 rows that cannot be used, and how many there are.
     """
     if str(source) != STDIN:
         path = str(_file_of(Path(source)))
-        yield PassageFile(path, path, *_check(path, path))
+        yield _check(path, path, layout)
         return
     with tempfile.NamedTemporaryFile(prefix="ultrarag-", suffix=".jsonl") as spool:  # a pipe cannot be read twice
         shutil.copyfileobj(stdin or standard_input().buffer, spool)
         spool.flush()
-        yield PassageFile(spool.name, STDIN_NAME, *_check(spool.name, STDIN_NAME))
+        yield _check(spool.name, STDIN_NAME, layout)
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
@@ -114,17 +124,16 @@ def _file_of(path: Path) -> Path:
     return path / "corpus.jsonl"
 
 
-def _check(path: str, name: str) -> tuple[int, int]:
-    """Return how many passages there are, and how many blank ones; raise DataError when one of them cannot be used,
-    or there are none.
-    """
+def _check(path: str, name: str, layout: Layout) -> PassageFile:
+    """Count the passages; raise DataError when one of them cannot be used, or there are none."""
+    chunks = ChunkRows()
     problems: list[str] = []
     bad = count = blank = 0
     places: dict[str, str] = {}
     for place, row in _rows(path, name, lenient=True):
         count += 1
         try:
-            passage = _passage(row, place)
+            passage = _passage(row, place, chunks if layout == "ultrarag_v3" else None)
             if (before := places.setdefault(passage.id, place)) != place:
                 raise DataError(f"{place}: id '{passage.id}' was used before, at {before}")
             blank += passage.blank
@@ -137,7 +146,7 @@ def _check(path: str, name: str) -> tuple[int, int]:
         raise DataError("\n".join([f"{bad} of {count} {rows} cannot be used; nothing was added:", *problems, *more]))
     if count == blank:
         raise DataError(f"'{name}' holds no passages" + (f" but {blank} blank ones" if blank else ""))
-    return count - blank, blank
+    return PassageFile(path, name, count - blank, blank, chunks.renamed, chunks.example, layout)
 
 
 def _rows(path: str, name: str, lenient: bool = False, tab_separated: bool = False) -> Iterator[tuple[str, Any]]:
@@ -172,10 +181,12 @@ def _value(raw: Any, place: str, tab_separated: bool) -> Any:
         raise DataError(f"{place}: not valid JSON: {error}") from error
 
 
-def _passage(row: Any, place: str) -> Passage:
+def _passage(row: Any, place: str, chunks: ChunkRows | None = None) -> Passage:
     """Make a passage of a row, and check that an index can hold it."""
     if isinstance(row, DataError):
         raise row
+    if chunks is not None and isinstance(row, dict):
+        row = chunks(row)
     fields = _fields(row, place, FIELDS)
     metadata = fields["metadata"] if fields["metadata"] is not None else {}
     title = "" if fields["title"] is None else _text(fields["title"], "title", place)
