@@ -615,8 +615,9 @@ class LiveIndex(AsyncMethods, Signals):
         """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk.
 
         `read_only` says why nothing can be written, where that is so. `refresh` says of the refresh that runs: its
-        stage ("prepare", "finetune", "build", "swap"), the step of how many (of a build: passages), the seconds that
-        are left of the stage (None where unknown), and whether it was cancelled; None where none runs.
+        stage ("prepare", "finetune", "build", "swap"), the step of how many (of a build: passages), the loss that the
+        training logged last and its `loss_step`, the seconds that are left of the stage (None where unknown), and
+        whether it was cancelled; None where none runs.
         """
         _ = self._core.live
         found = describe(self._core.layout, self._core.store)

@@ -25,7 +25,10 @@ class Learning:
 
     def refresh(self, **asked: Any) -> None:
         self.asked = asked
-        asked["on_progress"]({"stage": "finetune", "step": 3, "total": 10, "seconds_left": 75.0})
+        for step, loss in ((2, 1.5), (9, 0.9), (1, 2.0), (3, 0.7)):  # a first run, and the one that goes on
+            told = {"step": step, "total": 10, "loss": loss, "loss_step": step, "seconds_left": 75.0}
+            asked["on_progress"]({"stage": f"finetune {step}", **told})
+        asked["on_progress"]({"stage": "finetune", **told})
         assert self.stop.wait(30)
         raise StoppedError("it was cancelled")
 
@@ -80,6 +83,8 @@ def test_it_is_started_watched_cancelled_and_taken_up_again(learner: Browser, le
     assert "running" in learner.get("/")
     part = learner.get(address, headers={"HX-Request": "true"})
     assert "<html" not in part
+    assert "loss by step: from 2 to 0.7 over 2 points" in part
+    assert "1.5000" in part  # of the run before, in the table alone
     learner.send(f"{address}/cancel", 403, form_token="x")
     learner.send(f"{address}/cancel")
     page = until(learner, address, "Go on with it")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from starlette.responses import Response
 
+from ultrarag.report import line_chart
 from ultrarag.service.console.now import feedback_counts
 from ultrarag.service.console.page import Ask, Page
 from ultrarag.service.endpoint import Call
@@ -93,7 +96,20 @@ async def job(ask: Ask) -> Response:
     id = ask.request.path_params["id"]
     found, happened = await ask.service.writes.run(_job, ask.service, id)
     template = "job_fresh.html" if ask.request.headers.get("hx-request") else "job.html"
-    return ask.show(template, job=found, events=happened[-30:], resumable=found.state in RESUMABLE)
+    curve = Markup(line_chart(losses(happened), "step", "loss"))
+    return ask.show(template, job=found, events=happened[-30:], curve=curve, resumable=found.state in RESUMABLE)
+
+
+def losses(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(step, loss) of the training run that goes on, or that was the last: the steps of one only grow."""
+    found: list[tuple[float, float]] = []
+    for event in events:
+        if (step := event.get("loss_step")) is None or (found and step == found[-1][0]):
+            continue
+        if found and step < found[-1][0]:
+            found.clear()
+        found.append((step, event["loss"]))
+    return found
 
 
 def _job(service: Service, id: str) -> tuple[Job, list[dict[str, Any]]]:
