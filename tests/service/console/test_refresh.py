@@ -115,6 +115,25 @@ def test_what_cannot_be_started_is_said(learner: Browser, fields: dict[str, str]
     assert learner.client.app.state.service.jobs.all() == []
 
 
+def test_a_dry_run_says_what_it_would_do_and_starts_nothing(learner: Browser, data: Path) -> None:
+    fields = {"source": "file", "train_data": "rows.jsonl", "max_steps": "5", "effort": "full"}
+    page = learner.send("/console/refresh", dry_run="1", **fields)
+    assert "Nothing stands against it." in page
+    for name, told in (("Rows", "1"), ("Steps", "about 5"), ("Seen before", "none of the rows, as far as is known")):
+        assert f'<th scope="row">{name}</th><td>{told}</td>' in page
+    assert '<input type="hidden" name="train_data" value="rows.jsonl">' in page
+    assert 'name="dry_run"' not in page
+    live = learner.client.app.state.service.live
+    for number in range(40):
+        hits = live.search(f"vector {number}", heads=["dense"], log=True)
+        live.feedback(hits.query_id, "milvus", "relevant")
+    held_out = len(live.training_rows().qrels)
+    page = learner.send("/console/refresh", dry_run="1", source="feedback", gate="1")
+    assert f"<td>{held_out} queries on the index</td>" in page
+    assert "by query: 100.0% of" in page  # all have the same answer
+    assert learner.client.app.state.service.jobs.all() == []
+
+
 def test_without_a_folder_no_file_is_read(browser: Browser) -> None:
     assert "reads no files" in browser.send("/console/refresh", 400, source="file", train_data="rows.jsonl")
     assert browser.get("/console/refresh/nothing", 404)

@@ -55,9 +55,14 @@ def _files(service: Service) -> list[str]:
 
 
 async def start(ask: Ask) -> Response:
-    """Begin a refresh from the feedback, or from a file in the folder for it."""
+    """Begin a refresh from the feedback, or from a file in the folder for it; or only say what it would do."""
     service = ask.service
     request, files = await service.writes.run(_asked, ask)
+    if ask.text("dry_run"):
+        asked = {name: value for name, value in request.items() if name not in ("force", "reason")}
+        trial = await service.writes.run(lambda: service.live.check_refresh(**asked))
+        again = {name: values[-1] for name, values in ask.form.items() if name not in ("form_token", "dry_run")}
+        return ask.show("trial.html", trial=trial, again=again)
     job = await service.writes.run(service.jobs.start, request, files)
     return ask.go(f"/console/refresh/{job.id}")
 
