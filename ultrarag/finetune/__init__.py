@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ultrarag.finetune.corpus import NoMap
     from ultrarag.finetune.evaluate import Evaluator, read_evaluator
     from ultrarag.finetune.flags import FinetuneArguments
-    from ultrarag.finetune.incremental import seen_before
+    from ultrarag.finetune.incremental import Seen, seen_before
     from ultrarag.finetune.output import UNMERGED, checkpoints_in, claim_output_dir
     from ultrarag.finetune.report import FinetuneResult, read_history, read_measured, write_text
     from ultrarag.finetune.run import dry_run

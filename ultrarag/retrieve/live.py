@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ultrarag.encode import CorpusVectors
     from ultrarag.encode.ray import RayPool
     from ultrarag.encoder import Encoder
-    from ultrarag.retrieve.refresh import OnProgress, RefreshReport
+    from ultrarag.retrieve.refresh import OnProgress, RefreshReport, Trial
 
 
 class LiveIndex(AsyncMethods, Signals):
@@ -578,6 +578,33 @@ class LiveIndex(AsyncMethods, Signals):
             self._owned.running = None
             self._refreshing.release()
 
+    def check_refresh(
+        self,
+        train_data: Any,
+        eval_data: Any = None,
+        *,
+        gate: bool | Gate = True,
+        metric: str = "nDCG@10",
+        search: Mapping[str, Any] | None = None,
+        effort: str = "full",
+        bridge: bool = False,
+        **finetune_arguments: Any,
+    ) -> Trial:
+        """Say what `refresh` with these arguments would do, and what would refuse it; nothing is trained or written.
+
+        Args: as for `refresh`. Rows of a feedback log are taken as they are now.
+
+        Raises:
+            UsageError, DataError: for arguments and data that `refresh` cannot use at all.
+        """
+        from ultrarag.retrieve.refresh import RefreshTerms, check_refresh
+
+        if train_data in (FROM_FEEDBACK, [FROM_FEEDBACK]):
+            made = self.training_rows().checked()
+            train_data, gate = self._judged(made.rows, made.gate, gate, eval_data, finetune_arguments)
+        terms = RefreshTerms(gate, False, metric, search, effort, bridge)
+        return check_refresh(self._core, train_data, eval_data, terms, finetune_arguments)
+
     def cancel_refresh(self) -> bool:
         """Ask the refresh that another thread runs to end: it raises StoppedError there; the same call goes on later.
 
@@ -624,8 +651,9 @@ class LiveIndex(AsyncMethods, Signals):
         """Plain JSON values: passages, generations with their states, progress of a build, owner, bytes on disk.
 
         `read_only` says why nothing can be written, where that is so. `refresh` says of the refresh that runs: its
-        stage ("prepare", "finetune", "build", "swap"), the step of how many (of a build: passages), the seconds that
-        are left of the stage (None where unknown), and whether it was cancelled; None where none runs.
+        stage ("prepare", "finetune", "build", "swap"), the step of how many (of a build: passages), the loss that the
+        training logged last and its `loss_step`, the seconds that are left of the stage (None where unknown), and
+        whether it was cancelled; None where none runs.
         """
         _ = self._core.live
         found = describe(self._core.layout, self._core.store)

@@ -122,12 +122,17 @@ class Signals:
                 client=client,
             )
 
-    def _from_feedback(self, output: Path, gate: Any, eval_data: Any, arguments: dict[str, Any]) -> tuple[str, Any]:
+    def _from_feedback(self, output: Path, gate: Any, eval_data: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
         """(training data, gate) of a refresh from feedback; its arguments get what such rows need."""
         from ultrarag.retrieve.refresh import is_begun
 
         begun = is_begun(output) and not arguments.get("overwrite_output_dir")
         rows, judged = freeze(self._feedback_root, output, begun, self.training_rows)
+        return self._judged(str(rows), judged, gate, eval_data, arguments)
+
+    @staticmethod
+    def _judged(rows: Any, judged: Any, gate: Any, eval_data: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
+        """(training data, gate), judged by held-out votes where nothing else was given."""
         if gate is True and eval_data is None:
             if not judged[1]:
                 raise UsageError(
@@ -138,7 +143,7 @@ class Signals:
         # old rows come again with the new ones; held-out queries are apart by query, and may share documents
         arguments.setdefault("allow_seen_data", True)
         arguments.setdefault("shared_eval_data", "warn")
-        return str(rows), gate
+        return rows, gate
 
     def _close_log(self) -> None:
         with self._log_lock:

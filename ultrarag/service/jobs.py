@@ -32,7 +32,7 @@ PULSE = 0.5
 #: Seconds between two events within a stage.
 BETWEEN = 2.0
 #: What an event tells of `LiveIndex.status()["refresh"]`.
-PROGRESS = ("stage", "step", "total", "seconds", "seconds_left", "seconds_in_all")
+PROGRESS = ("stage", "step", "total", "loss", "loss_step", "seconds", "seconds_left", "seconds_in_all")
 
 
 @dataclass(frozen=True)

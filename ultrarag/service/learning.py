@@ -83,7 +83,7 @@ class JobAnswer(Answer):
     started: float | None
     ended: float | None
     request: dict[str, Any]
-    progress: dict[str, Any] = Field(description="stage, step, steps, seconds left")
+    progress: dict[str, Any] = Field(description="stage, step, total, the loss logged last and its step, seconds left")
     report: dict[str, Any] | None
     error: str | None
 

@@ -45,6 +45,16 @@ def test_progress_is_told_and_shown_by_status(corpus, again, monkeypatch) -> Non
     assert told[0].keys() >= {"stage", "step", "total", "seconds", "seconds_left", "output_dir", "cancelled"}
 
 
+def test_the_loss_is_that_of_the_run_that_goes_on(corpus, tmp_path: Path) -> None:  # noqa: F811
+    refreshing = Refreshing(corpus._core, tmp_path)
+    refreshing.enter("finetune")
+    for step, loss in ((1, None), (1, 2.5), (2, None), (2, float("nan"))):
+        refreshing.step(step, 10, loss)
+    assert [refreshing.describe()[name] for name in ("step", "loss", "loss_step")] == [2, 2.5, 1]
+    refreshing.step(1, 10)  # another rung begins
+    assert refreshing.describe()["loss"] is None
+
+
 def test_a_function_that_fails_stops_nothing(again, caplog) -> None:  # noqa: F811
     def fail(found: dict[str, Any]) -> None:
         raise RuntimeError("no screen")
@@ -57,7 +67,7 @@ def test_a_function_that_fails_stops_nothing(again, caplog) -> None:  # noqa: F8
 def test_a_cancelled_refresh_goes_on_to_the_same_end(stage, corpus, again, straight, monkeypatch) -> None:  # noqa: F811
     with monkeypatch.context() as patch:
         if stage == "finetune":
-            patch.setattr(Refreshing, "step", lambda self, step, steps: step == 3 and self.cancel())
+            patch.setattr(Refreshing, "step", lambda self, step, steps, loss=None: step == 3 and self.cancel())
         else:
 
             def cancelled(*args: Any, **options: Any) -> None:
@@ -71,11 +81,21 @@ def test_a_cancelled_refresh_goes_on_to_the_same_end(stage, corpus, again, strai
     assert again().lineage["fingerprint"] == straight
 
 
-def test_an_isolated_refresh_comes_to_the_same_end(corpus, again, straight) -> None:  # noqa: F811
+def test_an_isolated_refresh_comes_to_the_same_end(corpus, again, straight, monkeypatch) -> None:  # noqa: F811
     told: list[dict[str, Any]] = []
+    losses: list[float] = []
+    step = Refreshing.step
+
+    def noted(self: Refreshing, *values: Any) -> bool:
+        losses.extend(loss for loss in values[2:] if loss is not None)
+        return step(self, *values)
+
+    monkeypatch.setattr(Refreshing, "step", noted)
     report = again(isolate=True, on_progress=told.append)
     assert report.lineage["fingerprint"] == straight
     assert all(found["isolated"] for found in told)
+    assert losses
+    assert all(0 < loss < 100 for loss in losses)
     assert corpus.fingerprint == straight
 
 

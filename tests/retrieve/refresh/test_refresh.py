@@ -88,6 +88,7 @@ def test_searches_go_on_while_the_model_is_exchanged(corpus, again, tmp_path):
     assert report.metrics["after"] == pytest.approx(measured)
     assert report.metrics["before"] != report.metrics["after"]
     assert len(report.gained) + len(report.lost) > 0
+    assert report.queries == {id: QUERIES[id] for id in (*report.gained, *report.lost)}
     assert (report.overlap["split"], report.overlap["share"]) == ("no split", 1)
     assert any("the gain promises too much: no split: 100.0% of 20 evaluation queries" in note for note in report.notes)
     assert "split       no split: 100.0%" in str(report)

@@ -42,6 +42,7 @@ def report(generation: int, output: Path, forced: bool) -> RefreshReport:
         ladder=[],
         request={},
         html="",
+        queries={"q2": "what is <i>milvus</i>?", "lost 30": "how large?"},
     )
 
 
@@ -82,6 +83,8 @@ def test_the_verdict_its_interval_and_its_queries(refused: Browser) -> None:
     assert page.index("lost 30") < page.index("lost 29")
     assert "The 25 largest changes are shown." in page
     assert page.index("q2") < page.index("q&lt;1&gt;")
+    assert "<td>what is &lt;i&gt;milvus&lt;/i&gt;? <code>q2</code></td>" in page
+    assert "<td>how large? <code>lost 30</code></td>" in page
 
 
 def test_it_is_forced_with_a_reason_that_is_kept(refused: Browser) -> None:

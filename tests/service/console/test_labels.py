@@ -7,6 +7,7 @@ import re
 
 from tests.service.console.conftest import Browser
 from ultrarag.retrieve.feedback import LoggedQuery
+from ultrarag.service.console import disagreements
 from ultrarag.service.console.labels import queue
 
 
@@ -33,6 +34,46 @@ def test_the_queue_is_what_is_not_settled_the_most_urgent_first() -> None:
     ]
 
 
+def test_an_answer_that_was_voted_down_brings_what_it_was_made_of() -> None:
+    hits = [(f"hit {number}", 1.0) for number in range(5)]
+    uncited = logged("a", ("answer_down", "", "x"))
+    cited = logged("b", ("cite", "c", "x"), ("answer_down", "", "x"), key=2)
+    uncited.hits.extend(hits)
+    cited.hits.extend([*hits, ("c", 0.5)])
+    found = queue([uncited, cited, logged("a", ("relevant", "hit 1", "x"))])
+    assert sorted((reason, item.query, item.passage_id) for reason, item in found) == [
+        ("down", "a", "hit 0"),
+        ("down", "a", "hit 2"),
+        ("down", "b", "c"),
+    ]
+
+
+def test_generations_that_disagree_are_judged_where_they_do(browser: Browser, m3_encoder, monkeypatch) -> None:
+    monkeypatch.setattr(disagreements, "TOP", 2)
+    live, address = browser.client.app.state.service.live, "/console/labels?why=generations"
+    queries = ["vector databases", "a fruit that is red", "deep water", "<b>search</b>"]
+    asked = {query: live.search(query, heads=["dense"], log=True) for query in queries}
+    assert "Nothing waits" in browser.get(address)  # there is one generation
+    built = live.build(m3_encoder)
+    with live.searcher(built) as other:
+        apart = {
+            (asked[query].query_id, id)
+            for query in queries
+            for id in {hit.id for hit in asked[query][:2]}
+            ^ {hit.id for hit in other.search(query, k=2, heads=["dense"])}
+        }
+    page = browser.get(address)
+    hit = r'name="query_id" value="(\w+)">\s*<input type="hidden" name="passage_id" value="([^"]+)"'
+    shown = re.findall(hit, page)
+    assert set(shown) == apart != set()
+    assert f"of generation {built.id}, not among the first" in page
+    assert "<b>search" not in page
+    query_id, passage_id = shown[0]
+    fields = {"query_id": query_id, "passage_id": passage_id, "action": "relevant", "back": "/console/labels"}
+    browser.send("/console/judge", **fields)
+    assert set(re.findall(hit, browser.get(address))) & apart == apart - {shown[0]}
+
+
 def test_hits_are_judged_and_leave_the_queue(browser: Browser) -> None:
     assert "Nothing waits" in browser.get("/console/labels")
     assert "nothing to export" in browser.get("/console/labels/rows.jsonl", 409)
@@ -42,6 +83,7 @@ def test_hits_are_judged_and_leave_the_queue(browser: Browser) -> None:
     live.feedback(hits.query_id, "milvus", "unsure", client="ann")
     page = browser.get("/console/labels")
     assert "1 to 2 of 2" in page
+    assert re.search(r"1 vote · last by [0-9a-f]{6}, 20\d\d-", page)
     assert "<i>vector" not in page
     assert "<script>alert" not in page
     assert re.findall(r'name="passage_id" value="(\w+)"', page) == ["milvus", "evil"]

@@ -25,7 +25,10 @@ class Learning:
 
     def refresh(self, **asked: Any) -> None:
         self.asked = asked
-        asked["on_progress"]({"stage": "finetune", "step": 3, "total": 10, "seconds_left": 75.0})
+        for step, loss in ((2, 1.5), (9, 0.9), (1, 2.0), (3, 0.7)):  # a first run, and the one that goes on
+            told = {"step": step, "total": 10, "loss": loss, "loss_step": step, "seconds_left": 75.0}
+            asked["on_progress"]({"stage": f"finetune {step}", **told})
+        asked["on_progress"]({"stage": "finetune", **told})
         assert self.stop.wait(30)
         raise StoppedError("it was cancelled")
 
@@ -80,6 +83,8 @@ def test_it_is_started_watched_cancelled_and_taken_up_again(learner: Browser, le
     assert "running" in learner.get("/")
     part = learner.get(address, headers={"HX-Request": "true"})
     assert "<html" not in part
+    assert "loss by step: from 2 to 0.7 over 2 points" in part
+    assert "1.5000" in part  # of the run before, in the table alone
     learner.send(f"{address}/cancel", 403, form_token="x")
     learner.send(f"{address}/cancel")
     page = until(learner, address, "Go on with it")
@@ -107,6 +112,25 @@ def test_it_is_started_watched_cancelled_and_taken_up_again(learner: Browser, le
 )
 def test_what_cannot_be_started_is_said(learner: Browser, fields: dict[str, str], said: str) -> None:
     assert said in learner.send("/console/refresh", 400, **fields)
+    assert learner.client.app.state.service.jobs.all() == []
+
+
+def test_a_dry_run_says_what_it_would_do_and_starts_nothing(learner: Browser, data: Path) -> None:
+    fields = {"source": "file", "train_data": "rows.jsonl", "max_steps": "5", "effort": "full"}
+    page = learner.send("/console/refresh", dry_run="1", **fields)
+    assert "Nothing stands against it." in page
+    for name, told in (("Rows", "1"), ("Steps", "about 5"), ("Seen before", "none of the rows, as far as is known")):
+        assert f'<th scope="row">{name}</th><td>{told}</td>' in page
+    assert '<input type="hidden" name="train_data" value="rows.jsonl">' in page
+    assert 'name="dry_run"' not in page
+    live = learner.client.app.state.service.live
+    for number in range(40):
+        hits = live.search(f"vector {number}", heads=["dense"], log=True)
+        live.feedback(hits.query_id, "milvus", "relevant")
+    held_out = len(live.training_rows().qrels)
+    page = learner.send("/console/refresh", dry_run="1", source="feedback", gate="1")
+    assert f"<td>{held_out} queries on the index</td>" in page
+    assert "by query: 100.0% of" in page  # all have the same answer
     assert learner.client.app.state.service.jobs.all() == []
 
 

@@ -103,6 +103,13 @@ class StopOnInterrupt(TrainerCallback):
             control.should_training_stop = True
             control.should_save = True
 
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Tell whoever watches the loss."""
+        if logs and "loss" in logs:
+            tell(state.global_step, state.max_steps, float(logs["loss"]))
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-#: Told (step, steps in all) after each step; True asks for a clean end, as Ctrl-C does.
-Watcher = Callable[[int, int], bool]
+#: Told (step, steps in all, None) after each step, where True asks for a clean end, as Ctrl-C does; and once more with
+#: the loss in place of None where one was logged.
+Watcher = Callable[[int, int, float | None], bool]
 
 _watcher: ContextVar[Watcher | None] = ContextVar("ultrarag_finetune_watcher", default=None)
 
@@ -22,7 +23,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def tell(step: int, steps: int) -> bool:
+def tell(step: int, steps: int, loss: float | None = None) -> bool:
     """Tell whoever watches; whether it asks for the end."""
     watcher = _watcher.get()
-    return watcher is not None and watcher(step, steps)
+    return watcher is not None and watcher(step, steps, loss)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ultrarag.errors import DataError
 from ultrarag.io import publish_directory, staged_directory, write_json
 from ultrarag.retrieve.feedback.forgotten import FOLDER, JUDGED, ROWS
 from ultrarag.retrieve.feedback.rows import TrainingRows
@@ -32,12 +31,7 @@ def freeze(index: Path, output: Path, begun: bool, rows: Callable[[], TrainingRo
     folder = index / FOLDER
     place = folder / hashlib.sha256(str(output.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     if not (begun and place.is_dir()):
-        made = rows()
-        if not made.rows:
-            raise DataError(
-                f"the feedback gives no rows to train on: {json.dumps(made.report)}; search with log=True, and report "
-                "clicks, citations or votes (docs/feedback.md)"
-            )
+        made = rows().checked()
         folder.mkdir(exist_ok=True)
         _prune(folder)
         if place.exists():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultrarag.errors import UsageError
+from ultrarag.errors import DataError, UsageError
 from ultrarag.retrieve.feedback.labels import Asked, Label, Rules, gathered, is_held_out, label, unverified
 from ultrarag.retrieve.feedback.log import LoggedQuery
 from ultrarag.types import Passage
@@ -34,6 +35,15 @@ class TrainingRows:
     def gate(self) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
         """(queries, qrels) for the gate of a refresh."""
         return {id: self.queries[id] for id in self.qrels}, self.qrels
+
+    def checked(self) -> TrainingRows:
+        """The same; DataError where there is nothing to train on, with what the log holds."""
+        if not self.rows:
+            raise DataError(
+                f"the feedback gives no rows to train on: {json.dumps(self.report)}; search with log=True, and report "
+                "clicks, citations or votes (docs/feedback.md)"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The counts, as JSON."""

@@ -15,5 +15,6 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.refresh.progress import OnProgress, Refreshing
     from ultrarag.retrieve.refresh.report import RefreshReport, is_begun
     from ultrarag.retrieve.refresh.stages import refresh
+    from ultrarag.retrieve.refresh.trial import Trial, check_refresh
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

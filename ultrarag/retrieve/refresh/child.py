@@ -77,7 +77,7 @@ def _conversed(child: subprocess.Popen[str], text: str, refreshing: Refreshing) 
         if not isinstance(found, dict):
             continue
         if "step" in found:
-            refreshing.step(found["step"], found["steps"])
+            refreshing.step(found["step"], found["steps"], found["loss"])
         else:
             last = found
     return last
@@ -114,7 +114,7 @@ def main() -> int:
 
     asked = json.load(sys.stdin)
     try:
-        with watching(lambda step, steps: tell(step=step, steps=steps)):
+        with watching(lambda step, steps, loss: tell(step=step, steps=steps, loss=loss)):
             result = finetune(asked["model"], asked["train_data"], asked["output_dir"], **asked["arguments"])
     except NoMap as error:
         tell(no_map=error.reason)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ultrarag.checkpoint import read_manifest
 from ultrarag.errors import DataError, UsageError
@@ -20,6 +20,9 @@ from ultrarag.retrieve.refresh.rates import STOPPED
 from ultrarag.retrieve.refresh.report import RefreshState, Request, digest
 from ultrarag.retrieve.swap import Gate
 from ultrarag.rows.checks import Overlap
+
+if TYPE_CHECKING:
+    from ultrarag.finetune import Seen
 
 #: Arguments of `finetune` that a refresh decides itself.
 _OWN = (
@@ -203,19 +206,24 @@ class Plan:
         batch = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
         return math.ceil(len(read_data(self.settings)) / batch * trainer.num_train_epochs)
 
+    def seen(self) -> Seen | None:
+        """How many of the rows the live encoder, or one before it, was trained on; None where none are known."""
+        from ultrarag.finetune import read_data, seen_before
+
+        manifest = read_manifest(Path(self.parent_checkpoint()))
+        if manifest is None or manifest.training is None:
+            return None
+        return seen_before(read_data(self.settings), manifest.training)
+
     def refuse_seen(self) -> None:
         """Refuse rows that the live encoder, or one before it, was trained on.
 
         Raises:
             DataError: they are too many, and `allow_seen_data` is not given.
         """
-        from ultrarag.finetune import read_data, seen_before
-
-        manifest = read_manifest(Path(self.parent_checkpoint()))
-        parent = manifest.training if manifest else None
-        if parent is None or self.settings.incremental.allow_seen_data:
+        if self.settings.incremental.allow_seen_data:
             return
-        seen = seen_before(read_data(self.settings), parent)
+        seen = self.seen()
         if seen and seen.too_many:
             raise DataError(
                 f"{seen}: give the new rows alone as train_data and the old ones as replay_data, or say "

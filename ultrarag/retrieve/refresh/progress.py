@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import subprocess
 import threading
@@ -36,6 +37,8 @@ class Refreshing:
         self._stage, self._step, self._steps = "prepare", 0, 0
         #: step and time at which the run of steps that goes on was first heard of
         self._first: tuple[int, float] | None = None
+        #: step and value of the loss that was logged last in this run of steps
+        self._loss: tuple[int, float] | None = None
         self._child: subprocess.Popen[str] | None = None
 
     @contextmanager
@@ -56,14 +59,16 @@ class Refreshing:
         with self._mutex:
             if self.cancelled:
                 raise self.stopped()
-            self._stage, self._step, self._steps, self._first = stage, 0, 0, None
+            self._stage, self._step, self._steps, self._first, self._loss = stage, 0, 0, None, None
             self._stage_began = time.monotonic()
 
-    def step(self, step: int, steps: int) -> bool:
+    def step(self, step: int, steps: int, loss: float | None = None) -> bool:
         """Say how far the training is; whether it is to end. A run begins anew where the number of steps falls."""
         now = time.monotonic()
         if self._first is None or step < self._step or steps != self._steps:
-            self._first = step, now
+            self._first, self._loss = (step, now), None
+        if loss is not None and math.isfinite(loss):  # no JSON holds others
+            self._loss = step, loss
         self._step, self._steps = step, steps
         return self.cancelled
 
@@ -101,8 +106,11 @@ class Refreshing:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Plain JSON values: stage, step, total, seconds in the stage, seconds left of it (None where unknown)."""
+        """Plain JSON values: stage, step, total, the loss that was logged last and at which step, seconds in the stage,
+        seconds left of it; None where unknown.
+        """
         step, steps, left = self._step, self._steps, None
+        loss_step, loss = self._loss or (None, None)
         now = time.monotonic()
         if self._stage == "build":
             step, steps, left = self._built()
@@ -112,6 +120,8 @@ class Refreshing:
             "stage": self._stage,
             "step": step,
             "total": steps,
+            "loss": loss,
+            "loss_step": loss_step,
             "seconds": round(now - self._stage_began, 1),
             "seconds_left": None if left is None else round(left, 1),
             "seconds_in_all": round(now - self._began, 1),
@@ -136,7 +146,7 @@ class Refreshing:
             done = self._done.wait(INTERVAL if told else 0)
             try:
                 found = self.describe()
-                if (new := (found["stage"], found["step"], found["cancelled"])) != told:
+                if (new := (found["stage"], found["step"], found["loss_step"], found["cancelled"])) != told:
                     told = new
                     self._on_progress(found)
             except Exception as error:  # of the caller's function, or of an index that is closed meanwhile

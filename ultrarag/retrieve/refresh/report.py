@@ -181,6 +181,8 @@ class RefreshReport:
     overlap: dict[str, Any] | None = None
     #: what was decided of a bridge (`ultrarag.retrieve.bridge.BridgeReport`); None where none was asked for
     bridge: dict[str, Any] | None = None
+    #: query id -> text, of those that gained or lost
+    queries: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -197,6 +199,7 @@ class RefreshReport:
         assert state.trained is not None
         measured = Measured.from_dict(state.measured) if state.measured else None
         trained = state.trained
+        gained, lost = (dict(shown.gained()), dict(shown.lost())) if shown else ({}, {})
         return cls(
             outcome="refused" if refused else "swapped",
             refused=refused,
@@ -209,8 +212,8 @@ class RefreshReport:
             metrics=_metrics(measured, trained["metrics"]),
             verdict=measured.verdict.to_dict() if measured else None,
             measured_on=shown.where if shown else None,
-            gained=dict(shown.gained()) if shown else {},
-            lost=dict(shown.lost()) if shown else {},
+            gained=gained,
+            lost=lost,
             seconds=dict(state.seconds),
             lineage=_lineage(state, folder),
             steps=trained["steps"],
@@ -223,6 +226,7 @@ class RefreshReport:
             html=str(folder / HTML_FILE),
             overlap=state.overlap or trained.get("overlap"),
             bridge=state.bridge,
+            queries={id: shown.queries[id] for id in (*gained, *lost)} if shown else {},
         )
 
     @classmethod

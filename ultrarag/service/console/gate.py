@@ -47,13 +47,19 @@ def _state(service: Service, wanted: str) -> dict[str, Any]:
         "report": report,
         "verdict": report["verdict"],
         "bar": bar(report["verdict"]["change"]),
-        "gained": gained[:MOST_NAMED],
-        "lost": lost[:MOST_NAMED],
+        "gained": _named(report, gained),
+        "lost": _named(report, lost),
         "counts": (len(gained), len(lost)),
         "forcible": job.state == "refused" and states.get(report["generation"]) == "ready",
         "shortest": SHORTEST_REASON,
         "longest": LONGEST_REASON,
     }
+
+
+def _named(report: dict[str, Any], changes: list[tuple[str, float]]) -> list[tuple[str, str, float]]:
+    """(query id, its text, change); an earlier version's report has no texts."""
+    texts = report.get("queries", {})
+    return [(id, texts.get(id, ""), change) for id, change in changes[:MOST_NAMED]]
 
 
 def _report(service: Service, job: Job) -> dict[str, Any] | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from starlette.responses import Response
 
+from ultrarag.report import line_chart
 from ultrarag.service.console.now import feedback_counts
 from ultrarag.service.console.page import Ask, Page
 from ultrarag.service.endpoint import Call
@@ -52,9 +55,14 @@ def _files(service: Service) -> list[str]:
 
 
 async def start(ask: Ask) -> Response:
-    """Begin a refresh from the feedback, or from a file in the folder for it."""
+    """Begin a refresh from the feedback, or from a file in the folder for it; or only say what it would do."""
     service = ask.service
     request, files = await service.writes.run(_asked, ask)
+    if ask.text("dry_run"):
+        asked = {name: value for name, value in request.items() if name not in ("force", "reason")}
+        trial = await service.writes.run(lambda: service.live.check_refresh(**asked))
+        again = {name: values[-1] for name, values in ask.form.items() if name not in ("form_token", "dry_run")}
+        return ask.show("trial.html", trial=trial, again=again)
     job = await service.writes.run(service.jobs.start, request, files)
     return ask.go(f"/console/refresh/{job.id}")
 
@@ -93,7 +101,20 @@ async def job(ask: Ask) -> Response:
     id = ask.request.path_params["id"]
     found, happened = await ask.service.writes.run(_job, ask.service, id)
     template = "job_fresh.html" if ask.request.headers.get("hx-request") else "job.html"
-    return ask.show(template, job=found, events=happened[-30:], resumable=found.state in RESUMABLE)
+    curve = Markup(line_chart(losses(happened), "step", "loss"))
+    return ask.show(template, job=found, events=happened[-30:], curve=curve, resumable=found.state in RESUMABLE)
+
+
+def losses(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(step, loss) of the training run that goes on, or that was the last: the steps of one only grow."""
+    found: list[tuple[float, float]] = []
+    for event in events:
+        if (step := event.get("loss_step")) is None or (found and step == found[-1][0]):
+            continue
+        if found and step < found[-1][0]:
+            found.clear()
+        found.append((step, event["loss"]))
+    return found
 
 
 def _job(service: Service, id: str) -> tuple[Job, list[dict[str, Any]]]:

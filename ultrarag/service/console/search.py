@@ -51,8 +51,13 @@ def shown_weights(ask: Ask, heads: list[str]) -> dict[str, str]:
     """Head -> what its field holds: what was sent, else the service's own, else the first head alone."""
     if any(name.startswith(WEIGHT) for name in ask.form):
         return {head: ask.text(WEIGHT + head) for head in heads}
-    usual = ask.service.settings.weights or {heads[0]: 1.0}
+    usual = usual_weights(ask.service)
     return {head: f"{usual[head]:g}" if head in usual else "" for head in heads}
+
+
+def usual_weights(service: Service) -> dict[str, float]:
+    """The service's own, else the first head alone."""
+    return dict(service.settings.weights or {heads_of(service)[0]: 1.0})
 
 
 def options(ask: Ask, heads: list[str]) -> dict[str, Any]:
