@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("feedback", help="what people did with the hits (ultrarag feedback --help)", add_help=False)
     commands.add_parser("serve", help="serve a live index over HTTP and MCP (ultrarag serve --help)", add_help=False)
     commands.add_parser("mcp", help="offer a live index to a language model, over stdio", add_help=False)
-    checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from")
+    checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from, quantise it")
     _checkpoint_actions(checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION"))
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
     plugins.add_argument("--json", action="store_true", help="print JSON")
@@ -67,6 +67,18 @@ def _checkpoint_actions(actions: Any) -> None:
     log.add_argument("path", metavar="PATH", help="the checkpoint's folder")
     log.add_argument("--json", action="store_true", help="print JSON: a list, the newest model first")
     log.set_defaults(run=_checkpoint_log)
+    from ultrarag.quantise import add_arguments
+
+    quantise = actions.add_parser("quantise", help="int8 for a CPU, published if it loses little beside float32")
+    add_arguments(quantise)
+    quantise.set_defaults(run=_quantise)
+
+
+def _quantise(arguments: argparse.Namespace) -> int:
+    """Put int8 beside a checkpoint."""
+    from ultrarag.quantise import run
+
+    return run(arguments)
 
 
 def _checkpoint_log(arguments: argparse.Namespace) -> int:

