@@ -24,5 +24,6 @@ if TYPE_CHECKING:
     from ultrarag.encoder.shared import SharedEncoder
     from ultrarag.encoder.sides import MapLayer, Sides, read_passage_maps
     from ultrarag.encoder.tokens import Cuts, pad, render, tokenize
+    from ultrarag.encoder.turns import Lane
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.quantise.calibration import Calibration
+    from ultrarag.quantise.calibration import TEXTS, Calibration
     from ultrarag.quantise.command import add_arguments, run
     from ultrarag.quantise.quantising import calibrated_precision, quantise, quantise_copy
 else:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         publish_quantised,
         quantised_folder,
     )
-    from ultrarag.encoder.engines.setting import add_engine_flag, asked_engine
+    from ultrarag.encoder.engines.setting import PRECISIONS, add_engine_flag, asked_engine
     from ultrarag.encoder.engines.snapshot import Snapshot
 else:
     __getattr__, __dir__, __all__ = exports(__name__)
