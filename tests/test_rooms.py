@@ -38,6 +38,7 @@ ORDER = [
     {"finetune/corpus"},
     {"finetune/step"},
     {"finetune"},
+    {"quantise"},
     {"retrieve/bm25"},
     {"retrieve/engines", "retrieve/engines/qdrant", "retrieve/engines/milvus"},
     {"retrieve/generation"},

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("mcp", help="offer a live index to a language model, over stdio", add_help=False)
     doors = commands.add_parser("doors", help="what a framework needs on its own side (docs/doors.md)")
     _doors(doors.add_subparsers(title="frameworks", required=True, metavar="FRAMEWORK"))
-    checkpoint = commands.add_parser("checkpoint", help="show where a checkpoint comes from, and push it to the hub")
+    checkpoint = commands.add_parser("checkpoint", help="a checkpoint: where it comes from, in int8, to the hub")
     _checkpoint_actions(checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION"))
     plugins = commands.add_parser("plugins", help="list adapters and extensions, the broken ones with their reason")
     plugins.add_argument("--json", action="store_true", help="print JSON")
@@ -98,6 +98,11 @@ def _checkpoint_actions(actions: Any) -> None:
     log.add_argument("path", metavar="PATH", help="the checkpoint's folder")
     log.add_argument("--json", action="store_true", help="print JSON: a list, the newest model first")
     log.set_defaults(run=_checkpoint_log)
+    from ultrarag.quantise import add_arguments
+
+    quantise = actions.add_parser("quantise", help="int8 for a CPU, published if it loses little beside float32")
+    add_arguments(quantise)
+    quantise.set_defaults(run=_quantise)
 
     push = actions.add_parser("push", help="push it to the model hub, after it was loaded again and compared")
     push.add_argument("path", metavar="PATH", help="the checkpoint's folder")
@@ -109,6 +114,13 @@ def _checkpoint_actions(actions: Any) -> None:
     push.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     push.add_argument("--json", action="store_true", help="print JSON")
     push.set_defaults(run=_checkpoint_push)
+
+
+def _quantise(arguments: argparse.Namespace) -> int:
+    """Put int8 beside a checkpoint."""
+    from ultrarag.quantise import run
+
+    return run(arguments)
 
 
 def _checkpoint_push(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ TESTED = {
     "llama-index-core": "0.14.25",
     "mcp": "2.3.0",
     "mteb": "2.26.24",
+    "nncf": "3.4.0",
     "openvino": "2026.4.1",
     "peft": "0.21.2",
     "prometheus-client": "0.26.0",

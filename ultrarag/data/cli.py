@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ultrarag.encoder.engines import add_engine_flag
+from ultrarag.encoder.engines import PRECISIONS, add_engine_flag
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.io import run_command, underscored
 
@@ -129,7 +129,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", "--devices", nargs="+", metavar="NAME", help="such as cuda; default: the best there is"
     )
-    group.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="of the forward (default: fp32)")
+    group.add_argument("--precision", choices=PRECISIONS, help="of the forward (default: fp32)")
     add_engine_flag(group)
     add_switch(group, "--use_fp16", help="fp16 where there is a GPU, as FlagEmbedding does")
     add_switch(group, "--use_bf16", help="the same as --precision bf16")

@@ -23,7 +23,7 @@ from ultrarag.data.cli import (
     say_without_effect,
     weights,
 )
-from ultrarag.encoder.engines import add_engine_flag
+from ultrarag.encoder.engines import PRECISIONS, add_engine_flag
 from ultrarag.errors import UsageError
 from ultrarag.io import print_result
 
@@ -79,7 +79,7 @@ def _encode_parser() -> argparse.ArgumentParser:
     add("--format", choices=FORMATS, default="float32", help="of the dense vectors' numbers (default: float32)")
     add("--truncate_dim", type=int, metavar="N", help="keep the first N dimensions (Matryoshka models)")
     add("--devices", "--device", nargs="+", metavar="NAME", help="one process for each, such as cuda:0 cuda:1")
-    add("--precision", choices=["fp32", "bf16", "fp16", "auto"], default="fp32", help="of the forward (default: fp32)")
+    add("--precision", choices=[*PRECISIONS, "auto"], default="fp32", help="of the forward (default: fp32)")
     add_engine_flag(parser)
     add("--passage_max_length", type=int, metavar="N", help="longest passage in tokens")
     add("--batch_tokens", type=int, metavar="N", help="padded tokens per forward")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ultrarag.encoder.choice import find_adapter
     from ultrarag.encoder.device import in_background
     from ultrarag.encoder.encoder import Encoder
+    from ultrarag.encoder.engine_of import check_quantisable, probe
     from ultrarag.encoder.forward import BATCH_TOKENS
     from ultrarag.encoder.hub import Pushed, push_to_hub
     from ultrarag.encoder.load import fastest_precision
@@ -24,5 +25,6 @@ if TYPE_CHECKING:
     from ultrarag.encoder.shared import SharedEncoder
     from ultrarag.encoder.sides import MapLayer, Sides, read_passage_maps
     from ultrarag.encoder.tokens import Cuts, pad, render, tokenize
+    from ultrarag.encoder.turns import Lane
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ultrarag.checkpoint import Identity, Manifest, fingerprint, read_manifest
 from ultrarag.encoder.encoder import Encoder
 from ultrarag.encoder.engine_of import engine_of
+from ultrarag.encoder.engines import is_int8
 from ultrarag.encoder.load import declared_options, settings_of
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, load_sides, read_sides
 from ultrarag.hookspecs import LoadOptions
@@ -27,12 +28,15 @@ def load_beside(path: str | PathLike[str], other: Encoder, engine: str | None = 
     checkpoint came from. Of the files that are not read it is checked that they are there, and as long as they were.
 
     Returns:
-        On the device and with the precision of `other`; None where it has none of the checkpoint's models.
+        On the device and with the precision of `other`; None where it has none of the checkpoint's models,
+        or is in int8.
 
     Raises:
         CheckpointError: files are missing or damaged.
     """
     folder = Path(path)
+    if is_int8(other.precision):  # each model is quantised by itself
+        return None
     check_folder(folder)
     manifest, plain = read_manifest(folder), _plain(other)
     if manifest is None or manifest.adapter != plain.name:

@@ -16,9 +16,10 @@ from torch import nn
 from ultrarag.checkpoint import Identity, Training, fingerprint, local_folder, publish, read_manifest
 from ultrarag.encoder.adapted import base_of, joined, merge_matrices
 from ultrarag.encoder.choice import adapter_name
-from ultrarag.encoder.engine_of import engine_of
+from ultrarag.encoder.engine_of import engine_of, int8_of
+from ultrarag.encoder.engines import INT8, copy_quantised, is_int8
 from ultrarag.encoder.forward import TokenEncoder
-from ultrarag.encoder.load import check_vocabulary, declared_options, override_settings, settings_of
+from ultrarag.encoder.load import check_int8, check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
 from ultrarag.encoder.tokens import Cuts, check_count, listed_texts, tokenized_chunks
@@ -73,8 +74,8 @@ class Encoder(TokenEncoder):
             adapter: name of the plugin; default: what the manifest of a checkpoint of ours says, else the adapter that
                 claims the folder (docs/plugins.md), which is told once.
             heads: only these heads; default: all that have weights.
-            precision: fp32, bf16, fp16, or auto (the fastest that the device is made for), used by `encode`; weights
-                stay in float32.
+            precision: fp32, bf16, fp16, or auto (the fastest of these that the device is made for), used by `encode`;
+                weights stay in float32. int8: what `ultrarag checkpoint quantise` made, on a CPU.
             engine: what runs the model on a CPU in float32: torch, openvino (a package; docs/speed.md), or auto, the
                 faster of the two here; a model that it cannot run, or not alike, is run by torch, which is told once.
                 Default: the environment variable ULTRARAG_ENGINE, else torch. Training is always torch's.
@@ -96,6 +97,9 @@ class Encoder(TokenEncoder):
             options = replace(options, trust_remote_code=True)
         folder = local_folder(str(path), options.cache_dir, options.token)
         check_folder(folder)
+        if is_int8(precision):
+            device = device or "cpu"
+            check_int8(options, engine)
         if base := base_of(folder, options):
             known = adapter or (found.adapter if (found := read_manifest(base)) else None)
             with joined(folder, base) as place:
@@ -103,7 +107,10 @@ class Encoder(TokenEncoder):
             merge_matrices(encoder.model, folder)
         else:
             encoder = cls._load(folder, adapter, device, precision, options, settings)
-        if not options.training:
+        if is_int8(precision):
+            encoder._int8 = int8_of(encoder, folder, lambda: encoder.fingerprint)
+            encoder.precision = encoder._int8.record.precision
+        elif not options.training:
             encoder._engine = engine_of(encoder, engine, lambda: encoder.fingerprint)
         return encoder
 
@@ -189,6 +196,19 @@ class Encoder(TokenEncoder):
         encoder = Encoder(self.adapter, model, replace(self.settings), device=self.device)
         encoder.trust_remote_code = self.trust_remote_code
         return encoder
+
+    def in_int8(self, folder: str | PathLike[str]) -> Encoder:
+        """An encoder of the same model in int8, as it was quantised beside a checkpoint; the model is shared.
+
+        Raises:
+            UsageError: what is quantised there is of another model, or nothing is.
+            CheckpointError: its files are damaged.
+        """
+        found = self.around(self.model)
+        found.precision = INT8
+        found._int8 = int8_of(found, Path(folder), lambda: self.fingerprint)
+        found.precision = found._int8.record.precision
+        return found
 
     @property
     def asymmetric(self) -> bool:
@@ -300,7 +320,7 @@ class Encoder(TokenEncoder):
                 for a symmetric task, where all texts are read alike: no instruction but the one given.
             heads: the heads to compute; default: all that the model has.
             batch_tokens: padded tokens per forward.
-            precision: fp32, bf16, fp16 or auto; default: the encoder's.
+            precision: fp32, bf16, fp16, int8 or auto; default: the encoder's.
             instruction: in place of the declared one, for this call.
             progress: a bar on stderr; default: on a terminal, after two seconds.
             cuts: counts the texts that were cut, for a caller of many calls; default: they are logged.
@@ -451,4 +471,7 @@ class Encoder(TokenEncoder):
             CheckpointError: when what was written does not give this model's vectors.
         """
         record = training or (self.manifest.training if self.manifest else None)
-        return publish(self, Path(path), self.model.state_dict(), record)
+        found = publish(self, Path(path), self.model.state_dict(), record)
+        if self._int8 is not None:
+            copy_quantised(self._int8.folder, found)
+        return found

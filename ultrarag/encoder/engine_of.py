@@ -1,12 +1,19 @@
-"""The engine of an encoder: its own batches to compare and to race with, and what it is chosen for."""
+"""The engine of an encoder: its own batches to compare and to race with, and what it is chosen for; and its int8."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultrarag.encoder.engines import Choice, Engine, asked_engine
+import torch
+
+from ultrarag.encoder.device import side_by_side
+from ultrarag.encoder.engines import INT8, Choice, Engine, Int8, Quantised, Streams, asked_engine, not_quantised
+from ultrarag.encoder.load import fastest_precision
 from ultrarag.encoder.pairs import tokenize_pairs
+from ultrarag.encoder.sides import Sides
+from ultrarag.errors import UsageError
 
 if TYPE_CHECKING:
     from ultrarag.encoder.forward import TokenEncoder
@@ -33,6 +40,54 @@ def engine_of(encoder: TokenEncoder, name: str | None, fingerprint: Callable[[],
             precision=encoder.precision,
         ),
     )
+
+
+def int8_of(encoder: TokenEncoder, folder: Path, fingerprint: Callable[[], str]) -> Int8:
+    """What is quantised beside the encoder's checkpoint, of the calibration that its precision names, if it names one.
+
+    Raises:
+        UsageError: nothing is, or of another model or calibration; the model cannot be; it is not on a CPU.
+        CheckpointError: its files are damaged.
+    """
+    check_quantisable(encoder)
+    record = Quantised.read(folder)
+    if record is None:
+        raise not_quantised(folder)
+    if record.fingerprint != fingerprint():
+        raise UsageError(
+            f"'{folder}' was quantised when its model was another one ({record.fingerprint[:12]}, now "
+            f"{fingerprint()[:12]}): quantise it again (ultrarag checkpoint quantise)"
+        )
+    if encoder.precision not in (INT8, record.precision):
+        raise UsageError(
+            f"'{folder}' is quantised with another calibration: {encoder.precision} is asked for, it has "
+            f"{record.precision}"
+        )
+    return Int8.load(folder, record, encoder.model, _streams(encoder))
+
+
+def check_quantisable(encoder: TokenEncoder) -> None:
+    """Raise UsageError where an encoder cannot run in int8, whatever lies beside it; says why."""
+    reason = ""
+    if encoder.device.type != "cpu":
+        reason = f"int8 runs on a CPU, and the encoder is on {encoder.device.type}: say device='cpu'"
+    elif encoder.adapter.declared.pair_input:
+        reason = "a reranker is not quantised: its scores in int8 have no gate yet; use bf16"
+    elif isinstance(encoder.model, Sides):
+        reason = "a model of two sides is not quantised: quantise a model of one side"
+    if reason:
+        raise UsageError(f"{encoder.adapter.describe()} cannot run in int8: {reason}")
+
+
+def _streams(encoder: TokenEncoder) -> Streams:
+    """As many forwards at a time as there are threads, each in one: small products gain nothing from two."""
+    many = side_by_side() if encoder.adapter.registry.threaded_encode(encoder.adapter.name) else 1
+    return Streams(many, torch.get_num_threads(), fastest_precision(encoder.device) == "bf16")
+
+
+def probe(encoder: TokenEncoder) -> Features:
+    """A batch of rows of different lengths, to trace a backbone with."""
+    return _probe(encoder, _BATCHES[0])
 
 
 def _probe(encoder: TokenEncoder, words: tuple[int, ...]) -> Features:

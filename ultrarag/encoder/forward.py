@@ -12,8 +12,8 @@ from torch import nn
 
 from ultrarag.checkpoint import Manifest
 from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
-from ultrarag.encoder.engines import Engine
-from ultrarag.encoder.load import PRECISIONS, checked_precision
+from ultrarag.encoder.engines import Engine, Int8, Quantised
+from ultrarag.encoder.load import checked_precision, dtype_of
 from ultrarag.encoder.sides import Sides
 from ultrarag.encoder.tokens import (
     Cuts,
@@ -61,6 +61,8 @@ class TokenEncoder:
         self.casts = Casts()
         #: what runs its forward in float32
         self._engine = Engine()
+        #: what runs it in int8, where it was loaded so
+        self._int8: Int8 | None = None
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -69,8 +71,13 @@ class TokenEncoder:
 
     @property
     def engine(self) -> str:
-        """What runs the model in float32: torch, or the runtime that its backbone is compiled for."""
-        return self._engine.name
+        """What runs the model: torch, or the runtime that its backbone is compiled for."""
+        return "openvino" if self._int8 else self._engine.name
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """What its int8 was calibrated on and measured by; None where it was not loaded in int8."""
+        return self._int8.record if self._int8 else None
 
     @property
     def tokenizer(self) -> Any:
@@ -126,7 +133,7 @@ class TokenEncoder:
         """Yield the embeddings of each chunk of tokenized texts or pairs; say in the end how many were cut."""
         chosen = self.checked_heads(heads)
         budget = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
-        dtype = PRECISIONS[checked_precision(precision or self.precision, self.device)]
+        dtype = dtype_of(precision or self.precision, self.device)
         counted = cuts or Cuts()
         for tokens in chunks:
             counted.add(tokens.truncated, len(tokens), what, length)
@@ -146,12 +153,12 @@ class TokenEncoder:
 
         Args:
             budget: padded tokens per forward, at most.
-            dtype: of the forward, if not float32.
+            dtype: of the forward, if not float32; int8 for what is quantised.
             on_batch: told the number of texts after each forward.
         """
         if any(module.training for module in self.model.modules()):
             self.model.eval()
-        workers = self._workers()
+        workers = self._workers(dtype)
         batches = list(batches_by_tokens([len(row) for row in tokens.ids], budget, workers))
 
         @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
@@ -172,9 +179,9 @@ class TokenEncoder:
         place[order] = np.arange(len(order))
         return Embeddings.cat(parts)[place]
 
-    def _workers(self) -> int:
+    def _workers(self, dtype: torch.dtype | None) -> int:
         """Forwards to run at a time: one on a GPU, and where a plugin does not say that several may run."""
-        if self.engine != "torch":
+        if self._engine.name != "torch" and dtype is None:
             return 1  # it divides a forward among its threads itself
         if self.device.type != "cpu" or not self.adapter.registry.threaded_encode(self.adapter.name):
             return 1
@@ -186,8 +193,18 @@ class TokenEncoder:
         batch = cast(Features, {**moved, "heads": heads})
         if dtype is None:
             return self._kept(self.adapter.encode(self._engine.of(self.model), batch))
+        if dtype is torch.int8:
+            return self._kept(self.adapter.encode(self._in_int8(), batch))
         with torch.autocast(self.device.type, dtype):
             return self._kept(self.adapter.encode(self.casts.of(self.model, dtype), batch))
+
+    def _in_int8(self) -> nn.Module:
+        if self._int8 is None:
+            raise UsageError(
+                f"this encoder of {self.adapter.describe()} has nothing that is quantised: load a quantised checkpoint "
+                "with precision='int8'"
+            )
+        return self._int8.of(self.model)
 
     def _kept(self, found: Embeddings) -> Embeddings:
         """Without the smaller lexical weights of a text that has more than `max_active_dims`; training has them all."""

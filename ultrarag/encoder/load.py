@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ultrarag.checkpoint import Manifest
+from ultrarag.encoder.engines import INT8, family, is_int8
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.plugins import Adapter
 from ultrarag.types import KINDS, EncoderSettings
 
 #: Names of precisions and the dtype of the forward; None: as the weights are.
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, INT8: torch.int8}
 #: The fastest precision that the device is made for; see `fastest_precision`.
 AUTO = "auto"
 
@@ -101,12 +102,25 @@ def checked_precision(precision: str, device: torch.device) -> str:
     """Return a known precision, "auto" as the device's; or raise UsageError with the nearest name."""
     if precision == AUTO:
         return fastest_precision(device)
-    if precision not in PRECISIONS:
+    if precision not in PRECISIONS and not is_int8(precision):
         known = [*PRECISIONS, AUTO]
         raise UsageError(
-            f"precision '{precision}' is unknown{did_you_mean(precision, known)} (fp32, bf16, fp16 or auto)"
+            f"precision '{precision}' is unknown{did_you_mean(precision, known)} (fp32, bf16, fp16, int8 or auto)"
         )
     return precision
+
+
+def check_int8(options: LoadOptions, engine: str | None) -> None:
+    """Raise UsageError for what int8 is not for."""
+    if options.training:
+        raise UsageError("precision 'int8' is for encoding: a model is trained in its own numbers")
+    if engine == "torch":
+        raise UsageError("precision 'int8' is computed by OpenVINO, not by engine 'torch': leave the engine out")
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype | None:
+    """What the forward computes in; None: as the weights are."""
+    return PRECISIONS[family(checked_precision(precision, device))]
 
 
 def fastest_precision(device: torch.device) -> str:

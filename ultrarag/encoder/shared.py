@@ -6,14 +6,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ultrarag.encoder.forward import BATCH_TOKENS
-from ultrarag.encoder.load import PRECISIONS, checked_precision
+from ultrarag.encoder.load import dtype_of
 from ultrarag.encoder.tokens import Cuts, check_texts
 from ultrarag.encoder.turns import Clock, Lane, Turns
 from ultrarag.errors import UsageError
@@ -43,8 +43,11 @@ class SharedEncoder:
         >>> shared.close()
     """
 
-    def __init__(self, encoder: Encoder, clock: Clock = time.monotonic) -> None:
-        self.encoder = encoder
+    def __init__(
+        self, encoder: Encoder, clock: Clock = time.monotonic, precisions: Mapping[Lane, str] | None = None
+    ) -> None:
+        """`precisions`: of queries or passages, where it is not the encoder's."""
+        self.encoder, self._precisions = encoder, precisions or {}
         self._clock, self._owner = clock, os.getpid()
         self._turns = Turns(2 * BATCH_TOKENS.get(encoder.device.type, BATCH_TOKENS["cuda"]), clock)
         self._lines: dict[Lane, deque[_Request]] = {"query": deque(), "passage": deque()}
@@ -192,7 +195,7 @@ class SharedEncoder:
     def _vectors(self, turn: list[_Slice]) -> list[Embeddings]:
         encoder, first = self.encoder, turn[0].request
         budget = BATCH_TOKENS.get(encoder.device.type, BATCH_TOKENS["cuda"])
-        dtype = PRECISIONS[checked_precision(encoder.precision, encoder.device)]
+        dtype = dtype_of(self._precisions.get(first.lane, encoder.precision), encoder.device)
         ids = [row for slice in turn for row in slice.ids]
         found = encoder.encode_tokens(Tokens(ids, kind=first.kind), first.heads, budget, dtype)
         if len(turn) == 1:

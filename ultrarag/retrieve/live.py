@@ -438,6 +438,7 @@ class LiveIndex(AsyncMethods, Signals):
         share: bool | None = None,
         bridge: BridgeTerms | None = None,
         trust_remote_code: bool = False,
+        precision: str | None = None,
     ) -> Generation:
         """Make a new generation with another encoder, while searches and writes go on.
 
@@ -466,6 +467,8 @@ class LiveIndex(AsyncMethods, Signals):
                 significantly better so on these queries (docs/bridge.md). It serves until the swap, or `rollback`.
             trust_remote_code: run Python code that comes with a checkpoint folder; an Encoder says so itself. The index
                 remembers it, with the checksums of the code.
+            precision: fp32, bf16, fp16 or int8; default: the live generation's, or that of an Encoder. In int8, a
+                checkpoint that is not quantised is calibrated on passages of the index.
 
         Returns:
             the generation, "ready", for `swap`.
@@ -474,7 +477,7 @@ class LiveIndex(AsyncMethods, Signals):
             UsageError: there are no vectors to share or map, and `share` is True; says why.
         """
         wishes: dict[str, Any] = {"adapter": adapter, "backend": backend, "heads": heads, "device": device}
-        wishes |= {"share": share, "bridge": bridge, "trust_remote_code": trust_remote_code}
+        wishes |= {"share": share, "bridge": bridge, "trust_remote_code": trust_remote_code, "precision": precision}
         return build_generation(self._core, checkpoint, **wishes, threads=threads, progress=progress, ray=ray)
 
     def swap(

@@ -12,7 +12,22 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.encoder.engines.choice import Choice, Engine
-    from ultrarag.encoder.engines.setting import add_engine_flag, asked_engine
+    from ultrarag.encoder.engines.int8 import Int8, Streams, quantise_backbone
+    from ultrarag.encoder.engines.nncf_quantiser import versions
+    from ultrarag.encoder.engines.quantised import (
+        INT8,
+        Pair,
+        Quantised,
+        copy_quantised,
+        digest_of,
+        family,
+        is_int8,
+        not_quantised,
+        precision_of,
+        publish_quantised,
+        quantised_folder,
+    )
+    from ultrarag.encoder.engines.setting import PRECISIONS, add_engine_flag, asked_engine
     from ultrarag.encoder.engines.snapshot import Snapshot
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,4 +1,4 @@
-"""OpenVINO: a backbone compiled for this CPU, in float32, for batches of any shape."""
+"""OpenVINO: a backbone compiled for this CPU, in float32 or in int8, for batches of any shape."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
     from ultrarag.encoder.engines.backbone import Exported, Forward
 
+#: A forward of one caller uses one stream.
+_SETTINGS: dict[str, Any] = {
+    "PERFORMANCE_HINT": "LATENCY",
+    "ENABLE_CPU_PINNING": False,  # several processes would share the same cores
+}
 #: Its importer reports every import to its makers over the network where this package is there.
 _TELEMETRY = "openvino_telemetry"
 
@@ -41,7 +47,7 @@ def openvino() -> Any:
         UsageError: it is not installed; says how to.
     """
     try:
-        with _without_telemetry():
+        with without_telemetry():
             import openvino as package
     except ImportError as error:
         raise UsageError(f"engine 'openvino' needs the package openvino: {install('openvino')}") from error
@@ -49,7 +55,8 @@ def openvino() -> Any:
 
 
 @contextmanager
-def _without_telemetry() -> Iterator[None]:
+def without_telemetry() -> Iterator[None]:
+    """Have nothing that is imported meanwhile report to its makers."""
     if _TELEMETRY in sys.modules:
         yield
         return
@@ -87,25 +94,45 @@ def compiled(exported: Exported, example: Mapping[str, Tensor], fingerprint: str
     package = openvino()
     core = package.Core()
     key = (fingerprint, "openvino", package.__version__, torch.__version__, *example)
-
-    def convert() -> Any:
-        with warnings.catch_warnings(), _quiet_transformers():
-            warnings.simplefilter("ignore")  # a tracer warns of every choice that it takes for constant
-            return package.convert_model(exported, example_input=dict(example))
-
-    def save(model: Any, path: str) -> None:
-        package.save_model(model, path, compress_to_fp16=False)
-
-    model = kept(key, convert, save, core.read_model)
+    model = kept(key, lambda: converted(exported, example), save, core.read_model)
     settings = {
+        **_SETTINGS,
         "INFERENCE_PRECISION_HINT": "f32",  # on a CPU with AMX it would take bf16
         "EXECUTION_MODE_HINT": "ACCURACY",
-        "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": False,  # several processes would share the same cores
     }
     return _Requests(core.compile_model(model, "CPU", settings), tuple(example))
+
+
+def compiled_int8(path: Path, names: tuple[str, ...], bf16: bool, streams: int, threads: int) -> Forward:
+    """Return the forward of a quantised model, for as many callers at a time as there are streams.
+
+    Args:
+        names: of its inputs, in order.
+        bf16: for what is left in floating point.
+        threads: of all streams together.
+    """
+    core = openvino().Core()
+    settings = {
+        **_SETTINGS,
+        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+        "NUM_STREAMS": str(streams),
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    return _Requests(core.compile_model(core.read_model(path), "CPU", settings), names)
+
+
+def converted(exported: Exported, example: Mapping[str, Tensor]) -> Any:
+    """The backbone as OpenVINO has it, with its own numbers."""
+    with warnings.catch_warnings(), _quiet_transformers():
+        warnings.simplefilter("ignore")  # a tracer warns of every choice that it takes for constant
+        return openvino().convert_model(exported, example_input=dict(example))
+
+
+def save(model: Any, path: str) -> None:
+    """Write a model, float32 as it is."""
+    openvino().save_model(model, path, compress_to_fp16=False)
 
 
 class _Requests:

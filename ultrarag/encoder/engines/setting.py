@@ -11,6 +11,8 @@ from ultrarag.errors import UsageError, did_you_mean
 
 TORCH, OPENVINO, AUTO = "torch", "openvino", "auto"
 ENGINES = (TORCH, OPENVINO, AUTO)
+#: What may be asked of an encoder; "auto" is one of the float ones.
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 #: Read where no engine is named; a command's --engine sets it, so that its builders and workers follow.
 VARIABLE = "ULTRARAG_ENGINE"
 

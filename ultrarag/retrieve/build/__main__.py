@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.encode import Encoded, Rank
+from ultrarag.encoder.engines import family
 from ultrarag.errors import IndexStateError
 from ultrarag.io import print_error, print_result, read_owner, run_command
 from ultrarag.retrieve.build.origin import origin_of
@@ -42,7 +43,7 @@ def encode_share(
     store = Store.open(root, read_only=True)
     try:
         live = Catalog(store).live()
-        adapter, precision = adapter or generation_adapter(checkpoint, IndexLayout(root), live), live.precision
+        adapter, precision = adapter or generation_adapter(checkpoint, IndexLayout(root), live), family(live.precision)
         options: dict[str, Any] = {"device": device, "precision": precision, "trust_remote_code": trust_remote_code}
         encoder = Encoder.load(checkpoint, adapter, **options)
         catalog = Catalog(store)
@@ -51,7 +52,7 @@ def encode_share(
             return 0  # nothing has to be encoded, and whoever joins says so
         if _is_built(store, encoder.fingerprint, chosen):
             return 0
-        ahead = Encoded(root, encoder.fingerprint, chosen, precision, store.last_row())
+        ahead = Encoded(root, encoder.fingerprint, chosen, encoder.precision, store.last_row())
         return ahead.encode(encoder, store, rank, _rows_built(root, store, encoder.fingerprint))
     finally:
         store.close()

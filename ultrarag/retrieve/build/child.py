@@ -31,6 +31,7 @@ from ultrarag.retrieve.generation import (
     IndexLayout,
     encoded_of,
     load_encoder,
+    quantise_own,
 )
 from ultrarag.retrieve.passages import Store
 from ultrarag.types import Embeddings, Passage
@@ -118,7 +119,9 @@ class Build:
     ) -> None:
         """Load the encoder and open the draft; default strategy: `EncodeHere`."""
         self.strategy: Strategy = strategy or EncodeHere()
-        self.encoder = load_encoder(IndexLayout(root).building(generation.id), generation, device)
+        directory = IndexLayout(root).building(generation.id)
+        quantise_own(directory, generation)
+        self.encoder = load_encoder(directory, generation, device)
         self.draft = Draft(root, generation, self.encoder)
 
     def run(self, progress: bool | None = None) -> None:

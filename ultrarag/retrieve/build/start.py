@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
+from ultrarag.encoder.engines import is_int8
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, start_child, stop_child
+from ultrarag.quantise import TEXTS, Calibration
 from ultrarag.retrieve.bridge import BridgeTerms, cross, drop, read_report
 from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.core import Core
@@ -30,6 +32,7 @@ from ultrarag.retrieve.generation import (
     find_source,
     prepare,
     publish,
+    quantise_own,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ def build_generation(
     share: bool | None = None,
     bridge: BridgeTerms | None = None,
     trust_remote_code: bool = False,
+    precision: str | None = None,
 ) -> Generation:
     """Build, or go on building, a generation of an open index; see `LiveIndex.build`."""
     if not core.building.acquire(blocking=False):
@@ -62,7 +66,8 @@ def build_generation(
     try:
         with core.leading():
             live = core.live.generation
-            source = find_source(checkpoint, adapter, core.layout, live, trust_remote_code)
+            source = find_source(checkpoint, adapter, core.layout, live, trust_remote_code, precision)
+            _calibrate(core, source, ray)
             job = None
             if ray:
                 job = RayJob.of(ray, checkpoint, source.adapter, backend or live.backend, source.trust_remote_code)
@@ -73,6 +78,7 @@ def build_generation(
                 return generation
             wanted = bridge if generation.encodes and core.bridge is None else None
             if wanted is not None and not _decided_against(core, generation):
+                quantise_own(core.layout.directory(generation.id), generation)
                 cross(core, generation, wanted)
             if generation.shares:
                 publish(core.layout, generation)
@@ -94,6 +100,32 @@ def build_generation(
     finally:
         core.builder = None
         core.building.release()
+
+
+def _calibrate(core: Core, source: Source, ray: RayPool | None) -> None:
+    """Take passages for a source that is to be in int8 and is not quantised; those of an unfinished build again.
+
+    Raises:
+        UsageError: it is encoded on Ray, whose workers load the checkpoint as it is; there are no passages.
+    """
+    if not source.uncalibrated:
+        return
+    if ray is not None:
+        raise UsageError("on Ray, int8 needs a quantised checkpoint: ultrarag checkpoint quantise")
+    files = [core.layout.calibration(core.layout.directory(found.id)) for found in _unfinished(core, source)]
+    kept = [Calibration.kept(file) for file in files if file.is_file()]
+    source.calibrate(kept[-1] if kept else _calibration(core))
+
+
+def _unfinished(core: Core, source: Source) -> list[Generation]:
+    """What an earlier start of this build in int8 has left, or finished."""
+    found = [*core.catalog.in_state("building"), *core.catalog.in_state("ready")]
+    return [item for item in found if item.fingerprint == source.fingerprint and is_int8(item.precision)]
+
+
+def _calibration(core: Core) -> Calibration:
+    passages = core.store.sample(TEXTS, core.store.last_seq())
+    return Calibration.of([("passage", passage.content) for passage in passages], "the index's passages")
 
 
 def _decided_against(core: Core, generation: Generation) -> bool:

@@ -126,7 +126,7 @@ def status(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace) -> None:
     """Build a generation."""
-    names = ("adapter", "backend", "heads", "threads", "share", "trust_remote_code")
+    names = ("adapter", "backend", "heads", "threads", "share", "trust_remote_code", "precision")
     wishes = {name: getattr(arguments, name) for name in names}
     ray = _ray_pool(arguments)  # before the index is opened, which may take a while
     terms = None

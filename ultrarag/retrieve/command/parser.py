@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from ultrarag.encoder.engines import add_engine_flag
+from ultrarag.encoder.engines import PRECISIONS, add_engine_flag
 from ultrarag.errors import UsageError
 from ultrarag.io import run_command, underscored
 
@@ -73,7 +73,7 @@ def _create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_bm25", action="store_true", help="do not index the words")
     parser.add_argument("--query_max_length", type=int, metavar="N", help="longest query in tokens")
     parser.add_argument("--passage_max_length", type=int, metavar="N", help="longest passage in tokens")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the forward (default: fp32)")
     _device(parser)
 
 
@@ -134,6 +134,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=_names, metavar="A,B", help="the heads to store; default: all of the model's")
     parser.add_argument("--backend", help="the vector engine; default: the live generation's")
     parser.add_argument("--threads", type=int, metavar="N", help="of the builder; default: half of the cores")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the forward; default: the live generation's")
     share_flags(parser)
     parser.add_argument(
         "--bridge",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         load_encoder,
         prepare,
         publish,
+        quantise_own,
         stored_heads,
     )
 else:

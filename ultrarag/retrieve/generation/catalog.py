@@ -39,7 +39,7 @@ class Generation:
     backend: str
     #: the heads that are stored
     heads: tuple[str, ...]
-    #: fp32, bf16 or fp16: what passages and queries are encoded in
+    #: fp32, bf16, fp16 or int8:CALIBRATION: what passages and queries are encoded in
     precision: str
     #: entry of the write log that its build began after
     base_seq: int
@@ -131,6 +131,11 @@ class IndexLayout:
     def consent(directory: Path) -> Path:
         """The record that code which comes with the encoder may be run, and which; only where there is such code."""
         return directory / "consent.json"
+
+    @staticmethod
+    def calibration(directory: Path) -> Path:
+        """The texts that a generation in int8 is calibrated on; only where its checkpoint came without int8."""
+        return directory / "calibration.json"
 
     @staticmethod
     def vectors(directory: Path) -> Path:

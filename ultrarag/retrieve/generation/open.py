@@ -13,6 +13,7 @@ from ultrarag.io import OwnerLock, resource_error
 from ultrarag.retrieve.bm25 import BM25
 from ultrarag.retrieve.engines import Backend, ServerError, default_backend, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Catalog, Generation, IndexLayout, Origin
+from ultrarag.retrieve.generation.pairing import paired
 from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Unencoded, Words
 from ultrarag.retrieve.generation.serving import Serving, VectorSet
 from ultrarag.retrieve.generation.source import Source, create_vectors, load_encoder, prepare
@@ -66,7 +67,8 @@ def open_serving(
         held: the generation's vectors, where they may be open: they are used as they are.
 
     Raises:
-        FingerprintError: when another encoder is given than the one that made the vectors.
+        FingerprintError: when another encoder is given than the one that made the vectors, or it is in a precision that
+            was not measured with theirs.
         CheckpointError, IndexStateError: when the checkpoint or the vectors are damaged.
     """
     directory = layout.directory(generation.id)
@@ -78,6 +80,7 @@ def open_serving(
             f"{generation.fingerprint[:12]}, not by the one given ({encoder.fingerprint[:12]}): open the index without "
             f"an encoder to use its own copy, and `build` and `swap` to change it"
         )
+    encoder, precisions = paired(layout, generation, encoder)
     emptied = False
     if held is not None and held.join():
         vectors = held
@@ -87,7 +90,7 @@ def open_serving(
         vectors = VectorSet(backend, Unencoded(store, generation.vectors_of))
         vectors.join()
     try:
-        serving = Serving(generation, encoder, vectors)
+        serving = Serving(generation, encoder, vectors, precisions=precisions)
         catalog = Catalog(store)
         follower = Follower(
             store,

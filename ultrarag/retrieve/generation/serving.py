@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ultrarag.encoder import Cuts, SharedEncoder
+from ultrarag.encoder import Cuts, Lane, SharedEncoder
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation.catalog import Generation
@@ -66,9 +66,18 @@ class Serving:
     """The pair (encoder, vectors) of one generation; a search holds on to the pair it began with."""
 
     def __init__(
-        self, generation: Generation, encoder: Encoder, vectors: VectorSet, clock: Clock = time.monotonic
+        self,
+        generation: Generation,
+        encoder: Encoder,
+        vectors: VectorSet,
+        clock: Clock = time.monotonic,
+        precisions: Mapping[Lane, str] | None = None,
     ) -> None:
-        """Use vectors that were joined; `retire` leaves them."""
+        """Use vectors that were joined; `retire` leaves them.
+
+        Args:
+            precisions: of queries and passages, where they are not the encoder's.
+        """
         held = vectors.backend.schema.fingerprint
         if encoder.passage_fingerprint != held:
             raise FingerprintError(
@@ -78,7 +87,7 @@ class Serving:
         self.generation, self.encoder, self.vectors = generation, encoder, vectors
         self._left = False
         # one forward at a time: two would share the same cores, and both be slower
-        self._shared = SharedEncoder(encoder, clock)
+        self._shared = SharedEncoder(encoder, clock, precisions)
         #: of the passages; told when the write, or whatever encoded them, is done
         self.cuts = Cuts()
         #: vectors of passages that were encoded elsewhere, by their contents

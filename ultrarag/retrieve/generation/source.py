@@ -15,8 +15,10 @@ from ultrarag.checkpoint import MANIFEST, Identity, Manifest, copy_checkpoint, l
 from ultrarag.claims import ModelFolder
 from ultrarag.encode import Encode, Encoded
 from ultrarag.encoder import Cuts
+from ultrarag.encoder.engines import INT8, Quantised, copy_quantised, family, is_int8
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
 from ultrarag.io import sha256_of, sync_tree, write_json
+from ultrarag.quantise import Calibration, calibrated_precision, quantise_copy
 from ultrarag.retrieve.engines import SCHEMA_FILE, Backend, Schema, create, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Generation, IndexLayout, Progress
 from ultrarag.retrieve.generation.replay import GenerationVectors, Noted
@@ -59,14 +61,20 @@ def find_source(
     layout: IndexLayout,
     live: Generation,
     trust_remote_code: bool = False,
+    precision: str | None = None,
 ) -> Source:
     """The encoder to build a generation with; `adapter` where it is named, else the one that claims the folder.
+
+    Args:
+        precision: default: that of an encoder that is given; of a folder, the live generation's.
 
     Raises:
         UsageError: no adapter is named, and the one that claims the folder gives no head that the live generation has.
     """
     name = adapter or generation_adapter(checkpoint, layout, live)
-    found = Source(checkpoint, name, live.precision, trust_remote_code)
+    if precision is None and isinstance(checkpoint, str | os.PathLike):
+        precision = family(live.precision)
+    found = Source(checkpoint, name, precision, trust_remote_code)
     stored_heads(found.heads, None)
     if name is not None and adapter is None and (missing := [head for head in live.heads if head not in found.heads]):
         raise UsageError(
@@ -95,10 +103,13 @@ class Source:
         self,
         checkpoint: str | os.PathLike[str] | Encoder,
         adapter: str | None = None,
-        precision: str = "fp32",
+        precision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Read a checkpoint's manifest; `precision` and `trust_remote_code` are for one that is not loaded.
+        """Read a checkpoint's manifest; `trust_remote_code` is for one that is not loaded.
+
+        Args:
+            precision: default: fp32, or that of an encoder which is loaded.
 
         Raises:
             UsageError: it is run by code that comes with it, and that was not allowed.
@@ -108,13 +119,32 @@ class Source:
         self._manifest: Manifest | None = None
         #: named, where the checkpoint does not name its own
         self.adapter = adapter
-        self.precision = precision
+        self.precision = precision or "fp32"
+        #: what int8 is calibrated on by the builder, where the checkpoint is not quantised
+        self.calibration: Calibration | None = None
         #: code that comes with the model may be run, by whatever process loads the index's copy
         self.trust_remote_code = trust_remote_code
         if isinstance(checkpoint, str | os.PathLike):
             self._read(Path(checkpoint).expanduser(), str(checkpoint), adapter)
         else:
-            self._take(checkpoint)
+            self._take(checkpoint, precision)
+
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether it is to be in int8, and nothing is quantised yet: `calibrate` it before it is entered."""
+        return self.precision == INT8
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Have the builder quantise it.
+
+        Raises:
+            UsageError: a package is missing, or the model is of two sides.
+        """
+        if self.identity.sides is not None:
+            raise UsageError(
+                "a model of two sides is not quantised: say precision='fp32' (--precision fp32) for this generation"
+            )
+        self.calibration, self.precision = calibration, calibrated_precision(self.fingerprint, calibration)
 
     def _read(self, folder: Path, name: str, adapter: str | None) -> None:
         manifest = read_manifest(folder) if folder.is_dir() else None
@@ -123,15 +153,26 @@ class Source:
                 raise code_refused(folder)
             self._folder, self._manifest = folder, manifest
             self.fingerprint, self.heads = manifest.fingerprint, manifest.settings.heads
+            self._choose_quantised()
             return
         from ultrarag.encoder import Encoder
 
-        self._take(Encoder.load(name, adapter, precision=self.precision, trust_remote_code=self.trust_remote_code))
+        own = "fp32" if is_int8(self.precision) else self.precision
+        encoder = Encoder.load(name, adapter, precision=own, trust_remote_code=self.trust_remote_code)
+        self._folder = local_folder(name)
+        self._take(encoder, self.precision)
 
-    def _take(self, encoder: Encoder) -> None:
-        self._encoder, self.precision = encoder, encoder.precision
+    def _take(self, encoder: Encoder, precision: str | None) -> None:
+        self._encoder, self.precision = encoder, precision or encoder.precision
         self.adapter, self.trust_remote_code = encoder.adapter.name, encoder.trust_remote_code
         self.fingerprint, self.heads = encoder.fingerprint, encoder.heads
+        self._choose_quantised()
+
+    def _choose_quantised(self) -> None:
+        """Take what is quantised beside the checkpoint, if it is of this model."""
+        record = Quantised.read(self._folder) if self._folder is not None else None
+        if self.uncalibrated and record is not None and record.fingerprint == self.fingerprint:
+            self.precision = record.precision
 
     @cached_property
     def identity(self) -> Identity:
@@ -147,6 +188,8 @@ class Source:
             self._encoder.save(target)
         elif self._folder is not None and self._manifest is not None:
             copy_checkpoint(self._folder, self._manifest, target)
+        if self._folder is not None and self.calibration is None:
+            copy_quantised(self._folder, target)
         manifest = read_manifest(target)
         assert manifest is not None
         return manifest.fingerprint
@@ -169,6 +212,15 @@ def prepare(layout: IndexLayout, generation: Generation, source: Source) -> None
         _save(source, copy, generation)
     if source.trust_remote_code and not layout.consent(directory).exists():
         record_consent(directory)
+    if source.calibration is not None:
+        source.calibration.write(layout.calibration(directory))
+
+
+def quantise_own(directory: Path, generation: Generation) -> None:
+    """Quantise a generation's own copy of its encoder, where it is to be and is not yet."""
+    file = IndexLayout.calibration(directory)
+    if is_int8(generation.precision) and file.is_file():
+        quantise_copy(IndexLayout.checkpoint(directory), Calibration.kept(file), has_consent(directory))
 
 
 def _save(source: Source, copy: Path, generation: Generation) -> None:

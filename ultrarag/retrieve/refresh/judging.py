@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrarag.encoder.engines import is_int8
 from ultrarag.evaluation import (
     DEFAULT_METRICS,
     Measured,
@@ -117,7 +118,8 @@ def compare_encoders(
 
     assert asked.corpus is not None
     names = list(dict.fromkeys((metric, *DEFAULT_METRICS)))
-    options: dict[str, Any] = {"device": device, "precision": precision, "trust_remote_code": trust_remote_code}
+    own = "fp32" if is_int8(precision) else precision  # the new one is quantised when it is built
+    options: dict[str, Any] = {"device": device, "precision": own, "trust_remote_code": trust_remote_code}
     evaluator = Evaluator(asked.corpus, asked.queries, asked.qrels, ignore_identical_ids=ignore_identical_ids)
     before, after = (
         evaluator.evaluate(encoder, encoder.heads, names)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrarag.checkpoint import read_manifest
+from ultrarag.encoder.engines import is_int8
 from ultrarag.errors import DataError, UsageError
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.refresh.apart import JUDGE, Apart, held_out
@@ -122,6 +123,11 @@ class Plan:
             raise UsageError(
                 "bridge=True measures on queries about the passages of this index: give eval_data, a BEIR folder, or "
                 "gate=(queries, qrels), and no gate=False (--no_gate)"
+            )
+        if self.effort != FULL and is_int8(self.parent.precision):
+            raise UsageError(
+                f"effort='{self.effort}' learns by the stored vectors, and makes a model of two sides, which is not "
+                f"quantised: the live generation is in {self.parent.precision}; give effort='full'"
             )
         if self.effort == FULL:
             return

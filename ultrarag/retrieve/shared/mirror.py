@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.checkpoint import copy_checkpoint, read_manifest
+from ultrarag.encoder.engines import copy_quantised
 from ultrarag.errors import CheckpointError
 from ultrarag.retrieve.engines import SCHEMA_FILE, Schema, collection_of, name_collection, read_schema, write_schema
 from ultrarag.retrieve.engines.qdrant import key
@@ -138,12 +139,14 @@ class Checkpoints:
         """Copy a checkpoint into the folder, unless it is there."""
         target = self.folder / fingerprint
         if target.exists():
+            copy_quantised(checkpoint, target)
             return
         manifest = read_manifest(checkpoint)
         if manifest is None:
             raise CheckpointError(f"'{checkpoint}' is no checkpoint: its manifest is missing")
         self.folder.mkdir(parents=True, exist_ok=True)
         copy_checkpoint(checkpoint, manifest, target)
+        copy_quantised(checkpoint, target)
 
     def fetch(self, fingerprint: str, target: Path) -> None:
         """Copy a checkpoint out of the folder, compared with its checksums.
@@ -161,6 +164,7 @@ class Checkpoints:
         if manifest.fingerprint != fingerprint:
             raise CheckpointError(f"'{source}' holds the encoder {manifest.fingerprint[:12]}, not the one of its name")
         copy_checkpoint(source, manifest, target)
+        copy_quantised(source, target)
 
     def prune(self, fingerprints: set[str]) -> None:
         """Delete the checkpoints of generations that no longer are."""

@@ -1,0 +1,76 @@
+"""NNCF: a backbone's matrix products in int8, with ranges of numbers that were seen on calibration texts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from ultrarag.encoder.engines.openvino_runtime import converted, openvino, without_telemetry
+from ultrarag.errors import UsageError
+from ultrarag.packages import install
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ultrarag.encoder.engines.backbone import Exported
+
+
+def versions() -> dict[str, str]:
+    """The versions of all that decides what a quantised model computes.
+
+    Raises:
+        UsageError: a package is missing; says how to install it.
+    """
+    try:
+        return {name: version(name).partition("+")[0] for name in ("nncf", "openvino", "torch")}
+    except PackageNotFoundError as error:
+        raise _missing() from error
+
+
+def quantised(exported: Exported, example: Mapping[str, Tensor], batches: Sequence[Mapping[str, np.ndarray]]) -> Any:
+    """Return the backbone with its matrix products in int8.
+
+    Args:
+        example: to trace with: rows of different lengths, padded on the right.
+        batches: what the ranges of numbers are taken from.
+
+    Raises:
+        UsageError: a package is missing.
+        RuntimeError, and what tracing raises: the backbone cannot be converted or quantised.
+    """
+    nncf, model = _nncf(), converted(exported, example)
+    rows = nncf.Dataset([[batch[name] for name in example] for batch in batches])
+    with _quiet(nncf):
+        return nncf.quantize(model, rows, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
+
+
+def _nncf() -> Any:
+    openvino()
+    try:
+        with without_telemetry():
+            import nncf
+    except ImportError as error:
+        raise _missing() from error
+    return nncf
+
+
+def _missing() -> UsageError:
+    return UsageError(f"quantising needs the packages nncf and openvino: {install('nncf', 'openvino')}")
+
+
+@contextlib.contextmanager
+def _quiet(nncf: Any) -> Iterator[None]:
+    """Its bars and its log go to standard output, which is for results."""
+    log = logging.getLogger("nncf")
+    level = log.level
+    nncf.set_log_level(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
