@@ -4,7 +4,8 @@
 
 The code of an older commit (--old) is unpacked with `git archive` and run by a process of its own, beside this one: in
 each round both are measured in turn, and another one begins. Each has an index of the same made-up texts under the
-small real model, and threads that ask one query after the other without a pause (dense and BM25). The start is that of
+small real model, and threads that ask one query after the other without a pause (dense and BM25); `new, engine auto` is
+the new code with what its race on this CPU chooses (torch or OpenVINO). The start is that of
 `ultrarag index search` with one query, from the shell to its end. Ratios are of the medians of the rounds. Results:
 results/serving.json
 """
@@ -33,6 +34,7 @@ from older import COMMIT, older_code
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "serving.json"
+AUTO = "new, engine auto"
 SEARCH: dict[str, Any] = {"k": 10, "weights": {"dense": 1.0, "bm25": 1.0}}
 #: Words of a query and of a passage: about 25 and 256 tokens.
 QUERY_WORDS, PASSAGE_WORDS = 15, 180
@@ -132,10 +134,11 @@ def serve(folder: Path, model: str, passages: int) -> None:
 class Contender:
     """The code of one tree, in a process of its own."""
 
-    def __init__(self, name: str, tree: Path, folder: Path, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, tree: Path, folder: Path, engine: str, options: argparse.Namespace) -> None:
         self.name, self.folder = name, folder
         folder.mkdir()
         self.environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(options.threads)}
+        self.environment["ULTRARAG_ENGINE"] = engine
         words = [str(Path(__file__).resolve()), "--serve", str(folder), "--passages", str(options.passages)]
         words += ["--model", options.model or small_model()]
         self.process = subprocess.Popen(
@@ -181,8 +184,9 @@ class Contender:
 
 def run(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """All rounds."""
-    trees = {"old": older_code(place / "code", options.old), "new": HERE.parent}
-    contenders = {name: Contender(name, tree, place / name, options) for name, tree in trees.items()}
+    old, new = older_code(place / "code", options.old), HERE.parent
+    trees = {"old": (old, "torch"), "new": (new, "torch"), AUTO: (new, "auto")}
+    contenders = {name: Contender(name, tree, place / name, engine, options) for name, (tree, engine) in trees.items()}
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
         rounds.append({str(count): {} for count in options.clients})
@@ -198,16 +202,19 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Any]:
             starts[name].append(contenders[name].start_seconds())
     rows = {str(count): summary([one[str(count)] for one in rounds]) for count in options.clients}
     start = {name: statistics.median(seconds[1:] or seconds) for name, seconds in starts.items()}
-    return {"clients": rows, "start_seconds": {**start, "new to old": start["new"] / start["old"]}, "rounds": rounds}
+    ratios = {f"{name} to old": start[name] / start["old"] for name in start if name != "old"}
+    return {"clients": rows, "start_seconds": {**start, **ratios}, "rounds": rounds}
 
 
 def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """The medians of each contender, and what was asked for."""
     found: dict[str, Any] = {}
-    for name in ("old", "new"):
+    for name in rounds[0]:
         found[name] = {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]}
         found[name]["adding p99 to idle"] = found[name]["adding_p99_ms"] / found[name]["p99_ms"]
-    found["searches per second, new to old"] = found["new"]["searches_per_second"] / found["old"]["searches_per_second"]
+    for name in (name for name in rounds[0] if name != "old"):
+        ratio = found[name]["searches_per_second"] / found["old"]["searches_per_second"]
+        found[f"searches per second, {name} to old"] = ratio
     return found
 
 

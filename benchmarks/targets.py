@@ -201,6 +201,13 @@ TARGETS = (
         lambda report: report["clients"]["16"]["searches per second, new to old"],
     ),
     Target(
+        "the same with the engine that a race on that CPU chooses",
+        "serving",
+        3,
+        False,
+        lambda report: report["clients"]["16"]["searches per second, new, engine auto to old"],
+    ),
+    Target(
         "16 clients, p99 while 60 passages are added, to idle",
         "serving",
         2,
