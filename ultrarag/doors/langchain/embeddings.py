@@ -32,11 +32,11 @@ class Vector(list[float]):
         return Vector, (list(self), self.fingerprint)
 
 
-class UltraragEmbeddings(LangChainEmbeddings):
+class UltraRAGEmbeddings(LangChainEmbeddings):
     """The dense vectors of an encoder; texts of many threads and tasks are encoded together.
 
     Example:
-        >>> embeddings = UltraragEmbeddings(model_path, adapter="bge")
+        >>> embeddings = UltraRAGEmbeddings(model_path, adapter="bge")
         >>> len(embeddings.embed_query("what is milvus?"))
         384
     """
@@ -63,7 +63,7 @@ class UltraragEmbeddings(LangChainEmbeddings):
 
     def __repr__(self) -> str:
         shown = self.model if isinstance(self.model, LiveIndex) else f"Encoder {self.fingerprint[:12]}"
-        return f"UltraragEmbeddings({shown})"
+        return f"UltraRAGEmbeddings({shown})"
 
     @property
     def encoder(self) -> Encoder:

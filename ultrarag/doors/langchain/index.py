@@ -23,7 +23,7 @@ def opened(index: LiveIndex | str | os.PathLike[str]) -> LiveIndex:
 
 
 def search_options(live: LiveIndex, *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `LiveIndex.search`: what the last layer says counts, and the dense head where none says which.
+    """Keyword arguments of `LiveIndex.search`: what the last layer says counts; where none names heads, the dense one.
 
     Heads or weights of a layer take the place of both in those before it; None says nothing.
     """
