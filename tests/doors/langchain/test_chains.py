@@ -84,7 +84,7 @@ def test_a_search_is_remembered_where_it_is_asked(filled) -> None:
     found = UltraRAGRetriever(index=filled, search_kwargs={"log": True}).invoke("castle")
     filled.feedback(found[0].metadata["ultrarag"]["query_id"], found[0].id, "relevant")
     silent = UltraRAGRetriever(index=filled).invoke("castle")
-    with pytest.raises(UsageError, match="query_id"):
+    with pytest.raises(UsageError, match="is not in the feedback log"):
         filled.feedback(silent[0].metadata["ultrarag"]["query_id"], found[0].id, "relevant")
 
 
