@@ -175,9 +175,9 @@ def test_a_cross_encoder_reranks(reranker_folder) -> None:
     assert len(everything.compress_documents(documents, "castle")) == 3
     assert asyncio.run(everything.acompress_documents(documents, "castle"))[:2] == found
     assert everything.compress_documents([], "castle") == []
-    for wrong in ({"top_n": 0}, {"weight": -1}, {"topn": 3}):
+    for wrong in ({"top_n": 0}, {"weight": -1}, {"topn": 3}, {"model": everything}):
         with pytest.raises(ValidationError):
-            UltraRAGReranker(model=model, **wrong)
+            UltraRAGReranker(**{"model": model, **wrong})
 
 
 def test_the_heads_of_an_index_rerank_whatever_is_swapped(filled, checkpoint) -> None:

@@ -15,7 +15,9 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
 from ultrarag.doors.langchain import UltraRAGEmbeddings, UltraRAGVectorStore
+from ultrarag.doors.langchain.filters import translated
 from ultrarag.errors import DataError, ExistsError, FingerprintError, IndexStateError, UsageError
+from ultrarag.retrieve.search import parse
 
 TEXTS = {
     "milvus": "Milvus is a database for vectors.",
@@ -60,10 +62,31 @@ def test_filters_are_those_of_the_index(filled) -> None:
         "bread",
     }
     assert ids(filled.as_retriever(search_kwargs={"filter": {"year": [1900]}, "k": 3}).invoke(QUERY)) == ["opera"]
-    with pytest.raises(UsageError, match="did you mean 'gte'"):
-        filled.similarity_search(QUERY, filter={"year": {"$gte": 2020}})
+    assert ids(filled.similarity_search(QUERY, filter={"year": {"$gt": 2019, "$ne": 2021}})) == ["qdrant-2"]
+    with pytest.raises(UsageError, match=r"operator '\$gtee'; did you mean '\$gte"):
+        filled.similarity_search(QUERY, filter={"year": {"$gtee": 2020}})
     with pytest.raises(UsageError, match="a filter is a mapping"):
         filled.similarity_search(QUERY, filter=lambda one: True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"a": {"$eq": 1}, "b": "x"}, {"a": 1, "b": "x"}),
+        ({"a": {"$in": [1, 2]}}, {"a": [1, 2]}),
+        ({"a": {"$nin": [1]}, "b": {"$ne": 2}}, {"and": [{"not": {"a": [1]}}, {"not": {"b": 2}}]}),
+        ({"a": {"$gte": 1, "$lt": 5, "$ne": 3}}, {"and": [{"not": {"a": 3}}, {"a": {"gte": 1, "lt": 5}}]}),
+        ({"$or": [{"a": 1}, {"not": {"b": {"$lt": 2}}}]}, {"or": [{"a": 1}, {"not": {"b": {"lt": 2}}}]}),
+        ({"$not": {"$and": [{"a": {"$exists": True}}]}}, {"not": {"and": [{"not": {"a": None}}]}}),
+        ({"a": {"$exists": False}}, {"a": None}),
+        ({"day": {"gte": date(2024, 5, 1)}, "tag": ("x", "y")}, {"day": {"gte": "2024-05-01"}, "tag": ["x", "y"]}),
+        ({"price.$": 3}, {"price.$": 3}),
+    ],
+)
+def test_filters_of_other_stores_are_translated(theirs, ours) -> None:
+    assert translated(theirs) == ours
+    assert translated(ours) == ours
+    parse(ours)
 
 
 def test_scores_are_similarities(filled) -> None:
@@ -228,7 +251,7 @@ def test_documents_that_cannot_be_kept_are_named(store) -> None:
 
 def test_deleting(filled) -> None:
     assert filled.delete(["opera", "nobody"])
-    assert filled.delete(filter={"year": {"gt": 2020}})
+    assert filled.delete(filter={"year": {"$gt": 2020}})
     assert {passage.id for passage in filled.index.passages()} == {"milvus", "bread"}
     assert asyncio.run(filled.adelete(["bread"]))
     assert filled.delete([])
@@ -314,8 +337,12 @@ def test_embeddings_read_queries_and_passages_apart(minilm, live) -> None:
     assert np.linalg.norm(of_index.embed_query("a text")) == pytest.approx(1, abs=1e-4)
     assert "LiveIndex" in repr(of_index)
     assert loaded.fingerprint[:12] in repr(loaded)
-    with pytest.raises(UsageError, match="adapter: an encoder that is loaded takes no arguments"):
+    assert asyncio.run(of_index.aembed_query("a text")) == of_index.embed_query("a text")
+    assert asyncio.run(of_index.aembed_documents(["a text"])) == of_index.embed_documents(["a text"])
+    with pytest.raises(UsageError, match="adapter: what is loaded already takes no arguments"):
         UltraRAGEmbeddings(live, adapter="bge")
+    with pytest.raises(UsageError, match="model is UltraRAGEmbeddings; it must be an Encoder"):
+        UltraRAGEmbeddings(of_index)
 
 
 def test_queries_at_once_are_encoded_together(minilm_encoder, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from langchain_core.embeddings import Embeddings as LangChainEmbeddings
 
-from ultrarag.doors.langchain.index import DENSE
+from ultrarag.doors.langchain.index import DENSE, loaded
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex
 from ultrarag.types import Embeddings, Kind
@@ -51,13 +51,7 @@ class UltraRAGEmbeddings(LangChainEmbeddings):
         Raises:
             UsageError: the model has no dense vectors.
         """
-        from ultrarag.encoder import Encoder
-
-        if not isinstance(model, Encoder | LiveIndex):
-            model = Encoder.load(model, **load)
-        elif load:
-            raise UsageError(f"{', '.join(load)}: an encoder that is loaded takes no arguments of Encoder.load")
-        self.model = model
+        self.model: Encoder | LiveIndex = loaded(model, **load)
         if DENSE not in self._heads():
             raise UsageError(f"embeddings are dense vectors, and the model has {', '.join(self._heads())}")
 
@@ -82,6 +76,18 @@ class UltraRAGEmbeddings(LangChainEmbeddings):
     def embed_query(self, text: str) -> list[float]:
         """A text's vector as a query."""
         return self._embed([text], "query")[0]
+
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        """`embed_documents`, for async programs."""
+        if isinstance(self.model, LiveIndex):
+            return await self.model.arun(self.embed_documents, texts)
+        return await super().aembed_documents(texts)
+
+    async def aembed_query(self, text: str) -> list[float]:
+        """`embed_query`, for async programs."""
+        if isinstance(self.model, LiveIndex):
+            return await self.model.arun(self.embed_query, text)
+        return await super().aembed_query(text)
 
     def _heads(self) -> tuple[str, ...]:
         if not isinstance(self.model, LiveIndex):

@@ -13,17 +13,11 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 
+from ultrarag.doors.langchain.index import loaded
 from ultrarag.doors.langchain.retriever import FOUND
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import Encoding, LiveIndex, rerank
 from ultrarag.types import Hit, Passage
-
-
-def _loaded(model: Any) -> Any:
-    """A model as it is; a folder or a name is loaded."""
-    from ultrarag.encoder import Encoder
-
-    return model if isinstance(model, Encoder | LiveIndex) else Encoder.load(model)
 
 
 class UltraRAGReranker(BaseDocumentCompressor):
@@ -38,7 +32,7 @@ class UltraRAGReranker(BaseDocumentCompressor):
     """
 
     #: an Encoder, such as a cross-encoder; a checkpoint folder or hub name; or a LiveIndex
-    model: Annotated[Any, BeforeValidator(_loaded)]
+    model: Annotated[Any, BeforeValidator(loaded)]
     #: documents to keep; None for all
     top_n: int | None = Field(3, ge=1)
     #: of each head, for a model that has several, or for some of them

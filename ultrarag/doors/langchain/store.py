@@ -16,6 +16,7 @@ from langchain_core.vectorstores import VectorStore
 
 from ultrarag.doors.langchain.documents import document, passages
 from ultrarag.doors.langchain.embeddings import UltraRAGEmbeddings
+from ultrarag.doors.langchain.filters import translated
 from ultrarag.doors.langchain.index import DENSE, opened, search_options
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import Hits, LiveIndex
@@ -142,7 +143,7 @@ class UltraRAGVectorStore(VectorStore):
         if ids is None and not kwargs:
             self.index.clear()
         else:
-            self.index.delete(ids, **kwargs)
+            self.index.delete(ids, **_filtered(kwargs))
         return True
 
     async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
@@ -150,7 +151,7 @@ class UltraRAGVectorStore(VectorStore):
         if ids is None and not kwargs:
             await self.index.arun(self.index.clear)
         else:
-            await self.index.adelete(ids, **kwargs)
+            await self.index.adelete(ids, **_filtered(kwargs))
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
@@ -267,6 +268,10 @@ def _made(path: Path, embedding: UltraRAGEmbeddings, create: dict[str, Any]) -> 
     elif create:
         raise UsageError(f"'{path}' is there already, and {', '.join(create)} can be said of a new index alone")
     return LiveIndex.open(path, embedding.encoder, share=True)
+
+
+def _filtered(asked: dict[str, Any]) -> dict[str, Any]:
+    return {name: translated(value) if name == "filter" else value for name, value in asked.items()}
 
 
 def _least(asked: Mapping[str, Any]) -> float:
