@@ -6,7 +6,7 @@ import pytest
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
 from langchain_tests.unit_tests import EmbeddingsUnitTests
 
-from ultrarag.doors.langchain import UltraragEmbeddings
+from ultrarag.doors.langchain import UltraRAGEmbeddings
 
 
 class Params:
@@ -17,8 +17,8 @@ class Params:
         self._params = {"model": minilm_encoder}
 
     @property
-    def embeddings_class(self) -> type[UltraragEmbeddings]:
-        return UltraragEmbeddings
+    def embeddings_class(self) -> type[UltraRAGEmbeddings]:
+        return UltraRAGEmbeddings
 
     @property
     def embedding_model_params(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from langchain_core.vectorstores import VectorStore
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 
 
-class TestUltraragVectorStore(VectorStoreIntegrationTests):
+class TestUltraRAGVectorStore(VectorStoreIntegrationTests):
     @pytest.fixture
     def vectorstore(self, store) -> VectorStore:
         return store

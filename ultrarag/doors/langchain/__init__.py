@@ -16,9 +16,9 @@ except ModuleNotFoundError as error:
     raise ImportError(f"ultrarag.doors.langchain needs langchain-core: {install('langchain-core')}") from error
 
 if TYPE_CHECKING:
-    from ultrarag.doors.langchain.embeddings import UltraragEmbeddings, Vector
-    from ultrarag.doors.langchain.reranker import UltraragReranker
-    from ultrarag.doors.langchain.retriever import UltraragRetriever
-    from ultrarag.doors.langchain.store import UltraragVectorStore
+    from ultrarag.doors.langchain.embeddings import UltraRAGEmbeddings
+    from ultrarag.doors.langchain.reranker import UltraRAGReranker
+    from ultrarag.doors.langchain.retriever import UltraRAGRetriever
+    from ultrarag.doors.langchain.store import UltraRAGVectorStore
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -39,6 +39,8 @@ def passages(
 
 def _passage(number: int, text: str, metadata: Mapping[str, Any] | None, id: str | None) -> Passage:
     try:
+        if not isinstance(text, str):
+            raise DataError(f"its text is {type(text).__name__}, not a string")
         made = Passage(str(uuid.uuid4()) if id is None else id, text, metadata=jsonable(metadata or {}))
         if made.blank:
             raise DataError("it has no visible text; leave it out")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from langchain_core.embeddings import Embeddings as LangChainEmbeddings
 
-from ultrarag.doors.langchain.index import DENSE
+from ultrarag.doors.langchain.index import DENSE, loaded
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex
 from ultrarag.types import Embeddings, Kind
@@ -32,11 +32,11 @@ class Vector(list[float]):
         return Vector, (list(self), self.fingerprint)
 
 
-class UltraragEmbeddings(LangChainEmbeddings):
+class UltraRAGEmbeddings(LangChainEmbeddings):
     """The dense vectors of an encoder; texts of many threads and tasks are encoded together.
 
     Example:
-        >>> embeddings = UltraragEmbeddings(model_path, adapter="bge")
+        >>> embeddings = UltraRAGEmbeddings(model_path, adapter="bge")
         >>> len(embeddings.embed_query("what is milvus?"))
         384
     """
@@ -51,19 +51,13 @@ class UltraragEmbeddings(LangChainEmbeddings):
         Raises:
             UsageError: the model has no dense vectors.
         """
-        from ultrarag.encoder import Encoder
-
-        if not isinstance(model, Encoder | LiveIndex):
-            model = Encoder.load(model, **load)
-        elif load:
-            raise UsageError(f"{', '.join(load)}: an encoder that is loaded takes no arguments of Encoder.load")
-        self.model = model
+        self.model: Encoder | LiveIndex = loaded(model, **load)
         if DENSE not in self._heads():
             raise UsageError(f"embeddings are dense vectors, and the model has {', '.join(self._heads())}")
 
     def __repr__(self) -> str:
         shown = self.model if isinstance(self.model, LiveIndex) else f"Encoder {self.fingerprint[:12]}"
-        return f"UltraragEmbeddings({shown})"
+        return f"UltraRAGEmbeddings({shown})"
 
     @property
     def encoder(self) -> Encoder:
@@ -82,6 +76,18 @@ class UltraragEmbeddings(LangChainEmbeddings):
     def embed_query(self, text: str) -> list[float]:
         """A text's vector as a query."""
         return self._embed([text], "query")[0]
+
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        """`embed_documents`, for async programs."""
+        if isinstance(self.model, LiveIndex):
+            return await self.model.arun(self.embed_documents, texts)
+        return await super().aembed_documents(texts)
+
+    async def aembed_query(self, text: str) -> list[float]:
+        """`embed_query`, for async programs."""
+        if isinstance(self.model, LiveIndex):
+            return await self.model.arun(self.embed_query, text)
+        return await super().aembed_query(text)
 
     def _heads(self) -> tuple[str, ...]:
         if not isinstance(self.model, LiveIndex):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ultrarag.doors.langchain.filters import translated
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex
 
@@ -19,11 +20,28 @@ def opened(index: LiveIndex | str | os.PathLike[str]) -> LiveIndex:
         return index
     if isinstance(index, str | os.PathLike):
         return LiveIndex.open(index, share=True)
-    raise UsageError(f"index is {type(index).__name__}; it must be a LiveIndex, or the path of one")
+    raise UsageError(
+        f"index is {type(index).__name__}; it must be a LiveIndex (that of a store is store.index), or the path of one"
+    )
+
+
+def loaded(model: Any, **load: Any) -> Any:
+    """An encoder or a live index as it is; what a folder or a name says is loaded."""
+    from ultrarag.encoder import Encoder
+
+    if isinstance(model, str | os.PathLike):
+        return Encoder.load(model, **load)
+    if not isinstance(model, Encoder | LiveIndex):
+        raise UsageError(
+            f"model is {type(model).__name__}; it must be an Encoder, a LiveIndex, or a checkpoint folder or hub name"
+        )
+    if load:
+        raise UsageError(f"{', '.join(load)}: what is loaded already takes no arguments of Encoder.load")
+    return model
 
 
 def search_options(live: LiveIndex, *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `LiveIndex.search`: what the last layer says counts, and the dense head where none says which.
+    """Keyword arguments of `LiveIndex.search`: what the last layer says counts; where none names heads, the dense one.
 
     Heads or weights of a layer take the place of both in those before it; None says nothing.
     """
@@ -33,6 +51,8 @@ def search_options(live: LiveIndex, *layers: Mapping[str, Any]) -> dict[str, Any
         if said.keys() & {"heads", "weights"}:
             options = {name: value for name, value in options.items() if name not in ("heads", "weights")}
         options |= said
+    if "filter" in options:
+        options["filter"] = translated(options["filter"])
     if options.keys() & {"heads", "weights"}:
         return options
     with live.encoding() as lent:

@@ -13,37 +13,31 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 
+from ultrarag.doors.langchain.index import loaded
 from ultrarag.doors.langchain.retriever import FOUND
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import Encoding, LiveIndex, rerank
 from ultrarag.types import Hit, Passage
 
 
-def _loaded(model: Any) -> Any:
-    """A model as it is; a folder or a name is loaded."""
-    from ultrarag.encoder import Encoder
-
-    return model if isinstance(model, Encoder | LiveIndex) else Encoder.load(model)
-
-
-class UltraragReranker(BaseDocumentCompressor):
+class UltraRAGReranker(BaseDocumentCompressor):
     """The best of some documents by a reranker, whose score each then has as `metadata["relevance_score"]`.
 
     A cross-encoder's scores go through the logistic function: from 0 to 1. Of a live index, its encoder compares
     the texts, whatever was swapped in.
 
     Example:
-        >>> reranker = UltraragReranker(model=Encoder.load(reranker_path), top_n=3)
+        >>> reranker = UltraRAGReranker(model=Encoder.load(reranker_path), top_n=3)
         >>> reranker.compress_documents(documents, "what is milvus?")
     """
 
     #: an Encoder, such as a cross-encoder; a checkpoint folder or hub name; or a LiveIndex
-    model: Annotated[Any, BeforeValidator(_loaded)]
+    model: Annotated[Any, BeforeValidator(loaded)]
     #: documents to keep; None for all
     top_n: int | None = Field(3, ge=1)
     #: of each head, for a model that has several, or for some of them
     weights: dict[str, float] | None = None
-    #: of the reranker beside the scores of an UltraragRetriever, as in `ultrarag.retrieve.rerank`; None: it alone
+    #: of the reranker beside the scores of an UltraRAGRetriever, as in `ultrarag.retrieve.rerank`; None: it alone
     weight: float | None = Field(None, ge=0)
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -68,7 +62,7 @@ class UltraragReranker(BaseDocumentCompressor):
             return 0.0
         if FOUND not in document.metadata:
             raise UsageError(
-                f"weight: document {place} has no score of an UltraragRetriever beside which the reranker's could "
+                f"weight: document {place} has no score of an UltraRAGRetriever beside which the reranker's could "
                 f"count; leave weight out"
             )
         return float(document.metadata[FOUND]["score"])

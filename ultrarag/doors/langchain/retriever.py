@@ -17,7 +17,7 @@ from ultrarag.retrieve import Hits, LiveIndex
 FOUND = "ultrarag"
 
 
-class UltraragRetriever(BaseRetriever):
+class UltraRAGRetriever(BaseRetriever):
     """Documents of a live index, best first; after a swap, those that its new generation finds.
 
     A document's `metadata["ultrarag"]` says how it was found: `score`, `scores` of each head, the `generation` that
@@ -25,7 +25,7 @@ class UltraragRetriever(BaseRetriever):
     counts for that call: `retriever.invoke("what is milvus?", k=2, filter={"lang": "en"})`.
 
     Example:
-        >>> retriever = UltraragRetriever(index="kb", weights={"dense": 1, "bm25": 0.5})
+        >>> retriever = UltraRAGRetriever(index="kb", weights={"dense": 1, "bm25": 0.5})
         >>> retriever.invoke("what is milvus?")[0].metadata["ultrarag"]["generation"]
         1
     """

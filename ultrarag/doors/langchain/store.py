@@ -15,7 +15,8 @@ from langchain_core.embeddings import Embeddings as LangChainEmbeddings
 from langchain_core.vectorstores import VectorStore
 
 from ultrarag.doors.langchain.documents import document, passages
-from ultrarag.doors.langchain.embeddings import UltraragEmbeddings, Vector
+from ultrarag.doors.langchain.embeddings import UltraRAGEmbeddings
+from ultrarag.doors.langchain.filters import translated
 from ultrarag.doors.langchain.index import DENSE, opened, search_options
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import Hits, LiveIndex
@@ -24,14 +25,14 @@ from ultrarag.types import Embeddings
 Scored = list[tuple[Document, float]]
 
 
-class UltraragVectorStore(VectorStore):
+class UltraRAGVectorStore(VectorStore):
     """Documents in a live index: found by their dense vectors, or by the heads that `weights` name.
 
     A search takes the options of `LiveIndex.search` beside LangChain's own: `filter`, `weights`, `min_scores`, ...
     Scores are similarities: greater is better.
 
     Example:
-        >>> store = UltraragVectorStore("kb")
+        >>> store = UltraRAGVectorStore("kb")
         >>> store.add_texts(["Milvus is a vector database."], [{"lang": "en"}], ids=["milvus"])
         ['milvus']
         >>> [found.id for found in store.similarity_search("what is milvus?", filter={"lang": "en"})]
@@ -56,12 +57,12 @@ class UltraragVectorStore(VectorStore):
         self.search_kwargs = {**(search_kwargs or {}), "weights": weights}
 
     def __repr__(self) -> str:
-        return f"UltraragVectorStore({self.index!r})"
+        return f"UltraRAGVectorStore({self.index!r})"
 
     @property
-    def embeddings(self) -> UltraragEmbeddings:
+    def embeddings(self) -> UltraRAGEmbeddings:
         """The encoder of the index, whatever is swapped; its vectors can be searched with."""
-        return UltraragEmbeddings(self.index)
+        return UltraRAGEmbeddings(self.index)
 
     # Making and changing
 
@@ -77,11 +78,11 @@ class UltraragVectorStore(VectorStore):
         weights: Mapping[str, float] | None = None,
         search_kwargs: Mapping[str, Any] | None = None,
         **create: Any,
-    ) -> UltraragVectorStore:
+    ) -> UltraRAGVectorStore:
         """Make an index around an encoder, or open the one that is there, and add the texts.
 
         Args:
-            embedding: UltraragEmbeddings, whose encoder the index copies; of one that is there, it must be the live
+            embedding: UltraRAGEmbeddings, whose encoder the index copies; of one that is there, it must be the live
                 one's. Other classes are refused: their model could neither be fine-tuned nor swapped.
             path: the folder of the index; needed.
             create: arguments of `LiveIndex.create`, such as `backend` and `heads`, for a new one.
@@ -89,10 +90,10 @@ class UltraragVectorStore(VectorStore):
         Raises:
             FingerprintError: the index that is there has another encoder.
         """
-        if not isinstance(embedding, UltraragEmbeddings):
+        if not isinstance(embedding, UltraRAGEmbeddings):
             raise UsageError(
                 f"embedding is {type(embedding).__name__}: an index keeps the model itself, to fine-tune it and to "
-                f"swap it; give UltraragEmbeddings(model), of a checkpoint folder or a hub name (one of "
+                f"swap it; give UltraRAGEmbeddings(model), of a checkpoint folder or a hub name (one of "
                 f"sentence-transformers, say)"
             )
         if path is None:
@@ -142,7 +143,7 @@ class UltraragVectorStore(VectorStore):
         if ids is None and not kwargs:
             self.index.clear()
         else:
-            self.index.delete(ids, **kwargs)
+            self.index.delete(ids, **_filtered(kwargs))
         return True
 
     async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
@@ -150,7 +151,7 @@ class UltraragVectorStore(VectorStore):
         if ids is None and not kwargs:
             await self.index.arun(self.index.clear)
         else:
-            await self.index.adelete(ids, **kwargs)
+            await self.index.adelete(ids, **_filtered(kwargs))
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
@@ -260,13 +261,17 @@ class UltraragVectorStore(VectorStore):
         return {**options, "embeddings": Embeddings(dense=np.asarray([embedding], np.float32)), "fingerprint": made_by}
 
 
-def _made(path: Path, embedding: UltraragEmbeddings, create: dict[str, Any]) -> LiveIndex:
+def _made(path: Path, embedding: UltraRAGEmbeddings, create: dict[str, Any]) -> LiveIndex:
     """The index at a path, made where nothing is there; others in this process may share it."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         LiveIndex.create(path, embedding.encoder, **create).close()
     elif create:
         raise UsageError(f"'{path}' is there already, and {', '.join(create)} can be said of a new index alone")
     return LiveIndex.open(path, embedding.encoder, share=True)
+
+
+def _filtered(asked: dict[str, Any]) -> dict[str, Any]:
+    return {name: translated(value) if name == "filter" else value for name, value in asked.items()}
 
 
 def _least(asked: Mapping[str, Any]) -> float:
