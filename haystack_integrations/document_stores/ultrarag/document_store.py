@@ -120,10 +120,10 @@ class UltraRAGDocumentStore(AsyncMethods):
             adapter=self.adapter,
             uri=self.uri,
             backend=self.backend,
-            heads=self.heads,
+            heads=None if self.heads is None else [*self.heads],  # one list in two places would be an alias in YAML
             bm25=self.bm25,
             device=self.device,
-            meta_fields_to_embed=self.meta_fields_to_embed,
+            meta_fields_to_embed=[*self.meta_fields_to_embed],
             embedding_separator=self.embedding_separator,
             return_embedding=self.return_embedding,
             trust_remote_code=self.trust_remote_code,
@@ -348,7 +348,7 @@ class UltraRAGDocumentStore(AsyncMethods):
             found, vectors = self.live.vectors(ids, missing="skip")
             if self._made_by() == before:
                 rows = [] if vectors.dense is None else vectors.dense.tolist()
-                return {id: Vector(row, before) for id, row in zip(found, rows, strict=False)}
+                return {id: Vector.of(row, before) for id, row in zip(found, rows, strict=False)}
         return {}
 
     def _made_by(self) -> str:

@@ -56,6 +56,7 @@ def in_haystacks_words() -> Iterator[None]:
     try:
         yield
     except ExistsError as error:
-        raise DuplicateDocumentError(str(error)) from error
+        text = str(error).replace("on_existing='replace' or 'skip' adds", "DuplicatePolicy.OVERWRITE or SKIP writes")
+        raise DuplicateDocumentError(text) from error
     except DataError as error:
         raise DocumentStoreError(str(error)) from error

@@ -59,7 +59,8 @@ class UltraRAGEmbeddingRetriever(Retriever):
         :param search_options: Of `LiveIndex.search_embeddings`, such as `exact` and `min_scores`.
         :raises ValueError: If the store is another one, or `top_k` is not positive.
         """
-        super().__init__(document_store, filters, top_k, filter_policy, return_embedding, search_options)
+        # not super(): @component puts another class into the place of this one
+        Retriever.__init__(self, document_store, filters, top_k, filter_policy, return_embedding, search_options)
 
     def to_dict(self) -> dict[str, Any]:
         """
