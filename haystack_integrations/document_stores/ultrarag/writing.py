@@ -1,4 +1,4 @@
-"""Documents on their way into an index: checked, and with the vectors that need not be made again."""
+"""What is written, on which terms, and how a program that knows Haystack is told that it cannot be."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from haystack import Document
 from haystack.document_stores.errors import DocumentStoreError, DuplicateDocumentError
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_integrations.document_stores.ultrarag.converters import fingerprint_of
 from ultrarag.errors import DataError, ExistsError
-from ultrarag.types import Embeddings
 
 #: What becomes of documents whose id is there; by default an error, as with Haystack's own store.
 ON_EXISTING = {
@@ -35,19 +32,6 @@ def checked(documents: Any, policy: Any) -> list[Document]:
         if not isinstance(document, Document):
             raise ValueError(f"write_documents takes a list of Documents, and this one has {document!r}")
     return wanted
-
-
-def vectors_of(documents: list[Document], own: frozenset[str]) -> dict[str, Any]:
-    """Their embeddings as `LiveIndex.add` takes them, where all are of one encoder, which is the live one."""
-    made_by = {fingerprint_of(document.embedding) for document in documents}
-    if len(made_by) != 1 or not made_by <= own:
-        return {}
-    return {"embeddings": dense([document.embedding for document in documents]), "fingerprint": made_by.pop()}
-
-
-def dense(rows: list[Any]) -> Embeddings:
-    """Embeddings of dense vectors, which are lists."""
-    return Embeddings(dense=np.asarray(rows, np.float32))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ WHOLE = Document(
 def test_every_field_comes_back(store: UltraRAGDocumentStore):
     store.write_documents([WHOLE])
     assert store.filter_documents() == [WHOLE]
-    found = store.documents_of(store.search("text", heads=["bm25"]))[0]
+    found = store.documents_of(store.live.search("text", heads=["bm25"]))[0]
     assert found == replace(WHOLE, embedding=None, score=found.score)
     store.return_embedding = False
     assert store.filter_documents() == [replace(WHOLE, embedding=None)]
@@ -83,7 +83,7 @@ def test_a_title_among_the_metadata_is_embedded_and_searched(place: Path):
     document = Document(id="1", content="It begins at eight.", meta={"title": "Opera", "year": 1960})
     store.write_documents([document, Document(id="2", content="No title.")])
     assert store.live.get("1").content == "Opera / 1960\nIt begins at eight."
-    assert [hit.id for hit in store.search("opera", heads=["bm25"])] == ["1"]
+    assert [hit.id for hit in store.live.search("opera", heads=["bm25"])] == ["1"]
     assert store.filter_documents()[0] == document
     with pytest.raises(DocumentStoreError, match="meta 'title' cannot be updated by itself"):
         store.update_by_filter({"field": "year", "operator": "==", "value": 1960}, {"title": "Other"})

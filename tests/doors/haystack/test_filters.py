@@ -11,6 +11,7 @@ from haystack import Document
 from haystack.errors import FilterError
 from haystack.utils.filters import document_matches_filter
 
+from haystack_integrations.components.retrievers.ultrarag import UltraRAGRetriever
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
 from haystack_integrations.document_stores.ultrarag.filters import translate
 from ultrarag.retrieve.search import matches, parse
@@ -86,7 +87,7 @@ def dated(store: UltraRAGDocumentStore) -> UltraRAGDocumentStore:
 def test_documents_are_found_by_it(dated: UltraRAGDocumentStore, asked: dict[str, Any], found: list[str]):
     assert [document.id for document in dated.filter_documents(asked)] == found
     assert dated.count_documents_by_filter(asked) == len(found)
-    hits = dated.search("text", asked, heads=["bm25"])
+    hits = UltraRAGRetriever(dated, heads=["bm25"]).run("text", filters=asked)["documents"]
     assert {hit.id for hit in hits} == set(found)
 
 

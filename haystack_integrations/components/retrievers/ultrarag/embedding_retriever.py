@@ -11,6 +11,7 @@ from haystack.document_stores.types import FilterPolicy
 from haystack_integrations.components.retrievers.ultrarag.base import Retriever
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
 from haystack_integrations.document_stores.ultrarag.converters import fingerprint_of
+from haystack_integrations.document_stores.ultrarag.vectors import dense
 from ultrarag.errors import FingerprintError
 
 
@@ -99,8 +100,8 @@ class UltraRAGEmbeddingRetriever(Retriever):
                 "the query embedding is a plain list, which says not what encoder made it: connect an "
                 "UltraRAGTextEmbedder, or give the encoder's fingerprint as the input 'fingerprint'"
             )
-        hits = self.document_store.search_embedding(query_embedding, made_by, **self.asked(filters, top_k))
-        return self.answer(hits)
+        asked = self.asked(filters, top_k)
+        return self.answer(self.document_store.live.search_embeddings(dense([query_embedding]), made_by, **asked)[0])
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     async def run_async(

@@ -96,7 +96,7 @@ class UltraRAGRetriever(Retriever):
             in `scores` what each head gave to each document.
         :raises FilterError: If a filter is malformed.
         """
-        return self.answer(self.document_store.search(query, **self._asked(filters, top_k, weights)))
+        return self.answer(self.document_store.live.search(query, **self._asked(filters, top_k, weights)))
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     async def run_async(
@@ -109,7 +109,8 @@ class UltraRAGRetriever(Retriever):
         """
         As `run`; queries that come at the same time are encoded together.
         """
-        hits = await self.document_store.search_async(query, **self._asked(filters, top_k, weights))
+        await self.warm_up_async()
+        hits = await self.document_store.live.asearch(query, **self._asked(filters, top_k, weights))
         return await asyncio.to_thread(self.answer, hits)
 
     def _asked(self, filters: Any, top_k: int | None, weights: dict[str, float] | None) -> dict[str, Any]:
