@@ -6,7 +6,8 @@ import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import numpy as np
 from haystack import Document
@@ -27,12 +28,24 @@ class Vector(list[float]):
     """An embedding that says whose it is: a list of floats, with the fingerprint of the encoder that made it.
 
     Haystack hands it on as the list that it is, so no socket is needed for the fingerprint. Written to JSON it is a
-    plain list, and nobody's.
+    plain list, and nobody's. Each fingerprint has a class of its own: a pipeline copies a list by calling its class
+    with its items, which an attribute of the object would not survive.
     """
 
-    def __init__(self, values: Iterable[float] = (), fingerprint: str | None = None) -> None:
-        super().__init__(values)
-        self.fingerprint = fingerprint
+    fingerprint: ClassVar[str | None] = None
+
+    @staticmethod
+    def of(values: Iterable[float], fingerprint: str | None) -> Vector:
+        """These values, made by the encoder with this fingerprint."""
+        return _class_of(fingerprint)(values)
+
+    def __reduce__(self) -> Any:
+        return Vector.of, (list(self), self.fingerprint)
+
+
+@cache
+def _class_of(fingerprint: str | None) -> type[Vector]:
+    return type("Vector", (Vector,), {"fingerprint": fingerprint})
 
 
 def fingerprint_of(embedding: Sequence[float] | None) -> str | None:
@@ -132,7 +145,7 @@ def _numbers(embedding: Sequence[float]) -> dict[str, str | None]:
 
 def _vector(kind: str, data: str, fingerprint: str | None) -> list[float]:
     values = np.frombuffer(base64.b64decode(data), kind).tolist()
-    return values if fingerprint is None else Vector(values, fingerprint)
+    return values if fingerprint is None else Vector.of(values, fingerprint)
 
 
 def _text(data: bytes) -> str:

@@ -15,21 +15,11 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack.errors import FilterError
 
 from haystack_integrations.document_stores.ultrarag.async_methods import AsyncMethods
-from haystack_integrations.document_stores.ultrarag.converters import (
-    RESERVED,
-    Converter,
-    Vector,
-    has_own_vector,
-)
+from haystack_integrations.document_stores.ultrarag.converters import RESERVED, Converter, has_own_vector
 from haystack_integrations.document_stores.ultrarag.filters import Choice, translate
 from haystack_integrations.document_stores.ultrarag.loading import Device, load_encoder, torch_device
-from haystack_integrations.document_stores.ultrarag.writing import (
-    ON_EXISTING,
-    checked,
-    dense,
-    in_haystacks_words,
-    vectors_of,
-)
+from haystack_integrations.document_stores.ultrarag.vectors import given_vectors, stored_vectors
+from haystack_integrations.document_stores.ultrarag.writing import ON_EXISTING, checked, in_haystacks_words
 from ultrarag.retrieve import LiveIndex, jsonable
 
 if TYPE_CHECKING:
@@ -120,10 +110,10 @@ class UltraRAGDocumentStore(AsyncMethods):
             adapter=self.adapter,
             uri=self.uri,
             backend=self.backend,
-            heads=self.heads,
+            heads=None if self.heads is None else [*self.heads],  # one list in two places would be an alias in YAML
             bm25=self.bm25,
             device=self.device,
-            meta_fields_to_embed=self.meta_fields_to_embed,
+            meta_fields_to_embed=[*self.meta_fields_to_embed],
             embedding_separator=self.embedding_separator,
             return_embedding=self.return_embedding,
             trust_remote_code=self.trust_remote_code,
@@ -208,7 +198,7 @@ class UltraRAGDocumentStore(AsyncMethods):
         """
         passages = list(self.live.passages(**translate(filters).options()))
         own = [passage.id for passage in passages if self.return_embedding and has_own_vector(passage)]
-        vectors = self._vectors(own)
+        vectors = stored_vectors(self.live, own)
         documents = [self._converter.document(passage, vectors.get(passage.id)) for passage in passages]
         return documents if self.return_embedding else [replace(document, embedding=None) for document in documents]
 
@@ -250,7 +240,7 @@ class UltraRAGDocumentStore(AsyncMethods):
         passages = [self._converter.passage(document, own) for document in wanted]
         options: dict[str, Any] = {"on_existing": ON_EXISTING[policy]}
         if dense_alone and not any(passage.title for passage in passages):
-            options |= vectors_of(wanted, own)
+            options |= given_vectors(wanted, own)
         return passages, options
 
     def delete_documents(self, document_ids: list[str]) -> None:
@@ -301,33 +291,6 @@ class UltraRAGDocumentStore(AsyncMethods):
         with in_haystacks_words():
             return self.live.update(choice.filter, jsonable(meta))
 
-    def search(self, query: str, filters: dict[str, Any] | None = None, **options: Any) -> Hits:
-        """
-        Searches by text; what a retriever does.
-
-        :param filters: As of `filter_documents`.
-        :param options: Of `LiveIndex.search`: `k`, `weights`, `heads`, `fusion`, `min_scores` and others.
-        """
-        return self.live.search(query, **options, **translate(filters).options())
-
-    async def search_async(self, query: str, filters: dict[str, Any] | None = None, **options: Any) -> Hits:
-        """
-        As `search`; those that wait at the same time are encoded together.
-        """
-        live = await asyncio.to_thread(lambda: self.live)
-        return await live.asearch(query, **options, **translate(filters).options())
-
-    def search_embedding(
-        self, embedding: list[float], fingerprint: str, filters: dict[str, Any] | None = None, **options: Any
-    ) -> Hits:
-        """
-        Searches by the embedding of a query that the encoder with this fingerprint made.
-
-        :raises FingerprintError: If that is not the live one.
-        """
-        chosen = translate(filters).options()
-        return self.live.search_embeddings(dense([embedding]), fingerprint, **options, **chosen)[0]
-
     def documents_of(self, hits: Hits, return_embedding: bool = False) -> list[Document]:
         """
         The documents of hits, with their scores.
@@ -335,25 +298,11 @@ class UltraRAGDocumentStore(AsyncMethods):
         :param return_embedding: With the vectors that the live generation stores, which can be compared with queries
             and with each other; what documents were written with, `filter_documents` returns.
         """
-        vectors = self._vectors([hit.id for hit in hits]) if return_embedding else {}
+        vectors = stored_vectors(self.live, [hit.id for hit in hits]) if return_embedding else {}
         return [
             replace(self._converter.document(hit.passage), score=hit.score, embedding=vectors.get(hit.id))
             for hit in hits
         ]
-
-    def _vectors(self, ids: list[str]) -> dict[str, Vector]:
-        """The dense vectors that the live generation stores, all of one encoder; none where it stores no dense ones."""
-        while ids:
-            before = self._made_by()
-            found, vectors = self.live.vectors(ids, missing="skip")
-            if self._made_by() == before:
-                rows = [] if vectors.dense is None else vectors.dense.tolist()
-                return {id: Vector(row, before) for id, row in zip(found, rows, strict=False)}
-        return {}
-
-    def _made_by(self) -> str:
-        """The fingerprint of the encoder whose vectors are stored: also under a bridge, where another one searches."""
-        return str(self.live.status()["live"]["fingerprint"])
 
 
 def _holds_something(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Documents on their way into an index: checked, and with the vectors that need not be made again."""
+"""What is written, on which terms, and how a program that knows Haystack is told that it cannot be."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from haystack import Document
 from haystack.document_stores.errors import DocumentStoreError, DuplicateDocumentError
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_integrations.document_stores.ultrarag.converters import fingerprint_of
 from ultrarag.errors import DataError, ExistsError
-from ultrarag.types import Embeddings
 
 #: What becomes of documents whose id is there; by default an error, as with Haystack's own store.
 ON_EXISTING = {
@@ -37,25 +34,13 @@ def checked(documents: Any, policy: Any) -> list[Document]:
     return wanted
 
 
-def vectors_of(documents: list[Document], own: frozenset[str]) -> dict[str, Any]:
-    """Their embeddings as `LiveIndex.add` takes them, where all are of one encoder, which is the live one."""
-    made_by = {fingerprint_of(document.embedding) for document in documents}
-    if len(made_by) != 1 or not made_by <= own:
-        return {}
-    return {"embeddings": dense([document.embedding for document in documents]), "fingerprint": made_by.pop()}
-
-
-def dense(rows: list[Any]) -> Embeddings:
-    """Embeddings of dense vectors, which are lists."""
-    return Embeddings(dense=np.asarray(rows, np.float32))
-
-
 @contextmanager
 def in_haystacks_words() -> Iterator[None]:
     """Raise what a program that knows Haystack catches."""
     try:
         yield
     except ExistsError as error:
-        raise DuplicateDocumentError(str(error)) from error
+        text = str(error).replace("on_existing='replace' or 'skip' adds", "DuplicatePolicy.OVERWRITE or SKIP writes")
+        raise DuplicateDocumentError(text) from error
     except DataError as error:
         raise DocumentStoreError(str(error)) from error

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 from haystack import Document
 from haystack.document_stores.errors import DuplicateDocumentError
@@ -29,10 +26,8 @@ class TestDocumentStore(
     GetMetadataFieldUniqueValuesTest,
 ):
     @pytest.fixture
-    def document_store(self, empty_index: Path, tmp_path: Path):
-        store = UltraRAGDocumentStore(shutil.copytree(empty_index, tmp_path / "kb"))
-        yield store
-        store.close()
+    def document_store(self, store: UltraRAGDocumentStore) -> UltraRAGDocumentStore:
+        return store
 
     def test_write_documents(self, document_store: UltraRAGDocumentStore):
         """The suite leaves this one to the store: what it does where no policy is named."""

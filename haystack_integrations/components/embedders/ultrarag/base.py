@@ -99,4 +99,4 @@ def _vectors(embeddings: Embeddings, encoder: Any, kind: Kind) -> list[Vector]:
     if embeddings.dense is None:
         raise ValueError("the encoder makes no dense vectors, and an embedding is one: search by the text instead")
     made_by = encoder.fingerprint if kind == "query" else encoder.passage_fingerprint
-    return [Vector(row, made_by) for row in embeddings.dense.tolist()]
+    return [Vector.of(row, made_by) for row in embeddings.dense.tolist()]

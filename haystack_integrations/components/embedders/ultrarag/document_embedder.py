@@ -58,7 +58,8 @@ class UltraRAGDocumentEmbedder(Embedder):
         :param model_kwargs: Others of `Encoder.load`, such as `precision` and `passage_max_length`.
         :raises ValueError: If there is neither a model nor a store, or both.
         """
-        super().__init__(model, document_store, adapter, device, trust_remote_code, model_kwargs)
+        # not super(): @component puts another class into the place of this one
+        Embedder.__init__(self, model, document_store, adapter, device, trust_remote_code, model_kwargs)
         self.meta_fields_to_embed, self.embedding_separator = meta_fields_to_embed or [], embedding_separator
 
     def to_dict(self) -> dict[str, Any]:

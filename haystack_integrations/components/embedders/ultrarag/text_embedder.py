@@ -48,7 +48,8 @@ class UltraRAGTextEmbedder(Embedder):
         :param model_kwargs: Others of `Encoder.load`, such as `precision` and `query_instruction`.
         :raises ValueError: If there is neither a model nor a store, or both.
         """
-        super().__init__(model, document_store, adapter, device, trust_remote_code, model_kwargs)
+        # not super(): @component puts another class into the place of this one
+        Embedder.__init__(self, model, document_store, adapter, device, trust_remote_code, model_kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """

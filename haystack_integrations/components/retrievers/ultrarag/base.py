@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from haystack.document_stores.types import FilterPolicy, apply_filter_policy
 
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
+from haystack_integrations.document_stores.ultrarag.filters import translate
 
 if TYPE_CHECKING:
     from ultrarag.retrieve import Hits
@@ -69,9 +70,10 @@ class Retriever:
         await self.document_store.close_async()
 
     def asked(self, filters: dict[str, Any] | None, top_k: int | None) -> dict[str, Any]:
-        """What a run asks of the store."""
+        """What a run asks of the index."""
         chosen = apply_filter_policy(self.filter_policy, self.filters, filters)
-        return {**self.search_options, "filters": chosen, "k": self.top_k if top_k is None else _positive(top_k)}
+        k = self.top_k if top_k is None else _positive(top_k)
+        return {**self.search_options, **translate(chosen).options(), "k": k}
 
     def answer(self, hits: Hits) -> dict[str, Any]:
         """The outputs of a run."""

@@ -11,6 +11,7 @@ from haystack.document_stores.types import FilterPolicy
 from haystack_integrations.components.retrievers.ultrarag.base import Retriever
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
 from haystack_integrations.document_stores.ultrarag.converters import fingerprint_of
+from haystack_integrations.document_stores.ultrarag.vectors import dense
 from ultrarag.errors import FingerprintError
 
 
@@ -59,7 +60,8 @@ class UltraRAGEmbeddingRetriever(Retriever):
         :param search_options: Of `LiveIndex.search_embeddings`, such as `exact` and `min_scores`.
         :raises ValueError: If the store is another one, or `top_k` is not positive.
         """
-        super().__init__(document_store, filters, top_k, filter_policy, return_embedding, search_options)
+        # not super(): @component puts another class into the place of this one
+        Retriever.__init__(self, document_store, filters, top_k, filter_policy, return_embedding, search_options)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -98,8 +100,8 @@ class UltraRAGEmbeddingRetriever(Retriever):
                 "the query embedding is a plain list, which says not what encoder made it: connect an "
                 "UltraRAGTextEmbedder, or give the encoder's fingerprint as the input 'fingerprint'"
             )
-        hits = self.document_store.search_embedding(query_embedding, made_by, **self.asked(filters, top_k))
-        return self.answer(hits)
+        asked = self.asked(filters, top_k)
+        return self.answer(self.document_store.live.search_embeddings(dense([query_embedding]), made_by, **asked)[0])
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     async def run_async(
