@@ -121,3 +121,7 @@ def test_it_is_made_over_one_thing(live: LiveIndex, tiny: Any) -> None:
             UltraRAGEmbedding(**given)
     with pytest.raises(UsageError, match="not Encoder"):
         UltraRAGEmbedding(tiny)
+    with pytest.raises(IndexStateError, match=r"for a model alone: UltraRAGEmbedding\(encoder='no/such'\)"):
+        UltraRAGEmbedding("no/such")
+    with pytest.raises(ValueError, match="batch_size"):
+        UltraRAGEmbedding(live, batch_size=3)

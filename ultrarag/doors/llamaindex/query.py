@@ -34,6 +34,8 @@ class Asked:
     #: arguments of the vector store's `query`: of LlamaIndex (mmr_threshold, mmr_prefetch_factor), and of `search`
     more: Mapping[str, Any]
     reranker: Encoder | None
+    #: whether the index has words
+    bm25: bool
 
     def answer(self) -> Hits:
         """The hits of the mode.
@@ -83,12 +85,12 @@ class Asked:
             found["ids"] = self.query.node_ids
         return {**found, **given}
 
-    def by_text(self, weights: dict[str, float], k: int) -> Hits:
-        return self.live.search(self.text, **{"weights": weights, **self.options(k)})
+    def by_text(self, weights: dict[str, float], k: int, **asked: Any) -> Hits:
+        return self.live.search(self.text, **{"weights": weights, **asked, **self.options(k)})
 
-    def by_vector(self, weights: dict[str, float], k: int) -> Hits:
+    def by_vector(self, weights: dict[str, float], k: int, **asked: Any) -> Hits:
         """By the query's vector, where it has one, and by its text."""
-        vector, options = self.query.query_embedding, {"weights": weights, **self.options(k)}
+        vector, options = self.query.query_embedding, {"weights": weights, **asked, **self.options(k)}
         for _ in range(TRIES):
             if vector is None:
                 return self.live.search(self.text, **options)
@@ -134,18 +136,13 @@ class Asked:
         alpha = 0.5 if self.query.alpha is None else self.query.alpha
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha!r}; it must be from 0 (words alone) to 1 (vectors alone)")
-        words = "bm25" if self.live.status()["bm25"] else self.lexical()
-        weights = {"dense": alpha, words: 1 - alpha}
-        if self.query.sparse_top_k and "candidates" not in self.more:
-            more = {**self.more, "candidates": max(self.query.sparse_top_k, self.k, k)}
-            return Asked(self.live, self.query, more, self.reranker).hybrid_by(weights, k)
-        return self.hybrid_by(weights, k)
-
-    def hybrid_by(self, weights: dict[str, float], k: int) -> Hits:
-        if "sparse" in weights:  # of the query's text, which is encoded for it anyway
-            return self.by_text(weights, k)
+        asked = {"candidates": max(self.query.sparse_top_k, self.k, k)} if self.query.sparse_top_k else {}
         _ = self.text
-        return self.by_vector(weights, k)
+        if self.bm25:
+            return self.by_vector({"dense": alpha, "bm25": 1 - alpha}, k, **asked)
+        return self.by_text(
+            {"dense": alpha, self.lexical(): 1 - alpha}, k, **asked
+        )  # it is encoded for the words anyway
 
     def semantic_hybrid(self) -> Hits:
         """The best of a hybrid search, in the order of the reranker."""
