@@ -411,6 +411,10 @@ def test_hits_must_have_a_score_of_a_head(index: LiveIndex) -> None:
     assert [hit.id for hit in above] == [hit.id for hit in plain[:5]]
     both = index.search(text_of(7), k=50, weights={"dense": 1, "bm25": 3}, min_scores={"dense": least})
     assert {hit.id for hit in both} == {hit.id for hit in plain[:5]}
+    assert {hit.id: hit.scores["dense"] for hit in both} == pytest.approx({hit.id: hit.score for hit in plain[:5]})
+    words = {"weights": {"dense": 1, "bm25": 9}, "candidates": 1, "k": 1}
+    by_words = index.search("castle 3", **words, min_scores={"dense": -99})[0]  # not the dense head's one candidate
+    assert by_words.scores["dense"] == pytest.approx(index.score("castle 3", [by_words.id], heads=["dense"])[0].score)
     assert index.search(text_of(7), weights={"dense": 1, "bm25": 1}, min_scores={"dense": 99}) == []
     assert len(index.score(text_of(7), [hit.id for hit in plain], heads=["dense"], min_scores={"dense": least})) == 5
     for wrong, why in (
@@ -421,6 +425,29 @@ def test_hits_must_have_a_score_of_a_head(index: LiveIndex) -> None:
     ):
         with pytest.raises(UsageError, match=why):
             index.search("x", heads=["dense"], min_scores=wrong)
+
+
+def test_hits_that_differ_from_each_other(index: LiveIndex) -> None:
+    index.add(corpus(12))
+    index.add([Passage(f"copy {n}", text_of(3)) for n in range(3)])
+    query = {"query": text_of(3), "k": 4}
+    alike = index.search(**query, heads=["dense"])
+    assert {hit.id for hit in alike} == {"p3", "copy 0", "copy 1", "copy 2"}
+    differing = index.search(**query, heads=["dense"], mmr=0.3)
+    assert sum(hit.passage.text == text_of(3) for hit in differing) == 1
+    scores = {hit.id: hit.score for hit in index.search(text_of(3), k=20, heads=["dense"])}
+    assert [hit.score for hit in differing] == pytest.approx([scores[hit.id] for hit in differing])
+    assert [hit.id for hit in index.search(**query, heads=["dense"], mmr=1.0)] == [hit.id for hit in alike]
+    words = index.search("number", k=2, heads=["bm25"], mmr=0.5)  # found by words, told apart by vectors
+    assert len({hit.passage.text for hit in words}) == 2
+    with index.encoding() as lent:
+        vector = lent.encode([text_of(3)], "query"), lent.fingerprint
+    assert index.search_embeddings(*vector, k=4, heads=["dense"], mmr=0.3) == [differing]
+    assert len(index.search(text_of(3), k=99, heads=["dense"], mmr=0.3)) == 15
+    assert index.search("", heads=["dense"], mmr=0.5) == []
+    for wrong in (2, -0.1, "x", True):
+        with pytest.raises(UsageError, match="mmr is"):
+            index.search("x", heads=["dense"], mmr=wrong)
 
 
 # Adding

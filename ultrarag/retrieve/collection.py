@@ -10,7 +10,7 @@ import numpy as np
 
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.engines import Backend
+from ultrarag.retrieve.engines import held_vectors
 from ultrarag.retrieve.passages import count_matching, delete_matching, list_passages, update_matching
 from ultrarag.retrieve.ranking import check_ids
 from ultrarag.retrieve.search import Filter, matches, parse
@@ -68,7 +68,7 @@ class Collection:
         if missing == "fail":
             return backend.vectors(wanted)
         known = self._core.store.existing(wanted)
-        return _held(backend, [id for id in wanted if id in known])
+        return held_vectors(backend, [id for id in wanted if id in known])
 
     def passages(
         self,
@@ -161,17 +161,3 @@ def _ids(ids: Iterable[str]) -> list[str]:
     wanted = [ids] if isinstance(ids, str) else list(ids)
     check_ids(wanted)
     return wanted
-
-
-def _held(backend: Backend, ids: list[str]) -> tuple[list[str], Embeddings]:
-    """The ids that an engine has vectors of, and these; the few that it lacks are found by halving."""
-    try:
-        return ids, backend.vectors(ids)
-    except UsageError:
-        if len(ids) == 1:
-            return [], backend.vectors([])
-    parts = [_held(backend, part) for part in (ids[: len(ids) // 2], ids[len(ids) // 2 :])]
-    held = [(found, vectors) for found, vectors in parts if found]
-    if not held:
-        return [], backend.vectors([])
-    return [id for found, _ in held for id in found], Embeddings.cat([vectors for _, vectors in held])

@@ -321,7 +321,10 @@ class LiveIndex(AsyncMethods, Signals):
             ids: search these passages alone, each of them compared; unknown ones are ignored. With a filter, those of
                 them that pass it. "minmax" then maps the scores of these.
             min_scores: what a hit must have at least from a head that is searched, such as {"dense": 0.3}, whatever
-                its fused score is: a fused score has no absolute meaning.
+                its fused score is: a fused score has no absolute meaning. Each hit's `scores` then has that head's.
+            mmr: choose the k out of `candidates` hits by maximal marginal relevance, so that they differ: from 1 (like
+                the query) to 0 (unlike each other), by the cosines of the dense vectors. They keep their scores, and
+                come in the order in which they were chosen.
             log: remember the search in the feedback log (docs/feedback.md), so that `feedback` can refer to it.
             client: who asks, for the log; kept as a keyed hash.
 

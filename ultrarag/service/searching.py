@@ -27,6 +27,7 @@ class Options(Body):
     normalize: str | None = Field(None, description="minmax or raw")
     candidates: int | None = Field(None, ge=1, description="hits asked of each head before fusion")
     exact: bool | None = Field(None, description="compare the dense vector with all passages")
+    mmr: float | None = Field(None, ge=0, le=1, description="hits that differ: from 1 (like the query) to 0")
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `LiveIndex.search`."""

@@ -18,6 +18,8 @@ Fusion = Literal["weighted", "rrf"]
 Normalize = Literal["minmax", "raw"]
 #: The retriever that needs no encoder.
 BM25_HEAD = "bm25"
+#: The head by which hits are told apart.
+DENSE_HEAD = "dense"
 #: Where candidates come from for ColBERT alone, the first that the index has; without either it compares with all.
 SOURCES = ("dense", "sparse")
 
@@ -36,6 +38,7 @@ class SearchOptions:
     exact: bool = False
     ids: Sequence[str] | None = None
     min_scores: Mapping[str, float] | None = None
+    mmr: float | None = None
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> SearchOptions:
@@ -68,14 +71,16 @@ class SearchPlan:
     ids: tuple[str, ...] | None
     #: what a hit must have at least from a head
     min_scores: dict[str, float]
+    #: the weight of relevance where hits are to be unlike each other, None where not
+    mmr: float | None = None
     #: also rank, of `ids`, those that a word search or a lexical one would not find
     every: bool = False
 
     @property
     def encoded(self) -> tuple[str, ...]:
         """The heads for which the query must be encoded."""
-        wanted = (*self.heads, self.source)
-        return tuple(head for head in wanted if head and head != BM25_HEAD)
+        wanted = (*self.heads, self.source, *([] if self.mmr is None else [DENSE_HEAD]))
+        return tuple(head for head in dict.fromkeys(wanted) if head and head != BM25_HEAD)
 
 
 def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> SearchPlan:
@@ -90,7 +95,8 @@ def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> SearchPla
     k = check_k(options.k)
     depth = check_k(options.candidates) if options.candidates is not None else max(4 * k, 100)
     source = next((name for name in SOURCES if name in known), None) if heads == ("colbert",) else None
-    single = len(heads) == 1 and source is None
+    mmr = _mmr(options.mmr, known)
+    single = len(heads) == 1 and source is None and mmr is None
     kept = {head: weights[head] for head in heads}
     return SearchPlan(
         k=k,
@@ -103,6 +109,7 @@ def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> SearchPla
         exact=options.exact,
         ids=_given(options.ids),
         min_scores=_least(options.min_scores, heads),
+        mmr=mmr,
     )
 
 
@@ -114,6 +121,16 @@ def _given(ids: Sequence[str] | None) -> tuple[str, ...] | None:
     wanted = tuple(dict.fromkeys(ids))
     check_ids(wanted)
     return wanted
+
+
+def _mmr(weight: float | None, known: Sequence[str]) -> float | None:
+    if weight is None:
+        return None
+    if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:
+        raise UsageError(f"mmr is {weight!r}; it is a number from 0 (unlike each other) to 1 (like the query)")
+    if DENSE_HEAD not in known:
+        raise UsageError(f"mmr compares dense vectors, and the index has {', '.join(known)}")
+    return float(weight)
 
 
 def _least(min_scores: Mapping[str, float] | None, heads: tuple[str, ...]) -> dict[str, float]:

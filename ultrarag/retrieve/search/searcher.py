@@ -11,8 +11,10 @@ import numpy as np
 
 from ultrarag.errors import FingerprintError, UsageError
 from ultrarag.retrieve.bm25 import BM25
+from ultrarag.retrieve.engines import held_vectors
 from ultrarag.retrieve.generation import Serving
 from ultrarag.retrieve.passages import Store
+from ultrarag.retrieve.search.diversity import most_diverse
 from ultrarag.retrieve.search.encoding import Encoding
 from ultrarag.retrieve.search.filters import Filter, matches
 from ultrarag.retrieve.search.fusion import Fused, fuse
@@ -102,6 +104,17 @@ class Searcher:
         return plan(SearchOptions.of(options), self._serving.heads, self._bm25 is not None)
 
     def _search(self, chosen: SearchPlan, query: Embeddings | None, text: str) -> Hits:
+        """The k best, or out of the best those that are unlike each other."""
+        if chosen.mmr is None or query is None:
+            return self._hits(self._best(chosen, query, text))
+        if query.dense is None:
+            raise UsageError(f"mmr compares dense vectors, but the embeddings hold {', '.join(query.heads)}")
+        pool = {hit.id: hit for hit in self._best(replace(chosen, k=chosen.depth), query, text)}
+        ids, vectors = held_vectors(self._serving.backend, list(pool))
+        places = most_diverse(query.dense[0], vectors.dense, chosen.k, chosen.mmr) if ids else []
+        return self._hits(pool[ids[place]] for place in places)
+
+    def _best(self, chosen: SearchPlan, query: Embeddings | None, text: str) -> list[Hit]:
         """The k best; engines may still hold passages that a write beside this search deletes, so it looks deeper."""
         more = 0
         while True:
@@ -110,16 +123,18 @@ class Searcher:
             gone = len(fused) - len(passages)
             if not gone or len(fused) < chosen.k + more:
                 hits = [Hit(f.id, f.score, passages[f.id], f.scores) for f in fused if f.id in passages]
-                return self._hits(hits[: chosen.k])
+                return hits[: chosen.k]
             more = 2 * more + gone
 
     def _fused(self, chosen: SearchPlan, query: Embeddings | None, text: str, more: int) -> Sequence[Fused]:
         """The k and some more best of all heads."""
         score = self._scorers(query, text)
         counted = self._found(chosen, query, text, more) if chosen.ids is None else self._given(chosen, score)
+        bounded: dict[str, dict[str, float]] = {}
         if chosen.min_scores:
-            counted = _above(counted, chosen.min_scores, score)
-        return fuse(counted, chosen.k + more, chosen.weights, chosen.method, lambda h, ids: score[h](ids))
+            counted, bounded = _above(counted, chosen.min_scores, score)
+        fused = fuse(counted, chosen.k + more, chosen.weights, chosen.method, lambda h, ids: score[h](ids))
+        return [replace(f, scores={**{h: s[f.id] for h, s in bounded.items()}, **f.scores}) for f in fused]
 
     def _given(self, chosen: SearchPlan, score: Scorers) -> dict[str, list[Scored]]:
         """What each head gives to the passages that were named and pass the filter."""
@@ -224,14 +239,21 @@ def _scored(score: Callable[[Sequence[str]], Any], ids: Sequence[str]) -> list[S
     return [(id, float(value)) for id, value in zip(ids, values, strict=True) if not np.isnan(value)]
 
 
-def _above(lists: dict[str, list[Scored]], least: Mapping[str, float], score: Scorers) -> dict[str, list[Scored]]:
-    """The candidates that have as much as they must from each head, whichever of the lists they are in."""
+def _above(
+    lists: dict[str, list[Scored]], least: Mapping[str, float], score: Scorers
+) -> tuple[dict[str, list[Scored]], dict[str, dict[str, float]]]:
+    """The candidates that have as much as they must from each head, whichever of the lists they are in.
+
+    Returns:
+        the lists of those, and what they have from each head of `least`.
+    """
     passing = {id for scored in lists.values() for id, _ in scored}
+    known: dict[str, dict[str, float]] = {}
     for head, bound in least.items():
-        known = dict(lists[head])
-        known |= dict(_scored(score[head], sorted(passing - known.keys())))
-        passing = {id for id in passing if known.get(id, -math.inf) >= bound}
-    return {head: [(id, value) for id, value in scored if id in passing] for head, scored in lists.items()}
+        known[head] = dict(lists[head])
+        known[head] |= dict(_scored(score[head], sorted(passing - known[head].keys())))
+        passing = {id for id in passing if known[head].get(id, -math.inf) >= bound}
+    return {head: [(id, value) for id, value in scored if id in passing] for head, scored in lists.items()}, known
 
 
 def _search_tokens(backend: Any, tokens: Any, depth: int, filter: Filter) -> list[Scored]:
