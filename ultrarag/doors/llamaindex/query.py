@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode
 
 from ultrarag.doors.llamaindex.adding import ADVICE, LEAST_COSINE, check_width, cosine, former
@@ -156,34 +155,8 @@ class Asked:
         return found.with_hits(rerank(self.reranker, self.text, found)[:wanted])
 
     def mmr(self) -> Hits:
-        """Near the query, and far from each other, by the stored vectors; the scores are those of MMR."""
+        """Near the query, and far from each other: out of more hits, in the order in which they are chosen."""
         threshold = self.more.get("mmr_threshold", self.query.mmr_threshold)
         wanted = self.more.get("mmr_prefetch_k") or int(self.k * self.more.get("mmr_prefetch_factor", PREFETCH))
-        for _ in range(TRIES):
-            found = self.by_vector({"dense": 1.0}, max(wanted, self.k))
-            ids, stored = self.live.vectors([hit.id for hit in found], missing="skip")
-            if self.live.fingerprint == found.fingerprint:  # the vectors are those that were searched
-                return self._diverse(found, ids, stored, threshold)
-        raise FingerprintError("the index's encoder was exchanged again and again as this query was asked; ask again")
-
-    def _diverse(self, found: Hits, ids: list[str], stored: Embeddings, threshold: float | None) -> Hits:
-        hits = {hit.id: hit for hit in found}
-        place = {id: row for row, id in enumerate(ids)}
-        rows = np.asarray(stored.dense)
-
-        def similarity(one: Any, other: Any) -> float:  # of the query and a node: as it was searched
-            return hits[ids[other]].score if one is None else float(rows[one] @ rows[other])
-
-        scores, chosen = get_top_k_mmr_embeddings(
-            None,
-            list(place.values()),
-            similarity,
-            similarity_top_k=self.k,
-            embedding_ids=list(place),
-            mmr_threshold=threshold,
-        )
-        return found.with_hits([_scored(hits[id], score) for id, score in zip(chosen, scores, strict=True)])
-
-
-def _scored(hit: Any, score: float) -> Any:
-    return type(hit)(hit.id, score, hit.passage, hit.scores)
+        weight = 0.5 if threshold is None else threshold
+        return self.by_vector({"dense": 1.0}, self.k, mmr=weight, candidates=max(wanted, self.k))
