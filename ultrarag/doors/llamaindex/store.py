@@ -26,6 +26,7 @@ from ultrarag.doors.llamaindex.source import Source, opened
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex
+from ultrarag.retrieve.passages import OnExisting
 
 
 class UltraRAGVectorStore(BasePydanticVectorStore):
@@ -80,7 +81,7 @@ class UltraRAGVectorStore(BasePydanticVectorStore):
         """The embedding model that belongs to this store."""
         return UltraRAGEmbedding(self._live)
 
-    def add(self, nodes: Sequence[BaseNode], *, on_existing: str = "replace", **add_kwargs: Any) -> list[str]:
+    def add(self, nodes: Sequence[BaseNode], *, on_existing: OnExisting = "replace", **add_kwargs: Any) -> list[str]:
         """Add nodes, or replace those of the same id; a vector of the index's own model is not made again.
 
         Args:
