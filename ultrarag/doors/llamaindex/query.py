@@ -139,9 +139,8 @@ class Asked:
         _ = self.text
         if self.bm25:
             return self.by_vector({"dense": alpha, "bm25": 1 - alpha}, k, **asked)
-        return self.by_text(
-            {"dense": alpha, self.lexical(): 1 - alpha}, k, **asked
-        )  # it is encoded for the words anyway
+        # lexical weights are encoded, and the dense vector with them
+        return self.by_text({"dense": alpha, self.lexical(): 1 - alpha}, k, **asked)
 
     def semantic_hybrid(self) -> Hits:
         """The best of a hybrid search, in the order of the reranker."""
@@ -151,7 +150,7 @@ class Asked:
                 "none: give UltraRAGVectorStore a reranker, or ask for 'hybrid'"
             )
         wanted = self.query.hybrid_top_k or self.k
-        found = self.hybrid(max(PREFETCH * wanted, wanted))
+        found = self.hybrid(PREFETCH * wanted)
         return found.with_hits(rerank(self.reranker, self.text, found)[:wanted])
 
     def mmr(self) -> Hits:
