@@ -1,7 +1,11 @@
 """The page of doors says what the committed runs gave."""
 
 import configparser
+import importlib
+import sys
 from pathlib import Path
+
+import pytest
 
 from tests.doors import run
 
@@ -31,3 +35,10 @@ def test_frameworks_are_extras_of_their_names():
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     rooms = {folder.name for folder in (ROOT / "ultrarag" / "doors").iterdir() if (folder / "__init__.py").is_file()}
     assert rooms <= set(config["options.extras_require"])
+
+
+def test_the_llamaindex_door_without_its_framework_names_the_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "llama_index", None)
+    monkeypatch.delitem(sys.modules, "ultrarag.doors.llamaindex", raising=False)
+    with pytest.raises(ImportError, match=r"needs LlamaIndex: pip install llama-index-core==0\.14"):
+        importlib.import_module("ultrarag.doors.llamaindex")

@@ -16,7 +16,7 @@ from llama_index.core.ingestion.pipeline import get_transformation_hash
 from llama_index.core.storage.kvstore import SimpleKVStore
 
 from tests.doors.llamaindex.conftest import nodes
-from ultrarag.doors.llamaindex import UltraRAGEmbedding
+from ultrarag.doors.llamaindex import UltraRAGEmbedding, UltraRAGRetriever, UltraRAGVectorStore
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.retrieve import LiveIndex
 
@@ -121,3 +121,19 @@ def test_it_is_made_over_one_thing(live: LiveIndex, tiny: Any) -> None:
             UltraRAGEmbedding(**given)
     with pytest.raises(UsageError, match="not Encoder"):
         UltraRAGEmbedding(tiny)
+    with pytest.raises(IndexStateError, match=r"for a model alone: UltraRAGEmbedding\(encoder='no/such'\)"):
+        UltraRAGEmbedding("no/such")
+    with pytest.raises(ValueError, match="batch_size"):
+        UltraRAGEmbedding(live, batch_size=3)
+
+
+def test_all_parts_share_an_index_by_its_folder(tmp_path: Path, tiny: Any) -> None:
+    LiveIndex.create(tmp_path / "kb", tiny, heads=["dense"], backend="numpy").close()
+    store, model = UltraRAGVectorStore(tmp_path / "kb"), UltraRAGEmbedding(tmp_path / "kb")
+    store.add(model(nodes()))
+    retriever = UltraRAGRetriever(str(tmp_path / "kb"))
+    store.close()
+    model.close()
+    assert retriever.retrieve("opera")
+    retriever.close()
+    LiveIndex.open(tmp_path / "kb").close()

@@ -26,7 +26,7 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 
 from tests.doors.llamaindex.conftest import HELD
-from ultrarag.doors.llamaindex import UltraRAGEmbedding, UltraRAGRetriever, UltraRAGVectorStore
+from ultrarag.doors.llamaindex import FoundNode, UltraRAGEmbedding, UltraRAGRetriever, UltraRAGVectorStore
 from ultrarag.errors import FingerprintError
 from ultrarag.retrieve import LiveIndex
 
@@ -183,6 +183,7 @@ def test_our_retriever_in_a_query_engine_with_postprocessors(index: VectorStoreI
     )
     answer = engine.query("opera at eight")
     assert len(answer.source_nodes) == 3
+    assert {item.fingerprint for item in answer.source_nodes if isinstance(item, FoundNode)} == {live.fingerprint}
     assert {told["generation"] for told in (answer.metadata or {}).values()} == {1}
     assert "generation" not in str(answer)
     assert asyncio.run(engine.aquery("opera at eight")).source_nodes[0].score == answer.source_nodes[0].score

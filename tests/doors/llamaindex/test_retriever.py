@@ -67,6 +67,8 @@ def test_a_reranker_weighs_and_refuses(cross_encoder: Any) -> None:
     assert UltraRAGRerank(cross_encoder).postprocess_nodes([], query_str="q") == []
     with pytest.raises(UsageError, match="give query_str"):
         UltraRAGRerank(cross_encoder).postprocess_nodes(nodes)
+    with pytest.raises(ValueError, match="top_k"):
+        UltraRAGRerank(cross_encoder, top_k=3)
 
 
 def test_a_rerankers_checkpoint_may_be_given(cross_encoder: Any, tmp_path: Any) -> None:

@@ -372,3 +372,6 @@ def test_it_is_made_again_from_what_it_says_of_itself(tmp_path: Path, tiny: Any)
     assert store.get_nodes(["n1"])
     with pytest.raises(UsageError, match="give a LiveIndex, or the folder of one"):
         UltraRAGVectorStore()
+    with pytest.raises(ValueError, match="collection_name"):
+        UltraRAGVectorStore(tmp_path / "kb", collection_name="x")
+    store.close()

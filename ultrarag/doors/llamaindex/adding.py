@@ -11,6 +11,7 @@ from ultrarag.doors.llamaindex.made import made
 from ultrarag.doors.llamaindex.nodes import to_passage
 from ultrarag.errors import FingerprintError
 from ultrarag.retrieve import Encoding, LiveIndex
+from ultrarag.retrieve.passages import OnExisting
 from ultrarag.types import Embeddings, Passage
 
 #: Vectors of unknown origin that are compared with what the index's encoder makes of their texts, of each call.
@@ -21,7 +22,7 @@ LEAST_COSINE = 0.9999
 ADVICE = "give LlamaIndex the index's own model, embed_model=UltraRAGEmbedding(live), "
 
 
-def add(live: LiveIndex, nodes: Sequence[BaseNode], on_existing: str = "replace") -> None:
+def add(live: LiveIndex, nodes: Sequence[BaseNode], on_existing: OnExisting = "replace") -> None:
     """Add nodes; a text is encoded here only where its node brings no vector of the live encoder for it.
 
     Raises:
@@ -39,19 +40,21 @@ def add(live: LiveIndex, nodes: Sequence[BaseNode], on_existing: str = "replace"
         vectors = np.asarray([nodes[row].embedding for row in taken], dtype=np.float32)
         _take(live, [passages[row] for row in taken], vectors, lent.fingerprint, on_existing)
     if rest := [passages[row] for row in sorted(set(range(len(nodes))) - set(taken))]:
-        live.add(rest, on_existing=on_existing)  # type: ignore[arg-type]
+        live.add(rest, on_existing=on_existing)
 
 
-def _take(live: LiveIndex, passages: list[Passage], vectors: np.ndarray, fingerprint: str, on_existing: str) -> None:
+def _take(
+    live: LiveIndex, passages: list[Passage], vectors: np.ndarray, fingerprint: str, on_existing: OnExisting
+) -> None:
     try:
         live.add(
             passages,
             embeddings=Embeddings(dense=vectors),
             fingerprint=fingerprint,
-            on_existing=on_existing,  # type: ignore[arg-type]
+            on_existing=on_existing,
         )
     except FingerprintError:  # another encoder went live since they were looked at
-        live.add(passages, on_existing=on_existing)  # type: ignore[arg-type]
+        live.add(passages, on_existing=on_existing)
 
 
 def _is_own(live: LiveIndex, lent: Encoding, node: BaseNode, passage: Passage) -> bool | None:

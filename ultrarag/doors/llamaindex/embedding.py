@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding, mean_agg
-from llama_index.core.bridge.pydantic import PrivateAttr, SerializationInfo, model_serializer
+from llama_index.core.bridge.pydantic import ConfigDict, PrivateAttr, SerializationInfo, model_serializer
 
 from ultrarag.doors.llamaindex.made import made
 from ultrarag.doors.llamaindex.source import Source, opened
 from ultrarag.encoder import Encoder
-from ultrarag.errors import UsageError
+from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.retrieve import LiveIndex
 from ultrarag.types import Embeddings, Kind
 
@@ -32,6 +33,7 @@ class UltraRAGEmbedding(BaseEmbedding):
         384
     """
 
+    model_config = ConfigDict(extra="forbid")
     #: of the index, or of the checkpoint; it makes this again from `to_dict`
     path: str | None = None
     checkpoint: str | None = None
@@ -60,7 +62,7 @@ class UltraRAGEmbedding(BaseEmbedding):
         options.setdefault("model_name", "encoder" if isinstance(encoder, Encoder) else name)
         super().__init__(embed_batch_size=embed_batch_size, **options)
         if source is not None:
-            self._live = opened(source)
+            self._live = _index(source)
             self.path = str(self._live.path)
         else:
             self._encoder = encoder if isinstance(encoder, Encoder) else Encoder.load(encoder)
@@ -158,6 +160,15 @@ class UltraRAGEmbedding(BaseEmbedding):
         if self._live is None:
             return await asyncio.to_thread(function, *args)
         return await self._live.arun(function, *args)
+
+
+def _index(source: Source) -> LiveIndex:
+    try:
+        return opened(source)
+    except IndexStateError as error:
+        if isinstance(source, LiveIndex) or (Path(source) / "passages.sqlite").exists():
+            raise
+        raise IndexStateError(f"{error}; for a model alone: UltraRAGEmbedding(encoder={str(source)!r})") from error
 
 
 def _dense(embeddings: Embeddings) -> list[Embedding]:

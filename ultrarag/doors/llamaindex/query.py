@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode
 
 from ultrarag.doors.llamaindex.adding import ADVICE, LEAST_COSINE, check_width, cosine, former
@@ -34,6 +33,8 @@ class Asked:
     #: arguments of the vector store's `query`: of LlamaIndex (mmr_threshold, mmr_prefetch_factor), and of `search`
     more: Mapping[str, Any]
     reranker: Encoder | None
+    #: whether the index has words
+    bm25: bool
 
     def answer(self) -> Hits:
         """The hits of the mode.
@@ -83,12 +84,12 @@ class Asked:
             found["ids"] = self.query.node_ids
         return {**found, **given}
 
-    def by_text(self, weights: dict[str, float], k: int) -> Hits:
-        return self.live.search(self.text, **{"weights": weights, **self.options(k)})
+    def by_text(self, weights: dict[str, float], k: int, **asked: Any) -> Hits:
+        return self.live.search(self.text, **{"weights": weights, **asked, **self.options(k)})
 
-    def by_vector(self, weights: dict[str, float], k: int) -> Hits:
+    def by_vector(self, weights: dict[str, float], k: int, **asked: Any) -> Hits:
         """By the query's vector, where it has one, and by its text."""
-        vector, options = self.query.query_embedding, {"weights": weights, **self.options(k)}
+        vector, options = self.query.query_embedding, {"weights": weights, **asked, **self.options(k)}
         for _ in range(TRIES):
             if vector is None:
                 return self.live.search(self.text, **options)
@@ -134,18 +135,12 @@ class Asked:
         alpha = 0.5 if self.query.alpha is None else self.query.alpha
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha!r}; it must be from 0 (words alone) to 1 (vectors alone)")
-        words = "bm25" if self.live.status()["bm25"] else self.lexical()
-        weights = {"dense": alpha, words: 1 - alpha}
-        if self.query.sparse_top_k and "candidates" not in self.more:
-            more = {**self.more, "candidates": max(self.query.sparse_top_k, self.k, k)}
-            return Asked(self.live, self.query, more, self.reranker).hybrid_by(weights, k)
-        return self.hybrid_by(weights, k)
-
-    def hybrid_by(self, weights: dict[str, float], k: int) -> Hits:
-        if "sparse" in weights:  # of the query's text, which is encoded for it anyway
-            return self.by_text(weights, k)
+        asked = {"candidates": max(self.query.sparse_top_k, self.k, k)} if self.query.sparse_top_k else {}
         _ = self.text
-        return self.by_vector(weights, k)
+        if self.bm25:
+            return self.by_vector({"dense": alpha, "bm25": 1 - alpha}, k, **asked)
+        # lexical weights are encoded, and the dense vector with them
+        return self.by_text({"dense": alpha, self.lexical(): 1 - alpha}, k, **asked)
 
     def semantic_hybrid(self) -> Hits:
         """The best of a hybrid search, in the order of the reranker."""
@@ -155,38 +150,12 @@ class Asked:
                 "none: give UltraRAGVectorStore a reranker, or ask for 'hybrid'"
             )
         wanted = self.query.hybrid_top_k or self.k
-        found = self.hybrid(max(PREFETCH * wanted, wanted))
+        found = self.hybrid(PREFETCH * wanted)
         return found.with_hits(rerank(self.reranker, self.text, found)[:wanted])
 
     def mmr(self) -> Hits:
-        """Near the query, and far from each other, by the stored vectors; the scores are those of MMR."""
+        """Near the query, and far from each other: out of more hits, in the order in which they are chosen."""
         threshold = self.more.get("mmr_threshold", self.query.mmr_threshold)
         wanted = self.more.get("mmr_prefetch_k") or int(self.k * self.more.get("mmr_prefetch_factor", PREFETCH))
-        for _ in range(TRIES):
-            found = self.by_vector({"dense": 1.0}, max(wanted, self.k))
-            ids, stored = self.live.vectors([hit.id for hit in found], missing="skip")
-            if self.live.fingerprint == found.fingerprint:  # the vectors are those that were searched
-                return self._diverse(found, ids, stored, threshold)
-        raise FingerprintError("the index's encoder was exchanged again and again as this query was asked; ask again")
-
-    def _diverse(self, found: Hits, ids: list[str], stored: Embeddings, threshold: float | None) -> Hits:
-        hits = {hit.id: hit for hit in found}
-        place = {id: row for row, id in enumerate(ids)}
-        rows = np.asarray(stored.dense)
-
-        def similarity(one: Any, other: Any) -> float:  # of the query and a node: as it was searched
-            return hits[ids[other]].score if one is None else float(rows[one] @ rows[other])
-
-        scores, chosen = get_top_k_mmr_embeddings(
-            None,
-            list(place.values()),
-            similarity,
-            similarity_top_k=self.k,
-            embedding_ids=list(place),
-            mmr_threshold=threshold,
-        )
-        return found.with_hits([_scored(hits[id], score) for id, score in zip(chosen, scores, strict=True)])
-
-
-def _scored(hit: Any, score: float) -> Any:
-    return type(hit)(hit.id, score, hit.passage, hit.scores)
+        weight = 0.5 if threshold is None else threshold
+        return self.by_vector({"dense": 1.0}, self.k, mmr=weight, candidates=max(wanted, self.k))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
@@ -34,6 +34,7 @@ class UltraRAGRerank(BaseNodePostprocessor):
         >>> engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[UltraRAGRerank(model, top_n=5)])
     """
 
+    model_config = ConfigDict(extra="forbid")
     model: str = Field(description="The checkpoint of the reranker.")
     top_n: int = Field(default=2, description="How many nodes are returned.", gt=0)
     weight: float | None = Field(default=None, description="Of the reranker's scores beside the nodes' own.")

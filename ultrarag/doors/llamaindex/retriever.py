@@ -93,3 +93,7 @@ class UltraRAGRetriever(BaseRetriever):
             for item in found:
                 note(item.node, self._key, item.generation)
         return list(found)
+
+    def close(self) -> None:
+        """Close the index, or this handle of it."""
+        self._live.close()

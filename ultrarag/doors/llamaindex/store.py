@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import fsspec
-from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.bridge.pydantic import ConfigDict, PrivateAttr
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import (
     BasePydanticVectorStore,
@@ -26,6 +26,7 @@ from ultrarag.doors.llamaindex.source import Source, opened
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex
+from ultrarag.retrieve.passages import OnExisting
 
 
 class UltraRAGVectorStore(BasePydanticVectorStore):
@@ -42,12 +43,14 @@ class UltraRAGVectorStore(BasePydanticVectorStore):
         >>> index.as_retriever(vector_store_query_mode="hybrid", alpha=0.7).retrieve("what is milvus?")
     """
 
+    model_config = ConfigDict(extra="forbid")
     stores_text: bool = True
     is_embedding_query: bool = True
     #: of the index; it makes this again from `to_dict`
     path: str | None = None
     _live: LiveIndex = PrivateAttr()
     _reranker: Encoder | None = PrivateAttr(default=None)
+    _bm25: bool = PrivateAttr(default=True)
 
     def __init__(
         self,
@@ -59,9 +62,9 @@ class UltraRAGVectorStore(BasePydanticVectorStore):
         source = options.pop("path", None) if source is None else source
         if source is None:
             raise UsageError("UltraRAGVectorStore is made over a live index: give a LiveIndex, or the folder of one")
-        super().__init__(**{name: value for name, value in options.items() if name in ("stores_text",)})
+        super().__init__(**options)
         self._live = opened(source)
-        self.path = str(self._live.path)
+        self.path, self._bm25 = str(self._live.path), self._live.status()["bm25"]
         self._reranker = reranker if isinstance(reranker, Encoder | None) else Encoder.load(reranker)
 
     @classmethod
@@ -78,7 +81,7 @@ class UltraRAGVectorStore(BasePydanticVectorStore):
         """The embedding model that belongs to this store."""
         return UltraRAGEmbedding(self._live)
 
-    def add(self, nodes: Sequence[BaseNode], *, on_existing: str = "replace", **add_kwargs: Any) -> list[str]:
+    def add(self, nodes: Sequence[BaseNode], *, on_existing: OnExisting = "replace", **add_kwargs: Any) -> list[str]:
         """Add nodes, or replace those of the same id; a vector of the index's own model is not made again.
 
         Args:
@@ -149,7 +152,7 @@ class UltraRAGVectorStore(BasePydanticVectorStore):
             UsageError: for a mode that this index cannot serve; says why.
             FingerprintError: the query's vector is another model's.
         """
-        hits = Asked(self._live, query, kwargs, self._reranker).answer()
+        hits = Asked(self._live, query, kwargs, self._reranker, self._bm25).answer()
         return VectorStoreQueryResult(
             nodes=[to_node(hit.passage) for hit in hits],
             similarities=[hit.score for hit in hits],

@@ -1,6 +1,7 @@
 """Listing: which passages a filter means; the one place where filters are compared with what the store holds.
 
-The metadata of all passages is read for it: 100,000 of them with four keys take 1.3 to 4 s (one core, `count`).
+The metadata of all passages is read for it: 100,000 of them with four keys take 1.3 to 4 s (one core, `count`). Where a
+text must be equal, SQLite passes over metadata that does not have it anywhere, unparsed: a fifth of the time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ultrarag.retrieve.passages.files import metadata_text
 from ultrarag.retrieve.passages.store import Store, delete_rows, log_metadata
-from ultrarag.retrieve.search import Node, matches
+from ultrarag.retrieve.search import Node, matches, needed_texts
 from ultrarag.types import Passage
 
 #: Passages read at a time; other threads and processes write in between.
@@ -36,13 +37,14 @@ def list_passages(store: Store, node: Node | None = None, after: str | None = No
             added.
     """
     order, last = ("row", 0) if after is None else ("id", after)
+    condition, texts = _mentioning(node)
     query = (
         f"SELECT {order}, id, text, title, metadata, hash FROM passages "
-        f"WHERE {order} > ? AND deleted = 0 ORDER BY {order} LIMIT ?"
+        f"WHERE {order} > ? AND deleted = 0{condition} ORDER BY {order} LIMIT ?"
     )
     while True:
         with store.database.reading() as db:
-            rows = db.execute(query, (last, CHUNK_PASSAGES)).fetchall()
+            rows = db.execute(query, (last, *texts, CHUNK_PASSAGES)).fetchall()
         if not rows:
             return
         last = rows[-1][0]
@@ -89,7 +91,18 @@ def _merged(held: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _matching(db: sqlite3.Connection, node: Node | None) -> Iterator[Match]:
-    for id, text, hash in db.execute("SELECT id, metadata, hash FROM passages WHERE deleted = 0 ORDER BY row"):
+    condition, texts = _mentioning(node)
+    query = f"SELECT id, metadata, hash FROM passages WHERE deleted = 0{condition} ORDER BY row"
+    for id, text, hash in db.execute(query, texts):
         metadata = json.loads(text)
         if matches(node, metadata):
             yield Match(id, metadata, hash)
+
+
+def _mentioning(node: Node | None) -> tuple[str, list[str]]:
+    """SQL that lets all pass that may pass the filter: metadata in which a text stands, as `metadata_text` wrote it."""
+    parts, texts = [], []
+    for choice in needed_texts(node):
+        parts.append(" OR ".join(["instr(metadata, ?)"] * len(choice)))
+        texts += [json.dumps(text, ensure_ascii=False) for text in choice]
+    return "".join(f" AND ({part})" for part in parts), texts

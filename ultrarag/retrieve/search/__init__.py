@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         facts,
         mask,
         matches,
+        needed_texts,
         parse,
     )
     from ultrarag.retrieve.search.fusion import rerank

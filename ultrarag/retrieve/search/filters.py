@@ -35,6 +35,8 @@ LOGIC = ("and", "or", "not")
 BOUNDS = ("gt", "gte", "lt", "lte")
 #: Facts longer than this are replaced by their digest, so that a long text in the metadata costs an index 34 bytes.
 LONGEST_FACT = 96
+#: A choice of more texts than these is not looked for beforehand.
+MOST_TEXTS = 20
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+-]\d{2}:\d{2})?)?")
 #: Made once: `json.dumps` with separators makes an encoder at each call.
@@ -247,6 +249,20 @@ def _passes(node: Node, held: Mapping[str, list[float]]) -> bool:
     if isinstance(node, HasFact):
         return any(fact in held for fact in node.facts)
     return any(node.holds_one(value) for value in held.get(node.fact, ()))
+
+
+def needed_texts(node: Node | None) -> list[tuple[str, ...]]:
+    """Texts of which one must stand in the metadata of whatever passes, a choice for each condition that asks so.
+
+    What says nothing here (ranges, numbers, `not`, alternatives, texts too long to be facts) asks for no text.
+    """
+    if isinstance(node, AllOf):
+        return [choice for child in node.nodes for choice in needed_texts(child)]
+    if not isinstance(node, HasFact) or len(node.facts) > MOST_TEXTS:
+        return []
+    values = [json.loads(fact[1:])[1] if fact.startswith("=[") else None for fact in node.facts]
+    texts = tuple(value for value in values if isinstance(value, str))
+    return [texts] if len(texts) == len(values) else []
 
 
 @lru_cache(maxsize=64)
