@@ -33,10 +33,14 @@ def beir_task(
 
     Raises:
         DataError: the folder cannot be used; see `ultrarag.evaluation.read_beir`.
-        UsageError: MTEB takes no such name or language.
+        UsageError: MTEB takes no such name or language, or a query has no candidates.
     """
     folder = Path(folder)
     collection = read_beir(folder, split)
+    if candidates is not None and (lacking := [id for id in collection.queries if id not in candidates]):
+        raise UsageError(
+            f"{len(lacking)} of {len(collection.queries)} queries have no candidates, '{lacking[0]}' for one"
+        )
     data = {
         "corpus": Dataset.from_list(
             [{"id": p.id, "title": p.title, "text": p.text} for p in collection.corpus.values()]
