@@ -37,10 +37,9 @@ def beir_task(
     """
     folder = Path(folder)
     collection = read_beir(folder, split)
-    if candidates is not None and (lacking := [id for id in collection.queries if id not in candidates]):
-        raise UsageError(
-            f"{len(lacking)} of {len(collection.queries)} queries have no candidates, '{lacking[0]}' for one"
-        )
+    queries = collection.queries
+    if candidates is not None and (lacking := [id for id in queries if id not in candidates]):
+        raise UsageError(f"{len(lacking)} of {len(queries)} queries have no candidates, '{lacking[0]}' for one")
     data = {
         "corpus": Dataset.from_list(
             [{"id": p.id, "title": p.title, "text": p.text} for p in collection.corpus.values()]
