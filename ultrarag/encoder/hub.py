@@ -71,11 +71,12 @@ def push_to_hub(
     """
     manifest = _checked(Path(path))
     _refuse_offline()
+    hub = _Hub(repo, revision or MAIN, token)
     with tempfile.TemporaryDirectory(prefix="ultrarag-push-") as place:
         copy = Path(place) / "checkpoint"
         copy_checkpoint(Path(path), manifest, copy)
         _compare(Path(path), copy, manifest, trust_remote_code)
-        return _Hub(repo, revision or MAIN, token).push(copy, manifest, private, message)
+        return hub.push(copy, manifest, private, message)
 
 
 def _checked(path: Path) -> Manifest:

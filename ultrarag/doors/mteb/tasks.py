@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ultrarag.doors.mteb.framework import AbsTaskRetrieval, Dataset, TaskMetadata
+from ultrarag.doors.mteb.framework import AbsTaskRetrieval, Dataset, TaskMetadata, check_language_code
 from ultrarag.errors import UsageError
 from ultrarag.evaluation import qrels_file, read_beir
 from ultrarag.io import sha256_of
@@ -73,6 +73,8 @@ def _class(found: TaskMetadata) -> Any:
 
 def _metadata(folder: Path, split: str, name: str, kind: str, languages: Sequence[str]) -> TaskMetadata:
     try:
+        for code in languages:
+            check_language_code(code)
         return TaskMetadata(
             name=name,
             description=f"The {split} queries of a folder in BEIR's layout.",
