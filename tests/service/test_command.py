@@ -37,6 +37,8 @@ def test_flags_become_settings(tmp_path, monkeypatch) -> None:
     settings = read_settings(["kb", "--weights", "dense=1,bm25=0.5", "--max_k", "5", "--allowed_hosts", "A,b"])
     assert (settings.weights, settings.limits.k, settings.limits.rate) == ({"dense": 1.0, "bm25": 0.5}, 5, 0.0)
     assert (settings.allowed_hosts, settings.host) == (("a", "b"), "127.0.0.1")
+    with pytest.raises(UsageError, match="--report_to wandbb is unknown; did you mean 'wandb'"):
+        read_settings(["kb", "--report_to", "wandbb"])
     with pytest.raises(UsageError, match="ULTRARAG_TOKEN"):
         read_settings(["kb", "--host", "0.0.0.0"])
     file = tmp_path / "token"

@@ -166,6 +166,17 @@ def test_a_stopped_service_leaves_a_job_that_goes_on(tmp_path, tiny, monkeypatch
         again.stop()
 
 
+def test_jobs_report_where_the_service_says(tmp_path, tiny, monkeypatch) -> None:  # noqa: F811
+    with filled(tmp_path / "kb", tiny) as live:
+        fake = Refresh(live, monkeypatch)
+        fake.go.set()
+        jobs = Jobs(live, tmp_path / "jobs", report_to=("tensorboard",))
+        job = jobs.start({"train_data": ["rows.jsonl"]}, {})
+        jobs.close()
+        assert fake.asked[0]["report_to"] == ["tensorboard"]
+        assert jobs.get(job.id).request["report_to"] == ["tensorboard"]  # and so it does when it goes on
+
+
 def test_a_job_of_a_process_that_was_killed_is_interrupted(tmp_path, tiny) -> None:  # noqa: F811
     with filled(tmp_path / "kb", tiny) as live:
         jobs = Jobs(live, tmp_path / "jobs")

@@ -27,12 +27,13 @@ def front_matter(manifest: Manifest, pairs: bool) -> list[str]:
     from huggingface_hub import ModelCardData
 
     base = {} if manifest.training is None else inherited(manifest.training.parent_name)
+    results = _results(manifest, pairs)
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="text-ranking" if pairs else "sentence-similarity",
         tags=["sentence-transformers", *(_PAIR_TAGS if pairs else _TEXT_TAGS), "ultrarag"],
-        eval_results=_results(manifest, pairs),
-        model_name=f"ultrarag-{manifest.fingerprint[:12]}",
+        eval_results=results,
+        model_name=f"ultrarag-{manifest.fingerprint[:12]}" if results else None,
         **base,
     )
     return ["---", *data.to_yaml(line_break="\n").splitlines(), "---", ""]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ultrarag.checkpoint import MANIFEST, Manifest, copy_checkpoint, largest_difference, probe_vectors, read_manifest
 from ultrarag.encoder.encoder import Encoder
-from ultrarag.errors import CheckpointError, ResourceError, UsageError
+from ultrarag.errors import CheckpointError, ResourceError, UltraragError, UsageError
 
 #: The branch that a repository has from its beginning.
 MAIN = "main"
@@ -71,11 +71,12 @@ def push_to_hub(
     """
     manifest = _checked(Path(path))
     _refuse_offline()
+    hub = _Hub(repo, revision or MAIN, token)
     with tempfile.TemporaryDirectory(prefix="ultrarag-push-") as place:
         copy = Path(place) / "checkpoint"
         copy_checkpoint(Path(path), manifest, copy)
         _compare(Path(path), copy, manifest, trust_remote_code)
-        return _Hub(repo, revision or MAIN, token).push(copy, manifest, private, message)
+        return hub.push(copy, manifest, private, message)
 
 
 def _checked(path: Path) -> Manifest:
@@ -86,9 +87,9 @@ def _checked(path: Path) -> Manifest:
         raise CheckpointError(f"'{path}' has no {MANIFEST}: load the model and save it by ultrarag before it is pushed")
     pickled = sorted(name for name in manifest.files if Path(name).match("pytorch_model*.bin"))
     if pickled or not any(name.endswith(".safetensors") for name in manifest.files):
+        what = f"weights in {pickled[0]}" if pickled else "no weights in safetensors"
         raise CheckpointError(
-            f"'{path}' has its weights {f'in {pickled[0]}' if pickled else 'not in safetensors'}, and such files can run "
-            "code when they are loaded: load the model and save it anew"
+            f"'{path}' has {what}, and other files can run code when they are loaded: load the model and save it anew"
         )
     return manifest
 
@@ -113,8 +114,8 @@ def _compare(path: Path, copy: Path, manifest: Manifest, trust_remote_code: bool
     for head, difference in largest_difference(probe_vectors(original), probe_vectors(reloaded)).items():
         if difference != 0:
             raise CheckpointError(
-                f"'{path}' gives other vectors when its copy is loaded (head '{head}' by {difference:.3g}); nothing was "
-                "pushed"
+                f"'{path}' gives other vectors when its copy is loaded (head '{head}' by {difference:.3g}); nothing "
+                "was pushed"
             )
 
 
@@ -181,19 +182,22 @@ class _Hub:
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Errors of the hub's client in words, without the token."""
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # HTTPError: of its httpx
 
         try:
             yield
+        except UltraragError:
+            raise
         except HFValidationError as error:
             raise UsageError(f"'{self.repo}' is no name of a repository: {self._plain(error)}") from None
         except HfHubHTTPError as error:
             raise self._refused(error) from None
-        except (httpx.HTTPError, OSError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: an upload, whatever ended it
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise self._refused(error.__cause__) from None
             raise ResourceError(
-                f"the hub could not be reached, or the connection broke ({type(error).__name__}: {self._plain(error)}): "
-                "nothing was published; push again"
+                f"the hub could not be reached, or the connection broke ({type(error).__name__}: "
+                f"{self._plain(error)}): nothing was published; push again"
             ) from None
         except ValueError as error:  # the card's metadata, refused by the hub
             raise CheckpointError(f"the hub refuses the checkpoint's card: {self._plain(error)}") from None

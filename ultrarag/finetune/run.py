@@ -349,7 +349,8 @@ class FinetuneRun:
         callbacks = [] if self.arguments.sides.maps_alone else self.trainer.callback_handler.callbacks
         folder = tensorboard_folder(self.output, callbacks)
         figures = run_figures(result, self.measures.found)
-        send(self.arguments.training.report_to, figures, folder, step=result.steps)
+        training = self.arguments.training
+        send(training.report_to, figures, folder, training.run_name, result.steps)
 
     def _write(self, folder: Path) -> tuple[str, Training]:
         """Write a checkpoint of the model as it is now; its identity (empty on other ranks), and what it records."""

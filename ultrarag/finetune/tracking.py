@@ -82,40 +82,43 @@ def _finish(before: Any, status: int) -> None:
         wandb.finish(exit_code=status)
 
 
-def send(reporters: Reporters, figures: Figures, folder: Path, name: str = "", step: int = 0) -> None:
+def send(
+    reporters: Reporters, figures: Figures, folder: Path, name: str | None, step: int, job_type: str | None = None
+) -> None:
     """Send figures to the trackers; one that fails is a warning, for what they tell of is done.
 
     Args:
         folder: where tensorboard's file goes.
-        name: of a wandb run of their own; empty: they belong to the run that the training has begun.
+        name: of a wandb run that begins for them.
+        job_type: they are a run of their own, of this type; None: they belong to the run of the training, if it began
+            one.
     """
     for reporter, to in (("wandb", _to_wandb), ("tensorboard", _to_tensorboard)):
         if reporter in (reporters or ()):
             try:
-                to(figures, folder, name, step)
+                to(figures, folder, name, step, job_type)
             except Exception as error:
                 logger.warning("%s did not take the figures: %s: %s", reporter, type(error).__name__, error)
 
 
-def _to_wandb(figures: Figures, folder: Path, name: str, step: int) -> None:
+def _to_wandb(figures: Figures, folder: Path, name: str | None, step: int, job_type: str | None) -> None:
     import wandb
 
-    run = None if name else wandb.run
+    run = wandb.run if job_type is None else None
     begun = None
     if run is None:
+        project = os.getenv("WANDB_PROJECT", "huggingface")  # as transformers' callback names it
         # beside a run of the caller's, which goes on
-        given: dict[str, Any] = {"name": name, "job_type": "refresh"} if name else {}
-        run = begun = wandb.init(project=os.getenv("WANDB_PROJECT", "huggingface"), reinit="create_new", **given)
-    numbers = {key: value for key, value in figures.items() if not isinstance(value, str)}
+        run = begun = wandb.init(project=project, name=name, job_type=job_type, reinit="create_new")
     try:
-        run.log(numbers)
+        run.log({key: value for key, value in figures.items() if not isinstance(value, str)})
         run.summary.update({key: value for key, value in figures.items() if isinstance(value, str)})
     finally:
         if begun is not None:
             begun.finish()
 
 
-def _to_tensorboard(figures: Figures, folder: Path, name: str, step: int) -> None:
+def _to_tensorboard(figures: Figures, folder: Path, name: str | None, step: int, job_type: str | None) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(log_dir=str(folder)) as writer:

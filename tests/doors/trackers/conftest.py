@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +41,28 @@ class Reported:
         return found
 
 
+def records(file: Path) -> Iterator[bytes]:
+    """The records of wandb's own file: a header of 7 bytes, then LevelDB's log (blocks of 32 KiB, split records)."""
+    data, place, kept = file.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:  # too short for a header: filled up
+            place += left
+            continue
+        size, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        kept += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield kept
+            kept = b""
+
+
 def read_wandb(file: Path) -> dict[str, Any]:
-    """The records of wandb's own file, by its own reader."""
-    import json
-
+    """An offline run, from its file, by the messages that wandb declares."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(file))
     run: dict[str, Any] = {"summary": {}, "history": [], "exit": None}
-    while data := store.scan_data():
+    for data in records(file):
         record = Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
@@ -58,7 +72,7 @@ def read_wandb(file: Path) -> dict[str, Any]:
             run["exit"] = record.exit.exit_code
         elif kind in ("history", "summary"):
             items = record.history.item if kind == "history" else record.summary.update
-            values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+            values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
             run["summary"].update(values)
             if kind == "history":
                 run["history"].append(values)

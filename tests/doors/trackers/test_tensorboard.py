@@ -39,5 +39,5 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path, caplog) -> None:
     from ultrarag.finetune import send_figures
 
     (tmp_path / "file").write_text("")
-    send_figures(["tensorboard"], {"a": 1.0}, tmp_path / "file" / "below")
+    send_figures(["tensorboard"], {"a": 1.0}, tmp_path / "file" / "below", None, 0)
     assert "tensorboard did not take the figures: NotADirectoryError" in caplog.text or "FileExists" in caplog.text

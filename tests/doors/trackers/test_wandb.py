@@ -31,7 +31,7 @@ def test_a_refresh_is_a_run_of_its_own_beside_those_of_its_rungs(reported: Repor
     run = run_of(reported, "refreshed refresh")
     assert (run["job"], run["exit"]) == ("refresh", 0)
     trained = {r["name"] for r in reported.wandb()} - {"tuned", "refreshed refresh"}
-    assert {f"refreshed {step['rung']}" for step in report.ladder} <= trained
+    assert {f"refreshed {step['rung']}" for step in report.ladder if step["taken"]} <= trained
     summary, verdict = run["summary"], report.verdict
     assert summary["refresh/outcome"] == report.outcome
     assert summary[f"gate/{verdict['metric']}/after"] == pytest.approx(verdict["new"])
@@ -41,25 +41,22 @@ def test_a_refresh_is_a_run_of_its_own_beside_those_of_its_rungs(reported: Repor
         assert summary[f"ladder/{step['rung']}/decision"] == step["decision"]
         assert summary[f"ladder/{step['rung']}/passages_encoded"] == step["encoded"]
         if gain := step["gain"]:
-            assert summary[f"ladder/{step['rung']}/gain/difference"] == pytest.approx(
-                step["gain"]["change"]["difference"]
-            )
+            found = summary[f"ladder/{step['rung']}/gain/difference"]
+            assert found == pytest.approx(gain["change"]["difference"])
     for stage, seconds in report.seconds.items():
         assert summary[f"refresh/seconds/{stage}"] == pytest.approx(seconds)
     assert summary["refresh/passages"] == report.passages
     assert summary["refresh/passages_encoded"] >= 0
 
 
-def test_a_run_of_the_callers_own_gets_the_figures_and_stays_open(tiny_m3, tmp_path, monkeypatch) -> None:
+def test_a_run_of_the_callers_own_gets_the_figures_and_stays_open(tiny_m3, tmp_path) -> None:
     import wandb
 
     from tests.doors.trackers.conftest import SETTINGS, read_wandb
     from tests.retrieve.refresh.refresh_worker import ROWS
     from ultrarag.finetune import finetune
 
-    for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    with wandb.init(project="mine", name="mine") as run:
+    with wandb.init(project="mine", name="mine", mode="offline", dir=tmp_path) as run:
         finetune(tiny_m3, ROWS, tmp_path / "out", "bge", **SETTINGS, report_to="wandb", cache_path=str(tmp_path / "c"))
         assert wandb.run is run
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")

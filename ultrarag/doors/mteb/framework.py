@@ -11,6 +11,7 @@ try:
     from mteb._create_dataloaders import create_dataloader  # how MTEB's own search models read queries
     from mteb.abstasks import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.languages import check_language_code
     from mteb.models.model_meta import ModelMeta, ScoringFunction
     from mteb.types import PromptType
 except ImportError as error:
@@ -23,6 +24,7 @@ __all__ = [
     "PromptType",
     "ScoringFunction",
     "TaskMetadata",
+    "check_language_code",
     "create_dataloader",
     "mteb",
 ]

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ultrarag.doors.mteb.framework import AbsTaskRetrieval, Dataset, TaskMetadata
+from ultrarag.doors.mteb.framework import AbsTaskRetrieval, Dataset, TaskMetadata, check_language_code
 from ultrarag.errors import UsageError
 from ultrarag.evaluation import qrels_file, read_beir
 from ultrarag.io import sha256_of
@@ -33,10 +33,13 @@ def beir_task(
 
     Raises:
         DataError: the folder cannot be used; see `ultrarag.evaluation.read_beir`.
-        UsageError: MTEB takes no such name or language.
+        UsageError: MTEB takes no such name or language, or a query has no candidates.
     """
     folder = Path(folder)
     collection = read_beir(folder, split)
+    queries = collection.queries
+    if candidates is not None and (lacking := [id for id in queries if id not in candidates]):
+        raise UsageError(f"{len(lacking)} of {len(queries)} queries have no candidates, '{lacking[0]}' for one")
     data = {
         "corpus": Dataset.from_list(
             [{"id": p.id, "title": p.title, "text": p.text} for p in collection.corpus.values()]
@@ -70,6 +73,8 @@ def _class(found: TaskMetadata) -> Any:
 
 def _metadata(folder: Path, split: str, name: str, kind: str, languages: Sequence[str]) -> TaskMetadata:
     try:
+        for code in languages:
+            check_language_code(code)
         return TaskMetadata(
             name=name,
             description=f"The {split} queries of a folder in BEIR's layout.",

@@ -21,7 +21,8 @@ def track(report: RefreshReport, reporters: str | Sequence[str] | None, encodes:
     """
     output = Path(report.checkpoint)
     place = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or output / "runs") / "refresh"
-    send_figures(reporters, refresh_figures(report, encodes), place, f"{output.name} refresh", report.generation)
+    figures = refresh_figures(report, encodes)
+    send_figures(reporters, figures, place, f"{output.name} refresh", report.generation, "refresh")
 
 
 def refresh_figures(report: RefreshReport, encodes: bool) -> dict[str, float | int | str]:
