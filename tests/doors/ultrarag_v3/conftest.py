@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# as in tests/conftest.py, which door tests do not read
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
 
 import pytest
 
@@ -43,7 +48,7 @@ def ultrarag(tmp_path_factory: pytest.TempPathFactory, service: Running) -> worl
 
 @pytest.fixture(scope="session")
 def model() -> Iterator[world.Model]:
-    """Answers with the first document of each prompt."""
-    found = world.Model(world.first_document)
+    """Answers with the first document of a prompt."""
+    found = world.Model(world.read)
     yield found
     found.stop()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import yaml
 
 from tests.doors.ultrarag_v3 import world
 from tests.service.running import Running
-from ultrarag.cli import main
+from ultrarag.cli import V3_SERVERS, main
 from ultrarag.doors.ultrarag_v3 import create_server, write_servers
+from ultrarag.doors.ultrarag_v3.folders import FOLDERS
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex
 
@@ -223,6 +227,40 @@ def test_folders_are_written_into_a_checkout_alone(tmp_path: Path) -> None:
     (tmp_path / "servers").mkdir()
     with pytest.raises(UsageError, match="'kb:1' is no address"):
         write_servers(tmp_path, "kb:1")
+
+
+def test_an_environment_that_is_gone_is_told(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "servers").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/gone/bin/python")
+        write_servers(tmp_path)
+    program = tmp_path / "servers" / "live_reranker" / "src" / "live_reranker.py"
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("/gone/bin/python is gone: write this server anew with `ultrarag doors ultrarag_v3")
+
+
+def test_servers_need_the_sdk(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "servers").mkdir()
+    monkeypatch.setitem(sys.modules, "mcp", None)
+    monkeypatch.setitem(sys.modules, "mcp.server", None)
+    with pytest.raises(UsageError, match="pip install mcp=="):
+        create_server("retriever")
+    monkeypatch.setattr("ultrarag.doors.ultrarag_v3.folders.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install mcp=="):
+        write_servers(tmp_path)
+
+
+def test_the_page_says_what_is_written(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "doors.md").read_text(encoding="utf-8")
+    blocks = [
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page.split("## UltraRAG v3")[1], re.S)
+    ]
+    servers = {name: f"servers/{folder}" for name, folder in FOLDERS.items()}
+    assert {"servers": servers} in blocks
+    assert yaml.safe_load(V3_SERVERS) == {"servers": servers}
+    configs = [block["retriever"]["backend_configs"]["openai"] for block in blocks if "retriever" in block]
+    assert configs == [{"base_url": "http://127.0.0.1:8080/v1", "model_name": "8a41...", "api_key": "any"}]
 
 
 def test_build_writes_what_a_pipeline_reads(tmp_path: Path) -> None:

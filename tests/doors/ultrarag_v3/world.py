@@ -27,7 +27,7 @@ CORPUS = [
     {"id": "moon", "contents": "The Moon turns the same face to the Earth at all times."},
     {
         "id": "heavy",
-        "contents": "He Ain't Heavy, He's My Brother: Bobby Scott wrote the music, Bob Russell the lyrics.",
+        "contents": "He Ain't Heavy, He's My Brother has music by Bobby Scott, lyrics by Bob Russell.",
     },
     {"id": "series", "contents": "The Bastard Executioner was a television series of one season."},
     {"id": "eagles", "contents": "The Philadelphia Eagles won the Super Bowl of the season of 2017."},
@@ -86,9 +86,17 @@ class Model:
         self._thread.join(10)
 
 
-def first_document(prompt: str) -> str:
-    """Answer with the first document that the prompt holds, as a reader would who believes the retriever."""
-    found = re.search(r"(?:Documents|Passages)[^\n]*:\n(.*)", prompt)
+#: What the stand-in asks for when it is to ask for more, and the text that answers it.
+SUB_QUESTION, SUB_ANSWER = "who was the ruler of england in 1616", "James I was the ruler of England in 1616."
+
+
+def read(prompt: str) -> str:
+    """Answer as a reader would who believes the first document, and wants to know who ruled England in 1616."""
+    if "output <stop>" in prompt:
+        return "<stop>" if SUB_ANSWER in prompt else "<search>"
+    if "Generate ONE new sub-question" in prompt:
+        return f"\\boxed{{{SUB_QUESTION}}}"
+    found = re.search(r"Documents:\n(.*)", prompt)
     return f"I read it. \\boxed{{{found[1] if found else 'unknown'}}}"
 
 
@@ -98,7 +106,9 @@ class Ultrarag:
     def __init__(self, folder: Path, url: str) -> None:
         self.folder = folder
         shutil.copytree(CHECKOUT, folder, ignore=shutil.ignore_patterns(".git", "ui", "docs"))
-        self.servers = write_servers(folder, url)
+        write_servers(folder, url)
+        with (folder / "servers" / "prompt" / "parameter.yaml").open("a") as file:  # as its comments there say
+            file.write("\ncheck_psg_template: prompt/check_passages.jinja\ngen_subq_template: prompt/gen_subq.jinja\n")
         self.environment = {**os.environ, "PATH": f"{PEER}{os.pathsep}{os.environ['PATH']}"}
 
     def example(self, name: str, servers: Mapping[str, str] | None = None) -> Path:
@@ -119,20 +129,19 @@ class Ultrarag:
         written.write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
         return file
 
-    def run(self, file: Path) -> dict[str, Any]:
+    def run(self, file: Path, seconds: float = 600) -> dict[str, Any]:
         """Run a pipeline that was built; the last value of each variable."""
         output = self.folder / "output"
         shutil.rmtree(output, ignore_errors=True)
-        self.call("run", file)
+        self.call("run", file, seconds=seconds)
         [memory] = output.glob("memory_*.json")
         steps = json.loads(memory.read_text(encoding="utf-8"))
         return {name.removeprefix("memory_"): value for step in steps for name, value in step["memory"].items()}
 
-    def call(self, *words: object, fails: bool = False) -> str:
+    def call(self, *words: object, fails: bool = False, seconds: float = 600) -> str:
         command = [str(PEER / "ultrarag"), *map(str, words)]
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300
-        )
+        options: dict[str, Any] = {"cwd": self.folder, "env": self.environment, "timeout": seconds}
+        done = subprocess.run(command, capture_output=True, text=True, **options)
         said = done.stdout + done.stderr
         assert (done.returncode != 0) == fails, said[-6000:]
         return said

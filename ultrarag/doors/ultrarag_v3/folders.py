@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from ultrarag.errors import UsageError
+from ultrarag.packages import install
 
 #: Name of a server -> the folder that it gets below servers/.
 FOLDERS = {"retriever": "live_retriever", "reranker": "live_reranker"}
@@ -85,8 +87,10 @@ def write_servers(checkout: str | Path, url: str = "http://127.0.0.1:8080") -> d
         The folder of each server, and whether its parameters are new.
 
     Raises:
-        UsageError: the folder is no checkout, cannot be written, or the address is none.
+        UsageError: the folder is no checkout, cannot be written, or the address is none; or the MCP SDK is missing.
     """
+    if find_spec("mcp") is None:
+        raise UsageError(f"the servers run in this environment, which lacks the MCP SDK: {install('mcp')}")
     servers = Path(checkout) / "servers"
     if not servers.is_dir():
         raise UsageError(f"'{checkout}' is no checkout of UltraRAG: it has no folder servers")
