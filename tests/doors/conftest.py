@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 #: Folder of a door -> the module that its framework is.
 FRAMEWORKS = {
+    "coming_from": "FlagEmbedding",
     "haystack": "haystack",
     "langchain": "langchain_core",
     "llamaindex": "llama_index",
