@@ -256,6 +256,7 @@ def told(
         "added": seen.added,
         "lost": lost,
         "live": status["index"]["live"]["id"],
+        "MiB every tenth of the round": [round(size / 2**20) for size in sizes[::tenth]],
         "MiB at first, at last, at most": [
             round(value / 2**20) for value in (median(sizes[:tenth]), median(sizes[-tenth:]), max(sizes))
         ],

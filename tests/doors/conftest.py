@@ -9,6 +9,7 @@ PEER = Path(sys.prefix) / "peer"
 
 #: Folder of a door -> the module that its framework is.
 FRAMEWORKS = {
+    "coming_from": "FlagEmbedding",
     "haystack": "haystack",
     "langchain": "langchain_core",
     "llamaindex": "llama_index",

@@ -6,12 +6,23 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.feedback import FILE, FeedbackLog, Rules, Schedule, TrainingRows, freeze, training_rows
+from ultrarag.retrieve.feedback import (
+    FILE,
+    FeedbackLog,
+    Position,
+    Rules,
+    Schedule,
+    TrainingRows,
+    estimate,
+    freeze,
+    training_rows,
+)
 from ultrarag.retrieve.search import Hits
 
 #: What a refresh takes in place of training data: the rows that feedback gives.
@@ -94,11 +105,23 @@ class Signals:
 
         Args:
             since: only searches, or events, since then (seconds since 1970).
-            rules: thresholds; default: Rules().
+            rules: thresholds; default: Rules(). Where eta is None, it is estimated from the whole log.
             verify: called with (query, text) pairs of citations that nothing else confirms; says of each whether it is
                 relevant. Default: these are not used.
         """
-        return training_rows(self.feedback_log.queries(since), self._core.store.get, rules, verify)
+        log, rules, told = self.feedback_log, Rules() if rules is None else rules, {}
+        if isinstance(rules, Rules) and rules.eta is None:
+            found = self.position_bias(rules)
+            rules = replace(rules, eta=found.eta)
+            told = {"clicks that tell the position bias": found.clicks}
+        made = training_rows(log.queries(since), self._core.store.get, rules, verify)
+        made.report |= {"position bias": round(float(rules.eta or 0.0), 2), **told}
+        return made
+
+    def position_bias(self, rules: Rules | None = None) -> Position:
+        """How fast examinations fall with the rank, by what one query found at several ranks; 1 until that tells it."""
+        log, rules = self.feedback_log, rules or Rules()
+        return estimate(log.queries(clicked=True), log.clicked(), rules.most_per_client)
 
     def schedule(self, every: str = "daily", **thresholds: int) -> Schedule:
         """Decides when a refresh from feedback may begin; see `ultrarag.retrieve.feedback.Schedule`."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, print_error, run_command, underscored
 from ultrarag.packages import install
+from ultrarag.service.allocator import bound_arenas
 from ultrarag.service.settings import Limits, Settings, read_token
 
 if TYPE_CHECKING:
@@ -285,6 +286,7 @@ _logging = ExitStack()
 
 def _opened(settings: Settings) -> Starlette:
     """Open the index, and make the application; the index is closed when it stops."""
+    bound_arenas()
     from ultrarag.service.app import create_app
 
     live = _open(settings)

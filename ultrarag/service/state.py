@@ -13,6 +13,7 @@ import numpy as np
 
 from ultrarag.errors import FingerprintError, UltraragError
 from ultrarag.retrieve import Encoding, Hits, LiveIndex
+from ultrarag.service.allocator import give_back
 from ultrarag.service.faults import Fault
 from ultrarag.service.habit import Habit
 from ultrarag.service.jobs import Job, Jobs
@@ -124,6 +125,7 @@ class Service:
 
     def _count(self, job: Job) -> None:
         self.metrics.jobs.labels(job.kind, job.state).inc()
+        give_back()  # a second model was loaded meanwhile
         if job.state == "done":
             self.metrics.swaps.labels("refresh").inc()
         if self.habit is not None:

@@ -1,7 +1,7 @@
 """The older and the peers' spellings of our flags, each with its translation.
 
 Two kinds: plain renames, and flags whose value must be rewritten. Those that can no longer be had raise an error
-which says what to use. They come from FlagEmbedding before 1.3, UltraRAG, RAG-Retrieval, and transformers 4.
+which says what to use. They come from FlagEmbedding before 1.3, UltraRAG, RAG-Retrieval, Tevatron, and transformers 4.
 """
 
 from __future__ import annotations
@@ -28,11 +28,21 @@ RENAMED = {
     "passage_instruction_format_for_rerank": "passage_instruction_format",
     # RAG-Retrieval
     "dataset": "train_data",
+    "train_dataset": "train_data",
+    "val_dataset": "eval_data",
+    "all_gather": "negatives_cross_device",
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "log_with": "report_to",
     "num_max_checkpoints": "save_total_limit",
+    # Tevatron
+    "train_dir": "train_data",
+    "q_max_len": "query_max_len",
+    "p_max_len": "passage_max_len",
+    "train_n_passages": "train_group_size",
+    "negatives_x_device": "negatives_cross_device",
+    "gc_p_chunk_size": "sub_batch_size",
     # transformers 4
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -169,6 +179,18 @@ REWRITTEN = (
         "enable_sub_batch",
         "bool",
         "Has no effect: give --sub_batch_size its number instead.",
+        lambda value: {},
+    ),
+    _old(
+        "grad_cache",
+        "bool",
+        "Has no effect: --sub_batch_size (Tevatron's --gc_p_chunk_size) asks for it.",
+        lambda value: {},
+    ),
+    _old(
+        "gc_q_chunk_size",
+        "int",
+        "Has no effect: queries are cut as passages are, by --sub_batch_size.",
         lambda value: {},
     ),
     _old("neg_nums", "int", "Negatives per query: --train_group_size less one.", _negatives),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.feedback.frozen import freeze
     from ultrarag.retrieve.feedback.labels import Label, Rules, wilson
     from ultrarag.retrieve.feedback.log import ACTIONS, FILE, FeedbackLog, LoggedQuery
+    from ultrarag.retrieve.feedback.position import Position, estimate
     from ultrarag.retrieve.feedback.rows import TrainingRows, training_rows
     from ultrarag.retrieve.feedback.schedule import Readiness, Schedule
     from ultrarag.retrieve.feedback.ubi import export_ubi, import_ubi

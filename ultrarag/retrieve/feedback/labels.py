@@ -16,6 +16,7 @@ from numbers import Real
 
 from ultrarag.errors import UsageError
 from ultrarag.retrieve.feedback.log import LoggedQuery
+from ultrarag.retrieve.feedback.position import ASSUMED
 
 #: Where a label comes from, the strongest first.
 SOURCES = ("vote", "citation", "clicks")
@@ -25,8 +26,8 @@ SOURCES = ("vote", "citation", "clicks")
 class Rules:
     """The thresholds of the rules; each is a proposal that the simulation in `benchmarks/feedback.py` was run with."""
 
-    #: how fast examinations fall with the rank
-    eta: float = 1.0
+    #: how fast examinations fall with the rank; None: estimated from the log, 1 until that tells it
+    eta: float | None = None
     #: share of examinations that end in a click, above which a passage is relevant, and below which it is not
     click_rate: float = 0.3
     #: standard deviations of the interval: 1.96 is 95 %
@@ -42,6 +43,8 @@ class Rules:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
+            if each.name == "eta" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
                 raise UsageError(f"rules: {each.name} is {value!r}; give a number of at least 0")
         for name in ("click_rate", "held_out"):
@@ -127,7 +130,7 @@ def _signals(asked: Asked, query: LoggedQuery, rules: Rules) -> None:
     asked.up += "answer_up" in of_answer
     for rank, (passage, _) in enumerate(query.hits, 1):
         evidence = asked.passages[passage]
-        evidence.examined += rank**-rules.eta
+        evidence.examined += rank ** -(ASSUMED if rules.eta is None else rules.eta)
         evidence.rank = min(rank, evidence.rank or rank)
     for action, passage in {(action, passage) for action, passage, *_ in query.events}:  # twice counts once
         if action == "click":

@@ -29,6 +29,8 @@ OF_A_PASSAGE = ("click", "cite", "relevant", "not_relevant", "unsure")
 #: About the answer that was made of the hits: these name none.
 OF_AN_ANSWER = ("answer_up", "answer_down")
 ACTIONS = (*OF_A_PASSAGE, *OF_AN_ANSWER)
+#: Of queries of which a hit was ever clicked.
+_CLICKED = "AND q.key IN (SELECT key FROM queries JOIN events USING (query_id) WHERE action = ?3)"
 #: What happens to a hit that was shown; a label may also be given to a passage that was found elsewhere.
 _SHOWN = ("click", "cite")
 #: Days after which queries and their events are deleted, unless another number is set.
@@ -223,11 +225,14 @@ class FeedbackLog:
 
     # what goes out
 
-    def queries(self, since: float | None = None, until: float | None = None) -> Iterator[LoggedQuery]:
+    def queries(
+        self, since: float | None = None, until: float | None = None, clicked: bool = False
+    ) -> Iterator[LoggedQuery]:
         """Iterate over the searches, the oldest first, each with its events.
 
         Args:
             since, until: seconds since 1970, of the search or of one of its events; `until` is excluded.
+            clicked: only those for queries of which a hit was ever clicked.
         """
         _check_time("since", since)
         _check_time("until", until)
@@ -235,12 +240,14 @@ class FeedbackLog:
         found = (
             "SELECT q.query_id, q.time, q.key, q.text, q.fingerprint, q.generation, q.options, q.hits, q.client, "
             "e.action, e.passage_id, e.client, e.time FROM queries q LEFT JOIN events e ON e.query_id = q.query_id "
-            "WHERE (q.time >= ?1 AND q.time < ?2) OR q.query_id IN "
-            "(SELECT query_id FROM events WHERE time >= ?1 AND time < ?2) ORDER BY q.time, q.query_id, e.number"
+            "WHERE ((q.time >= ?1 AND q.time < ?2) OR q.query_id IN "
+            "(SELECT query_id FROM events WHERE time >= ?1 AND time < ?2)) "
+            f"{_CLICKED if clicked else ''} "
+            "ORDER BY q.time, q.query_id, e.number"
         )
         with self._database.reading() as db:
             query: LoggedQuery | None = None
-            for row in db.execute(found, (low, high)):
+            for row in db.execute(found, (low, high, *(["click"] if clicked else []))):
                 if query is None or query.query_id != row[0]:
                     if query is not None:
                         yield query
@@ -249,6 +256,12 @@ class FeedbackLog:
                     query.events.append((row[9], row[10], row[11], row[12]))
             if query is not None:
                 yield query
+
+    def clicked(self) -> set[tuple[int, str]]:
+        """(query's key, passage id) of all clicks."""
+        found = "SELECT DISTINCT key, passage_id FROM events JOIN queries USING (query_id) WHERE action = 'click'"
+        with self._database.reading() as db:
+            return set(db.execute(found).fetchall())
 
     def get(self, query_id: str) -> LoggedQuery | None:
         """One search with its events, or None."""
