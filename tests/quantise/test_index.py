@@ -102,6 +102,6 @@ def test_a_pair_that_nobody_measured_is_refused(quantised: Path, plain: Path, tm
 @needs_nncf
 def test_a_refresh_of_an_index_in_int8_is_a_full_one(kept: Path, tmp_path: Path):
     rows = [{"query": text, "pos": [text]} for text in TEXTS]
-    with index(tmp_path / "kb", Encoder.load(kept, precision="int8")) as live:
-        with pytest.raises(UsageError, match=r"effort='query' learns by the stored vectors.*give effort='full'"):
-            live.refresh(rows, output_dir=tmp_path / "new", gate=False, effort="query")
+    live = index(tmp_path / "kb", Encoder.load(kept, precision="int8"))
+    with live, pytest.raises(UsageError, match=r"effort='query' learns by the stored vectors.*give effort='full'"):
+        live.refresh(rows, output_dir=tmp_path / "new", gate=False, effort="query")
