@@ -427,7 +427,56 @@ class ZvecGraph(Zvec):
         return zvec.HnswRabitqQueryParam(ef=effort, is_using_refiner=True)
 
 
+class Ours(Contender):
+    """The library's engine `ivf`, through what every engine of it does: ids, metadata, filters, durable writes."""
+
+    efforts, rescores = (4, 8, 16, 32), True
+
+    def build(self, vectors: np.ndarray) -> None:
+        from ultrarag.retrieve.engines import Schema, create
+
+        engine = create(self.folder / "index", Schema(dense=self.dim), "ivf")
+        for start, part in batches(vectors):
+            self._write(engine, start, part)
+        engine.optimize()
+        engine.close()
+
+    def open(self) -> None:
+        from ultrarag.retrieve.engines import open_backend
+
+        self.engine = open_backend(self.folder / "index", verify=False)
+
+    def search(self, query: np.ndarray, count: int, effort: int) -> np.ndarray:
+        return self._found(query, effort, None)
+
+    def filtered(self, query: np.ndarray, count: int, effort: int, passing: np.ndarray, label: str) -> np.ndarray:
+        return self._found(query, effort, {label: 3})
+
+    def add(self, first: int, vectors: np.ndarray) -> None:
+        self._write(self.engine, first, vectors)
+
+    def delete(self, rows: np.ndarray) -> None:
+        self.engine.delete([f"p{row}" for row in rows])
+
+    def _write(self, engine: Any, first: int, vectors: np.ndarray) -> None:
+        from ultrarag.types import Embeddings
+
+        numbers = range(first, first + len(vectors))
+        for start in range(0, len(vectors), 1000):
+            part = slice(start, start + 1000)
+            rows = [f"p{row}" for row in numbers[part]]
+            engine.upsert(rows, Embeddings(dense=vectors[part]), [labels(row) for row in numbers[part]])
+        engine.flush()
+
+    def _found(self, query: np.ndarray, effort: int, only: Any) -> np.ndarray:
+        from ultrarag.retrieve.engines.ivf import codes
+
+        codes.PROBES = effort
+        return np.array([int(id[1:]) for id, _ in self.engine.search_dense(query, 10, only)])
+
+
 CONTENDERS: dict[str, type[Contender]] = {
+    "ultrarag ivf": Ours,
     "qdrant-edge, HNSW float32 (until now)": Qdrant,
     "qdrant-edge, HNSW int8": QdrantBytes,
     "qdrant-edge, HNSW binary": QdrantBits,
