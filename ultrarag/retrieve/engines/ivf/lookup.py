@@ -1,4 +1,4 @@
-"""Which rows of a table hold a key (an id, or a fact of the metadata): sorted runs in files, and a short list in memory.
+"""Which rows of a table hold a key, an id or a fact: sorted runs in files, and a short list in memory.
 
 A key is known by 64 bits of its digest: whoever asks for an id compares the id itself, and of 60 million facts one
 meets a fact that was asked for with a chance of 3 in 10^12.
@@ -6,7 +6,6 @@ meets a fact that was asked for with a chance of 3 in 10^12.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,11 +131,9 @@ class Lookup:
         if places := self._places.get(number):
             rows, values = ([held[place] for place in places] for held in (self._rows, self._values))
             found.append((np.array(rows, np.int32), np.array(values, np.float64)))
-        return (
-            (np.concatenate([one for one, _ in found]), np.concatenate([one for _, one in found]))
-            if found
-            else _NOTHING
-        )
+        if not found:
+            return _NOTHING
+        return np.concatenate([rows for rows, _ in found]), np.concatenate([values for _, values in found])
 
     def candidates(self, keys: Sequence[str]) -> list[list[int]]:
         """For each key the rows that may hold it, newest first."""
@@ -151,13 +148,6 @@ class Lookup:
             found[asked].extend(self._rows[place] for place in self._places.get(number, ()))
             found[asked].reverse()
         return found
-
-    def remove_others(self) -> None:
-        """Remove the files of runs that were joined into later ones."""
-        kept = {self.path(run.first, run.last).name for run in self.runs}
-        for name in os.listdir(self._folder):
-            if name.startswith(self._prefix) and name not in kept:
-                (self._folder / name).unlink()
 
     def _clear_tail(self, first: int) -> None:
         self._first = first
