@@ -508,7 +508,7 @@ def small_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the engine `ivf` do with hundreds of passages what it does with many."""
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.engine.EXACT_ROWS", 300)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.engine.FEW", 20)
-    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.PARTITION_ROWS", 150)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.PARTITION_ROWS", 400)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.lookup.TAIL_ROWS", 100)
 
 

@@ -49,6 +49,8 @@ DEAD_ROWS = 1000
 class IVF:
     """Dense vectors on the disk, their codes in memory."""
 
+    _table: Table
+
     def __init__(self, directory: Path, schema: Schema, read_only: bool = False) -> None:
         check_library()
         self.directory, self.schema, self._read_only = directory, schema, read_only
@@ -274,7 +276,7 @@ class IVF:
     def _save_codes(self) -> None:
         if self._codes is not None and self._codes.rows != self._saved:
             with self._named_errors(), replacing(self._codes_path(self._codes.rows)) as file:
-                self._codes.write(file)  # type: ignore[arg-type]
+                self._codes.write(file)
             self._saved, self._dirty = self._codes.rows, True
 
     # Searching

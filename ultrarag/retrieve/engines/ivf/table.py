@@ -57,10 +57,10 @@ class Growing:
         shape = (-1, width) if width else (-1,)
         if not self.size:
             return np.zeros((0, width) if width else 0, kind)
-        held = np.memmap(self.path, kind, "r", shape=(self.size // np.dtype(kind).itemsize,))
+        held = mmap.mmap(self.handle, self.size, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
-            held._mmap.madvise(mmap.MADV_RANDOM)
-        return held.reshape(shape)
+            held.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(held, kind).reshape(shape)
 
 
 class Table:
