@@ -19,7 +19,7 @@ from live_index_contenders import vectors as clustered
 #: texts encoded at a time, each time kept
 CHUNK = 8192
 #: texts of which vectors are made; what more is asked for are variants
-MOST_ENCODED = 40_960
+MOST_ENCODED = 32_768
 SENTENCE = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])")
 CHINESE = re.compile("[\u4e00-\u9fff]")
 WINDOWS, LONGEST = (130, 260), 1200

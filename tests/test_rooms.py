@@ -37,7 +37,7 @@ ORDER = [
     {"finetune/step"},
     {"finetune"},
     {"retrieve/bm25"},
-    {"retrieve/engines", "retrieve/engines/qdrant", "retrieve/engines/milvus"},
+    {"retrieve/engines", "retrieve/engines/ivf", "retrieve/engines/qdrant", "retrieve/engines/milvus"},
     {"retrieve/generation"},
     {"retrieve/search"},
     {"encode/ray"},

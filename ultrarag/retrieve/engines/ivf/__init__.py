@@ -1,4 +1,4 @@
-"""IVF: dense vectors in a process of few gigabytes, as codes of two bits a dimension in partitions of the space.
+"""IVF: dense vectors in little memory, as codes of two bits a dimension in partitions of the space.
 
 `engine` is the engine; `table` keeps the rows durably, `lookup` finds those with an id or a fact, `codes` finds
 candidates, which are scored anew by their vectors on the disk.
