@@ -51,8 +51,8 @@ def compare(options: argparse.Namespace) -> None:
     truth(*files, options.folder / f"{options.vectors}-{options.size}-truth.npz")
     path = options.output or RESULTS / f"dense_engines_{options.vectors}_{options.size}.json"
     for name in options.contenders or CONTENDERS:
-        report = json.loads(path.read_text()) if path.exists() else {"contenders": {}}
         found = {**measured(name, options), "load average": round(os.getloadavg()[0], 1)}
+        report = json.loads(path.read_text()) if path.exists() else {"contenders": {}}
         report = {
             **origin(1, ("numpy",)),
             "versions": {**report.get("versions", {}), **versions()},
