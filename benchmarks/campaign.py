@@ -1,6 +1,6 @@
 """Kill -9, SIGTERM and Ctrl-C at random moments of every command that touches an index; count what is lost.
 
-    python benchmarks/campaign.py [--rounds 1000] [--seconds 480] [--engine numpy qdrant-edge shared] [--seed 0]
+    python benchmarks/campaign.py [--rounds 1000] [--seconds 480] [--engine numpy qdrant-edge ivf shared] [--seed 0]
     python benchmarks/campaign.py --rounds 200 --kinds query map --output benchmarks/results/campaign_shared.json
 
 Each round runs one command of `ultrarag index` (or opens the index, or opens it and writes on and on) in a forked
@@ -38,7 +38,7 @@ from ultrarag import Encoder
 
 RESULT = Path(__file__).parent / "results" / "campaign.json"
 #: How often an engine has its turn: a killed writer of a shared index is waited for until its lease expires.
-ENGINES = {"qdrant-edge": 4, "numpy": 4, "shared": 1}
+ENGINES = {"qdrant-edge": 4, "ivf": 4, "numpy": 4, "shared": 1}
 #: What is counted -> what the rounds call it.
 COUNTS = {
     "acknowledged writes lost": "lost",
@@ -100,7 +100,7 @@ def import_all() -> None:
     import ultrarag.retrieve.command.commands  # noqa: F401
 
     Encoder.load(MODEL, adapter="bgem3", device="cpu")
-    for name in ("qdrant.embedded", "milvus", "milvus.server", "numpy_engine"):
+    for name in ("qdrant.embedded", "ivf.engine", "milvus", "milvus.server", "numpy_engine"):
         try:
             import_module(f"ultrarag.retrieve.engines.{name}")
         except ImportError:

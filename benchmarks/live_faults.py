@@ -48,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--builds", type=int, help="how many of the rounds also build and swap (default: a fifth)")
-    parser.add_argument("--backend", choices=["numpy", "qdrant-edge"], default="numpy")
+    parser.add_argument("--backend", choices=["numpy", "qdrant-edge", "ivf"], default="numpy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the index here (default: a temporary folder)")
     asked = parser.parse_args()

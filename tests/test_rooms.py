@@ -40,7 +40,7 @@ ORDER = [
     {"finetune"},
     {"quantise"},
     {"retrieve/bm25"},
-    {"retrieve/engines", "retrieve/engines/qdrant", "retrieve/engines/milvus"},
+    {"retrieve/engines", "retrieve/engines/ivf", "retrieve/engines/qdrant", "retrieve/engines/milvus"},
     {"retrieve/generation"},
     {"retrieve/search"},
     {"encode/ray"},

@@ -24,6 +24,7 @@ TESTED = {
     "scikit-learn": "1.9.1",
     "scipy": "1.17.1",
     "starlette": "1.10.0",
+    "turbovec": "1.1.2",
     "uvicorn": "0.54.0",
 }
 

@@ -42,7 +42,8 @@ def check(checks, live: LiveIndex, passages=PASSAGES, events=()):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the campaign takes in what lost its parent")
 def test_rounds_count_nothing(tmp_path: Path) -> None:
     seed = str(os.getpid())
-    engines = ["numpy", *(["qdrant-edge"] if importlib.util.find_spec("qdrant_edge") else [])]
+    libraries = {"qdrant-edge": "qdrant_edge", "ivf": "turbovec"}
+    engines = ["numpy", *(name for name, library in libraries.items() if importlib.util.find_spec(library))]
     command = ["--rounds", "8", "--engine", *engines, "--folder", str(tmp_path / "work"), "--seed", seed]
     command += ["--output", str(tmp_path / "result.json")]
     done = subprocess.run([sys.executable, str(HERE / "campaign.py"), *command], capture_output=True, text=True)

@@ -109,7 +109,7 @@ class LiveIndex(AsyncMethods, Signals):
             checkpoints: for a shared index: a folder that all its processes see; default: in `path`, which suits
                 processes on one machine.
             encoder: needed; its checkpoint is copied into the index, so the original may be moved or deleted.
-            backend: the vector engine: "qdrant-edge" or "numpy", whose vectors lie in the index, or a server, such as
+            backend: the vector engine: "qdrant-edge", "ivf" or "numpy", whose vectors lie in the index, or a server, as
                 "qdrant://host:6333" or "milvus://host:19530" (docs/backends.md); default: the first embedded one that
                 is installed.
             heads: the heads to store; default: all that the encoder has.

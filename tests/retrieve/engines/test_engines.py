@@ -18,6 +18,8 @@ from ultrarag.retrieve.engines.registry import BACKENDS, Backend, Schema, create
 from ultrarag.types import Embeddings, Sparse
 
 DIM, TOKEN_DIM, VOCABULARY = 16, 8, 50
+#: what an engine is imported from, where a platform may lack it
+LIBRARIES = {"qdrant-edge": "qdrant_edge", "ivf": "turbovec"}
 SCHEMA = Schema(dense=DIM, sparse=True, colbert=TOKEN_DIM, fingerprint="f1")
 
 
@@ -47,8 +49,8 @@ def langs(count: int) -> list[dict]:
 
 @pytest.fixture(params=list(BACKENDS))
 def name(request: pytest.FixtureRequest) -> str:
-    if request.param == "qdrant-edge":
-        pytest.importorskip("qdrant_edge")
+    if request.param in LIBRARIES:
+        pytest.importorskip(LIBRARIES[request.param])
     return request.param
 
 
@@ -370,11 +372,17 @@ def test_what_was_flushed_survives_a_crash(name: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 @pytest.mark.parametrize(
     ("engine", "stride"),
-    [("numpy", 20), ("bm25", 12), ("qdrant-edge", 12), pytest.param("qdrant-edge", 4, marks=pytest.mark.long)],
+    [
+        ("numpy", 20),
+        ("bm25", 12),
+        ("ivf", 20),
+        ("qdrant-edge", 12),
+        pytest.param("qdrant-edge", 4, marks=pytest.mark.long),
+    ],
 )
 def test_an_owner_killed_while_it_opens_leaves_an_index_that_opens(engine: str, stride: int, tmp_path: Path) -> None:
-    if engine == "qdrant-edge":
-        pytest.importorskip("qdrant_edge")
+    if engine in LIBRARIES:
+        pytest.importorskip(LIBRARIES[engine])
     command = [sys.executable, str(Path(__file__).with_name("kill_while_opening.py")), str(tmp_path), engine]
     done = subprocess.run([*command, str(stride)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -444,6 +452,8 @@ def test_optimized_search_finds_nearly_what_exact_search_finds(
 ) -> None:
     if name == "qdrant-edge":
         monkeypatch.setattr("ultrarag.retrieve.engines.qdrant.embedded.HNSW_FROM_KB", 20)
+    if name == "ivf":
+        small_partitions(monkeypatch)
     backend = create(tmp_path / "index", Schema(dense=DIM), name)
     vectors, queries = embed(3000).dense, embed(20, seed=1).dense
     for start in range(0, 3000, 1000):
@@ -492,6 +502,14 @@ def test_searches_and_writes_in_many_threads(filled: Backend) -> None:
         thread.join()
     assert not failures
     assert filled.count() == 150
+
+
+def small_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the engine `ivf` do with hundreds of passages what it does with many."""
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.engine.EXACT_ROWS", 300)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.engine.FEW", 20)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.PARTITION_ROWS", 400)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.lookup.TAIL_ROWS", 100)
 
 
 @pytest.fixture

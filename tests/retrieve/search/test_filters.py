@@ -133,8 +133,8 @@ def _random_filter(rng: random.Random, depth: int = 0) -> dict:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_engines_agree_with_the_predicate_on_random_filters(name: str, tmp_path) -> None:
-    if name == "qdrant-edge":
-        pytest.importorskip("qdrant_edge")
+    if library := {"qdrant-edge": "qdrant_edge", "ivf": "turbovec"}.get(name):
+        pytest.importorskip(library)
     rng = random.Random(5)
     keys = ["a", "b", "c[0]", "d e", "a.b"]
     rows = [{key: _random_value(rng) for key in rng.sample(keys, rng.randrange(4))} for _ in range(150)]

@@ -66,7 +66,8 @@ def _create(parser: argparse.ArgumentParser) -> None:
     _trust(parser)
     parser.add_argument("--heads", type=_names, metavar="A,B", help="the heads to store; default: all of the model's")
     parser.add_argument(
-        "--backend", help="the vector engine: qdrant-edge, numpy, or a server: qdrant://HOST:6333, milvus://HOST:19530"
+        "--backend",
+        help="the vector engine: qdrant-edge, ivf, numpy, or a server: qdrant://HOST:6333, milvus://HOST:19530",
     )
     parser.add_argument("--uri", help="make an index in a server that many processes share; PATH is a mirror of it")
     _checkpoints(parser)

@@ -27,6 +27,7 @@ from ultrarag.retrieve.engines.server import COLLECTION_FILE
 BACKENDS = {
     "qdrant-edge": "ultrarag.retrieve.engines.qdrant.embedded:QdrantEdge",
     "numpy": "ultrarag.retrieve.engines.numpy_engine:NumpyBackend",
+    "ivf": "ultrarag.retrieve.engines.ivf.engine:IVF",
 }
 
 #: The same for servers, by the scheme of their URI.

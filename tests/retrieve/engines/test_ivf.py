@@ -1,0 +1,127 @@
+"""The engine `ivf` where it does what others do not: partitions, runs, tables written anew, kills while it writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.retrieve.engines.test_engines import DIM, SCHEMA, embed, langs, names, small_partitions
+from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.retrieve.engines import Schema, create, open_backend
+from ultrarag.types import Embeddings
+
+pytest.importorskip("turbovec")
+
+
+@pytest.fixture(autouse=True)
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_partitions(monkeypatch)
+
+
+def filled(folder: Path, count: int) -> tuple[np.ndarray, object]:
+    backend, vectors = create(folder, Schema(dense=DIM), "ivf"), embed(count).dense
+    for start in range(0, count, 500):
+        part = slice(start, start + 500)
+        backend.upsert(names(count)[part], Embeddings(dense=vectors[part]), langs(count)[part])
+    return vectors, backend
+
+
+def best(vectors: np.ndarray, query: np.ndarray, k: int) -> list[str]:
+    return [f"p{row}" for row in np.argsort(-(vectors @ query), kind="stable")[:k]]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+@pytest.mark.parametrize("rounds", [6, pytest.param(200, marks=pytest.mark.long)])
+def test_a_killed_writer_loses_nothing_that_was_acknowledged(rounds: int, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("kill_while_writing.py")
+    command = [sys.executable, str(script), str(tmp_path / "index"), str(rounds), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran, acknowledged, _ = map(int, done.stdout.split())
+    assert ran == rounds
+    assert acknowledged >= rounds
+
+
+def test_codes_that_were_not_written_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, backend = filled(tmp_path / "index", 1000)
+    backend.optimize()
+    late = embed(50, seed=5).dense
+    backend.upsert([f"late{row}" for row in range(50)], Embeddings(dense=late * 9), [{}] * 50)
+    backend.close()
+    again = open_backend(tmp_path / "index")
+    assert again.search_dense(late[7], 1)[0][0] == max(
+        (f"late{row}" for row in range(50)), key=lambda id: late[int(id[4:])] @ late[7]
+    )
+    again.close()
+    for path in (tmp_path / "index").glob("codes-*"):
+        path.write_bytes(b"no codes")
+    with pytest.raises(IndexStateError, match="codes-"):
+        open_backend(tmp_path / "index")
+
+
+def test_a_table_is_written_anew_while_searches_go_on(tmp_path: Path) -> None:
+    vectors, backend = filled(tmp_path / "index", 1000)
+    query, failures, stop = embed(1, seed=3).dense[0], [], threading.Event()
+    wanted = best(vectors, query, 3)
+
+    def search() -> None:
+        while not stop.is_set():
+            found = [id for id, _ in backend.search_dense(query, 3, exact=True)]
+            if found != wanted:
+                failures.append(found)
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    others = [id for id in names(1000) if id not in wanted]
+    for seed in range(4):
+        backend.upsert(others, Embeddings(dense=embed(len(others), seed).dense * 0.01), [{}] * len(others))
+    stop.set()
+    thread.join()
+    assert not failures
+    assert backend.count() == 1000
+    assert len(list((tmp_path / "index").glob("vectors-*"))) == 1
+    assert not (tmp_path / "index" / "vectors-1").exists()
+    backend.close()
+
+
+def test_what_was_not_flushed_is_cut_off(tmp_path: Path) -> None:
+    _, backend = filled(tmp_path / "index", 400)
+    backend.flush()
+    backend.close()
+    with open(tmp_path / "index" / "passages-1", "ab") as file:
+        file.write(b"half a passage")
+    (tmp_path / "index" / "checksums.json").unlink()
+    again = open_backend(tmp_path / "index")
+    again.upsert(["new"], Embeddings(dense=embed(1, seed=9).dense), [{}])
+    assert set(again.ids()) == {*names(400), "new"}
+    again.close()
+    open_backend(tmp_path / "index").close()
+
+
+def test_heads_of_another_engine_agree_after_a_crash(tmp_path: Path) -> None:
+    backend = create(tmp_path / "index", SCHEMA, "ivf")
+    backend.upsert(names(5), embed(5), langs(5))
+    backend.flush()
+    backend._heads.upsert(
+        ["ahead"], embed(1)[:1].__class__(sparse=embed(1).sparse, colbert=embed(1).colbert, mask=embed(1).mask), [{}]
+    )
+    backend._heads.delete(["p0"])
+    backend.close()
+    (tmp_path / "index" / "checksums.json").unlink()
+    again = open_backend(tmp_path / "index")
+    assert sorted(again.ids()) == names(5)[1:]
+    assert {id for id, _ in again.search_sparse(range(50), np.ones(50), 10)} <= set(names(5)[1:])
+    again.close()
+
+
+def test_the_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "turbovec", None)
+    with pytest.raises(UsageError, match="pip install turbovec=="):
+        create(tmp_path / "index", SCHEMA, "ivf")
+    assert not (tmp_path / "index").exists()

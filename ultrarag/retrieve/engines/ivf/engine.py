@@ -1,0 +1,441 @@
+"""The embedded engine for many dense vectors: candidates by codes of two bits a dimension, scored by what is on disk.
+
+Few passages are compared with all. Lexical weights and token vectors are held by another embedded engine, in a folder
+below. What is durable are the rows and a manifest, which says how much of them counts; it is replaced last.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.io import OwnerLock, read_seal, remove_seal, replacing, resource_error, seal, verify_seal, write_json
+from ultrarag.retrieve.engines.arrays import dense_query, prepare, products
+from ultrarag.retrieve.engines.base import SCHEMA_FILE, Backend, Progress, Schema, write_schema
+from ultrarag.retrieve.engines.ivf.codes import Codes, check_library
+from ultrarag.retrieve.engines.ivf.gate import Gate
+from ultrarag.retrieve.engines.ivf.table import BLOCK_ROWS, Facts, Table
+from ultrarag.retrieve.ranking import Scored, check_ids, check_k, ranked, through_ties, top
+from ultrarag.retrieve.search import Filter, facts, mask, parse
+from ultrarag.types import Embeddings
+
+MANIFEST = "manifest.json"
+#: Folder of the engine that holds the other heads.
+HEADS = "heads"
+#: What the names of the engine's files begin with, before the number of the table.
+OWN_FILES = ("vectors", "passages", "ends", "dead", "run", "codes")
+#: Rows from which on there are codes: fewer are compared with all, in 2 ms at 384 dimensions.
+EXACT_ROWS = 20_000
+#: As few that pass a filter are compared one by one.
+FEW = 1000
+#: Codes are made anew when there are so many times the rows that they were made for.
+GROWN = 4
+#: Rows whose codes are rather made again by the next owner than written.
+UNSAVED_ROWS = 10_000
+#: Candidates scored anew for each hit, and at least.
+OVERSAMPLING, LEAST_CANDIDATES = 4, 100
+#: Dead rows from which on the table is written anew, where they are more than those alive.
+DEAD_ROWS = 1000
+
+
+class IVF:
+    """Dense vectors on the disk, their codes in memory."""
+
+    _table: Table
+
+    def __init__(self, directory: Path, schema: Schema, read_only: bool = False) -> None:
+        check_library()
+        self.directory, self.schema, self._read_only = directory, schema, read_only
+        self._lock = OwnerLock(directory, read_only=read_only)
+        self._writing, self._gate = threading.RLock(), Gate()
+        self._closed, self._dirty, self._saved = False, True, 0
+        self._sums: dict[str, Any] = {}
+        self._codes: Codes | None = None
+        self._heads: Backend | None = None
+
+    @classmethod
+    def create(cls, directory: Path, schema: Schema) -> IVF:
+        """Create an empty engine in a missing or empty directory."""
+        check_library()
+        write_schema(directory, "ivf", schema)
+        engine = cls(directory, schema)
+        with engine._releasing():
+            engine._table = Table(directory, schema.dense or 0, {"number": 1})
+            if other := engine._other_heads():
+                from ultrarag.retrieve.engines.registry import create
+
+                engine._heads = create(directory / HEADS, other)
+            engine.flush()
+        return engine
+
+    @classmethod
+    def open(cls, directory: Path, schema: Schema, verify: bool = True, read_only: bool = False) -> IVF:
+        """Read what the last flush made durable; codes that were not written are made again."""
+        engine = cls(directory, schema, read_only)
+        with engine._releasing():
+            engine._sums = verify_seal(directory) if verify else read_seal(directory)
+            state = _read_manifest(directory)
+            if not read_only:
+                remove_seal(directory)
+                engine._remove_left_over(state)
+            engine._table = Table(directory, schema.dense or 0, state, read_only)
+            engine._load_heads(verify)
+            engine._load_codes(int(state["codes"]))
+            engine._dirty = False
+        return engine
+
+    def upsert(self, ids: Sequence[str], embeddings: Embeddings, payloads: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows, and let those die that had the same ids."""
+        ids, batch, payloads = prepare(self.schema, ids, embeddings, payloads)
+        found = [facts(payload) for payload in payloads]
+        with self._changing():
+            if self._heads is not None:
+                self._heads.upsert(ids, replace(batch, dense=None), payloads)
+            old = [row for row in self._table.find(ids) if row >= 0]
+            dense = np.zeros((len(ids), 0), np.float32) if batch.dense is None else batch.dense
+            self._append(ids, found, dense, old)
+            self._keep_fit()
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Let the rows of these ids die."""
+        check_ids(ids)
+        with self._changing():
+            if self._heads is not None:
+                self._heads.delete(ids)
+            rows = [row for row in self._table.find(list(dict.fromkeys(ids))) if row >= 0]
+            with self._gate.writing():
+                self._table.bury(rows)
+            self._keep_fit()
+
+    def search_dense(self, vector: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
+        """Score the candidates that codes give, or compare with all: where `exact`, and where few pass."""
+        k, query = check_k(k), dense_query(self.schema, vector)
+        with self._searching():
+            passing, share = self._passing(filter)
+            few = share * self._table.rows <= FEW
+            among_all = lambda hits: self._best(query, self._promising(query, hits, passing), hits)  # noqa: E731
+            if exact or few or self._codes is None:
+                return through_ties(among_all, k)
+            codes = self._codes
+
+            def among_candidates(hits: int) -> list[Scored]:
+                count = max(LEAST_CANDIDATES, OVERSAMPLING * hits)
+                return self._best(query, codes.search(query, count, passing, share), hits)
+
+            return through_ties(among_candidates, k, among_all)
+
+    def search_sparse(
+        self, token_ids: Sequence[int], weights: Sequence[float], k: int, filter: Filter = None
+    ) -> list[Scored]:
+        """See the engine that holds the lexical weights."""
+        return self._other("sparse").search_sparse(token_ids, weights, k, filter)
+
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+        """See the engine that holds the token vectors."""
+        return self._other("colbert").search_tokens(tokens, k, filter)
+
+    def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+        """Inner products with given passages."""
+        query = dense_query(self.schema, vector)
+        with self._searching():
+            rows = np.array(self._table.find(ids), np.int64)
+            scores = np.full(len(rows), np.nan)
+            scores[rows >= 0] = products(self._table.vectors[rows[rows >= 0]], query)
+            return scores
+
+    def score_sparse(self, token_ids: Sequence[int], weights: Sequence[float], ids: Sequence[str]) -> np.ndarray:
+        """Lexical scores of given passages."""
+        return self._other("sparse").score_sparse(token_ids, weights, ids)
+
+    def maxsim(self, tokens: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+        """MaxSim with given passages."""
+        return self._other("colbert").maxsim(tokens, ids)
+
+    def count(self) -> int:
+        """The number of passages stored."""
+        with self._searching():
+            return self._table.count
+
+    def ids(self) -> Iterator[str]:
+        """Iterate over a snapshot of the ids."""
+        with self._searching():
+            return iter([self._table.id_of(row) for row in np.flatnonzero(self._table.alive()).tolist()])
+
+    def vectors(self, ids: Sequence[str]) -> Embeddings:
+        """What is stored for these ids."""
+        with self._searching():
+            rows = self._table.find(ids)
+            if -1 in rows:
+                raise UsageError(f"'{self.directory}' stores no passage '{ids[rows.index(-1)]}'")
+            held = Embeddings() if self._heads is None else self._heads.vectors(ids)
+            if self.schema.dense:
+                held.dense = np.array(self._table.vectors[rows], np.float32)
+            return held
+
+    def flush(self) -> None:
+        """Make the rows durable, then let the manifest count them."""
+        with self._writing:
+            self._check_open()
+            if not self._dirty:
+                return
+            if self._read_only:
+                raise IndexStateError(f"'{self.directory}' is open for reading")
+            with self._named_errors():
+                if self._heads is not None:
+                    self._heads.flush()
+                self._table.sync()
+                write_json(self.directory / MANIFEST, {**self._table.state(), "codes": self._saved})
+            self._dirty = False
+            self._remove_left_over(_read_manifest(self.directory))
+
+    def optimize(self, progress: Progress | None = None) -> None:
+        """Write living rows anew where some are dead, and choose partitions for as many as there are."""
+        with self._changing():
+            if self._heads is not None:
+                self._heads.optimize(progress)
+            if self._table.count < self._table.rows:
+                self._rewrite()
+            elif self._codes is None or self._codes.trained < self._table.rows:
+                self._train()
+            self._save_codes()
+        self.flush()
+
+    def close(self) -> None:
+        """Flush, write the checksums, and let another owner in."""
+        with self._writing:
+            if self._closed:
+                return
+            if not self._read_only:
+                if self._codes is not None and self._codes.rows - self._saved > UNSAVED_ROWS:
+                    self._save_codes()
+                self.flush()
+            with self._gate.writing():
+                self._closed = True
+            try:
+                if self._heads is not None:
+                    self._heads.close()
+                if not self._read_only:
+                    with self._named_errors():
+                        seal(self.directory, self._files(), self._sums)
+            finally:
+                self._release()
+
+    # Writing
+
+    def _append(self, ids: Sequence[str], found: Sequence[Facts], dense: np.ndarray, old: Sequence[int]) -> None:
+        with self._gate.writing():
+            self._table.append(ids, found, dense)
+            self._table.bury(old)
+            self._encode_missing()
+
+    def _encode_missing(self) -> None:
+        """Make the codes of the rows that have none yet."""
+        if self._codes is not None:
+            for _, block in self._table.blocks(self._codes.rows):
+                self._codes.add(block)
+
+    def _keep_fit(self) -> None:
+        """Write the table anew where most of it is dead, and choose partitions anew where it has grown."""
+        dead = self._table.rows - self._table.count
+        if dead > DEAD_ROWS and dead > self._table.count:
+            self._rewrite()
+        elif self._table.rows >= (GROWN * self._codes.trained if self._codes else EXACT_ROWS):
+            self._train()
+
+    def _train(self) -> None:
+        """Make codes for all rows while searches use what there was."""
+        if not self.schema.dense or self._table.rows < EXACT_ROWS:
+            return
+        codes = _coded(self._table)
+        with self._gate.writing():
+            self._codes, self._saved, self._dirty = codes, 0, True
+
+    def _rewrite(self) -> None:
+        """Write living rows into a table of the next number, while searches use this one."""
+        old = self._table
+        table = Table(self.directory, old.dim, {"number": old.number + 1})
+        alive = np.flatnonzero(old.alive())
+        for start in range(0, len(alive), BLOCK_ROWS):
+            rows = alive[start : start + BLOCK_ROWS]
+            ids, found = [old.id_of(row) for row in rows], [old.facts_of(row) for row in rows]
+            table.append(ids, found, old.vectors[rows] if old.dim else np.zeros((len(rows), 0), np.float32))
+        codes = _coded(table) if self.schema.dense and table.rows >= EXACT_ROWS else None
+        with self._gate.writing():
+            self._table, self._codes, self._saved, self._dirty = table, codes, 0, True
+        old.close()
+        self.flush()
+
+    def _save_codes(self) -> None:
+        if self._codes is not None and self._codes.rows != self._saved:
+            with self._named_errors(), replacing(self._codes_path(self._codes.rows)) as file:
+                self._codes.write(file)
+            self._saved, self._dirty = self._codes.rows, True
+
+    # Searching
+
+    def _passing(self, filter: Filter) -> tuple[np.ndarray | None, float]:
+        """Which rows live and pass, None where all do, and what share of all that is."""
+        node, table = parse(filter), self._table
+        if node is None and table.count == table.rows:
+            return None, 1.0
+        passing = table.alive() & mask(node, table.lookup.get, table.rows)
+        return passing, float(np.count_nonzero(passing)) / max(1, table.rows)
+
+    def _promising(self, query: np.ndarray, k: int, passing: np.ndarray | None) -> np.ndarray:
+        """The rows that can be among the k best of all that pass: products of BLAS, which are not exact, decide."""
+        table = self._table
+        if passing is None or 4 * np.count_nonzero(passing) > table.rows:
+            parts = [block @ query for _, block in table.blocks()]
+            rows = np.arange(table.rows) if passing is None else np.flatnonzero(passing)
+            scores = (np.concatenate(parts) if parts else np.zeros(0, np.float32))[rows]
+        else:
+            rows = np.flatnonzero(passing)
+            parts = [table.vectors[rows[at : at + BLOCK_ROWS]] @ query for at in range(0, len(rows), BLOCK_ROWS)]
+            scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        if len(rows) <= k:
+            return rows
+        slack = 1e-5 * table.norm * float(np.linalg.norm(query))
+        return rows[scores >= np.partition(scores, len(scores) - k)[len(scores) - k] - slack]
+
+    def _best(self, query: np.ndarray, rows: np.ndarray, k: int) -> list[Scored]:
+        scores = products(self._table.vectors[rows], query)
+        places = top(scores, k)
+        return ranked([self._table.id_of(row) for row in rows[places].tolist()], scores[places], k)
+
+    def _other(self, head: str) -> Backend:
+        """The engine of another head."""
+        if self._heads is None or head not in self._heads.schema.heads:
+            raise UsageError(f"the index stores no {head} vectors")
+        with self._searching():
+            return self._heads
+
+    # Opening and closing
+
+    def _other_heads(self) -> Schema | None:
+        held = replace(self.schema, dense=None)
+        return held if held.heads else None
+
+    def _load_heads(self, verify: bool) -> None:
+        if not self._other_heads():
+            return
+        from ultrarag.retrieve.engines.registry import open_backend
+
+        self._heads = open_backend(self.directory / HEADS, None, verify, self._read_only)
+        if not self._sums and not self._read_only:
+            self._agree(self._heads)
+
+    def _agree(self, heads: Backend) -> None:
+        """After a crash keep what both engines hold; the log of all changes brings the rest."""
+        others = set(heads.ids())
+        rows = np.flatnonzero(self._table.alive()).tolist()
+        ours = {self._table.id_of(row): row for row in rows}
+        self._table.bury([row for id, row in ours.items() if id not in others])
+        heads.delete([id for id in others if id not in ours])
+
+    def _load_codes(self, rows: int) -> None:
+        if not self.schema.dense:
+            return
+        if rows:
+            with open(self._codes_path(rows), "rb") as file:
+                self._codes, self._saved = Codes.read(file), rows
+            self._encode_missing()
+        elif self._table.rows >= EXACT_ROWS:
+            self._codes = _coded(self._table)
+
+    def _codes_path(self, rows: int) -> Path:
+        return self.directory / f"codes-{self._table.number}-{rows}"
+
+    def _files(self) -> list[Path]:
+        codes = [self._codes_path(self._saved)] if self._saved else []
+        return [self.directory / SCHEMA_FILE, self.directory / MANIFEST, *self._table.files(), *codes]
+
+    def _remove_left_over(self, state: Mapping[str, Any]) -> None:
+        """Remove files of tables and codes that the manifest does not count."""
+        number, runs = state["number"], {f"{first}-{last}" for first, last in state["runs"]}
+        kept = (
+            {f"{kind}-{number}" for kind in OWN_FILES}
+            | {f"run-{number}-{rows}" for rows in runs}
+            | {f"codes-{number}-{state['codes']}"}
+        )
+        for path in self.directory.iterdir():
+            if path.name.partition("-")[0] in OWN_FILES and path.name not in kept:
+                path.unlink()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise IndexStateError(f"'{self.directory}' was closed; open it again")
+
+    @contextmanager
+    def _searching(self) -> Iterator[None]:
+        with self._gate.reading():
+            self._check_open()
+            yield
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._writing:
+            self._check_open()
+            if self._read_only:
+                raise IndexStateError(f"'{self.directory}' is open for reading")
+            self._dirty = True
+            with self._named_errors():
+                yield
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Say which directory an error of the file system is about."""
+        try:
+            yield
+        except OSError as error:
+            if found := resource_error(error, self.directory):
+                raise found from error
+            raise IndexStateError(
+                f"'{self.directory}' cannot be written ({error}); what was flushed before is untouched"
+            ) from error
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """Let go of everything when opening fails."""
+        try:
+            with self._named_errors():
+                yield
+        except BaseException:
+            self._closed = True
+            if self._heads is not None:
+                self._heads.close()
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        if hasattr(self, "_table"):
+            self._table.close()
+        self._lock.release()
+
+
+def _coded(table: Table) -> Codes:
+    """Codes of all rows of a table, in partitions chosen for them."""
+    codes = Codes.train(table.rows, lambda rows: np.asarray(table.vectors[rows]))
+    for _, block in table.blocks():
+        codes.add(block)
+    return codes
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        state: dict[str, Any] = json.loads(path.read_bytes())
+        if missing := {"number", "rows", "text", "dead", "norm", "runs", "codes"} - state.keys():
+            raise ValueError(f"'{min(missing)}' is missing")
+    except FileNotFoundError:
+        raise IndexStateError(f"'{path}' is missing; rebuild the vectors from the passages") from None
+    except ValueError as error:
+        raise IndexStateError(f"'{path}' is damaged ({error}); rebuild the vectors from the passages") from None
+    return state

@@ -1,0 +1,208 @@
+"""The rows of the engine: files that only grow, so that a flush costs what is new, and a crash leaves what was flushed.
+
+A passage that is written again gets a new row, and its old row dies. What a file holds beyond the sizes in the manifest
+was not flushed: the next owner cuts it off, and whoever writes the log of all changes writes it again.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ultrarag.errors import IndexStateError
+from ultrarag.retrieve.engines.ivf.lookup import Lookup
+
+#: Facts of a passage, as `ultrarag.retrieve.search.facts` gives them.
+Facts = Sequence[tuple[str, float]]
+#: Rows read at a time.
+BLOCK_ROWS = 8192
+#: Up to so many rows a scan reads what is mapped; of more it would keep the whole file in memory.
+MAPPED_SCAN_ROWS = 65_536
+#: Before an id, so that it is no fact: those begin with another character.
+_ID = "\0"
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Growing:
+    """A file that only grows; what lies behind `size` does not count."""
+
+    def __init__(self, path: Path, size: int, read_only: bool) -> None:
+        self.path, self.size = path, size
+        self.handle = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if (found := os.fstat(self.handle).st_size) < size:
+                raise IndexStateError(f"'{path}' has {found} bytes instead of {size}; rebuild the vectors")
+            if not read_only:
+                os.ftruncate(self.handle, size)
+        except BaseException:
+            os.close(self.handle)
+            raise
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write behind the end; return the size that the file has when this counts."""
+        place, left = self.size, memoryview(content).cast("B")
+        while left:
+            written = os.pwrite(self.handle, left, place)
+            place, left = place + written, left[written:]
+        return place
+
+    def array(self, kind: Any, width: int = 0) -> np.ndarray:
+        """What counts, mapped: (n,), or (n, width)."""
+        shape = (-1, width) if width else (-1,)
+        if not self.size:
+            return np.zeros((0, width) if width else 0, kind)
+        held = mmap.mmap(self.handle, self.size, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            held.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(held, kind).reshape(shape)
+
+
+class Table:
+    """Vectors, ids and facts by row."""
+
+    def __init__(self, folder: Path, dim: int, state: dict[str, Any], read_only: bool = False) -> None:
+        """Open what `state` described, or begin anew under its number."""
+        self.folder, self.dim, self.number = folder, dim, int(state["number"])
+        rows, name = int(state.get("rows", 0)), f"-{self.number}"
+        #: the largest length of a vector, also of dead ones
+        self.norm = float(state.get("norm", 0.0))
+        self._files: list[Growing] = []
+        try:
+            for kind, size in (
+                ("vectors", rows * dim * 4),
+                ("passages", int(state.get("text", 0))),
+                ("ends", rows * 8),
+                ("dead", int(state.get("dead", 0)) * 4),
+            ):
+                self._files.append(Growing(folder / f"{kind}{name}", size, read_only))
+            self._vectors, self._text, self._ends, self._dead = self._files
+            self.lookup = Lookup(folder, f"run{name}-")
+            self._alive = np.ones(rows, bool)
+            self._map()
+            self._alive[self._dead.array(np.int32)] = False
+            self._note(self.lookup.load(state.get("runs", [])))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def rows(self) -> int:
+        """Rows written, dead ones as well."""
+        return len(self.ends)
+
+    @property
+    def count(self) -> int:
+        """Rows that live."""
+        return self.rows - self._dead.size // 4
+
+    def state(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "number": self.number,
+            "rows": self.rows,
+            "text": self._text.size,
+            "dead": self._dead.size // 4,
+            "norm": self.norm,
+            "runs": [[run.first, run.last] for run in self.lookup.runs],
+        }
+
+    def files(self) -> list[Path]:
+        """All its files."""
+        return [
+            *(file.path for file in self._files),
+            *(self.lookup.path(run.first, run.last) for run in self.lookup.runs),
+        ]
+
+    def append(self, ids: Sequence[str], facts: Sequence[Facts], vectors: np.ndarray) -> None:
+        """Add rows; an error of the disk leaves the table as it was."""
+        if not ids:
+            return
+        lines = [_ENCODE([id, found]).encode() for id, found in zip(ids, facts, strict=True)]
+        ends = np.cumsum([len(line) for line in lines], dtype=np.int64) + self._text.size
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        contents = (vectors.data if vectors.size else b"", b"".join(lines), ends.data)
+        grown = self._files[:3]
+        sizes = [file.write(content) for file, content in zip(grown, contents, strict=True)]
+        first = self.rows
+        for file, size in zip(grown, sizes, strict=True):
+            file.size = size
+        self._map()
+        if vectors.size:
+            self.norm = max(self.norm, float(np.linalg.norm(vectors.astype(np.float64), axis=1).max()))
+        for row, (id, found) in enumerate(zip(ids, facts, strict=True), first):
+            self.lookup.add(row, [(_ID + id, 1.0), *found])
+        self.lookup.freeze(self.rows)
+
+    def bury(self, rows: Sequence[int]) -> None:
+        """Let living rows die."""
+        if len(rows):
+            held = np.array(rows, np.int32)
+            self._dead.size = self._dead.write(held.data)
+            self._alive[held] = False
+
+    def alive(self) -> np.ndarray:
+        """Which rows live, (rows,) bool."""
+        return self._alive[: self.rows]
+
+    def find(self, ids: Sequence[str]) -> list[int]:
+        """The living row of each id, -1 where there is none."""
+        found = self.lookup.candidates([_ID + id for id in ids])
+        return [
+            next((row for row in rows if self._alive[row] and self.id_of(row) == id), -1)
+            for id, rows in zip(ids, found, strict=True)
+        ]
+
+    def id_of(self, row: int) -> str:
+        """The id of a row."""
+        return str(self._passage(row)[0])
+
+    def facts_of(self, row: int) -> Facts:
+        """The facts of a row."""
+        return [(fact, value) for fact, value in self._passage(row)[1]]
+
+    def blocks(self, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """All vectors from a row on, with the first row of each block."""
+        for start in range(first, self.rows, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, self.rows)
+            if self.rows <= MAPPED_SCAN_ROWS:
+                yield start, self.vectors[start:stop]
+            else:
+                content = os.pread(self._vectors.handle, (stop - start) * self.dim * 4, start * self.dim * 4)
+                yield start, np.frombuffer(content, np.float32).reshape(-1, self.dim)
+
+    def sync(self) -> None:
+        """Make everything so far survive a power cut."""
+        for file in self._files:
+            os.fsync(file.handle)
+
+    def close(self) -> None:
+        """Let go of the files; closing twice is harmless."""
+        for file in self._files:
+            if file.handle >= 0:
+                os.close(file.handle)
+                file.handle = -1
+
+    def _passage(self, row: int) -> Any:
+        start = int(self.ends[row - 1]) if row else 0
+        return json.loads(os.pread(self._text.handle, int(self.ends[row]) - start, start))
+
+    def _map(self) -> None:
+        #: (rows, dim) float32, of the file
+        self.vectors = self._vectors.array(np.float32, self.dim) if self.dim else np.zeros((0, 0), np.float32)
+        #: (rows,) int64, of the file
+        self.ends = self._ends.array(np.int64)
+        if len(self._alive) < len(self.ends):
+            room = max(len(self.ends), 2 * len(self._alive)) - len(self._alive)
+            self._alive = np.concatenate([self._alive, np.ones(room, bool)])
+
+    def _note(self, first: int) -> None:
+        """Enter the keys of the rows that no run holds yet."""
+        for row in range(first, self.rows):
+            id, found = self._passage(row)
+            self.lookup.add(row, [(_ID + id, 1.0), *found])
