@@ -448,6 +448,16 @@ def test_hits_that_differ_from_each_other(index: LiveIndex) -> None:
     for wrong in (2, -0.1, "x", True):
         with pytest.raises(UsageError, match="mmr is"):
             index.search("x", heads=["dense"], mmr=wrong)
+    sparse = Embeddings(sparse=index.encoder.encode([text_of(3)], "query").sparse)
+    with pytest.raises(UsageError, match="dense"):
+        index.search_embeddings(sparse, index.fingerprint, mmr=0.5)
+
+
+def test_hits_that_differ_need_dense_vectors(tmp_path: Path, tiny) -> None:
+    with LiveIndex.create(tmp_path / "kb", tiny, backend="numpy", heads=["sparse"]) as index:
+        assert repr(index) == f"LiveIndex('{tmp_path / 'kb'}')"
+        with pytest.raises(UsageError, match="mmr compares dense vectors, and the index has sparse, bm25"):
+            index.search("castle", mmr=0.5)
 
 
 # Adding

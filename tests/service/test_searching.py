@@ -39,6 +39,10 @@ def test_options_reach_the_search(served: Running) -> None:
     assert [hit["id"] for hit in among] == ["qdrant", "apfel"]
     bound = {"query": "vectors", "ids": ["apfel", "qdrant"], "min_scores": {"dense": among[0]["score"] - 0.01}}
     assert len(served.post("/v1/search", bound).json()["hits"]) == 1
+    apart = {"query": "vectors", "k": 2, "mmr": 0}
+    hits = served.live.search("vectors", 2, mmr=0)
+    assert [hit["id"] for hit in served.post("/v1/search", apart).json()["hits"]] == [hit.id for hit in hits]
+    assert served.post("/v1/search", {**apart, "mmr": 2}).status_code == 400
 
 
 def test_many_queries_are_searched_together(served: Running) -> None:

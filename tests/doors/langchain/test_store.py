@@ -17,6 +17,7 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from ultrarag.doors.langchain import UltraRAGEmbeddings, UltraRAGVectorStore
 from ultrarag.doors.langchain.filters import translated
 from ultrarag.errors import DataError, ExistsError, FingerprintError, IndexStateError, UsageError
+from ultrarag.retrieve import LiveIndex
 from ultrarag.retrieve.search import parse
 
 TEXTS = {
@@ -132,7 +133,7 @@ def test_relevance_without_cosines_is_refused(filled, swapped, monkeypatch) -> N
     for asked in ({"weights": {"bm25": 1}}, {"heads": ["bm25"]}):
         with pytest.raises(UsageError, match="relevance scores are cosines"):
             filled.similarity_search_with_relevance_scores(QUERY, **asked)
-    for wrong in (40, -0.1):
+    for wrong in (40, -0.1, "0.5"):
         with pytest.raises(UsageError, match="score_threshold is"):
             filled.similarity_search_with_relevance_scores(QUERY, score_threshold=wrong)
     monkeypatch.setattr(filled.index.encoder.settings, "normalize", False)
@@ -203,6 +204,20 @@ def test_a_model_with_several_heads_is_searched_by_its_dense_one(swapped) -> Non
     hits = swapped.search("castle", weights={"dense": 1, "colbert": 1}, normalize="raw")
     assert [score for _, score in found] == [hit.score for hit in hits]
     assert len(hybrid.similarity_search("castle", heads=["bm25"])) == 1
+
+
+def test_an_index_without_dense_vectors(tmp_path, tiny) -> None:
+    LiveIndex.create(tmp_path / "kb", tiny, backend="numpy", heads=["sparse"]).close()
+    store = UltraRAGVectorStore(tmp_path / "kb")
+    store.add_texts(["the old castle", "books"], ids=["castle", "books"])
+    assert store.embeddings is None
+    assert "castle" in ids(store.as_retriever().invoke("castle"))
+    for refused in (store.similarity_search_with_relevance_scores, store.max_marginal_relevance_search):
+        with pytest.raises(UsageError, match="dense"):
+            refused("castle")
+    with pytest.raises(UsageError, match="embeddings are dense vectors, and the model has sparse"):
+        UltraRAGEmbeddings(store.index)
+    store.index.close()
 
 
 # Documents

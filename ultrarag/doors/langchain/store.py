@@ -60,9 +60,10 @@ class UltraRAGVectorStore(VectorStore):
         return f"UltraRAGVectorStore({self.index!r})"
 
     @property
-    def embeddings(self) -> UltraRAGEmbeddings:
-        """The encoder of the index, whatever is swapped; its vectors can be searched with."""
-        return UltraRAGEmbeddings(self.index)
+    def embeddings(self) -> UltraRAGEmbeddings | None:
+        """The encoder of the index, whatever is swapped; its vectors can be searched with. None without dense ones."""
+        with self.index.encoding() as lent:
+            return UltraRAGEmbeddings(self.index) if DENSE in lent.heads else None
 
     # Making and changing
 
@@ -277,7 +278,7 @@ def _filtered(asked: dict[str, Any]) -> dict[str, Any]:
 def _least(asked: Mapping[str, Any]) -> float:
     """The cosine that a hit must have: of a threshold of 0, any."""
     threshold = asked.get("score_threshold") or 0
-    if not 0 <= threshold <= 1:
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise UsageError(f"score_threshold is {threshold!r}; it is a number from 0 to 1")
     return threshold or -sys.float_info.max
 
