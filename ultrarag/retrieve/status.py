@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
 def describe(layout: IndexLayout, store: Store) -> dict[str, Any]:
     """Plain JSON values: passages, write log, the live generation, all others, the owner, bytes on disk."""
     last, generations = store.last_seq(), Catalog(store).all()
-    described = [_describe(layout, store, generation, last) for generation in generations]
+    sizes = _sizes(str(layout.root))
+    described = [_describe(layout, store, generation, last, sizes) for generation in generations]
     owner = read_owner(layout.root)
     return {
         "path": str(layout.root),
@@ -53,14 +56,16 @@ def describe(layout: IndexLayout, store: Store) -> dict[str, Any]:
         "bridge": read_state(layout.root),
         "generations": described,
         "owner": asdict(owner) if owner else None,
-        "bytes": _bytes(layout.root),
+        "bytes": sizes.get(str(layout.root), 0),
     }
 
 
-def _describe(layout: IndexLayout, store: Store, generation: Generation, last: int) -> dict[str, Any]:
+def _describe(
+    layout: IndexLayout, store: Store, generation: Generation, last: int, sizes: Mapping[str, int]
+) -> dict[str, Any]:
     directory = layout.directory(generation.id)
     entry = {**asdict(generation), "heads": list(generation.heads), "behind": last - generation.applied_seq}
-    entry["bytes"] = _bytes(directory)
+    entry["bytes"] = sizes.get(str(directory), 0)
     entry["unencoded"] = store.unencoded(generation.vectors_of)
     entry["bridge"] = read_report(directory)
     if generation.state == "building":
@@ -76,13 +81,14 @@ def _progress(directory: Path) -> dict[str, Any]:
     return {"encoded": encoded, "total": total, "seconds": found.seconds, "seconds_left": left}
 
 
-def _bytes(path: Path) -> int:
-    """What the files below `path` occupy; engines preallocate files that are mostly holes."""
-    total = 0
-    for file in path.rglob("*"):
-        try:
-            status = file.lstat()
-        except OSError:  # gone since it was listed
-            continue
-        total += getattr(status, "st_blocks", status.st_size // 512) * 512
-    return total
+def _sizes(root: str) -> dict[str, int]:
+    """What the files below each folder occupy, looked at once; engines preallocate files that are mostly holes."""
+    sizes: dict[str, int] = {}
+    for folder, folders, names in os.walk(root, topdown=False):  # what is below comes first
+        total = sum(sizes.get(os.path.join(folder, name), 0) for name in folders)
+        for name in names:
+            with suppress(OSError):  # gone since it was listed
+                status = os.lstat(os.path.join(folder, name))
+                total += getattr(status, "st_blocks", status.st_size // 512) * 512
+        sizes[folder] = total
+    return sizes

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, print_error, run_command, underscored
 from ultrarag.packages import install
+from ultrarag.retrieve.command import parse_weights
 from ultrarag.service.allocator import bound_arenas
 from ultrarag.service.settings import Limits, Settings, read_token
 
@@ -49,16 +50,9 @@ def _parser(name: str, text: str) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoints", metavar="DIR", help="of a shared index: its folder of checkpoints")
     parser.add_argument("--device", help="where the encoder is loaded, such as cuda")
     parser.add_argument(
-        "--weights", type=_weights, metavar="A=1,B=0.5", help="weights of the heads, where none are given"
+        "--weights", type=parse_weights, metavar="A=1,B=0.5", help="weights of the heads, where none are given"
     )
     return parser
-
-
-def _weights(text: str) -> dict[str, float]:
-    try:
-        return {name: float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not of the form dense=1,bm25=0.5") from error
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -122,38 +123,28 @@ async def rerank_any(call: Call) -> Any:
     return [{"index": n, "score": s, **({"text": texts[n]} if body.return_text else {})} for n, s in found]
 
 
+_OWN = Endpoint(
+    "POST",
+    "/v1/rerank",
+    rerank,
+    "Order documents by their relevance for a query",
+    "jina",
+    body=RerankBody,
+    answer=RerankAnswer,
+    errors=(400, 404, 409),
+    shape="cohere",
+)
 ENDPOINTS = (
-    Endpoint(
-        "POST",
-        "/v1/rerank",
-        rerank,
-        "Order documents by their relevance for a query",
-        "jina",
-        body=RerankBody,
-        answer=RerankAnswer,
-        errors=(400, 404, 409),
-        shape="cohere",
-    ),
-    Endpoint(
-        "POST",
-        "/v2/rerank",
-        rerank_v2,
-        "The same, as Cohere's clients ask",
-        "cohere",
-        body=RerankBody,
-        answer=RerankAnswer,
-        errors=(400, 404, 409),
-        shape="cohere",
-    ),
-    Endpoint(
-        "POST",
-        "/rerank",
-        rerank_any,
-        "The same for clients of TEI (texts) and of Jina (documents)",
-        "tei",
+    _OWN,
+    replace(_OWN, path="/v2/rerank", run=rerank_v2, summary="The same, as Cohere's clients ask", tag="cohere"),
+    replace(
+        _OWN,
+        path="/rerank",
+        run=rerank_any,
+        summary="The same for clients of TEI (texts) and of Jina (documents)",
+        tag="tei",
         body=AnyRerankBody,
         answer=RerankAnswer | list[TeiRankedAnswer],
-        errors=(400, 404, 409),
         shape="tei",
     ),
 )

@@ -245,3 +245,6 @@ def test_the_file_is_written_durably(store: Store) -> None:
         assert isinstance(db, sqlite3.Connection)
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         assert db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+    for durable, synchronous in ((False, 1), (False, 1), (True, 2), (False, 1), (True, 2)):  # NORMAL, FULL
+        with store.database.transaction(durable) as db:
+            assert db.execute("PRAGMA synchronous").fetchone()[0] == synchronous

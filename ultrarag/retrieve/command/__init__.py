@@ -11,7 +11,7 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.command.feedback import feedback_main
-    from ultrarag.retrieve.command.parser import main, share_flags
+    from ultrarag.retrieve.command.parser import main, parse_weights, share_flags
     from ultrarag.retrieve.command.printing import built
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -245,7 +245,7 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
 
 def _fusion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", type=_weights, metavar="HEAD=X,...", help="weight of each head, such as dense=1,bm25=0.3"
+        "--weights", type=parse_weights, metavar="HEAD=X,...", help="weight of each head, such as dense=1,bm25=0.3"
     )
     parser.add_argument("--fusion", choices=["weighted", "rrf"], help="weighted sum, or reciprocal rank fusion")
     parser.add_argument("--normalize", choices=["minmax", "raw"], help="of each head's scores before they are weighted")
@@ -264,7 +264,8 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _weights(text: str) -> dict[str, float]:
+def parse_weights(text: str) -> dict[str, float]:
+    """Read "dense=1,bm25=0.3"; argparse.ArgumentTypeError for anything else."""
     weights: dict[str, float] = {}
     for part in _names(text):
         head, _, number = part.partition("=")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 
 from ultrarag.errors import UsageError
-from ultrarag.retrieve.feedback.log import LoggedQuery
+from ultrarag.retrieve.feedback.entries import LoggedQuery
 from ultrarag.retrieve.feedback.position import ASSUMED
 
 #: Where a label comes from, the strongest first.

@@ -12,27 +12,28 @@ import math
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Real
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import UsageError, did_you_mean
+from ultrarag.retrieve.feedback.entries import (
+    ACTIONS,
+    OF_A_PASSAGE,
+    SHOWN,
+    LoggedQuery,
+    check_id,
+    check_time,
+    hits_json,
+    logged,
+)
 from ultrarag.retrieve.feedback.forgotten import discard_forgotten
 from ultrarag.retrieve.passages import Database
 from ultrarag.rows import text_key
 
 FILE = "feedback.sqlite3"
-#: About a hit: these name a passage.
-OF_A_PASSAGE = ("click", "cite", "relevant", "not_relevant", "unsure")
-#: About the answer that was made of the hits: these name none.
-OF_AN_ANSWER = ("answer_up", "answer_down")
-ACTIONS = (*OF_A_PASSAGE, *OF_AN_ANSWER)
 #: Of queries of which a hit was ever clicked.
 _CLICKED = "AND q.key IN (SELECT key FROM queries JOIN events USING (query_id) WHERE action = ?3)"
-#: What happens to a hit that was shown; a label may also be given to a passage that was found elsewhere.
-_SHOWN = ("click", "cite")
 #: Days after which queries and their events are deleted, unless another number is set.
 RETENTION_DAYS = 180
 MOST_DAYS = 1_000_000
@@ -59,34 +60,6 @@ _TABLES = (
     "CREATE INDEX IF NOT EXISTS queries_by_time ON queries (time)",
     "CREATE INDEX IF NOT EXISTS queries_by_client ON queries (client)",
 )
-
-
-@dataclass(frozen=True)
-class LoggedQuery:
-    """One search as it was remembered."""
-
-    query_id: str
-    #: seconds since 1970
-    time: float
-    #: of the normalised text: the same for all ways to write it (case, width, spaces)
-    key: int
-    #: empty where texts are only hashed
-    text: str
-    #: of the encoder that answered, and its generation
-    fingerprint: str
-    generation: int
-    #: of the search: k, weights, filter, ...
-    options: dict[str, Any]
-    #: (passage id, score), best first
-    hits: list[tuple[str, float]]
-    #: keyed hash, "" where nobody was named
-    client: str
-    #: (action, passage id or "", client, seconds since 1970), in the order in which they came
-    events: list[tuple[str, str, str, float]] = field(default_factory=list)
-
-    def rank(self, passage_id: str) -> int | None:
-        """Where a passage stood, from 1; None where it was not among the hits."""
-        return next((rank for rank, (id, _) in enumerate(self.hits, 1) if id == passage_id), None)
 
 
 class FeedbackLog:
@@ -154,11 +127,11 @@ class FeedbackLog:
             at: seconds since 1970; default: now.
         """
         kept = self.texts == "kept"
-        _check_time("at", at)
+        check_time("at", at)
         told = json.dumps(dict(options or {}), ensure_ascii=False, sort_keys=True, default=str)
         when, who = time.time() if at is None else at, self.hashed(client)
         rows = [
-            (id, when, text_key(text), text if kept else "", fingerprint, generation, told, _json(hits), who)
+            (id, when, text_key(text), text if kept else "", fingerprint, generation, told, hits_json(hits), who)
             for id, text, hits in queries
         ]
         with self._database.transaction(durable=False) as db:
@@ -195,8 +168,8 @@ class FeedbackLog:
             wants = "the id of a passage" if action in OF_A_PASSAGE else "no passage: it is about the whole answer"
             raise UsageError(f"feedback '{action}' takes {wants}")
         for what, value in (("query", query_id), ("passage", passage_id), ("event", event_id)):
-            _check_id(what, value)
-        _check_time("at", at)
+            check_id(what, value)
+        check_time("at", at)
         with self._database.transaction() as db:
             asked = db.execute("SELECT hits, client FROM queries WHERE query_id = ?", (query_id,)).fetchone()
             if asked is None:
@@ -204,7 +177,7 @@ class FeedbackLog:
                     f"query '{query_id}' is not in the feedback log: search with log=True, and report within the "
                     f"{self.retention_days} days for which it is kept"
                 )
-            if action in _SHOWN and passage_id not in {id for id, _ in json.loads(asked[0])}:
+            if action in SHOWN and passage_id not in {id for id, _ in json.loads(asked[0])}:
                 raise UsageError(f"passage '{passage_id}' was not among the hits of query '{query_id}'")
             who = asked[1] if client is None else self.hashed(client)
             when = time.time() if at is None else at
@@ -234,8 +207,8 @@ class FeedbackLog:
             since, until: seconds since 1970, of the search or of one of its events; `until` is excluded.
             clicked: only those for queries of which a hit was ever clicked.
         """
-        _check_time("since", since)
-        _check_time("until", until)
+        check_time("since", since)
+        check_time("until", until)
         low, high = -math.inf if since is None else since, math.inf if until is None else until
         found = (
             "SELECT q.query_id, q.time, q.key, q.text, q.fingerprint, q.generation, q.options, q.hits, q.client, "
@@ -251,7 +224,7 @@ class FeedbackLog:
                 if query is None or query.query_id != row[0]:
                     if query is not None:
                         yield query
-                    query = _logged(row)
+                    query = logged(row)
                 if row[9] is not None:
                     query.events.append((row[9], row[10], row[11], row[12]))
             if query is not None:
@@ -271,7 +244,7 @@ class FeedbackLog:
             if row is None:
                 return None
             events = "SELECT action, passage_id, client, time FROM events WHERE query_id = ? ORDER BY number"
-            query = _logged(row)
+            query = logged(row)
             query.events.extend(db.execute(events, (query_id,)).fetchall())
         return query
 
@@ -340,7 +313,7 @@ class FeedbackLog:
         """
         if (client is None) == (before is None) or client == "":
             raise UsageError("forget takes a client, or a time before which all is deleted")
-        _check_time("before", before)
+        check_time("before", before)
         return self._forget(client, before)
 
     def _forget(self, client: str | None, before: float | None, days: float = 0) -> int:
@@ -405,37 +378,3 @@ class FeedbackLog:
         if client is None or client == "":
             return ""
         return hashlib.blake2b(str(client).encode("utf-8", "surrogatepass"), key=self._key, digest_size=12).hexdigest()
-
-
-def _check_time(name: str, value: Any) -> None:
-    """Refuse what SQLite would compare as a text: every number is smaller than that."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if value is not None and not (number and math.isfinite(value)):
-        raise UsageError(f"{name} is {value!r}; give a number of seconds since 1970, such as datetime.timestamp()")
-
-
-def _check_id(what: str, value: Any) -> None:
-    if value is None and what != "query":
-        return
-    if not isinstance(value, str):
-        raise UsageError(f"the id of the {what} is {type(value).__name__}, not a string")
-    if not _is_text(value):
-        raise UsageError(f"the id of the {what} holds a lone surrogate, which is not text")
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _json(hits: Iterable[tuple[str, float]]) -> str:
-    return json.dumps([[id, round(float(score), 6)] for id, score in hits], ensure_ascii=False)
-
-
-def _logged(row: Sequence[Any]) -> LoggedQuery:
-    hits = [(id, score) for id, score in json.loads(row[7])]
-    id, at, key, text, fingerprint, generation = row[:6]
-    return LoggedQuery(id, at, key, text, fingerprint, generation, json.loads(row[6]), hits, row[8])

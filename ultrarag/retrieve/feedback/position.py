@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ultrarag.retrieve.feedback.log import LoggedQuery
+from ultrarag.retrieve.feedback.entries import LoggedQuery
 
 #: What is taken until there is evidence.
 ASSUMED = 1.0

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ultrarag.errors import DataError, UsageError
+from ultrarag.retrieve.feedback.entries import LoggedQuery
 from ultrarag.retrieve.feedback.labels import Asked, Label, Rules, gathered, is_held_out, label, unverified
-from ultrarag.retrieve.feedback.log import LoggedQuery
 from ultrarag.types import Passage
 
 #: Says of (query, passage's text) pairs which are relevant, such as a reranker with a threshold.

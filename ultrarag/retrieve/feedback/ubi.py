@@ -14,7 +14,8 @@ from typing import Any
 
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io import replacing
-from ultrarag.retrieve.feedback.log import ACTIONS, FeedbackLog
+from ultrarag.retrieve.feedback.entries import ACTIONS
+from ultrarag.retrieve.feedback.log import FeedbackLog
 
 APPLICATION = "ultrarag"
 #: Names that other collectors give to what we call otherwise.

@@ -63,6 +63,8 @@ class Database:
         self.lock = threading.RLock()
         self._idle: list[sqlite3.Connection] = []
         self._closed = False
+        #: what the writer does now; it is opened so
+        self._durable = True
         #: called with what a transaction has done, before that is kept; an error undoes it
         self.before_commit: Callable[[sqlite3.Connection], None] | None = None
         #: called when a transaction was undone, maybe after `before_commit`
@@ -111,7 +113,7 @@ class Database:
         """
         with self.lock, named_errors(self.path):
             db = self._writing()
-            db.execute("PRAGMA synchronous=" + ("FULL" if durable else "NORMAL"))
+            self._flush_commits(db, durable)
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
@@ -124,6 +126,12 @@ class Database:
                 if self.after_rollback is not None:
                     self.after_rollback()
                 raise
+
+    def _flush_commits(self, db: sqlite3.Connection, durable: bool) -> None:
+        """Say whether a commit waits for the disk, where the last one on this connection was another kind."""
+        if durable != self._durable:
+            db.execute("PRAGMA synchronous=" + ("FULL" if durable else "NORMAL"))
+            self._durable = durable
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
