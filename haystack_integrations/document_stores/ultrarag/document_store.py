@@ -56,6 +56,7 @@ class UltraRAGDocumentStore(AsyncMethods):
         model: str | os.PathLike[str] | None = None,
         adapter: str | None = None,
         uri: str | None = None,
+        checkpoints: str | os.PathLike[str] | None = None,
         backend: str | None = None,
         heads: list[str] | None = None,
         bm25: bool = True,
@@ -74,6 +75,7 @@ class UltraRAGDocumentStore(AsyncMethods):
         :param adapter: The adapter that reads the model; default: the one that claims it.
         :param uri: Of an index that many processes share through a server, such as "qdrant://host:6333/name", which
             exists; `path` is then its mirror and may be left out.
+        :param checkpoints: Of a shared index: the folder with its checkpoints, if it has another path on this machine.
         :param backend: The vector engine of an index that is to be made.
         :param heads: The heads that it stores; default: all that the model has.
         :param bm25: Whether it also indexes words, as the head "bm25".
@@ -89,6 +91,7 @@ class UltraRAGDocumentStore(AsyncMethods):
             raise ValueError("UltraRAGDocumentStore needs the path of an index, or the uri of a shared one")
         self.path = None if path is None else str(path)
         self.model = None if model is None else str(model)
+        self.checkpoints = None if checkpoints is None else str(checkpoints)
         self.adapter, self.uri, self.backend, self.heads, self.bm25 = adapter, uri, backend, heads, bm25
         self.device, self.trust_remote_code = device, trust_remote_code
         self.meta_fields_to_embed, self.embedding_separator = meta_fields_to_embed or [], embedding_separator
@@ -109,6 +112,7 @@ class UltraRAGDocumentStore(AsyncMethods):
             model=self.model,
             adapter=self.adapter,
             uri=self.uri,
+            checkpoints=self.checkpoints,
             backend=self.backend,
             heads=None if self.heads is None else [*self.heads],  # one list in two places would be an alias in YAML
             bm25=self.bm25,
@@ -142,10 +146,11 @@ class UltraRAGDocumentStore(AsyncMethods):
             return self._opened
 
     def _open(self) -> LiveIndex:
-        options: dict[str, Any] = {"device": torch_device(self.device), "trust_remote_code": self.trust_remote_code}
+        options: dict[str, Any] = {"uri": self.uri, "checkpoints": self.checkpoints, "share": True}
+        options |= {"device": torch_device(self.device), "trust_remote_code": self.trust_remote_code}
         with _creating:
             encoder = None if self.uri is not None or _holds_something(Path(self.path or "")) else self._create()
-            return LiveIndex.open(self.path, encoder, uri=self.uri, share=True, **options)
+            return LiveIndex.open(self.path, encoder, **options)
 
     def _create(self) -> Encoder:
         """Make the index; returns its encoder, which is loaded."""
