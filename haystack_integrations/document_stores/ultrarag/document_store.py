@@ -20,6 +20,7 @@ from haystack_integrations.document_stores.ultrarag.filters import Choice, trans
 from haystack_integrations.document_stores.ultrarag.loading import Device, load_encoder, torch_device
 from haystack_integrations.document_stores.ultrarag.vectors import given_vectors, stored_vectors
 from haystack_integrations.document_stores.ultrarag.writing import ON_EXISTING, checked, in_haystacks_words
+from ultrarag.errors import FingerprintError
 from ultrarag.retrieve import LiveIndex, jsonable
 
 if TYPE_CHECKING:
@@ -223,8 +224,12 @@ class UltraRAGDocumentStore(AsyncMethods):
         :raises DocumentStoreError: For a document without content, or with meta that JSON cannot hold; names it.
         """
         with in_haystacks_words():
-            passages, options = self._to_write(documents, policy)
-            return _count(policy, passages, self.live.add(passages, **options))
+            passages, vectors = self._to_write(documents, policy)
+            try:
+                written = self.live.add(passages, on_existing=ON_EXISTING[policy], **vectors)
+            except FingerprintError:  # another encoder came in between: it makes its own
+                written = self.live.add(passages, on_existing=ON_EXISTING[policy])
+            return _count(policy, passages, written)
 
     async def write_documents_async(
         self, documents: list[Document], policy: DuplicatePolicy = DuplicatePolicy.NONE
@@ -233,20 +238,22 @@ class UltraRAGDocumentStore(AsyncMethods):
         As `write_documents`, by the threads that the index has for writes.
         """
         with in_haystacks_words():
-            passages, options = await asyncio.to_thread(self._to_write, documents, policy)
-            return _count(policy, passages, await self.live.aadd(passages, **options))
+            passages, vectors = await asyncio.to_thread(self._to_write, documents, policy)
+            try:
+                written = await self.live.aadd(passages, on_existing=ON_EXISTING[policy], **vectors)
+            except FingerprintError:
+                written = await self.live.aadd(passages, on_existing=ON_EXISTING[policy])
+            return _count(policy, passages, written)
 
     def _to_write(self, documents: Any, policy: Any) -> tuple[list[Passage], dict[str, Any]]:
-        """The passages of documents, and how they are added."""
+        """The passages of documents, and the vectors that need not be made."""
         wanted = checked(documents, policy)
         with self.live.encoding() as lent:
             own = frozenset({lent.fingerprint, lent.encoder.passage_fingerprint})
             dense_alone = lent.heads == ("dense",)
         passages = [self._converter.passage(document, own) for document in wanted]
-        options: dict[str, Any] = {"on_existing": ON_EXISTING[policy]}
-        if dense_alone and not any(passage.title for passage in passages):
-            options |= given_vectors(wanted, own)
-        return passages, options
+        fits = dense_alone and not any(passage.title for passage in passages)
+        return passages, given_vectors(wanted, own) if fits else {}
 
     def delete_documents(self, document_ids: list[str]) -> None:
         """
