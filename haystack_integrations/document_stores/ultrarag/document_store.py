@@ -20,6 +20,7 @@ from haystack_integrations.document_stores.ultrarag.filters import Choice, trans
 from haystack_integrations.document_stores.ultrarag.loading import Device, load_encoder, torch_device
 from haystack_integrations.document_stores.ultrarag.vectors import given_vectors, stored_vectors
 from haystack_integrations.document_stores.ultrarag.writing import ON_EXISTING, checked, in_haystacks_words
+from ultrarag.errors import FingerprintError
 from ultrarag.retrieve import LiveIndex, jsonable
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class UltraRAGDocumentStore(AsyncMethods):
         model: str | os.PathLike[str] | None = None,
         adapter: str | None = None,
         uri: str | None = None,
+        checkpoints: str | os.PathLike[str] | None = None,
         backend: str | None = None,
         heads: list[str] | None = None,
         bm25: bool = True,
@@ -74,6 +76,7 @@ class UltraRAGDocumentStore(AsyncMethods):
         :param adapter: The adapter that reads the model; default: the one that claims it.
         :param uri: Of an index that many processes share through a server, such as "qdrant://host:6333/name", which
             exists; `path` is then its mirror and may be left out.
+        :param checkpoints: Of a shared index: the folder with its checkpoints, if it has another path on this machine.
         :param backend: The vector engine of an index that is to be made.
         :param heads: The heads that it stores; default: all that the model has.
         :param bm25: Whether it also indexes words, as the head "bm25".
@@ -89,6 +92,7 @@ class UltraRAGDocumentStore(AsyncMethods):
             raise ValueError("UltraRAGDocumentStore needs the path of an index, or the uri of a shared one")
         self.path = None if path is None else str(path)
         self.model = None if model is None else str(model)
+        self.checkpoints = None if checkpoints is None else str(checkpoints)
         self.adapter, self.uri, self.backend, self.heads, self.bm25 = adapter, uri, backend, heads, bm25
         self.device, self.trust_remote_code = device, trust_remote_code
         self.meta_fields_to_embed, self.embedding_separator = meta_fields_to_embed or [], embedding_separator
@@ -109,6 +113,7 @@ class UltraRAGDocumentStore(AsyncMethods):
             model=self.model,
             adapter=self.adapter,
             uri=self.uri,
+            checkpoints=self.checkpoints,
             backend=self.backend,
             heads=None if self.heads is None else [*self.heads],  # one list in two places would be an alias in YAML
             bm25=self.bm25,
@@ -142,10 +147,11 @@ class UltraRAGDocumentStore(AsyncMethods):
             return self._opened
 
     def _open(self) -> LiveIndex:
-        options: dict[str, Any] = {"device": torch_device(self.device), "trust_remote_code": self.trust_remote_code}
+        options: dict[str, Any] = {"uri": self.uri, "checkpoints": self.checkpoints, "share": True}
+        options |= {"device": torch_device(self.device), "trust_remote_code": self.trust_remote_code}
         with _creating:
             encoder = None if self.uri is not None or _holds_something(Path(self.path or "")) else self._create()
-            return LiveIndex.open(self.path, encoder, uri=self.uri, share=True, **options)
+            return LiveIndex.open(self.path, encoder, **options)
 
     def _create(self) -> Encoder:
         """Make the index; returns its encoder, which is loaded."""
@@ -218,8 +224,12 @@ class UltraRAGDocumentStore(AsyncMethods):
         :raises DocumentStoreError: For a document without content, or with meta that JSON cannot hold; names it.
         """
         with in_haystacks_words():
-            passages, options = self._to_write(documents, policy)
-            return _count(policy, passages, self.live.add(passages, **options))
+            passages, vectors = self._to_write(documents, policy)
+            try:
+                written = self.live.add(passages, on_existing=ON_EXISTING[policy], **vectors)
+            except FingerprintError:  # another encoder came in between: it makes its own
+                written = self.live.add(passages, on_existing=ON_EXISTING[policy])
+            return _count(policy, passages, written)
 
     async def write_documents_async(
         self, documents: list[Document], policy: DuplicatePolicy = DuplicatePolicy.NONE
@@ -228,20 +238,22 @@ class UltraRAGDocumentStore(AsyncMethods):
         As `write_documents`, by the threads that the index has for writes.
         """
         with in_haystacks_words():
-            passages, options = await asyncio.to_thread(self._to_write, documents, policy)
-            return _count(policy, passages, await self.live.aadd(passages, **options))
+            passages, vectors = await asyncio.to_thread(self._to_write, documents, policy)
+            try:
+                written = await self.live.aadd(passages, on_existing=ON_EXISTING[policy], **vectors)
+            except FingerprintError:
+                written = await self.live.aadd(passages, on_existing=ON_EXISTING[policy])
+            return _count(policy, passages, written)
 
     def _to_write(self, documents: Any, policy: Any) -> tuple[list[Passage], dict[str, Any]]:
-        """The passages of documents, and how they are added."""
+        """The passages of documents, and the vectors that need not be made."""
         wanted = checked(documents, policy)
         with self.live.encoding() as lent:
             own = frozenset({lent.fingerprint, lent.encoder.passage_fingerprint})
             dense_alone = lent.heads == ("dense",)
         passages = [self._converter.passage(document, own) for document in wanted]
-        options: dict[str, Any] = {"on_existing": ON_EXISTING[policy]}
-        if dense_alone and not any(passage.title for passage in passages):
-            options |= given_vectors(wanted, own)
-        return passages, options
+        fits = dense_alone and not any(passage.title for passage in passages)
+        return passages, given_vectors(wanted, own) if fits else {}
 
     def delete_documents(self, document_ids: list[str]) -> None:
         """

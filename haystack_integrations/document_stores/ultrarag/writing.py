@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from haystack import Document
 from haystack.document_stores.errors import DocumentStoreError, DuplicateDocumentError
@@ -13,7 +13,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from ultrarag.errors import DataError, ExistsError
 
 #: What becomes of documents whose id is there; by default an error, as with Haystack's own store.
-ON_EXISTING = {
+ON_EXISTING: dict[DuplicatePolicy, Literal["replace", "skip", "fail"]] = {
     DuplicatePolicy.NONE: "fail",
     DuplicatePolicy.FAIL: "fail",
     DuplicatePolicy.SKIP: "skip",

@@ -13,7 +13,7 @@ import pytest
 
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
 from tests.conftest import minilm, tiny_m3  # noqa: F401  fixtures
-from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
+from tests.retrieve.conftest import checkpoint, other, quick_builds, rest, tiny  # noqa: F401  fixtures
 from ultrarag.testing.tiny import tiny_cross_encoder
 
 

@@ -15,7 +15,8 @@ from haystack.document_stores.errors import DocumentStoreError, DuplicateDocumen
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_integrations.components.embedders.ultrarag import UltraRAGDocumentEmbedder, UltraRAGTextEmbedder
-from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore, Vector
+from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore, Vector, document_store
+from haystack_integrations.document_stores.ultrarag.vectors import dense
 from ultrarag.retrieve import LiveIndex
 from ultrarag.retrieve.generation import Serving
 
@@ -134,6 +135,18 @@ def test_what_the_index_s_encoder_embedded_is_not_encoded_again(
         pytest.approx(document.embedding, abs=1e-6) for document in lent
     ]
     assert beside[0].embedding == pytest.approx(lent[0].embedding, abs=1e-6)
+
+
+async def test_vectors_that_a_swap_made_another_encoder_s_are_made_again(
+    store: UltraRAGDocumentStore, monkeypatch: pytest.MonkeyPatch
+):
+    """It came between the look at whose they are and the write."""
+    given = {"embeddings": dense([[1.0] * store.live.encoder.dim]), "fingerprint": "of the encoder before"}
+    monkeypatch.setattr(document_store, "given_vectors", lambda *_: given)
+    store.write_documents([Document(id="1", content="A text.")])
+    await store.write_documents_async([Document(id="2", content="A text.")])
+    first, second = store.live.vectors(["1", "2"]).dense
+    assert first.tolist() == second.tolist() != [1.0] * len(first)
 
 
 def test_an_embedding_of_the_index_s_own_follows_a_swap(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from haystack_integrations.components.rankers.ultrarag import UltraRAGRanker
 from haystack_integrations.components.retrievers.ultrarag import UltraRAGEmbeddingRetriever, UltraRAGRetriever
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
 from ultrarag.errors import FingerprintError, UsageError
+from ultrarag.retrieve import LiveIndex
 
 TEXTS = {
     "milvus": "Milvus is a vector database.",
@@ -183,7 +185,8 @@ def test_a_pipeline_loaded_twice_in_one_process(filled: UltraRAGDocumentStore, c
 def test_every_parameter_is_serialized(filled: UltraRAGDocumentStore, cross_encoder: Path):
     device = ComponentDevice.from_str("cpu")
     store = UltraRAGDocumentStore(
-        "kb", model="m", adapter="bge", backend="numpy", heads=["dense"], bm25=False, device=device,
+        "kb", model="m", uri="qdrant://localhost/kb", checkpoints="shared",
+        adapter="bge", backend="numpy", heads=["dense"], bm25=False, device=device,
         meta_fields_to_embed=["title"], embedding_separator=" ", return_embedding=False, trust_remote_code=True,
     )  # fmt: skip
     model: dict[str, Any] = {"adapter": "bge", "device": device, "model_kwargs": {"precision": "bf16"}}
@@ -212,7 +215,7 @@ def test_every_parameter_is_serialized(filled: UltraRAGDocumentStore, cross_enco
 def test_a_swap_under_a_pipeline(
     filled: UltraRAGDocumentStore, tiny_m3: str, checkpoint: Path, cross_encoder: Path, quick_builds: None
 ):
-    """The live encoder's components go on; an embedder that loaded the old model is refused, by its fingerprint."""
+    """A text always has its answer. An embedding made before the swap is refused after it, and never compared."""
     followed = chain(filled, cross_encoder)
     text = UltraRAGRetriever(filled, weights={"dense": 1, "bm25": 0.1})
     fixed = UltraRAGTextEmbedder(tiny_m3, adapter="bgem3")
@@ -223,20 +226,30 @@ def test_a_swap_under_a_pipeline(
     assert pinned.run({"embedder": {"text": "opera"}})["retriever"]["documents"]
 
     answers: list[Any] = []
+    refused: list[PipelineRuntimeError] = []
     end = threading.Event()
 
     def ask() -> None:
         while not end.is_set():
-            answers.append((followed.run(asked(TEXTS["opera"]), {"retriever"})["retriever"], text.run(TEXTS["opera"])))
+            answers.append(text.run(TEXTS["opera"]))
+            try:
+                answers.append(followed.run(asked(TEXTS["opera"]), {"retriever"})["retriever"])
+            except PipelineRuntimeError as error:  # the swap came between embedder and retriever
+                refused.append(error)
 
     asker = threading.Thread(target=ask)
     asker.start()
     filled.live.swap(filled.live.build(checkpoint))
-    while not answers or answers[-1][1]["meta"]["generation"] != 2:
+    seen = len(answers)
+    while len(answers) < seen + 4:
         assert asker.is_alive()
+        time.sleep(0.01)
     end.set()
     asker.join()
-    assert all(found["documents"][0].id == "opera" for pair in answers for found in pair)
+    assert all(found["documents"][0].id == "opera" for found in answers)
+    assert [found["meta"]["generation"] for found in answers[-2:]] == [2, 2]
+    assert len(refused) <= 1
+    assert all(isinstance(error.__cause__, FingerprintError) for error in refused)
     with pytest.raises(PipelineRuntimeError, match="the query vectors come from the encoder"):
         pinned.run({"embedder": {"text": "opera"}})
 
@@ -247,6 +260,20 @@ def test_a_search_is_remembered_and_gets_feedback(filled: UltraRAGDocumentStore)
     filled.live.feedback(answer["meta"]["query_id"], answer["documents"][0].id, "relevant")
     (remembered,) = filled.live.feedback_log.queries(None)
     assert remembered.text == TEXTS["opera"]
+
+
+def test_an_index_in_a_server(tiny: Any, rest: Any, tmp_path: Path):
+    LiveIndex.create(tmp_path / "first", tiny, uri=rest.uri, heads=["dense"]).close()
+    store = UltraRAGDocumentStore(tmp_path / "second", uri=rest.uri)
+    document = Document(id="1", content=TEXTS["opera"], embedding=[1.0, 0.5])
+    store.write_documents([document])
+    pipeline = Pipeline()
+    pipeline.add_component("retriever", UltraRAGRetriever(store))
+    again = Pipeline.loads(pipeline.dumps())
+    assert [d.id for d in again.run({"retriever": {"query": "opera"}})["retriever"]["documents"]] == ["1"]
+    assert store.filter_documents() == [document]
+    again.close()
+    store.close()
 
 
 def test_haystack_s_own_retrievers_over_this_store(store: UltraRAGDocumentStore):

@@ -21,7 +21,8 @@ class UltraRAGEmbeddingRetriever(Retriever):
     Retrieves the documents whose dense vectors are nearest to the embedding of a query.
 
     The embedding must be the live encoder's: that of an `UltraRAGTextEmbedder` says so itself, for a plain list
-    `fingerprint` does. `UltraRAGRetriever` encodes the text itself, and needs neither.
+    `fingerprint` does. One that was made before a swap is refused after it. `UltraRAGRetriever` encodes the text
+    itself, and has no such moment.
 
     Usage example:
     ```python
