@@ -31,7 +31,7 @@ def results(
         "folder": str(folder),
     }
     done = subprocess.run(
-        [str(world.PEER / "python"), str(OWN)], input=json.dumps(given), capture_output=True, text=True, timeout=120
+        [str(world.PEER / "python"), str(OWN)], input=json.dumps(given), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULT ")[-1])

@@ -21,7 +21,7 @@ PYTHON = str(world.PEER / "python")
 
 def asked(servers: dict[str, list[str]], calls: list[Any] | None = None, **options: Any) -> dict[str, Any]:
     words = json.dumps({"servers": servers, "calls": calls or []})
-    done = subprocess.run([PYTHON, str(ASKING)], input=words, capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run([PYTHON, str(ASKING)], input=words, capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
