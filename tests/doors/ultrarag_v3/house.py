@@ -37,8 +37,8 @@ OTHERS = (
 )
 ASKED = ("where is the {}", "who looks after the {}", "tell me about the {}", "what are the rules of the {}")
 HELD_OUT = ("when is the {} open", "what do I need to know about the {}")
-#: The pipeline's question, in no row, and the answer.
-QUESTION, ANSWER = "when does the quillon close", ROOMS["quillon"][0]
+#: The pipeline's question, in no row.
+QUESTION = "when does the quillon close"
 
 PASSAGES = [text for texts in ROOMS.values() for text in texts] + list(OTHERS)
 

@@ -95,15 +95,20 @@ def reader(refresh: Callable[[], dict[str, Any]], log: Log) -> Callable[[str], s
     def read(prompt: str) -> str:
         nonlocal asked
         if "Generate ONE new sub-question" not in prompt:
-            return world.read(prompt)
+            return f"\\boxed{{{newest(prompt)}}}"
         asked += 1
         if asked == 2:
             job = refresh()
             assert job["state"] == "done", job
         log("model", f"asks to search for '{house.QUESTION}'")
-        return f"\\boxed{{{house.QUESTION}}}"
+        return house.QUESTION
 
     return read
+
+
+def newest(prompt: str) -> str:
+    """The document that was found last, which the pipeline puts behind the others."""
+    return prompt.split("Documents:\n")[1].split("\n\nQuestion:")[0].splitlines()[-1]
 
 
 def pipeline(ultrarag: world.Ultrarag, model: world.Model, log: Log) -> dict[str, Any]:

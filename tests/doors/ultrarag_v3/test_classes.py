@@ -30,9 +30,8 @@ def results(
         "passages": [[row["contents"] for row in world.CORPUS]] * 2,
         "folder": str(folder),
     }
-    done = subprocess.run(
-        [str(world.PEER / "python"), str(OWN)], input=json.dumps(given), capture_output=True, text=True, timeout=120
-    )
+    words: dict[str, Any] = {"input": json.dumps(given), "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([str(world.PEER / "python"), str(OWN)], cwd=folder, **words)  # it writes logs where it is
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULT ")[-1])
 

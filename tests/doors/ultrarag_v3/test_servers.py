@@ -21,7 +21,7 @@ PYTHON = str(world.PEER / "python")
 
 def asked(servers: dict[str, list[str]], calls: list[Any] | None = None, **options: Any) -> dict[str, Any]:
     words = json.dumps({"servers": servers, "calls": calls or []})
-    done = subprocess.run([PYTHON, str(ASKING)], input=words, capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run([PYTHON, str(ASKING)], input=words, capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -59,8 +59,10 @@ def test_a_written_server_is_ours_whatever_the_other_environment_has(tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["retriever", "reranker"])
-def test_tools_and_signatures_are_ultrarag_s(ultrarag: world.Ultrarag, name: str) -> None:
-    theirs = asked({name: [PYTHON, str(ultrarag.folder / "servers" / name / "src" / f"{name}.py")]})["tools"]
+def test_tools_and_signatures_are_ultrarag_s(ultrarag: world.Ultrarag, name: str, tmp_path: Path) -> None:
+    theirs = asked({name: [PYTHON, str(ultrarag.folder / "servers" / name / "src" / f"{name}.py")]}, cwd=tmp_path)[
+        "tools"
+    ]
     ours = asked({name: [sys.executable, "-m", "ultrarag.doors.ultrarag_v3", name]})["tools"]
     assert schema(ours) == schema(theirs)
     order = [[list(tool["properties"]) for tool in tools.values()] for tools in (ours, theirs)]
@@ -78,7 +80,7 @@ def test_build_writes_what_ultrarag_s_does(ultrarag: world.Ultrarag, name: str, 
         (tmp_path / "src").mkdir(exist_ok=True)
         (tmp_path / "src" / f"{tmp_path.name}.py").touch()
         (tmp_path / "parameter.yaml").write_text(parameters)
-        asked({name: words}, [("build", {"parameter_file": str(tmp_path / "parameter.yaml")})])
+        asked({name: words}, [("build", {"parameter_file": str(tmp_path / "parameter.yaml")})], cwd=tmp_path)
         written.append(yaml.safe_load((tmp_path / "server.yaml").read_text()))
         (tmp_path / "server.yaml").unlink()
     assert written[0] == written[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from ultrarag.doors.ultrarag_v3.reranker import Reranker
 from ultrarag.doors.ultrarag_v3.retriever import Retriever
 from ultrarag.doors.ultrarag_v3.wiring import tools_of, write_server_file
 from ultrarag.errors import UltraragError, UsageError
+from ultrarag.io import print_error
 from ultrarag.packages import install
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def _in_words(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
 def main(words: list[str]) -> int:
     """Run a server over stdin and stdout until they are closed."""
     if len(words) != 1 or words[0] not in SERVERS:
-        print(f"name one server: {' or '.join(SERVERS)}", file=sys.stderr)
+        print_error(f"name one server: {' or '.join(SERVERS)}")
         return 2
     try:
         anyio.run(create_server(words[0]).run_stdio_async)
     except UltraragError as error:
-        print(error, file=sys.stderr)
+        print_error(str(error))
         return 1
     return 0
