@@ -59,6 +59,22 @@ def contender(name: str, key: str, beside: str = "sentence-transformers") -> Cal
     return find
 
 
+def int8_batch(report: Any) -> float:
+    """Speed of a batch to the peer's."""
+    return float(report["batch"]["ultrarag, int8"]["to sentence-transformers"])
+
+
+def int8_query(report: Any) -> float:
+    """Time of a query to ours in float32."""
+    return 1 / float(report["query"]["ultrarag, int8"]["to torch, float32"])
+
+
+def int8_loss(report: Any) -> float:
+    """The largest loss of any set with queries and passages in int8."""
+    both = [pair for pair in report["quality"] if (pair["passages"], pair["queries"]) == ("int8", "int8")]
+    return float(max(pair["float32"] - pair["found"] for pair in both))
+
+
 def unified(vocabulary: int, key: str) -> Callable[[Any], float]:
     """Ours to the peer's in `unified_step`, at the first batch that both survived."""
     return lambda report: next(row for row in report["rows"] if row["vocabulary"] == vocabulary and "ratio" in row)[
@@ -139,6 +155,9 @@ TARGETS = (
         False,
         contender("ultrarag, precision=bf16", "speed"),
     ),
+    Target("Encoding, int8, to sentence-transformers, by processor seconds", "int8", 7, False, int8_batch),
+    Target("the same, one query, to ours in float32 by torch", "int8", 0.2, True, int8_query),
+    Target("the same, most nDCG@10 lost on a set, int8 on both sides", "int8", 0.005, True, int8_loss, ""),
     Target("Unified step, vocabulary 30522, time to FlagEmbedding", "unified_step", 0.6, True, unified(30522, "wall")),
     Target(
         "Unified step, vocabulary 250002 (a batch that the peer survives), time",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.encode.blocks import CHUNK_TEXTS, encode_rest, same_work
 from ultrarag.encode.corpus import IDS, INFO, Compression, EncodedCorpus, Shard, committed_rows
 from ultrarag.encode.vectors import KEYS, write_keys
+from ultrarag.encoder.engines import is_int8
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io import named_conditions, progress_bar, run_command, sha256_of, start_child, write_json
 from ultrarag.retrieve.passages import PassageFile, passage_file
@@ -115,6 +116,7 @@ def _info(
     size, digest = os.path.getsize(passages.path), sha256_of(Path(passages.path))
     return {
         "fingerprint": encoder.passage_fingerprint,
+        **({"precision": encoder.precision} if is_int8(encoder.precision) else {}),
         "corpus": {"bytes": size, "passages": passages.count, "sha256": digest},
         "heads": list(heads),
         "dim": compression.truncate_dim or encoder.dim if "dense" in heads else None,

@@ -10,7 +10,6 @@ import torch
 
 from ultrarag.encoder.device import side_by_side
 from ultrarag.encoder.engines import INT8, Choice, Engine, Int8, Quantised, Streams, asked_engine, not_quantised
-from ultrarag.encoder.load import fastest_precision
 from ultrarag.encoder.pairs import tokenize_pairs
 from ultrarag.encoder.sides import Sides
 from ultrarag.errors import UsageError
@@ -82,7 +81,7 @@ def check_quantisable(encoder: TokenEncoder) -> None:
 def _streams(encoder: TokenEncoder) -> Streams:
     """As many forwards at a time as there are threads, each in one: small products gain nothing from two."""
     many = side_by_side() if encoder.adapter.registry.threaded_encode(encoder.adapter.name) else 1
-    return Streams(many, torch.get_num_threads(), fastest_precision(encoder.device) == "bf16")
+    return Streams(many, torch.get_num_threads())
 
 
 def probe(encoder: TokenEncoder) -> Features:

@@ -15,7 +15,7 @@ from ultrarag.io import write_json
 from ultrarag.rows import BadRow, parse_row
 from ultrarag.types import Kind
 
-#: So many texts: with 300 instead, nDCG@10 moved by less than chance moves it, and quantising took three times as long.
+#: So many texts. Quantising all-MiniLM-L6-v2 takes 38 s of a processor with 300 long ones, and nearly all for these.
 TEXTS = 128
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,9 @@ from ultrarag.io import print_result
 
 if TYPE_CHECKING:
     from ultrarag.encoder.engines import Quantised
+
+
+logger = logging.getLogger("ultrarag")
 
 
 def add_arguments(parser: Any) -> None:
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     if collection is None:
-        print("int8 was not judged: nobody knows what it loses here", file=sys.stderr)
+        logger.warning("int8 was not judged: nobody knows what it loses here")
     facts = {"checkpoint": arguments.output or arguments.path, "precision": found.precision, **asdict(found)}
     print_result(facts, arguments.json, lambda _: _summary(found, facts["checkpoint"]))
     return 0

@@ -8,11 +8,14 @@ import numpy as np
 from pydantic import Field
 
 from ultrarag import __version__
+from ultrarag.encoder.engines import family
 from ultrarag.errors import UsageError
 from ultrarag.service.embedding import Encoded, check_dimensions, encoded, kind_of_input
 from ultrarag.service.endpoint import Answer, Call, Endpoint, Lenient
 from ultrarag.service.faults import Fault
 from ultrarag.service.state import Service
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
 
 class EmbedBody(Lenient):
@@ -87,7 +90,7 @@ async def info(call: Call) -> dict[str, Any]:
     return {
         "model_id": (*service.settings.model_names, "default")[0],
         "model_sha": service.live.fingerprint,
-        "model_dtype": {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(encoder.precision, "float32"),
+        "model_dtype": _DTYPES.get(family(encoder.precision), "float32"),
         "model_type": {"embedding": {"pooling": encoder.settings.pooling or "unknown"}},
         "max_concurrent_requests": limits.waiting,
         "max_input_length": encoder.max_length("passage"),

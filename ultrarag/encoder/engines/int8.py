@@ -25,8 +25,6 @@ class Streams(NamedTuple):
     at_once: int
     #: of all of them together
     threads: int
-    #: for what is left in floating point: Zen 5 takes 4 % less time for the whole, and vectors move less than by int8
-    bf16: bool
 
 
 class Int8:
@@ -47,7 +45,7 @@ class Int8:
             UsageError: the package of the runtime is missing.
         """
         path = checked_files(folder) / MODEL
-        forward = compiled_int8(path, record.inputs, streams.bf16, streams.at_once, streams.threads)
+        forward = compiled_int8(path, record.inputs, streams.at_once, streams.threads)
         config = getattr(backbone_of(model), "config", None)
         twin = with_backbone(model, Compiled(forward, record.output, config))
         return cls(record, twin, Snapshot(model), folder)
