@@ -146,5 +146,6 @@ def _index(dim: int) -> Any:
 
 def _fitting(vectors: np.ndarray) -> np.ndarray:
     """As the library takes them: of a width that eight divides, and with values that it does not refuse."""
-    padded = np.pad(vectors, ((0, 0), (0, -vectors.shape[1] % 8)))
-    return np.ascontiguousarray(np.clip(padded, -LARGEST, LARGEST), np.float32)
+    if missing := -vectors.shape[1] % 8:
+        vectors = np.pad(vectors, ((0, 0), (0, missing)))
+    return np.ascontiguousarray(np.clip(vectors, -LARGEST, LARGEST), np.float32)

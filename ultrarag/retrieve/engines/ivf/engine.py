@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class IVF:
             if other := engine._other_heads():
                 from ultrarag.retrieve.engines.registry import create
 
-                engine._heads = create(directory / HEADS, other)
+                engine._heads = create(directory / HEADS, other, _engine_of_heads())
             engine.flush()
         return engine
 
@@ -418,6 +419,10 @@ class IVF:
         if hasattr(self, "_table"):
             self._table.close()
         self._lock.release()
+
+
+def _engine_of_heads() -> str:
+    return "qdrant-edge" if find_spec("qdrant_edge") else "numpy"
 
 
 def _coded(table: Table) -> Codes:
