@@ -430,7 +430,7 @@ class ZvecGraph(Zvec):
 class Ours(Contender):
     """The library's engine `ivf`, through what every engine of it does: ids, metadata, filters, durable writes."""
 
-    efforts, rescores = (4, 8, 16, 32), True
+    efforts, rescores = (8, 12, 16, 24, 32), True
 
     def build(self, vectors: np.ndarray) -> None:
         from ultrarag.retrieve.engines import Schema, create

@@ -116,7 +116,7 @@ def main(folder: Path, rounds: int, seed: int) -> None:
         os.close(writer)
         os.read(reader, 1)  # the first is done: it is open
         operation, state = operation + 1, after(state, operation)
-        time.sleep(draw.uniform(0, 0.2))
+        time.sleep(draw.uniform(0, 0.5))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         while got := os.read(reader, 4096):

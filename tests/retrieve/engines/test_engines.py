@@ -510,6 +510,7 @@ def small_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.engine.FEW", 20)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.PARTITION_ROWS", 400)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.lookup.TAIL_ROWS", 100)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.table.MAPPED_ROWS", 200)
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ from ultrarag.packages import install
 
 #: Bits of a code for each dimension: with ten candidates for each hit, the recall of 384 dimensions is that of 4 bits.
 BITS = 2
-#: Rows of a partition, about: a scan of as many takes 0.1 ms.
-PARTITION_ROWS = 16_384
+#: Rows of a partition, about. Of a million real vectors 16 partitions of 4,096 give a recall of 0.984 in 1.6 ms, 8 of
+#: 16,384 one of 0.973 in 2.0 (a loaded machine); smaller ones cost more calls, and more k-means.
+PARTITION_ROWS = 4096
 #: Vectors of the sample for each partition, and rounds of k-means.
 SAMPLE_ROWS, ROUNDS = 256, 10
 #: Partitions that a search looks into; where a filter lets few pass, more.
-PROBES = 8
+PROBES = 16
 #: Codes take values up to 1e16.
 LARGEST = np.float32(1e15)
 
@@ -146,5 +147,6 @@ def _index(dim: int) -> Any:
 
 def _fitting(vectors: np.ndarray) -> np.ndarray:
     """As the library takes them: of a width that eight divides, and with values that it does not refuse."""
-    padded = np.pad(vectors, ((0, 0), (0, -vectors.shape[1] % 8)))
-    return np.ascontiguousarray(np.clip(padded, -LARGEST, LARGEST), np.float32)
+    if missing := -vectors.shape[1] % 8:
+        vectors = np.pad(vectors, ((0, 0), (0, missing)))
+    return np.ascontiguousarray(np.clip(vectors, -LARGEST, LARGEST), np.float32)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class IVF:
             if other := engine._other_heads():
                 from ultrarag.retrieve.engines.registry import create
 
-                engine._heads = create(directory / HEADS, other)
+                engine._heads = create(directory / HEADS, other, _engine_of_heads())
             engine.flush()
         return engine
 
@@ -148,7 +149,7 @@ class IVF:
         with self._searching():
             rows = np.array(self._table.find(ids), np.int64)
             scores = np.full(len(rows), np.nan)
-            scores[rows >= 0] = products(self._table.vectors[rows[rows >= 0]], query)
+            scores[rows >= 0] = products(self._table.vectors_of(rows[rows >= 0]), query)
             return scores
 
     def score_sparse(self, token_ids: Sequence[int], weights: Sequence[float], ids: Sequence[str]) -> np.ndarray:
@@ -177,7 +178,7 @@ class IVF:
                 raise UsageError(f"'{self.directory}' stores no passage '{ids[rows.index(-1)]}'")
             held = Embeddings() if self._heads is None else self._heads.vectors(ids)
             if self.schema.dense:
-                held.dense = np.array(self._table.vectors[rows], np.float32)
+                held.dense = np.array(self._table.vectors_of(np.array(rows, np.int64)), np.float32)
             return held
 
     def flush(self) -> None:
@@ -266,7 +267,7 @@ class IVF:
         for start in range(0, len(alive), BLOCK_ROWS):
             rows = alive[start : start + BLOCK_ROWS]
             ids, found = [old.id_of(row) for row in rows], [old.facts_of(row) for row in rows]
-            table.append(ids, found, old.vectors[rows] if old.dim else np.zeros((len(rows), 0), np.float32))
+            table.append(ids, found, old.vectors_of(rows) if old.dim else np.zeros((len(rows), 0), np.float32))
         codes = _coded(table) if self.schema.dense and table.rows >= EXACT_ROWS else None
         with self._gate.writing():
             self._table, self._codes, self._saved, self._dirty = table, codes, 0, True
@@ -298,7 +299,7 @@ class IVF:
             scores = (np.concatenate(parts) if parts else np.zeros(0, np.float32))[rows]
         else:
             rows = np.flatnonzero(passing)
-            parts = [table.vectors[rows[at : at + BLOCK_ROWS]] @ query for at in range(0, len(rows), BLOCK_ROWS)]
+            parts = [table.vectors_of(rows[at : at + BLOCK_ROWS]) @ query for at in range(0, len(rows), BLOCK_ROWS)]
             scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
         if len(rows) <= k:
             return rows
@@ -306,7 +307,7 @@ class IVF:
         return rows[scores >= np.partition(scores, len(scores) - k)[len(scores) - k] - slack]
 
     def _best(self, query: np.ndarray, rows: np.ndarray, k: int) -> list[Scored]:
-        scores = products(self._table.vectors[rows], query)
+        scores = products(self._table.vectors_of(rows), query)
         places = top(scores, k)
         return ranked([self._table.id_of(row) for row in rows[places].tolist()], scores[places], k)
 
@@ -420,9 +421,13 @@ class IVF:
         self._lock.release()
 
 
+def _engine_of_heads() -> str:
+    return "qdrant-edge" if find_spec("qdrant_edge") else "numpy"
+
+
 def _coded(table: Table) -> Codes:
     """Codes of all rows of a table, in partitions chosen for them."""
-    codes = Codes.train(table.rows, lambda rows: np.asarray(table.vectors[rows]))
+    codes = Codes.train(table.rows, table.vectors_of)
     for _, block in table.blocks():
         codes.add(block)
     return codes
