@@ -15,8 +15,8 @@ from ultrarag.packages import install
 
 #: Bits of a code for each dimension: with ten candidates for each hit, the recall of 384 dimensions is that of 4 bits.
 BITS = 2
-#: Rows of a partition, about. Of a million real vectors 16 partitions of 4,096 give a recall of 0.984 in 1.6 ms, 8 of
-#: 16,384 one of 0.973 in 2.0 (a loaded machine); smaller ones cost more calls, and more k-means.
+#: Rows of a partition, about. A million real vectors are searched with a recall of 0.972 in 16 partitions of 4,096, and
+#: of 0.973 in 8 of 16,384, in 1.9 and 2.5 ms (a loaded machine); smaller ones cost more calls, and more k-means.
 PARTITION_ROWS = 4096
 #: Vectors of the sample for each partition, and rounds of k-means.
 SAMPLE_ROWS, ROUNDS = 256, 10
