@@ -27,7 +27,7 @@ def test_help_needs_no_mteb(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "said"),
     [
         (["model", "--mteb"], "say what to evaluate: --mteb TASK ..., or --mteb --data FOLDER"),
-        (["model", "--mteb", "SciFact"], f"pip install mteb=={TESTED['mteb']}"),
+        (["model", "--mteb", "SciFact", "--precision", "int8"], f"pip install mteb=={TESTED['mteb']}"),
     ],
 )
 def test_what_is_missing_is_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,14 +174,14 @@ def test_a_save_hook_that_loses_something_publishes_nothing(tiny_m3, tmp_path):
     try:
         encoder = Encoder.load(tiny_m3, adapter="lossy")
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "precious").write_text("old")
+        (tmp_path / "out" / "config.json").write_text("old")
         with pytest.raises(
             CheckpointError, match=r"head 'sparse' differs by .*hooks 'save' and 'load' of adapter 'lossy'"
         ):
             encoder.save(tmp_path / "out")
     finally:
         registry().unregister("lossy")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

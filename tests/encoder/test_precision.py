@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ultrarag import Encoder
+from ultrarag.errors import UsageError
 from ultrarag.finetune.step.trainable import Trainable
 from ultrarag.testing.tiny import (
     TEXTS,
@@ -168,3 +169,9 @@ def test_copies_of_an_encoder_make_their_own(encoder):
     encoder.casts.stop()
     assert pickle.loads(pickle.dumps(encoder.casts)).of(encoder.model, BF16) is encoder.model
     np.testing.assert_array_equal(vectors(encoder), first)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", " cpu"])
+def test_a_device_that_is_not_there_is_named(device: str, tiny_m3: str) -> None:
+    with pytest.raises(UsageError, match=rf"device '{device}' cannot be used \(.+\): name another one, such as 'cpu'"):
+        Encoder.load(tiny_m3, device=device)

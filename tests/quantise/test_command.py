@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ultrarag import Encoder
 from ultrarag.cli import main
 from ultrarag.encoder.engines import Pair, Quantised
 from ultrarag.encoder.engines.quantised import FOLDER
-from ultrarag.errors import GateError
+from ultrarag.errors import GateError, UsageError
 from ultrarag.evaluation import write_beir
 from ultrarag.quantise import command, quantise
 from ultrarag.quantise.judging import Terms, judge
@@ -100,3 +101,30 @@ def test_a_pair_is_accepted_when_every_head_of_it_is():
     assert record.accepts("fp32", "int8:0123456789ab")
     assert not record.accepts("int8", "fp32")
     assert not Quantised(**{**vars(record), "measured": tuple(pairs)}).accepts("fp32", "int8")
+
+
+def test_a_copy_takes_the_place_of_no_other_files(plain: Path, texts: Path, tmp_path: Path, monkeypatch, capsys):
+    """It is said before anything is loaded; `Encoder.save` refuses them as well."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "of_mine.txt").write_text("keep me")
+    encoder = Encoder.load(plain, device="cpu")
+    for place in (notes, notes / "of_mine.txt"):
+        with pytest.raises(UsageError, match=f"'{place}' .* name "):
+            encoder.save(place)
+        with monkeypatch.context() as patch:
+            patch.setattr(Encoder, "load", None)
+            words = ["--unjudged", "--calibration", str(texts), "--output", str(place)]
+            assert main(["checkpoint", "quantise", str(plain), *words]) == 2
+        assert f"'{place}' " in capsys.readouterr().err
+    assert (notes / "of_mine.txt").read_text() == "keep me"
+
+
+@needs_nncf
+def test_a_checkpoint_that_is_its_own_copy_keeps_what_else_lies_in_it(plain: Path, tmp_path: Path, texts: Path):
+    checkpoint = Path(shutil.copytree(plain, tmp_path / "checkpoint"))
+    (checkpoint / "report.html").write_text("of its training")
+    words = ["--unjudged", "--calibration", str(texts), "--output", str(checkpoint / ".")]
+    assert main(["checkpoint", "quantise", str(checkpoint), *words]) == 0
+    assert (checkpoint / "report.html").is_file()
+    assert Quantised.read(checkpoint)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         tokenizer_content,
     )
     from ultrarag.checkpoint.publishing import (
+        check_replaceable,
         copy_checkpoint,
         largest_difference,
         probe_vectors,

@@ -14,7 +14,7 @@ from torch import nn
 from ultrarag.checkpoint.card import model_card
 from ultrarag.checkpoint.manifest import MANIFEST, Identity, Manifest, Training, changed_files, write_manifest
 from ultrarag.claims import ModelFolder
-from ultrarag.errors import CheckpointError
+from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import named_conditions, publish_directory, quiet_progress, staged_directory
 from ultrarag.plugins import Adapter
@@ -32,6 +32,9 @@ PROBES = (
 PROBE_PAIRS = tuple((query, passage) for query in (PROBES[0], PROBES[1]) for passage in PROBES[2:])
 #: Largest difference of any component between the model in memory and the reloaded one.
 TOLERANCE = 1e-5
+
+#: Of which one is in every model's folder.
+MODEL_FILES = ("config.json", "modules.json")
 
 
 class Publishable(Protocol):
@@ -87,6 +90,16 @@ def publish(
         write_checkpoint(encoder, stage, state_dict, training, more)
         publish_directory(stage, target, keep)
     return target
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise UsageError where a checkpoint would take the place of what is none."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"'{target}' is a file, not a folder for a checkpoint: name another one")
+    if any(target.iterdir()) and not any((target / name).is_file() for name in (MANIFEST, *MODEL_FILES)):
+        raise UsageError(f"'{target}' holds other files, which a checkpoint would replace: name a new folder")
 
 
 def write_checkpoint(

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ultrarag.checkpoint import Identity, Training, fingerprint, local_folder, publish, read_manifest
+from ultrarag.checkpoint import (
+    Identity,
+    Training,
+    check_replaceable,
+    fingerprint,
+    local_folder,
+    publish,
+    read_manifest,
+)
 from ultrarag.encoder.adapted import base_of, joined, merge_matrices
 from ultrarag.encoder.choice import adapter_name
 from ultrarag.encoder.engine_of import engine_of, int8_of
@@ -469,7 +477,9 @@ class Encoder(TokenEncoder):
 
         Raises:
             CheckpointError: when what was written does not give this model's vectors.
+            UsageError: `path` holds what is no model.
         """
+        check_replaceable(Path(path))
         record = training or (self.manifest.training if self.manifest else None)
         found = publish(self, Path(path), self.model.state_dict(), record)
         if self._int8 is not None:

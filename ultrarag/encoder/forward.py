@@ -13,7 +13,7 @@ from torch import nn
 from ultrarag.checkpoint import Manifest
 from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
 from ultrarag.encoder.engines import Engine, Int8, Quantised
-from ultrarag.encoder.load import checked_precision, dtype_of
+from ultrarag.encoder.load import checked_device, checked_precision, dtype_of
 from ultrarag.encoder.sides import Sides
 from ultrarag.encoder.tokens import (
     Cuts,
@@ -62,7 +62,7 @@ class TokenEncoder:
         self.adapter = adapter
         self.settings = settings
         self.manifest = manifest
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = checked_device(device)
         self.precision = checked_precision(precision, self.device)
         self.model = model.to(self.device).eval()
         model.settings = settings  # type: ignore[assignment]

@@ -118,6 +118,18 @@ def check_int8(options: LoadOptions, engine: str | None) -> None:
         raise UsageError("precision 'int8' is computed by OpenVINO, not by engine 'torch': leave the engine out")
 
 
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """The device that is named, or the one at hand; UsageError where this machine or its torch has none such."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if found.type != "meta":
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"device '{device}' cannot be used ({why}): name another one, such as 'cpu'") from error
+    return found
+
+
 def dtype_of(precision: str, device: torch.device) -> torch.dtype | None:
     """What the forward computes in; None: as the weights are."""
     return PRECISIONS[family(checked_precision(precision, device))]

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ultrarag.checkpoint import local_folder
+from ultrarag.checkpoint import check_replaceable, local_folder
 from ultrarag.encoder import Encoder, check_quantisable, probe
 from ultrarag.encoder.engines import (
     INT8,
@@ -59,6 +59,7 @@ def quantise(
         GateError: int8 is significantly worse than float32, by more than the tolerance; nothing is written.
         UsageError: the model cannot be quantised, or a package is missing; says which.
     """
+    target = _target(checkpoint, output)
     float32 = Encoder.load(checkpoint, adapter, device="cpu", trust_remote_code=trust_remote_code)
     with TemporaryDirectory(prefix="ultrarag-int8-") as place:
         record = _written(float32, calibration, Path(place))
@@ -69,11 +70,18 @@ def quantise(
             record = replace(record, tolerance=terms.tolerance, measured=tuple(pairs))
             record.write(quantised_folder(Path(place)))
             _refuse_loss(pairs, terms)
-        if output is not None:
-            float32.save(output)
-        target = Path(output) if output is not None else local_folder(str(checkpoint))
-        _publish(Path(place), target)
+        if target is not None:
+            float32.save(target)
+        _publish(Path(place), target or local_folder(str(checkpoint)))
     return record
+
+
+def _target(checkpoint: str | PathLike[str], output: str | PathLike[str] | None) -> Path | None:
+    """Where a copy of the checkpoint goes, checked before minutes are spent; None: none is made."""
+    if output is None or Path(output).resolve() == Path(checkpoint).resolve():
+        return None
+    check_replaceable(Path(output))
+    return Path(output)
 
 
 def quantise_copy(checkpoint: Path, calibration: Calibration, trust_remote_code: bool = False) -> None:

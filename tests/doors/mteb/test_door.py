@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_the_metadata_is_what_is_known(encoder: Encoder, reranker: Encoder) -> N
     assert (hybrid.model_type, hybrid.revision) == (["hybrid"], encoder.fingerprint)
     other = MtebSearch(encoder, weights={"dense": 1, "bm25": 0.7}).mteb_model_meta
     assert hybrid.experiment_name != other.experiment_name  # so MTEB keeps their results apart
+
+
+def test_results_in_another_precision_are_kept_apart(encoder: Encoder) -> None:
+    other = copy.copy(encoder)
+    other.precision = "int8:0123"
+    metas = [MtebEncoder(held, task_prompts=prompts).mteb_model_meta for held in (encoder, other) for prompts in (0, 1)]
+    assert [meta.experiment_kwargs for meta in metas] == [
+        None,
+        {"task_prompts": True},
+        {"precision": "int8-0123"},
+        {"precision": "int8-0123", "task_prompts": True},
+    ]
+    assert {meta.revision for meta in metas} == {encoder.fingerprint}
 
 
 def test_a_revision_is_a_fingerprint(encoder: Encoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.retrieve.engines.test_engines import DIM, SCHEMA, embed, langs, names, small_partitions
-from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.errors import IndexStateError, ResourceError, UsageError
 from ultrarag.retrieve.engines import Schema, create, open_backend
 from ultrarag.types import Embeddings
 
@@ -125,3 +126,50 @@ def test_the_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UsageError, match="pip install turbovec=="):
         create(tmp_path / "index", SCHEMA, "ivf")
     assert not (tmp_path / "index").exists()
+
+
+class FullDisk:
+    """Stands for `os.pwrite` and `os.replace`: there is no room at one of their calls, of which half is written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, write, replace = -1, os.pwrite, os.replace
+
+        def written(handle: int, content: memoryview, place: int) -> int:
+            if self.is_full():
+                write(handle, content[: len(content) // 2], place)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(handle, content, place)
+
+        def replaced(source: str, target: str) -> None:
+            if self.is_full():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "pwrite", written)
+        monkeypatch.setattr(os, "replace", replaced)
+
+    def is_full(self) -> bool:
+        self.left -= 1
+        return self.left == -1
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 3, 4])
+def test_an_upsert_on_a_full_disk_leaves_no_passage_twice(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls 0 to 3 are the files of rows, 4 the run of keys that is due."""
+    vectors, backend = filled(tmp_path / "index", 200)
+    disk = FullDisk(monkeypatch)
+    write = lambda: backend.upsert(names(100), Embeddings(dense=vectors[100:]), langs(100))  # noqa: E731
+    disk.left = call
+    with pytest.raises(ResourceError, match="make room"):
+        write()
+    for again in (lambda: None, write, backend.close, lambda: None):
+        again()
+        if again == backend.close:
+            backend = open_backend(tmp_path / "index")
+        assert sorted(backend.ids()) == sorted(names(200))
+        assert len({id for id, _ in backend.search_dense(vectors[3], 300)}) == backend.count() == 200
+        assert backend.search_dense(vectors[3], 1, {"lang": "none"}) == []
+    assert np.allclose(backend.vectors(["p7"]).dense[0], vectors[107])
+    backend.close()

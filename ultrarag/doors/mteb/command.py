@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrarag.encoder.engines import add_engine_flag
+from ultrarag.encoder.engines import PRECISIONS, add_engine_flag
 from ultrarag.errors import DataError, UsageError
 from ultrarag.io import print_result, run_command, table, underscored
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="NAME", help="the kind of model; default: what the folder says")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16", "auto"])
+    parser.add_argument("--precision", default="fp32", choices=[*PRECISIONS, "auto"])
     parser.add_argument("--device", help="where the models run, such as cuda; default: the best there is")
     add_engine_flag(parser)
 

@@ -16,12 +16,14 @@ def model_meta(encoder: Encoder, name: str | None = None, **more: Any) -> ModelM
     """Return the ModelMeta of an encoder.
 
     Its revision is the fingerprint: results that MTEB keeps are found again for the same content alone, wherever the
-    model lies. Licence, languages, dates and training data are left open.
+    model lies. A precision other than float32 is part of the experiment, as MTEB calls it, and so tells results apart.
+    Licence, languages, dates and training data are left open.
 
     Args:
         name: with an organisation, such as "BAAI/bge-m3"; default: "ultrarag/" and the adapter's name.
         more: other fields, in place of ours.
     """
+    experiment = _experiment(encoder, more.pop("experiment_kwargs", None))
     fields: dict[str, Any] = {
         "name": name or f"ultrarag/{encoder.adapter.name}",
         "revision": encoder.fingerprint,
@@ -33,6 +35,7 @@ def model_meta(encoder: Encoder, name: str | None = None, **more: Any) -> ModelM
         "model_type": [TYPES[head] for head in encoder.heads],
         "framework": ["PyTorch"],
         "modalities": ["text"],
+        "experiment_kwargs": experiment or None,
         **_size(encoder),
         **dict.fromkeys(_UNKNOWN),
     }
@@ -52,6 +55,12 @@ def similarity_of(encoder: Encoder) -> ScoringFunction | None:
     if "colbert" in encoder.heads:
         return ScoringFunction.MAX_SIM
     return ScoringFunction.DOT_PRODUCT if "sparse" in encoder.heads else None
+
+
+def _experiment(encoder: Encoder, setting: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The setting, with the precision where it is not float32; as it may stand in a folder's name."""
+    precision = {} if encoder.precision == "fp32" else {"precision": encoder.precision.replace(":", "-")}
+    return {**precision, **(setting or {})}
 
 
 def _instructed(encoder: Encoder) -> bool:

@@ -233,8 +233,7 @@ class IVF:
 
     def _append(self, ids: Sequence[str], found: Sequence[Facts], dense: np.ndarray, old: Sequence[int]) -> None:
         with self._gate.writing():
-            self._table.append(ids, found, dense)
-            self._table.bury(old)
+            self._table.append(ids, found, dense, old)
             self._encode_missing()
 
     def _encode_missing(self) -> None:
@@ -263,12 +262,16 @@ class IVF:
         """Write living rows into a table of the next number, while searches use this one."""
         old = self._table
         table = Table(self.directory, old.dim, {"number": old.number + 1})
-        alive = np.flatnonzero(old.alive())
-        for start in range(0, len(alive), BLOCK_ROWS):
-            rows = alive[start : start + BLOCK_ROWS]
-            ids, found = [old.id_of(row) for row in rows], [old.facts_of(row) for row in rows]
-            table.append(ids, found, old.vectors_of(rows) if old.dim else np.zeros((len(rows), 0), np.float32))
-        codes = _coded(table) if self.schema.dense and table.rows >= EXACT_ROWS else None
+        try:
+            alive = np.flatnonzero(old.alive())
+            for start in range(0, len(alive), BLOCK_ROWS):
+                rows = alive[start : start + BLOCK_ROWS]
+                ids, found = [old.id_of(row) for row in rows], [old.facts_of(row) for row in rows]
+                table.append(ids, found, old.vectors_of(rows) if old.dim else np.zeros((len(rows), 0), np.float32))
+            codes = _coded(table) if self.schema.dense and table.rows >= EXACT_ROWS else None
+        except BaseException:
+            table.close()
+            raise
         with self._gate.writing():
             self._table, self._codes, self._saved, self._dirty = table, codes, 0, True
         old.close()

@@ -112,17 +112,20 @@ class Lookup:
             self._values.append(value)
 
     def freeze(self, rows: int) -> None:
-        """Make a run of the keys in memory, where they are of many rows; `rows` are those of the table."""
+        """Make a run of the keys in memory, where they are of many rows; `rows` are those of the table.
+
+        An error of the disk leaves everything as it was.
+        """
         if rows - self._first < TAIL_ROWS:
             return
         keys, held = np.array(self._keys, np.uint64), np.array(self._rows, np.int32)
-        self.runs.append(Run.of(self._first, rows, keys, held, np.array(self._values, np.float64)))
+        run, kept = Run.of(self._first, rows, keys, held, np.array(self._values, np.float64)), list(self.runs)
+        while kept and len(run.rows) * 2 > len(kept[-1].rows):
+            run = kept.pop().joined(run)
+        path = self.path(run.first, run.last)
+        run.write(path)
+        self.runs = [*kept, Run.read(path, run.first, run.last)]
         self._clear_tail(rows)
-        while len(self.runs) > 1 and len(self.runs[-1].rows) * 2 > len(self.runs[-2].rows):
-            self.runs[-2:] = [self.runs[-2].joined(self.runs[-1])]
-        last = self.runs[-1]
-        last.write(self.path(last.first, last.last))
-        self.runs[-1] = Run.read(self.path(last.first, last.last), last.first, last.last)
 
     def get(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """The rows that hold a key, int32, and the number stored with each, float64."""

@@ -120,20 +120,22 @@ class Table:
             *(self.lookup.path(run.first, run.last) for run in self.lookup.runs),
         ]
 
-    def append(self, ids: Sequence[str], facts: Sequence[Facts], vectors: np.ndarray) -> None:
-        """Add rows; an error of the disk leaves the table as it was."""
+    def append(
+        self, ids: Sequence[str], facts: Sequence[Facts], vectors: np.ndarray, instead_of: Sequence[int] = ()
+    ) -> None:
+        """Add rows, and let those die that they replace; an error of the disk leaves the table as it was."""
         if not ids:
             return
         lines = [_ENCODE([id, found]).encode() for id, found in zip(ids, facts, strict=True)]
         ends = np.cumsum([len(line) for line in lines], dtype=np.int64) + self._text.size
-        vectors = np.ascontiguousarray(vectors, np.float32)
-        contents = (vectors.data if vectors.size else b"", b"".join(lines), ends.data)
-        grown = self._files[:3]
-        sizes = [file.write(content) for file, content in zip(grown, contents, strict=True)]
+        vectors, dead = np.ascontiguousarray(vectors, np.float32), np.array(instead_of, np.int32)
+        contents = (vectors.data if vectors.size else b"", b"".join(lines), ends.data, dead.data if dead.size else b"")
+        sizes = [file.write(content) for file, content in zip(self._files, contents, strict=True)]
         first = self.rows
-        for file, size in zip(grown, sizes, strict=True):
+        for file, size in zip(self._files, sizes, strict=True):
             file.size = size
         self._map()
+        self._alive[dead] = False
         if vectors.size:
             self.norm = max(self.norm, float(np.linalg.norm(vectors.astype(np.float64), axis=1).max()))
         for row, (id, found) in enumerate(zip(ids, facts, strict=True), first):
