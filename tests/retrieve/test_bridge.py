@@ -287,3 +287,10 @@ def test_an_index_with_other_heads_is_refused(live, checkpoint, terms, stopped) 
     live.add(corpus(PASSAGES))
     with pytest.raises(UsageError, match="a bridge is for dense vectors alone, and generation 1 has dense, sparse"):
         live.build(checkpoint, bridge=terms)
+
+
+@pytest.mark.parametrize("given", [True, False, {"queries": {}}])
+def test_a_build_says_what_a_bridge_is_judged_by(dense, checkpoint, given) -> None:
+    with pytest.raises(UsageError, match=r"give BridgeTerms\(queries, qrels\)"):
+        dense.build(checkpoint, bridge=given)
+    assert "building" not in dense.status()["generations"]

@@ -477,6 +477,11 @@ class LiveIndex(AsyncMethods, Signals):
             UsageError: there are no vectors to share or map, and `share` is True; says why.
         """
         wishes: dict[str, Any] = {"adapter": adapter, "backend": backend, "heads": heads, "device": device}
+        if not isinstance(bridge, BridgeTerms | None):
+            raise UsageError(
+                f"bridge is {bridge!r}: give BridgeTerms(queries, qrels), the judged queries by which it is decided "
+                "(docs/bridge.md); refresh(bridge=True) takes those of its gate"
+            )
         wishes |= {"share": share, "bridge": bridge, "trust_remote_code": trust_remote_code, "precision": precision}
         return build_generation(self._core, checkpoint, **wishes, threads=threads, progress=progress, ray=ray)
 
