@@ -23,7 +23,7 @@ ADVICE = "give LlamaIndex the index's own model, embed_model=UltraRAGEmbedding(l
 
 
 def add(live: LiveIndex, nodes: Sequence[BaseNode], on_existing: OnExisting = "replace") -> None:
-    """Add nodes; a text is encoded here only where its node brings no vector of the live encoder for it.
+    """Add nodes, all in one write; where each brings a vector of the live encoder for its text, none is encoded here.
 
     Raises:
         FingerprintError: a node's vector is another model's; names the node.
@@ -35,24 +35,12 @@ def add(live: LiveIndex, nodes: Sequence[BaseNode], on_existing: OnExisting = "r
         own = [_is_own(live, lent, node, passage) for node, passage in zip(nodes, passages, strict=True)]
         unknown = [row for row, known in enumerate(own) if known is None]
         _compare(lent, [nodes[row] for row in unknown], [passages[row].content for row in unknown])
-    taken = [row for row, known in enumerate(own) if known is not False and whole]
-    if taken:
-        vectors = np.asarray([nodes[row].embedding for row in taken], dtype=np.float32)
-        _take(live, [passages[row] for row in taken], vectors, lent.fingerprint, on_existing)
-    if rest := [passages[row] for row in sorted(set(range(len(nodes))) - set(taken))]:
-        live.add(rest, on_existing=on_existing)
-
-
-def _take(
-    live: LiveIndex, passages: list[Passage], vectors: np.ndarray, fingerprint: str, on_existing: OnExisting
-) -> None:
+    if not passages or not whole or False in own:
+        live.add(passages, on_existing=on_existing)
+        return
+    vectors = Embeddings(dense=np.asarray([node.embedding for node in nodes], dtype=np.float32))
     try:
-        live.add(
-            passages,
-            embeddings=Embeddings(dense=vectors),
-            fingerprint=fingerprint,
-            on_existing=on_existing,
-        )
+        live.add(passages, embeddings=vectors, fingerprint=lent.fingerprint, on_existing=on_existing)
     except FingerprintError:  # another encoder went live since they were looked at
         live.add(passages, on_existing=on_existing)
 

@@ -72,10 +72,7 @@ class UltraRAGRetriever(BaseRetriever):
         super().__init__(callback_manager=callback_manager, object_map=object_map, verbose=verbose)
 
     def _options(self) -> dict[str, Any]:
-        filters = self.filters
-        if isinstance(filters, MetadataFilters):
-            filters = translated(self._live, filters)
-        return {"k": self.similarity_top_k, "filter": filters, **self._search}
+        return {"k": self.similarity_top_k, "filter": translated(self._live, self.filters), **self._search}
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return self._nodes(self._live.search(query_bundle.query_str, **self._options()))
