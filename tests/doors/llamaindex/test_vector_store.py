@@ -35,7 +35,7 @@ from llama_index.core.vector_stores.types import (
 )
 
 from tests.doors.llamaindex.conftest import HELD, nodes
-from ultrarag.doors.llamaindex import UltraRAGEmbedding, UltraRAGVectorStore
+from ultrarag.doors.llamaindex import UltraRAGEmbedding, UltraRAGRetriever, UltraRAGVectorStore
 from ultrarag.errors import DataError, ExistsError, FingerprintError, UsageError
 from ultrarag.retrieve import LiveIndex
 
@@ -371,6 +371,19 @@ def test_an_index_with_several_heads_encodes_all_of_them(tmp_path: Path, tiny: A
         store = UltraRAGVectorStore(whole)
         store.add(store.embed_model(nodes()))
         assert whole.vectors(["n1"]).heads == ("dense", "sparse", "colbert")
+
+
+@pytest.mark.parametrize("head", ["sparse", "colbert"])
+def test_an_index_that_stores_no_dense_vectors(tmp_path: Path, tiny: Any, head: str) -> None:
+    """Its model may have them: what counts is what the index has."""
+    with LiveIndex.create(tmp_path / "kb", tiny, heads=[head], backend="numpy") as live:
+        store = UltraRAGVectorStore(live)
+        store.add(nodes())
+        assert UltraRAGRetriever(live, 1).retrieve("opera eight")[0].node.node_id in {"n1", "n2", "n3", "n4"}
+        with pytest.raises(UsageError, match=f"is dense, and the index has {head}"):
+            store.add(nodes(embedding=[0.1] * 8))
+        with pytest.raises(UsageError, match=f"is dense, and the index has {head}"):
+            store.query(asked("opera", query_embedding=[0.1] * 8))
 
 
 def test_async_twins(store: UltraRAGVectorStore) -> None:

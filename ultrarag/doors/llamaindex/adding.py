@@ -9,10 +9,10 @@ from llama_index.core.schema import BaseNode
 
 from ultrarag.doors.llamaindex.made import made
 from ultrarag.doors.llamaindex.nodes import to_passage
-from ultrarag.errors import FingerprintError
+from ultrarag.errors import FingerprintError, UsageError
 from ultrarag.retrieve import Encoding, LiveIndex
 from ultrarag.retrieve.passages import OnExisting
-from ultrarag.types import Embeddings, Passage
+from ultrarag.types import Embeddings, Kind, Passage
 
 #: Vectors of unknown origin that are compared with what the index's encoder makes of their texts, of each call.
 COMPARED = 8
@@ -72,7 +72,7 @@ def _compare(lent: Encoding, nodes: Sequence[BaseNode], texts: Sequence[str]) ->
     if not nodes:
         return
     rows = sorted({int(row) for row in np.linspace(0, len(nodes) - 1, COMPARED)})
-    wanted = np.asarray(lent.encode([texts[row] for row in rows]).dense)
+    wanted = dense(lent, [texts[row] for row in rows], "passage")
     for node in nodes:
         check_width(node.embedding or [], wanted.shape[1], f"the embedding of node '{node.node_id}'")
     for row, vector in zip(rows, wanted, strict=True):
@@ -81,6 +81,16 @@ def _compare(lent: Encoding, nodes: Sequence[BaseNode], texts: Sequence[str]) ->
                 f"the embedding of node '{nodes[row].node_id}' is not what the index's model makes of its text (with "
                 f"the metadata that LlamaIndex embeds): {ADVICE}or leave node.embedding out"
             )
+
+
+def dense(lent: Encoding, texts: list[str], kind: Kind) -> np.ndarray:
+    """The dense vectors of texts, with which a vector that was given is compared."""
+    if "dense" not in lent.heads:
+        raise UsageError(
+            f"a vector of LlamaIndex's is dense, and the index has {', '.join(lent.heads)}: leave it out, and search "
+            f"by text (UltraRAGRetriever)"
+        )
+    return np.asarray(lent.encode(texts, kind).dense)
 
 
 def check_width(vector: Sequence[float], width: int, whose: str) -> None:

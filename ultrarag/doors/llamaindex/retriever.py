@@ -66,8 +66,9 @@ class UltraRAGRetriever(BaseRetriever):
         self._live = opened(source)
         self.similarity_top_k = similarity_top_k
         self.filters, self._key = filters, generation_key
-        if "heads" not in search and "weights" not in search and "dense" in self._live.encoder.heads:
-            search["heads"] = ["dense"]
+        if "heads" not in search and "weights" not in search:
+            with self._live.encoding() as lent:
+                search |= {"heads": ["dense"]} if "dense" in lent.heads else {}
         self._search = search
         super().__init__(callback_manager=callback_manager, object_map=object_map, verbose=verbose)
 
