@@ -37,8 +37,28 @@ def test_frameworks_are_extras_of_their_names():
     assert rooms <= set(config["options.extras_require"])
 
 
-def test_the_llamaindex_door_without_its_framework_names_the_command(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "llama_index", None)
-    monkeypatch.delitem(sys.modules, "ultrarag.doors.llamaindex", raising=False)
-    with pytest.raises(ImportError, match=r"needs LlamaIndex: pip install llama-index-core==0\.14"):
-        importlib.import_module("ultrarag.doors.llamaindex")
+@pytest.mark.parametrize(
+    ("framework", "door", "words"),
+    [
+        ("llama_index", "ultrarag.doors.llamaindex", "needs LlamaIndex: pip install llama-index-core==0"),
+        ("langchain_core", "ultrarag.doors.langchain", "needs langchain-core: pip install langchain-core==1"),
+        (
+            "haystack",
+            "haystack_integrations.document_stores.ultrarag",
+            "not installed here: pip install haystack-ai==3",
+        ),
+        (
+            "haystack",
+            "haystack_integrations.components.rankers.ultrarag",
+            "not installed here: pip install haystack-ai==3",
+        ),
+    ],
+)
+def test_a_door_without_its_framework_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, framework: str, door: str, words: str
+):
+    monkeypatch.setitem(sys.modules, framework, None)
+    for name in [name for name in sys.modules if name.startswith(("haystack_integrations", door))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=words):
+        importlib.import_module(door)

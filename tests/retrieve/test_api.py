@@ -582,9 +582,17 @@ def test_values_of_python_become_metadata(live: LiveIndex) -> None:
         ({"a": {1: 2}}, "'a' is an object with the key 1"),
         ({"a": b"x"}, "'a' is builtins.bytes"),
         ({"a": object()}, "'a' is builtins.object"),
+        (holding_itself({}), "it holds itself"),
+        ({"a": holding_itself([])}, "it holds itself"),
+        ({"a": holding_itself({})}, "it holds itself"),
     ):
         with pytest.raises(DataError, match=place):
             jsonable(bad)
+
+
+def holding_itself(value: dict | list) -> dict | list:
+    value.append(value) if isinstance(value, list) else value.update(me=value)
+    return value
 
 
 # One process, several handles

@@ -102,6 +102,13 @@ def meta_values(meta: Mapping[str, Any], fields: Iterable[str]) -> list[str]:
     return [str(meta[name]) for name in fields if meta.get(name) is not None]
 
 
+def listed(name: str, values: Iterable[str] | None) -> list[str]:
+    """An argument that is a list of names; ValueError for one alone, whose letters would be taken for names."""
+    if isinstance(values, str):
+        raise ValueError(f"{name} is the string {values!r}: put one alone into a list")
+    return [*(values or [])]
+
+
 def has_own_vector(passage: Passage) -> bool:
     """Whether it was a document with an embedding of the index's own encoder."""
     rest = passage.metadata.get(RESERVED)

@@ -15,7 +15,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack.errors import FilterError
 
 from haystack_integrations.document_stores.ultrarag.async_methods import AsyncMethods
-from haystack_integrations.document_stores.ultrarag.converters import RESERVED, Converter, has_own_vector
+from haystack_integrations.document_stores.ultrarag.converters import RESERVED, Converter, has_own_vector, listed
 from haystack_integrations.document_stores.ultrarag.filters import Choice, translate
 from haystack_integrations.document_stores.ultrarag.loading import Device, load_encoder, torch_device
 from haystack_integrations.document_stores.ultrarag.vectors import given_vectors, stored_vectors
@@ -93,9 +93,11 @@ class UltraRAGDocumentStore(AsyncMethods):
         self.path = None if path is None else str(path)
         self.model = None if model is None else str(model)
         self.checkpoints = None if checkpoints is None else str(checkpoints)
-        self.adapter, self.uri, self.backend, self.heads, self.bm25 = adapter, uri, backend, heads, bm25
+        self.adapter, self.uri, self.backend, self.bm25 = adapter, uri, backend, bm25
+        self.heads = None if heads is None else listed("heads", heads)
         self.device, self.trust_remote_code = device, trust_remote_code
-        self.meta_fields_to_embed, self.embedding_separator = meta_fields_to_embed or [], embedding_separator
+        self.meta_fields_to_embed = listed("meta_fields_to_embed", meta_fields_to_embed)
+        self.embedding_separator = embedding_separator
         self.return_embedding = return_embedding
         self._converter = Converter(tuple(self.meta_fields_to_embed), embedding_separator)
         self._opened: LiveIndex | None = None

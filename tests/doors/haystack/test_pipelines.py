@@ -74,6 +74,34 @@ def test_embedder_retriever_ranker(filled: UltraRAGDocumentStore, cross_encoder:
     assert ranked[0].score != next(d.score for d in retrieved if d.id == ranked[0].id)
 
 
+@pytest.mark.parametrize("option", [{"k": 1}, {"filter": {"lang": "de"}}, {"ids": ["oper"]}, {"weights": {"bm25": 1}}])
+def test_an_option_that_would_not_count_is_refused(filled: UltraRAGDocumentStore, option: dict[str, Any]):
+    for kind in (UltraRAGRetriever, UltraRAGEmbeddingRetriever):
+        with pytest.raises(ValueError, match=f"search_options has '{next(iter(option))}'"):
+            kind(filled, search_options=option)
+
+
+def test_one_name_is_not_taken_for_its_letters(filled: UltraRAGDocumentStore, cross_encoder: Path):
+    for make in (
+        lambda: UltraRAGDocumentStore("kb", heads="dense"),
+        lambda: UltraRAGDocumentStore("kb", meta_fields_to_embed="lang"),
+        lambda: UltraRAGDocumentEmbedder(document_store=filled, meta_fields_to_embed="lang"),
+        lambda: UltraRAGRanker(cross_encoder, meta_fields_to_embed="lang"),
+        lambda: UltraRAGRetriever(filled, heads="dense"),
+    ):
+        with pytest.raises(ValueError, match="put one alone into a list"):
+            make()
+
+
+def test_of_a_model_with_several_heads_the_dense_one_is_searched(tiny_m3: str, tmp_path: Path):
+    """As in the other doors: a retriever with nothing but its store answers, whatever the model has."""
+    store = UltraRAGDocumentStore(tmp_path / "kb", model=tiny_m3, adapter="bgem3", backend="numpy")
+    store.write_documents([Document(content=text) for text in TEXTS.values()])
+    for found in (UltraRAGRetriever(store).run("opera"), asyncio.run(UltraRAGRetriever(store).run_async("opera"))):
+        assert [list(scores) for scores in found["meta"]["scores"]] == [["dense"]] * 3
+    store.close()
+
+
 async def test_the_same_pipeline_in_an_async_program(filled: UltraRAGDocumentStore, cross_encoder: Path):
     pipeline = chain(filled, cross_encoder)
     wanted = {text: pipeline.run(asked(text))["ranker"]["documents"] for text in TEXTS.values()}

@@ -80,6 +80,20 @@ def test_a_call_says_otherwise_for_itself(filled) -> None:
         retriever.invoke("castle", fliter={})
 
 
+@pytest.mark.parametrize("option", [{"k": 1}, {"filter": {"n": 1}}, {"weights": {"bm25": 1}}])
+def test_what_is_a_field_is_no_option(filled, option) -> None:
+    with pytest.raises(ValueError, match=f"search_kwargs has '{next(iter(option))}', which is a field"):
+        UltraRAGRetriever(index=filled, search_kwargs=option)
+
+
+def test_options_of_a_store(filled) -> None:
+    words = UltraRAGVectorStore(filled, search_kwargs={"weights": {"bm25": 1}})  # which a store has no field for
+    assert set(ids(words.similarity_search("castle"))) == {"castle", "river"}
+    assert len(words.similarity_search("castle", weights={"dense": 1})) == 3
+    with pytest.raises(UsageError, match="search_kwargs has 'k', which each search says itself"):
+        UltraRAGVectorStore(filled, search_kwargs={"k": 1})
+
+
 def test_a_search_is_remembered_where_it_is_asked(filled) -> None:
     found = UltraRAGRetriever(index=filled, search_kwargs={"log": True}).invoke("castle")
     filled.feedback(found[0].metadata["ultrarag"]["query_id"], found[0].id, "relevant")

@@ -90,6 +90,18 @@ def test_filters_of_other_stores_are_translated(theirs, ours) -> None:
     parse(ours)
 
 
+@pytest.mark.parametrize(
+    "theirs", [{"$nor": [{"year": 1900}]}, {"$or": None}, {"$and": {"year": 1900}}, {"year": 1900, "$gt": 3}]
+)
+def test_an_operator_in_the_place_of_a_key_is_no_key(filled, theirs) -> None:
+    """As one it would pass nothing, or everything: `{"$or": None}` would be "without the field '$or'"."""
+    with pytest.raises(UsageError, match="join a list of filters"):
+        filled.similarity_search(QUERY, filter=theirs)
+    with pytest.raises(UsageError, match="join a list of filters"):
+        filled.delete(filter=theirs)
+    assert len(filled.index) == len(TEXTS)
+
+
 def test_scores_are_similarities(filled) -> None:
     found = both(filled, "similarity_search_with_score", QUERY, k=5)
     scores = [score for _, score in found]
@@ -312,6 +324,15 @@ def test_foreign_embeddings_are_refused_in_words(tmp_path, tiny) -> None:
         UltraRAGVectorStore.from_texts(["x"], DeterministicFakeEmbedding(size=6), path=tmp_path / "kb")
     with pytest.raises(UsageError, match="need path, the folder of the index"):
         UltraRAGVectorStore.from_texts(["x"], UltraRAGEmbeddings(tiny))
+
+
+def test_one_alone_is_not_taken_for_several(store) -> None:
+    for arguments in ({"texts": "abc"}, {"texts": ["a", "b"], "ids": "xy"}, {"texts": ["a"], "metadatas": {"x": 1}}):
+        with pytest.raises(UsageError, match="put one alone into a list"):
+            store.add_texts(**arguments)
+        with pytest.raises(UsageError, match="put one alone into a list"):
+            asyncio.run(store.aadd_texts(**arguments))
+    assert len(store.index) == 0
 
 
 def test_an_index_is_opened_by_its_path_and_shared(filled) -> None:

@@ -6,7 +6,13 @@ from itertools import product
 from typing import Any
 
 import pytest
-from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+from llama_index.core.vector_stores.types import (
+    FilterCondition,
+    FilterOperator,
+    MetadataFilter,
+    MetadataFilters,
+    VectorStoreQuery,
+)
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
 from tests.doors.llamaindex.conftest import nodes
@@ -117,3 +123,8 @@ def test_searches_and_the_retriever_filter_alike(kept: UltraRAGVectorStore) -> N
     for filters in (MetadataFilters(filters=[one]), {"title": "Abend in der Oper"}):
         found = UltraRAGRetriever(kept.client, 4, filters=filters).retrieve("opera")
         assert [item.node_id for item in found] == ["n4"]
+        assert [node.node_id for node in kept.get_nodes(filters=filters)] == ["n4"]
+        assert kept.query(VectorStoreQuery(query_str="opera", similarity_top_k=4, filters=filters)).ids == ["n4"]
+    for wrong in ("oper", [one]):
+        with pytest.raises(UsageError, match="it must be MetadataFilters"):
+            kept.get_nodes(filters=wrong)

@@ -99,3 +99,11 @@ def test_other_training_data_is_what_a_refresh_takes(live: LiveIndex) -> None:
 def test_a_data_set_with_holes_is_refused_in_words(live: LiveIndex, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         UltraRAGFinetuneEngine(questions(**changes), live)
+
+
+@pytest.mark.parametrize("held", [None, "", "{"])
+def test_a_file_that_cannot_be_read_is_named(live: LiveIndex, tmp_path: Path, held: str | None) -> None:
+    if held is not None:
+        (tmp_path / "questions.json").write_text(held)
+    with pytest.raises(DataError, match=r"questions\.json. cannot be read as JSON"):
+        UltraRAGFinetuneEngine(tmp_path / "questions.json", live)

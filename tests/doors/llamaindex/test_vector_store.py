@@ -35,8 +35,8 @@ from llama_index.core.vector_stores.types import (
 )
 
 from tests.doors.llamaindex.conftest import HELD, nodes
-from ultrarag.doors.llamaindex import UltraRAGEmbedding, UltraRAGVectorStore
-from ultrarag.errors import DataError, FingerprintError, UsageError
+from ultrarag.doors.llamaindex import UltraRAGEmbedding, UltraRAGRetriever, UltraRAGVectorStore
+from ultrarag.errors import DataError, ExistsError, FingerprintError, UsageError
 from ultrarag.retrieve import LiveIndex
 
 OPERA = MetadataFilters(filters=[MetadataFilter(key="title", value="Oper", operator="text_match")])
@@ -130,6 +130,32 @@ def test_a_node_replaces_the_one_of_its_id(store: UltraRAGVectorStore, live: Liv
     assert store.get_nodes(["n1"])[0].text == "Another text."
     with pytest.raises(UsageError, match="add has no argument 'batch'"):
         store.add([], batch=3)
+
+
+def test_nodes_of_which_some_bring_vectors_are_one_write(
+    store: UltraRAGVectorStore, live: LiveIndex, embed_model: UltraRAGEmbedding
+) -> None:
+    """They come in their order, the last of one id counts, and "fail" adds all or none."""
+    brought = TextNode(id_="brought", text="Brought.", embedding=embed_model.get_text_embedding("Brought."))
+    with pytest.raises(ExistsError):
+        store.add([brought, TextNode(id_="n1", text="There already.")], on_existing="fail")
+    assert len(live) == 4
+    store.add([TextNode(id_="brought", text="Earlier."), brought, TextNode(id_="after", text="After.")])
+    assert [node.node_id for node in store.get_nodes()] == ["n1", "n2", "n3", "n4", "brought", "after"]
+    assert store.get_nodes(["brought"])[0].text == "Brought."
+    store.add([TextNode(id_="twice", text="First."), brought.model_copy(update={"id_": "twice"})], on_existing="skip")
+    assert store.get_nodes(["twice"])[0].text == "First."
+
+
+@pytest.mark.parametrize("document", [None, "", ["d1"]])
+def test_delete_takes_the_id_of_a_document(store: UltraRAGVectorStore, live: LiveIndex, document: Any) -> None:
+    """No id is not every passage that is no node."""
+    live.add([{"id": "plain", "text": "Added without LlamaIndex."}])
+    with pytest.raises(UsageError, match="ref_doc_id is"):
+        store.delete(document)
+    with pytest.raises(UsageError, match="ref_doc_id is"):
+        asyncio.run(store.adelete(document))
+    assert len(live) == 5
 
 
 def test_delete_takes_the_nodes_of_a_document(store: UltraRAGVectorStore) -> None:
@@ -345,6 +371,19 @@ def test_an_index_with_several_heads_encodes_all_of_them(tmp_path: Path, tiny: A
         store = UltraRAGVectorStore(whole)
         store.add(store.embed_model(nodes()))
         assert whole.vectors(["n1"]).heads == ("dense", "sparse", "colbert")
+
+
+@pytest.mark.parametrize("head", ["sparse", "colbert"])
+def test_an_index_that_stores_no_dense_vectors(tmp_path: Path, tiny: Any, head: str) -> None:
+    """Its model may have them: what counts is what the index has."""
+    with LiveIndex.create(tmp_path / "kb", tiny, heads=[head], backend="numpy") as live:
+        store = UltraRAGVectorStore(live)
+        store.add(nodes())
+        assert UltraRAGRetriever(live, 1).retrieve("opera eight")[0].node.node_id in {"n1", "n2", "n3", "n4"}
+        with pytest.raises(UsageError, match=f"is dense, and the index has {head}"):
+            store.add(nodes(embedding=[0.1] * 8))
+        with pytest.raises(UsageError, match=f"is dense, and the index has {head}"):
+            store.query(asked("opera", query_embedding=[0.1] * 8))
 
 
 def test_async_twins(store: UltraRAGVectorStore) -> None:

@@ -26,9 +26,12 @@ def passages(
     """Texts with their metadata, which `jsonable` makes JSON of; without an id each has a new one.
 
     Raises:
-        UsageError: there are not as many texts, metadatas and ids.
+        UsageError: there are not as many texts, metadatas and ids, or one of them is no list.
         DataError: a text is blank, or metadata cannot be kept; names the place in the call.
     """
+    for name, given in (("texts", texts), ("metadatas", metadatas), ("ids", ids)):
+        if isinstance(given, str | Mapping):  # whose letters and keys would be taken for items
+            raise UsageError(f"{name} is one {type(given).__name__}; put one alone into a list")
     texts = list(texts)
     for name, given in (("metadatas", metadatas), ("ids", ids)):
         if given is not None and len(given) != len(texts):

@@ -42,6 +42,11 @@ def _condition(key: str, value: Any) -> dict[str, Any]:
         return {word: [_filter(part) for part in value]}
     if word == "not":
         return {word: _filter(value)}
+    if key.startswith("$"):  # as a key of the metadata it would pass nothing, or, compared with None, everything
+        raise UsageError(
+            f"filter: {key!r} with {value!r}{did_you_mean(key, LOGIC)}; $and and $or join a list of filters, $not "
+            f"takes a filter, and other operators stand under a key, such as {{'year': {{'$gte': 2020}}}}"
+        )
     if not (isinstance(value, Mapping) and any(name.startswith("$") for name in value)):
         return {key: value}
     return _compared(key, value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever, LangSmithRetrieverParams
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ultrarag.doors.langchain.documents import document
 from ultrarag.doors.langchain.index import opened, search_options
+from ultrarag.errors import UsageError
 from ultrarag.retrieve import Hits, LiveIndex
 
 #: The key of a document's metadata under which it says how it was found.
@@ -51,6 +52,13 @@ class UltraRAGRetriever(BaseRetriever):
     def lc_attributes(self) -> dict[str, Any]:
         """What stands for the index."""
         return {"index": str(self.index.path.resolve())}
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Self:
+        if twice := {"k", "weights", "filter"} & set(self.search_kwargs):
+            name = min(twice)
+            raise UsageError(f"search_kwargs has {name!r}, which is a field: UltraRAGRetriever(..., {name}=...)")
+        return self
 
     def _get_ls_params(self, **kwargs: Any) -> LangSmithRetrieverParams:
         return {**super()._get_ls_params(**kwargs), "ls_vector_store_provider": "ultrarag"}

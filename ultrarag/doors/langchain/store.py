@@ -54,7 +54,13 @@ class UltraRAGVectorStore(VectorStore):
             search_kwargs: other options of every search, where it says nothing else.
         """
         self.index = opened(index)
-        self.search_kwargs = {**(search_kwargs or {}), "weights": weights}
+        if "k" in (search_kwargs or {}):
+            raise UsageError(
+                "search_kwargs has 'k', which each search says itself: store.as_retriever(search_kwargs=...)"
+            )
+        self.search_kwargs = {**(search_kwargs or {})}
+        if weights is not None:
+            self.search_kwargs["weights"] = weights
 
     def __repr__(self) -> str:
         return f"UltraRAGVectorStore({self.index!r})"

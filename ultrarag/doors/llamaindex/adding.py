@@ -9,10 +9,10 @@ from llama_index.core.schema import BaseNode
 
 from ultrarag.doors.llamaindex.made import made
 from ultrarag.doors.llamaindex.nodes import to_passage
-from ultrarag.errors import FingerprintError
+from ultrarag.errors import FingerprintError, UsageError
 from ultrarag.retrieve import Encoding, LiveIndex
 from ultrarag.retrieve.passages import OnExisting
-from ultrarag.types import Embeddings, Passage
+from ultrarag.types import Embeddings, Kind, Passage
 
 #: Vectors of unknown origin that are compared with what the index's encoder makes of their texts, of each call.
 COMPARED = 8
@@ -23,7 +23,7 @@ ADVICE = "give LlamaIndex the index's own model, embed_model=UltraRAGEmbedding(l
 
 
 def add(live: LiveIndex, nodes: Sequence[BaseNode], on_existing: OnExisting = "replace") -> None:
-    """Add nodes; a text is encoded here only where its node brings no vector of the live encoder for it.
+    """Add nodes, all in one write; where each brings a vector of the live encoder for its text, none is encoded here.
 
     Raises:
         FingerprintError: a node's vector is another model's; names the node.
@@ -35,24 +35,12 @@ def add(live: LiveIndex, nodes: Sequence[BaseNode], on_existing: OnExisting = "r
         own = [_is_own(live, lent, node, passage) for node, passage in zip(nodes, passages, strict=True)]
         unknown = [row for row, known in enumerate(own) if known is None]
         _compare(lent, [nodes[row] for row in unknown], [passages[row].content for row in unknown])
-    taken = [row for row, known in enumerate(own) if known is not False and whole]
-    if taken:
-        vectors = np.asarray([nodes[row].embedding for row in taken], dtype=np.float32)
-        _take(live, [passages[row] for row in taken], vectors, lent.fingerprint, on_existing)
-    if rest := [passages[row] for row in sorted(set(range(len(nodes))) - set(taken))]:
-        live.add(rest, on_existing=on_existing)
-
-
-def _take(
-    live: LiveIndex, passages: list[Passage], vectors: np.ndarray, fingerprint: str, on_existing: OnExisting
-) -> None:
+    if not passages or not whole or False in own:
+        live.add(passages, on_existing=on_existing)
+        return
+    vectors = Embeddings(dense=np.asarray([node.embedding for node in nodes], dtype=np.float32))
     try:
-        live.add(
-            passages,
-            embeddings=Embeddings(dense=vectors),
-            fingerprint=fingerprint,
-            on_existing=on_existing,
-        )
+        live.add(passages, embeddings=vectors, fingerprint=lent.fingerprint, on_existing=on_existing)
     except FingerprintError:  # another encoder went live since they were looked at
         live.add(passages, on_existing=on_existing)
 
@@ -84,7 +72,7 @@ def _compare(lent: Encoding, nodes: Sequence[BaseNode], texts: Sequence[str]) ->
     if not nodes:
         return
     rows = sorted({int(row) for row in np.linspace(0, len(nodes) - 1, COMPARED)})
-    wanted = np.asarray(lent.encode([texts[row] for row in rows]).dense)
+    wanted = dense(lent, [texts[row] for row in rows], "passage")
     for node in nodes:
         check_width(node.embedding or [], wanted.shape[1], f"the embedding of node '{node.node_id}'")
     for row, vector in zip(rows, wanted, strict=True):
@@ -93,6 +81,16 @@ def _compare(lent: Encoding, nodes: Sequence[BaseNode], texts: Sequence[str]) ->
                 f"the embedding of node '{nodes[row].node_id}' is not what the index's model makes of its text (with "
                 f"the metadata that LlamaIndex embeds): {ADVICE}or leave node.embedding out"
             )
+
+
+def dense(lent: Encoding, texts: list[str], kind: Kind) -> np.ndarray:
+    """The dense vectors of texts, with which a vector that was given is compared."""
+    if "dense" not in lent.heads:
+        raise UsageError(
+            f"a vector of LlamaIndex's is dense, and the index has {', '.join(lent.heads)}: leave it out, and search "
+            f"by text (UltraRAGRetriever)"
+        )
+    return np.asarray(lent.encode(texts, kind).dense)
 
 
 def check_width(vector: Sequence[float], width: int, whose: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
@@ -27,16 +27,25 @@ _MATCHES: dict[FilterOperator, Callable[[str, str], bool]] = {
 }
 
 
-def translated(live: LiveIndex, filters: MetadataFilters | None, documents: list[str] | None = None) -> Any:
+def translated(live: LiveIndex, filters: Any, documents: list[str] | None = None) -> Any:
     """The index's filter for these conditions, and for nodes of these documents; None where there is none.
+
+    Conditions are MetadataFilters, or a filter in the index's own language (`ultrarag.retrieve.search.filters`).
 
     Comparisons mean what they mean to the index: a list matches where one of its items does, and so a missing key
     passes `!=` and `nin` alone. `text_match` looks through the metadata of all passages for the values meant.
 
     Raises:
-        UsageError: for a value that its operator cannot be asked with; names the key.
+        UsageError: for a value that its operator cannot be asked with; names the key. For another kind of filter.
     """
-    parts = [] if filters is None or not filters.filters else [_all(live, filters)]
+    if isinstance(filters, MetadataFilters):
+        parts = [_all(live, filters)] if filters.filters else []
+    elif filters is None or isinstance(filters, Mapping):
+        parts = [dict(filters)] if filters else []
+    else:
+        raise UsageError(
+            f"filters is {type(filters).__name__}; it must be MetadataFilters, or such as {{'lang': 'en'}}"
+        )
     if documents:
         parts.append({DOCUMENT: documents})
     return None if not parts else parts[0] if len(parts) == 1 else {"and": parts}

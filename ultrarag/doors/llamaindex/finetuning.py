@@ -115,7 +115,10 @@ def _answers(relevant: Mapping[str, Sequence[str]], corpus: Mapping[str, str], q
 def _fields(dataset: Any) -> tuple[Mapping[str, str], Mapping[str, str], Mapping[str, Sequence[str]]] | None:
     """Queries, corpus and relevant documents of what is a data set of questions."""
     if isinstance(dataset, str | os.PathLike) and Path(dataset).suffix == ".json":
-        held = json.loads(Path(dataset).read_text(encoding="utf-8"))
+        try:
+            held = json.loads(Path(dataset).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"dataset '{dataset}' cannot be read as JSON: {error}") from error
         dataset = held if isinstance(held, dict) else dataset
     names = ("queries", "corpus", "relevant_docs")
     get = dataset.get if isinstance(dataset, Mapping) else lambda name: getattr(dataset, name, None)

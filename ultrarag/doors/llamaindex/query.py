@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode
 
-from ultrarag.doors.llamaindex.adding import ADVICE, LEAST_COSINE, check_width, cosine, former
+from ultrarag.doors.llamaindex.adding import ADVICE, LEAST_COSINE, check_width, cosine, dense, former
 from ultrarag.doors.llamaindex.filters import translated
 from ultrarag.doors.llamaindex.made import made
 from ultrarag.encoder import Encoder
@@ -113,7 +113,7 @@ class Asked:
                         f"the query's vector was made by the encoder {origin.fingerprint[:12]}, and the index has "
                         f"{lent.fingerprint[:12]}: {ADVICE}or only query_str"
                     )
-                vector = np.mean(lent.encode(list(origin.texts), "query").dense, axis=0).tolist()
+                vector = np.mean(dense(lent, list(origin.texts), "query"), axis=0).tolist()
             return Embeddings(dense=np.asarray([vector], dtype=np.float32)), lent.fingerprint
 
     def check(self, vector: list[float], lent: Any) -> None:
@@ -122,7 +122,7 @@ class Asked:
             raise FingerprintError(
                 f"nothing tells which model made the query's vector: {ADVICE}or give query_str beside it"
             )
-        wanted = np.asarray(lent.encode([self.query.query_str], "query").dense)[0]
+        (wanted,) = dense(lent, [self.query.query_str], "query")
         check_width(vector, len(wanted), "the query's vector")
         if cosine(vector, wanted) < LEAST_COSINE:
             raise FingerprintError(

@@ -66,16 +66,14 @@ class UltraRAGRetriever(BaseRetriever):
         self._live = opened(source)
         self.similarity_top_k = similarity_top_k
         self.filters, self._key = filters, generation_key
-        if "heads" not in search and "weights" not in search and "dense" in self._live.encoder.heads:
-            search["heads"] = ["dense"]
+        if "heads" not in search and "weights" not in search:
+            with self._live.encoding() as lent:
+                search |= {"heads": ["dense"]} if "dense" in lent.heads else {}
         self._search = search
         super().__init__(callback_manager=callback_manager, object_map=object_map, verbose=verbose)
 
     def _options(self) -> dict[str, Any]:
-        filters = self.filters
-        if isinstance(filters, MetadataFilters):
-            filters = translated(self._live, filters)
-        return {"k": self.similarity_top_k, "filter": filters, **self._search}
+        return {"k": self.similarity_top_k, "filter": translated(self._live, self.filters), **self._search}
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return self._nodes(self._live.search(query_bundle.query_str, **self._options()))

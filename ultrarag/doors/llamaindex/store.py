@@ -100,10 +100,10 @@ class UltraRAGVectorStore(BasePydanticVectorStore):
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Delete the nodes of a document."""
-        self._live.delete(filter={DOCUMENT: ref_doc_id})
+        self._live.delete(filter=_of(ref_doc_id))
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        await self._live.adelete(filter={DOCUMENT: ref_doc_id})
+        await self._live.adelete(filter=_of(ref_doc_id))
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -171,3 +171,10 @@ class UltraRAGVectorStore(BasePydanticVectorStore):
     def close(self) -> None:
         """Close the index, or this handle of it."""
         self._live.close()
+
+
+def _of(ref_doc_id: Any) -> dict[str, str]:
+    """The filter for a document's nodes; compared with None it would be all passages that are no nodes."""
+    if not isinstance(ref_doc_id, str) or not ref_doc_id:
+        raise UsageError(f"ref_doc_id is {ref_doc_id!r}; it must be the id of a document, such as node.ref_doc_id")
+    return {DOCUMENT: ref_doc_id}

@@ -29,13 +29,17 @@ def jsonable(value: Any) -> Any:
     | a mapping | an object, each value of which is treated in this way |
 
     Raises:
-        DataError: for a NaN or an infinity, a key that is no string, bytes, and any other class; names the place.
+        DataError: for a NaN or an infinity, a key that is no string, bytes, and any other class; names the place. For
+            what holds itself, or is nested too deeply to be written.
 
     Example:
         >>> jsonable({"seen": date(2024, 5, 1), "path": Path("a/b"), "score": np.float32(0.5)})
         {'seen': '2024-05-01', 'path': 'a/b', 'score': 0.5}
     """
-    return _converted(value, "")
+    try:
+        return _converted(value, "")
+    except RecursionError:
+        raise DataError("metadata: it holds itself, or is nested too deeply; it must be JSON") from None
 
 
 def _converted(value: Any, place: str) -> Any:

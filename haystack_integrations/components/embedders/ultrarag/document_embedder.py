@@ -11,7 +11,7 @@ from haystack import Document, component, default_from_dict, default_to_dict
 
 from haystack_integrations.components.embedders.ultrarag.base import Embedder
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
-from haystack_integrations.document_stores.ultrarag.converters import meta_values
+from haystack_integrations.document_stores.ultrarag.converters import listed, meta_values
 from haystack_integrations.document_stores.ultrarag.loading import Device
 
 
@@ -60,7 +60,8 @@ class UltraRAGDocumentEmbedder(Embedder):
         """
         # not super(): @component puts another class into the place of this one
         Embedder.__init__(self, model, document_store, adapter, device, trust_remote_code, model_kwargs)
-        self.meta_fields_to_embed, self.embedding_separator = meta_fields_to_embed or [], embedding_separator
+        self.meta_fields_to_embed = listed("meta_fields_to_embed", meta_fields_to_embed)
+        self.embedding_separator = embedding_separator
 
     def to_dict(self) -> dict[str, Any]:
         """

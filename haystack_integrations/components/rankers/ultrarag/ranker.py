@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from haystack import Document, component, default_from_dict, default_to_dict
 
-from haystack_integrations.document_stores.ultrarag.converters import meta_values
+from haystack_integrations.document_stores.ultrarag.converters import listed, meta_values
 from haystack_integrations.document_stores.ultrarag.loading import Device, load_encoder
 from ultrarag.retrieve import rerank
 from ultrarag.types import Hit, Passage
@@ -71,7 +71,8 @@ class UltraRAGRanker:
             raise ValueError(f"top_k must be greater than 0, and is {top_k}")
         self.model, self.adapter, self.top_k = str(model), adapter, top_k
         self.weight, self.score_threshold = weight, score_threshold
-        self.meta_fields_to_embed, self.embedding_separator = meta_fields_to_embed or [], embedding_separator
+        self.meta_fields_to_embed = listed("meta_fields_to_embed", meta_fields_to_embed)
+        self.embedding_separator = embedding_separator
         self.device, self.trust_remote_code = device, trust_remote_code
         self.model_kwargs, self.score_options = model_kwargs or {}, score_options or {}
         self._ranking = threading.Lock()

@@ -13,6 +13,9 @@ from haystack_integrations.document_stores.ultrarag.filters import translate
 if TYPE_CHECKING:
     from ultrarag.retrieve import Hits
 
+#: Arguments of a search that a retriever has itself, by their names there: an option would not count.
+OWN = {"k": "top_k", "filter": "filters", "ids": "filters (of the field 'id')", "weights": "weights", "heads": "heads"}
+
 
 class Retriever:
     """A retriever over the live index of a store."""
@@ -33,6 +36,9 @@ class Retriever:
         named = filter_policy if isinstance(filter_policy, FilterPolicy) else FilterPolicy.from_str(filter_policy)
         self.filter_policy = named
         self.return_embedding, self.search_options = return_embedding, search_options or {}
+        for name in self.search_options:
+            if name in OWN:
+                raise ValueError(f"search_options has {name!r}: give the retriever itself {OWN[name]}")
 
     def parameters(self) -> dict[str, Any]:
         """Those of `__init__`, to be serialized."""
@@ -84,6 +90,6 @@ class Retriever:
 
 
 def _positive(top_k: int) -> int:
-    if top_k <= 0:
-        raise ValueError(f"top_k must be greater than 0, and is {top_k}")
+    if not isinstance(top_k, int) or top_k <= 0:
+        raise ValueError(f"top_k must be greater than 0, and is {top_k!r}")
     return top_k

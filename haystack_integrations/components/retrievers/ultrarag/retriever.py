@@ -10,6 +10,7 @@ from haystack.document_stores.types import FilterPolicy
 
 from haystack_integrations.components.retrievers.ultrarag.base import Retriever
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
+from haystack_integrations.document_stores.ultrarag.converters import listed
 
 
 @component
@@ -51,8 +52,8 @@ class UltraRAGRetriever(Retriever):
         :param filters: Which documents are searched.
         :param top_k: How many are returned at most.
         :param weights: The weight of each head, such as `{"dense": 1, "bm25": 0.5}`; heads named here are searched.
-        :param heads: The heads that are searched, such as `["bm25"]`; default: those with a weight, else all of the
-            encoder. Several need weights, or `search_options={"fusion": "rrf"}`.
+        :param heads: The heads that are searched, such as `["bm25"]`; default: those with a weight, else the dense one
+            where it is stored. Several need weights, or `search_options={"fusion": "rrf"}`.
         :param filter_policy: Whether the filters of a run replace these, or are merged with them.
         :param return_embedding: Whether documents have the vectors that the index stores.
         :param search_options: Others of `LiveIndex.search`: `fusion`, `normalize`, `candidates`, `exact`, `min_scores`
@@ -62,7 +63,7 @@ class UltraRAGRetriever(Retriever):
         """
         # not super(): @component puts another class into the place of this one
         Retriever.__init__(self, document_store, filters, top_k, filter_policy, return_embedding, search_options)
-        self.weights, self.heads = weights, heads
+        self.weights, self.heads = weights, None if heads is None else listed("heads", heads)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -114,5 +115,8 @@ class UltraRAGRetriever(Retriever):
         return await asyncio.to_thread(self.answer, hits)
 
     def _asked(self, filters: Any, top_k: int | None, weights: dict[str, float] | None) -> dict[str, Any]:
-        chosen = self.weights if weights is None else weights
-        return {**self.asked(filters, top_k), "weights": chosen, "heads": self.heads}
+        chosen, heads = self.weights if weights is None else weights, self.heads
+        if chosen is None and heads is None:
+            with self.document_store.live.encoding() as lent:
+                heads = ["dense"] if "dense" in lent.heads else None
+        return {**self.asked(filters, top_k), "weights": chosen, "heads": heads}
