@@ -67,7 +67,7 @@ def test_encoding_side_by_side_gives_the_same_vectors(tmp_path, two_threads, mon
     together = encoder.encode(texts, batch_tokens=64, progress=False).dense
     assert threads
     assert threading.current_thread().name not in threads
-    monkeypatch.setattr(Encoder, "_workers", lambda self: 1)
+    monkeypatch.setattr(Encoder, "_workers", lambda self, dtype: 1)
     one_by_one = encoder.encode(texts, batch_tokens=64, progress=False).dense
     np.testing.assert_allclose(together, one_by_one, atol=1e-6)
 
@@ -87,7 +87,7 @@ def test_batches_for_several_workers_get_smaller_towards_the_end():
 def test_only_plugins_that_say_so_are_called_in_threads(tmp_path, two_threads):
     tiny_bert(tmp_path / "bert")
     tiny_minicpm(tmp_path / "minicpm")
-    assert Encoder.load(tmp_path / "bert", "bge", device="cpu")._workers() == 2
-    assert Encoder.load(tmp_path / "minicpm", "minicpm-embedding", device="cpu")._workers() == 1
+    assert Encoder.load(tmp_path / "bert", "bge", device="cpu")._workers(None) == 2
+    assert Encoder.load(tmp_path / "minicpm", "minicpm-embedding", device="cpu")._workers(None) == 1
     torch.set_num_threads(1)
     assert side_by_side() == 1

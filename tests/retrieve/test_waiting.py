@@ -22,7 +22,7 @@ SEARCH = {"heads": ["dense"]}
 
 
 def names(kind: str) -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(f"ultrarag-{kind}")]
+    return [thread for thread in threading.enumerate() if thread.name.rpartition("_")[0] == f"ultrarag-{kind}"]
 
 
 def test_every_async_method_gives_what_the_other_gives(live: LiveIndex) -> None:
@@ -136,7 +136,7 @@ def test_a_search_that_times_out_leaves_the_others(live: LiveIndex, monkeypatch)
 
 def test_the_threads_end_with_the_index(live: LiveIndex) -> None:
     live.add(corpus(2))
-    before = {*names("search"), *names("write")}
+    before = {*names("search"), *names("write"), *names("encode")}
 
     async def use() -> None:
         await live.aadd(corpus(3))

@@ -46,7 +46,7 @@ def quantised(exported: Exported, example: Mapping[str, Tensor], batches: Sequen
     nncf, model = _nncf(), converted(exported, example)
     rows = nncf.Dataset([[batch[name] for name in example] for batch in batches])
     tables = nncf.IgnoredScope(types=["Gather"], validate=False)  # of embeddings: no time is won by them in int8
-    with _quiet(nncf):
+    with _quiet():
         return nncf.quantize(
             model, rows, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches), ignored_scope=tables
         )
@@ -67,11 +67,11 @@ def _missing() -> UsageError:
 
 
 @contextlib.contextmanager
-def _quiet(nncf: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Its bars and its log go to standard output, which is for results."""
     log = logging.getLogger("nncf")
     level = log.level
-    nncf.set_log_level(logging.ERROR)
+    log.setLevel(logging.ERROR)  # nncf.set_log_level changes the handlers too, which may be others'
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
