@@ -6,23 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ultrarag.doors import default_heads
 from ultrarag.doors.langchain.filters import translated
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex
 
 #: The head that LangChain's "similarity" means, where it is stored.
 DENSE = "dense"
-
-
-def opened(index: LiveIndex | str | os.PathLike[str]) -> LiveIndex:
-    """A live index as it is; of a path, a handle that other parts of this process may share."""
-    if isinstance(index, LiveIndex):
-        return index
-    if isinstance(index, str | os.PathLike):
-        return LiveIndex.open(index, share=True)
-    raise UsageError(
-        f"index is {type(index).__name__}; it must be a LiveIndex (that of a store is store.index), or the path of one"
-    )
 
 
 def loaded(model: Any, **load: Any) -> Any:
@@ -55,5 +45,4 @@ def search_options(live: LiveIndex, *layers: Mapping[str, Any]) -> dict[str, Any
         options["filter"] = translated(options["filter"])
     if options.keys() & {"heads", "weights"}:
         return options
-    with live.encoding() as lent:
-        return {**options, "heads": [DENSE]} if DENSE in lent.heads else options
+    return {**options, "heads": default_heads(live)}

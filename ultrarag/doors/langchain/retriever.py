@@ -9,8 +9,9 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever, LangSmithRetrieverParams
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from ultrarag.doors import opened
 from ultrarag.doors.langchain.documents import document
-from ultrarag.doors.langchain.index import opened, search_options
+from ultrarag.doors.langchain.index import search_options
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import Hits, LiveIndex
 

@@ -14,10 +14,11 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings as LangChainEmbeddings
 from langchain_core.vectorstores import VectorStore
 
+from ultrarag.doors import opened
 from ultrarag.doors.langchain.documents import document, passages
 from ultrarag.doors.langchain.embeddings import UltraRAGEmbeddings
 from ultrarag.doors.langchain.filters import translated
-from ultrarag.doors.langchain.index import DENSE, opened, search_options
+from ultrarag.doors.langchain.index import DENSE, search_options
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import Hits, LiveIndex
 from ultrarag.types import Embeddings

@@ -12,8 +12,8 @@ import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding, mean_agg
 from llama_index.core.bridge.pydantic import ConfigDict, PrivateAttr, SerializationInfo, model_serializer
 
+from ultrarag.doors import Source, opened
 from ultrarag.doors.llamaindex.made import made
-from ultrarag.doors.llamaindex.source import Source, opened
 from ultrarag.encoder import Encoder
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.retrieve import LiveIndex

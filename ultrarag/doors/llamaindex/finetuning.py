@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ultrarag.doors import Source, opened
 from ultrarag.doors.llamaindex.embedding import UltraRAGEmbedding
-from ultrarag.doors.llamaindex.source import Source, opened
 from ultrarag.errors import DataError, UsageError
 from ultrarag.retrieve import LiveIndex, RefreshReport
 

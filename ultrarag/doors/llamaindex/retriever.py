@@ -12,9 +12,9 @@ from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
 
+from ultrarag.doors import Source, default_heads, opened
 from ultrarag.doors.llamaindex.filters import translated
 from ultrarag.doors.llamaindex.nodes import note, to_node
-from ultrarag.doors.llamaindex.source import Source, opened
 from ultrarag.retrieve import Hits
 
 
@@ -67,8 +67,7 @@ class UltraRAGRetriever(BaseRetriever):
         self.similarity_top_k = similarity_top_k
         self.filters, self._key = filters, generation_key
         if "heads" not in search and "weights" not in search:
-            with self._live.encoding() as lent:
-                search |= {"heads": ["dense"]} if "dense" in lent.heads else {}
+            search["heads"] = default_heads(self._live)
         self._search = search
         super().__init__(callback_manager=callback_manager, object_map=object_map, verbose=verbose)
 

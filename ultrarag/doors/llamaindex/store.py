@@ -17,12 +17,12 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
+from ultrarag.doors import Source, opened
 from ultrarag.doors.llamaindex.adding import add
 from ultrarag.doors.llamaindex.embedding import UltraRAGEmbedding
 from ultrarag.doors.llamaindex.filters import translated
 from ultrarag.doors.llamaindex.nodes import DOCUMENT, to_node
 from ultrarag.doors.llamaindex.query import Asked
-from ultrarag.doors.llamaindex.source import Source, opened
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex

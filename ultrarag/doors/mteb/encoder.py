@@ -62,8 +62,7 @@ class MtebEncoder:
                 f"the model's heads are {', '.join(self.encoder.heads)}, and MTEB compares single dense vectors: use "
                 "MtebSearch for sparse and colbert, MtebReranker for a cross-encoder"
             )
-        more = {"experiment_kwargs": {"task_prompts": True}, "use_instructions": True} if task_prompts else {}
-        self._meta = model_meta(self.encoder, name, **more)
+        self._meta = model_meta(self.encoder, name, task_prompts)
 
     @property
     def mteb_model_meta(self) -> ModelMeta:

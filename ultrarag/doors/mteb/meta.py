@@ -12,7 +12,7 @@ from ultrarag.encoder import Encoder
 TYPES = {"dense": "dense", "sparse": "sparse", "colbert": "late-interaction", "scores": "cross-encoder"}
 
 
-def model_meta(encoder: Encoder, name: str | None = None, **more: Any) -> ModelMeta:
+def model_meta(encoder: Encoder, name: str | None = None, task_prompts: bool = False, **more: Any) -> ModelMeta:
     """Return the ModelMeta of an encoder.
 
     Its revision is the fingerprint: results that MTEB keeps are found again for the same content alone, wherever the
@@ -21,16 +21,18 @@ def model_meta(encoder: Encoder, name: str | None = None, **more: Any) -> ModelM
 
     Args:
         name: with an organisation, such as "BAAI/bge-m3"; default: "ultrarag/" and the adapter's name.
+        task_prompts: whether it reads each task's own prompt, which tells results apart.
         more: other fields, in place of ours.
     """
-    experiment = _experiment(encoder, more.pop("experiment_kwargs", None))
+    prompted = {"task_prompts": True} if task_prompts else None
+    experiment = _experiment(encoder, more.pop("experiment_kwargs", prompted))
     fields: dict[str, Any] = {
         "name": name or f"ultrarag/{encoder.adapter.name}",
         "revision": encoder.fingerprint,
         "max_tokens": encoder.max_length("passage"),
         "embed_dim": encoder.dim,
         "similarity_fn_name": similarity_of(encoder),
-        "use_instructions": _instructed(encoder),
+        "use_instructions": task_prompts or _instructed(encoder),
         "adapted_from": _parent(encoder),
         "model_type": [TYPES[head] for head in encoder.heads],
         "framework": ["PyTorch"],

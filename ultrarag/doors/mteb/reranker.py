@@ -41,8 +41,7 @@ class MtebReranker:
         """
         self.encoder = loaded(model, revision, device, options)
         self.task_prompts, self.weights = task_prompts, weights
-        more = {"experiment_kwargs": {"task_prompts": True}, "use_instructions": True} if task_prompts else {}
-        self._meta = model_meta(self.encoder, name, **{"model_type": ["cross-encoder"], **more})
+        self._meta = model_meta(self.encoder, name, task_prompts, model_type=["cross-encoder"])
 
     @property
     def mteb_model_meta(self) -> ModelMeta:

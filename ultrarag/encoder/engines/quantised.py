@@ -27,7 +27,7 @@ _SHOWN = 12
 
 def is_int8(precision: str) -> bool:
     """Whether a precision is int8, by whatever calibration."""
-    return precision.partition(":")[0] == INT8
+    return family(precision) == INT8
 
 
 def family(precision: str) -> str:

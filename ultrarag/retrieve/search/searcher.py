@@ -134,6 +134,8 @@ class Searcher:
         if chosen.min_scores:
             counted, bounded = _above(counted, chosen.min_scores, score)
         fused = fuse(counted, chosen.k + more, chosen.weights, chosen.method, lambda h, ids: score[h](ids))
+        if not bounded:
+            return fused
         return [replace(f, scores={**{h: s[f.id] for h, s in bounded.items()}, **f.scores}) for f in fused]
 
     def _given(self, chosen: SearchPlan, score: Scorers) -> dict[str, list[Scored]]:

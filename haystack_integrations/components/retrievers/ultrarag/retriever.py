@@ -11,6 +11,7 @@ from haystack.document_stores.types import FilterPolicy
 from haystack_integrations.components.retrievers.ultrarag.base import Retriever
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
 from haystack_integrations.document_stores.ultrarag.converters import listed
+from ultrarag.doors import default_heads
 
 
 @component
@@ -117,6 +118,5 @@ class UltraRAGRetriever(Retriever):
     def _asked(self, filters: Any, top_k: int | None, weights: dict[str, float] | None) -> dict[str, Any]:
         chosen, heads = self.weights if weights is None else weights, self.heads
         if chosen is None and heads is None:
-            with self.document_store.live.encoding() as lent:
-                heads = ["dense"] if "dense" in lent.heads else None
+            heads = default_heads(self.document_store.live)
         return {**self.asked(filters, top_k), "weights": chosen, "heads": heads}
