@@ -17,9 +17,10 @@ def opened(index: Source) -> LiveIndex:
         return index
     if isinstance(index, str | os.PathLike):
         return LiveIndex.open(index, share=True)
+    given = type(index).__name__
     raise UsageError(
-        f"index is {type(index).__name__}; it must be a LiveIndex (that of a store is store.index in LangChain, "
-        f"store.client in LlamaIndex), or the path of one"
+        f"index is {given}: give a LiveIndex (that of a store is store.index in LangChain, store.client in LlamaIndex) "
+        f"or the path of one, not {given}"
     )
 
 
