@@ -17,7 +17,7 @@ from ultrarag.errors import IndexStateError, ResourceError, UsageError
 from ultrarag.retrieve.engines import Schema, create, open_backend
 from ultrarag.types import Embeddings
 
-pytest.importorskip("turbovec")
+pytest.importorskip("faiss")
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +60,9 @@ def test_codes_that_were_not_written_are_made_again(tmp_path: Path, monkeypatch:
         (f"late{row}" for row in range(50)), key=lambda id: late[int(id[4:])] @ late[7]
     )
     again.close()
-    for path in (tmp_path / "index").glob("codes-*"):
+    for path in (tmp_path / "index").glob("lists-*"):
         path.write_bytes(b"no codes")
-    with pytest.raises(IndexStateError, match="codes-"):
+    with pytest.raises(IndexStateError, match="lists-"):
         open_backend(tmp_path / "index")
 
 
@@ -122,8 +122,8 @@ def test_heads_of_another_engine_agree_after_a_crash(tmp_path: Path) -> None:
 
 
 def test_the_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "turbovec", None)
-    with pytest.raises(UsageError, match="pip install turbovec=="):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UsageError, match="pip install faiss-cpu=="):
         create(tmp_path / "index", SCHEMA, "ivf")
     assert not (tmp_path / "index").exists()
 
