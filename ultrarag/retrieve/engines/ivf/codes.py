@@ -19,7 +19,7 @@ CODE_BITS, MOST_BITS = 256, 8
 #: Lists for the square root of the rows.
 LISTS = 4.0
 #: Vectors of the sample for each list, and rounds of k-means.
-SAMPLE_ROWS, ROUNDS = 64, 8
+SAMPLE_ROWS, ROUNDS = 40, 8
 #: Lists that a search looks into; where a filter lets few pass, more.
 PROBES = 96
 #: Squares of such values in a code are still finite.
@@ -47,7 +47,7 @@ class Codes:
 
     @classmethod
     def train(cls, rows: int, read: Callable[[np.ndarray], np.ndarray]) -> Codes:
-        """Choose the lists for so many rows by k-means over a sample; `read` gives the vectors of rows."""
+        """Choose the lists for so many rows by k-means over a sample; `read` gives copies of the vectors of rows."""
         faiss = _library()
         lists = max(1, round(LISTS * rows**0.5))
         sample = read(np.sort(np.random.default_rng(0).choice(rows, min(rows, SAMPLE_ROWS * lists), replace=False)))
@@ -56,7 +56,9 @@ class Codes:
         index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
         kmeans = faiss.downcast_index(index.index).cp
         kmeans.niter, kmeans.max_points_per_centroid, kmeans.min_points_per_centroid = ROUNDS, SAMPLE_ROWS, 1
-        index.train(sample / np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), 1e-12))
+        np.clip(sample, -LARGEST, LARGEST, out=sample)
+        sample /= np.maximum(np.sqrt(np.einsum("rd,rd->r", sample, sample)), 1e-12)[:, None]
+        index.train(sample)
         return cls(index, rows)
 
     def add(self, vectors: np.ndarray) -> None:
