@@ -6,7 +6,9 @@ one bit a dimension, of more where there are few. They are derived: lost ones ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -107,7 +109,15 @@ def _library() -> Any:
         import faiss
     except ModuleNotFoundError as error:
         raise UsageError(f"the engine 'ivf' needs {error.name}: {install('faiss-cpu')}") from error
+    _mind_forks()
     return faiss
+
+
+@lru_cache
+def _mind_forks() -> None:
+    """In a fork, GNU's OpenMP waits for ever for the threads that its parent had: there one thread does it all."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: _library().omp_set_num_threads(1))
 
 
 def _fitting(vectors: np.ndarray) -> np.ndarray:
