@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.retrieve.feedback.after_swap import Watch, watch
     from ultrarag.retrieve.feedback.entries import ACTIONS, LoggedQuery
     from ultrarag.retrieve.feedback.frozen import freeze
     from ultrarag.retrieve.feedback.keeping import FILE

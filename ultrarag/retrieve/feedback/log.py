@@ -28,6 +28,29 @@ from ultrarag.rows import text_key
 
 #: Of queries of which a hit was ever clicked.
 _CLICKED = "AND q.key IN (SELECT key FROM queries JOIN events USING (query_id) WHERE action = ?3)"
+#: Of the searches of a generation that found something: how many there are, with a click on the first, with a citation.
+_SEARCHES = """
+WITH counted AS (
+    SELECT query_id, json_extract(hits, '$[0][0]') AS first, row_number() OVER (
+        PARTITION BY key, CASE client WHEN '' THEN query_id ELSE client END ORDER BY time) AS number
+    FROM queries WHERE generation = ?1 AND time >= ?2 AND time < ?3 AND hits != '[]'
+)
+SELECT count(*), coalesce(sum(EXISTS (
+    SELECT 1 FROM events e WHERE e.query_id = c.query_id AND e.action = 'click' AND e.passage_id = c.first)), 0),
+    coalesce(sum(EXISTS (SELECT 1 FROM events e WHERE e.query_id = c.query_id AND e.action = 'cite')), 0)
+FROM counted c WHERE number <= ?4
+"""
+#: Of the votes on them, each client's last one about a query's passage or answer, counted by action.
+_VOTES = """
+SELECT action, count(*) FROM (
+    SELECT e.action, row_number() OVER (
+        PARTITION BY q.key, e.passage_id, CASE e.client WHEN '' THEN e.query_id ELSE e.client END ORDER BY e.number DESC
+    ) AS number
+    FROM queries q JOIN events e ON e.query_id = q.query_id
+    WHERE q.generation = ?1 AND q.time >= ?2 AND q.time < ?3
+    AND e.action IN ('relevant', 'not_relevant', 'unsure', 'answer_up', 'answer_down')
+) WHERE number = 1 GROUP BY action
+"""
 
 
 class FeedbackLog(Keeping):
@@ -178,6 +201,30 @@ class FeedbackLog(Keeping):
             query = logged(row)
             query.events.extend(db.execute(events, (query_id,)).fetchall())
         return query
+
+    def outcomes(self, generation: int, since: float, until: float, most: int) -> dict[str, tuple[int, int]]:
+        """What became of the searches that a generation answered: of each measure (how often, of how many).
+
+        Args:
+            since, until: seconds since 1970, of the search; `until` is excluded.
+            most: searches of one client that count for one query.
+
+        Returns:
+            "first hit clicked" and "a hit cited", of the searches that found something; "votes for relevant" and
+            "answers voted up", of the votes, of which each client's last one counts.
+        """
+        span = (generation, since, until)
+        with self._database.reading() as db:
+            searches, clicked, cited = db.execute(_SEARCHES, (*span, most)).fetchone()
+            votes = dict(db.execute(_VOTES, span).fetchall())
+        good = {name: votes.get(name, 0) for name in ("relevant", "answer_up")}
+        bad = {name: votes.get(name, 0) for name in ("not_relevant", "answer_down")}
+        return {
+            "first hit clicked": (clicked, searches),
+            "a hit cited": (cited, searches),
+            "votes for relevant": (good["relevant"], good["relevant"] + bad["not_relevant"]),
+            "answers voted up": (good["answer_up"], good["answer_up"] + bad["answer_down"]),
+        }
 
     def counts(self) -> dict[str, Any]:
         """How many queries and events of each kind there are, since when, and the settings."""
