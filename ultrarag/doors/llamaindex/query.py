@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ class Asked:
     def hybrid(self, k: int) -> Hits:
         """Dense vectors and words; alpha weighs the former, 1 - alpha the latter."""
         alpha = 0.5 if self.query.alpha is None else self.query.alpha
-        if not 0 <= alpha <= 1:
+        if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha!r}; it must be from 0 (words alone) to 1 (vectors alone)")
         asked = {"candidates": max(self.query.sparse_top_k, self.k, k)} if self.query.sparse_top_k else {}
         _ = self.text
