@@ -1,14 +1,14 @@
 """Closed-loop clients search a service while passages are added and a refresh swaps: rates, waits, errors, memory.
 
     python benchmarks/service.py --clients 16,64 --seconds 60 [--passages 1500] [--steps 30] [--out results.json]
-    python benchmarks/service.py --clients 4 --seconds 1800 --pause 60 --steps 8 [--out results.json]
+    python benchmarks/service.py --clients 2 --seconds 1800 --pause 30 --steps 2 --passages 200 --kept 100
 
 `ultrarag serve` runs as a process of its own over all-MiniLM-L6-v2 and passages of Python's documentation; the clients
 share the machine with it. Each asks the next query when the last is answered. Meanwhile --batch passages are added
 every two seconds, of which the oldest are deleted beyond --kept, and a refresh fine-tunes, builds and swaps, with
---pause another one that many seconds later, and so on. A round lasts for --seconds at least, and half of them beyond
-the swap. Counted are searches a second, the median and 99th percentile of the wait: in the --seconds around the
-(last) swap, in the whole round, beside a refresh and without one; answers that are no 200; answers whose generation and
+--pause another one that many seconds later, and so on. A round lasts for --seconds at least, and half a minute beyond
+the last swap. Counted are searches a second, the median and 99th percentile of the wait: in the minute around the last
+swap, in the whole round, beside a refresh and without one; answers that are no 200; answers whose generation and
 encoder do not belong together; passages that were acknowledged and cannot be found, or were deleted and can; and the
 memory of the service: each minute's median, and how fast it grows, of all samples and of those without a refresh.
 """
@@ -30,7 +30,7 @@ from typing import Any
 
 import httpx2
 from machine import origin
-from service_round import Round, Seen
+from service_round import WINDOW, Round, Seen
 
 from ultrarag import Encoder
 from ultrarag.demo.corpus import build_demo
@@ -75,7 +75,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
         found = []
         for place, clients in enumerate(map(int, asked.clients.split(","))):
             one = Round(url, pid, clients, asked, queries, texts[len(kept) :], place)
-            found.append(told(clients, asked.seconds, asyncio.run(one.run())))
+            found.append(told(clients, min(WINDOW, asked.seconds), asyncio.run(one.run())))
     return {"passages": len(kept), "train rows": data.train, "rounds": found}
 
 

@@ -14,6 +14,8 @@ import httpx2
 
 #: Seconds between two writes.
 EVERY = 2.0
+#: Seconds around a swap that are told apart, at most.
+WINDOW = 60.0
 
 
 @dataclass
@@ -69,13 +71,14 @@ class Round:
             began = time.monotonic()
             work = [asyncio.create_task(self.search(number)) for number in range(self.clients)]
             work += [asyncio.create_task(self.write()), asyncio.create_task(self.watch())]
-            half = self.asked.seconds / 2
+            half = min(WINDOW, self.asked.seconds) / 2
+            end = began + self.asked.seconds
             await asyncio.sleep(half / 2)  # for what it is without a refresh
             await self.refresh()
-            while self.asked.pause is not None and time.monotonic() - began < self.asked.seconds - half / 2:
+            while self.asked.pause is not None and time.monotonic() + self.asked.pause + half < end:
                 await asyncio.sleep(self.asked.pause)
                 await self.refresh()
-            await asyncio.sleep(max(half, began + self.asked.seconds - time.monotonic()))
+            await asyncio.sleep(max(half, end - time.monotonic()))
             ended = time.monotonic()
             self.stop.set()
             await asyncio.gather(*work)
