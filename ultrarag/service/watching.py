@@ -25,7 +25,8 @@ class Watching:
         """Look when it is asked."""
         self._live, self._load, self._mutex = live, load, threading.Lock()
         self._of: tuple[Any, ...] | None = None
-        self._looked, self._found = 0.0, None
+        self._looked = 0.0
+        self._found: dict[str, Any] | None = None
 
     def look(self, status: Mapping[str, Any]) -> dict[str, Any] | None:
         """What `Watch.to_dict` has, with the load of both generations; None where no swap is watched.
