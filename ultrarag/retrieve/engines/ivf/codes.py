@@ -19,7 +19,7 @@ from ultrarag.packages import install
 #: Bits of a code at least, and bits of a dimension at most: one is enough for 256 dimensions and more.
 CODE_BITS, MOST_BITS = 256, 8
 #: Lists for the square root of the rows.
-LISTS = 4.0
+LISTS = 2.0
 #: Vectors of the sample for each list, and rounds of k-means.
 SAMPLE_ROWS, ROUNDS = 40, 8
 #: Lists that a search looks into; where a filter lets few pass, more.
