@@ -18,8 +18,8 @@ from ultrarag.packages import install
 
 #: Bits of a code at least, and bits of a dimension at most: one is enough for 256 dimensions and more.
 CODE_BITS, MOST_BITS = 256, 8
-#: Lists for the square root of the rows: of a million real vectors half as many lose 0.02 of recall@10, and twice as many
-#: are built at half the rate.
+#: Lists for the square root of the rows: half as many lose 0.02 of the recall@10 of a million real vectors, twice as
+#: many are built at half the rate.
 LISTS = 2.0
 #: Vectors of the sample for each list, and rounds of k-means.
 SAMPLE_ROWS, ROUNDS = 40, 8
