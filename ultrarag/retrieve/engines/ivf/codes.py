@@ -50,16 +50,16 @@ class Codes:
 
     @classmethod
     def train(cls, rows: int, read: Callable[[np.ndarray], np.ndarray]) -> Codes:
-        """Choose the lists for so many rows by k-means over a sample; `read` gives copies of the vectors of rows."""
+        """Choose the lists for so many rows by k-means over a sample; `read` gives the vectors of rows."""
         faiss = _library()
         lists = max(1, round(LISTS * rows**0.5))
-        sample = read(np.sort(np.random.default_rng(0).choice(rows, min(rows, SAMPLE_ROWS * lists), replace=False)))
+        chosen = np.random.default_rng(0).choice(rows, min(rows, SAMPLE_ROWS * lists), replace=False)
+        sample = _fitting(read(np.sort(chosen)))
         dim = sample.shape[1]
         kind = f"RR,IVF{lists},RaBitQ{min(MOST_BITS, -(-CODE_BITS // dim))}"
         index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
         kmeans = faiss.downcast_index(index.index).cp
         kmeans.niter, kmeans.max_points_per_centroid, kmeans.min_points_per_centroid = ROUNDS, SAMPLE_ROWS, 1
-        np.clip(sample, -LARGEST, LARGEST, out=sample)
         sample /= np.maximum(np.sqrt(np.einsum("rd,rd->r", sample, sample)), 1e-12)[:, None]
         index.train(sample)
         return cls(index, rows)
