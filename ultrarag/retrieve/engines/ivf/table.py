@@ -22,7 +22,7 @@ from ultrarag.retrieve.engines.ivf.lookup import Lookup
 Facts = Sequence[tuple[str, float]]
 #: Rows read at a time.
 BLOCK_ROWS = 8192
-#: Up to so many rows vectors are read where they are mapped; of more they are copied, at 1.4 microseconds a row and more:
+#: Up to so many rows vectors are read where they are mapped; of more they are copied, at 1.4 microseconds a row and up:
 #: what a process has mapped counts as its memory, 1,400 bytes a passage after 1,200 searches of a million.
 MAPPED_ROWS = 65_536
 #: Before an id, so that it is no fact: those begin with another character.
