@@ -343,20 +343,13 @@ class Encoder(TokenEncoder):
         texts = listed_texts(texts)
         if not texts:
             return self.encode([""], kind, heads=heads, progress=False)[:0]
-        shown = False if progress is None and len(texts) == 1 else progress  # a bar takes as long as a tenth of a query
-        with progress_bar(len(texts), "encode", "text", shown) as bar:
-            chunks = self.iter_encode(
-                texts,
-                kind,
-                heads=heads,
-                batch_tokens=batch_tokens,
-                precision=precision,
-                max_length=max_length,
-                instruction=instruction,
-                on_batch=bar.update,
-                cuts=cuts,
-            )
-            return Embeddings.cat(list(chunks))
+        options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision, "cuts": cuts}
+        options |= {"max_length": max_length, "instruction": instruction}
+        if len(texts) == 1 and not progress:  # a bar takes as long as a tenth of a query
+            [found] = self.iter_encode(texts, kind, **options)
+            return found
+        with progress_bar(len(texts), "encode", "text", progress) as bar:
+            return Embeddings.cat(list(self.iter_encode(texts, kind, on_batch=bar.update, **options)))
 
     def iter_encode(
         self,

@@ -28,16 +28,17 @@ def engine_of(encoder: TokenEncoder, name: str | None, fingerprint: Callable[[],
     asked = asked_engine(name)
     if asked == "torch":
         return Engine()
-    return Engine.chosen(
-        asked,
-        Choice(
-            encode=encoder.adapter.encode,
-            model=encoder.model,
-            probes=[_probe(encoder, words) for words in _BATCHES],
-            fingerprint=fingerprint,
-            device=encoder.device.type,
-            precision=encoder.precision,
-        ),
+    return Engine.chosen(asked, _choice(encoder, fingerprint))
+
+
+def _choice(encoder: TokenEncoder, fingerprint: Callable[[], str]) -> Choice:
+    return Choice(
+        encode=encoder.adapter.encode,
+        model=encoder.model,
+        probes=[_probe(encoder, words) for words in _BATCHES],
+        fingerprint=fingerprint,
+        device=encoder.device.type,
+        precision=encoder.precision,
     )
 
 
@@ -62,7 +63,7 @@ def int8_of(encoder: TokenEncoder, folder: Path, fingerprint: Callable[[], str])
             f"'{folder}' is quantised with another calibration: {encoder.precision} is asked for, it has "
             f"{record.precision}"
         )
-    return Int8.load(folder, record, encoder.model, _streams(encoder))
+    return Int8.load(folder, record, _choice(encoder, fingerprint), _streams(encoder))
 
 
 def check_quantisable(encoder: TokenEncoder) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ultrarag.checkpoint import Manifest
 from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
-from ultrarag.encoder.engines import Engine, Int8, Quantised
+from ultrarag.encoder.engines import Dense, Engine, Int8, Quantised
 from ultrarag.encoder.load import checked_device, checked_precision, dtype_of
 from ultrarag.encoder.sides import Sides
 from ultrarag.encoder.tokens import (
@@ -74,6 +74,8 @@ class TokenEncoder:
         self._engine = Engine()
         #: what runs it in int8, where it was loaded so
         self._int8: Int8 | None = None
+        #: the settings when it was compiled, of which a compiled head has some in it
+        self._compiled_for = replace(settings)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -167,6 +169,11 @@ class TokenEncoder:
             dtype: of the forward, if not float32; int8 for what is quantised.
             on_batch: told the number of texts after each forward.
         """
+        if (dense := self._dense(tokens.kind, heads, dtype)) and len(tokens) == 1:
+            found = Embeddings(dense=dense(tokens.ids))
+            if on_batch:
+                on_batch(1)
+            return found
         if _in_training(self.model):
             self.model.eval()
         workers = self._workers(dtype)
@@ -174,6 +181,8 @@ class TokenEncoder:
 
         @torch.no_grad()  # not inference_mode: a buffer first made here may be needed by a later training step
         def start(rows: list[int]) -> Callable[[], Embeddings]:
+            if dense:
+                return Embeddings(dense=dense([tokens.ids[row] for row in rows])).numpy
             return to_host(self._forward(self.features(tokens, rows), heads, dtype))
 
         if self.device.type == "cpu":
@@ -189,6 +198,19 @@ class TokenEncoder:
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         return Embeddings.cat(parts)[place]
+
+    def _dense(self, kind: Kind | None, heads: tuple[str, ...], dtype: torch.dtype | None) -> Dense | None:
+        """What gives queries' dense vectors in one piece, where those alone are asked for and no extension is around.
+
+        Passages have the adapter's own head: the compiled one is for queries, which an adapter may read otherwise.
+        """
+        if kind != "query" or heads != ("dense",) or dtype not in (None, torch.int8):
+            return None
+        if self.settings != self._compiled_for or self.adapter.registry.wrapping("encode"):
+            return None
+        if dtype is None:
+            return self._engine.dense(self.model)
+        return self._int8.dense(self.model) if self._int8 else None
 
     def _workers(self, dtype: torch.dtype | None) -> int:
         """Forwards to run at a time: one on a GPU, and where a plugin does not say that several may run."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.encoder.engines.backbone import Dense
     from ultrarag.encoder.engines.choice import Choice, Engine
     from ultrarag.encoder.engines.int8 import Int8, Streams, quantise_backbone
     from ultrarag.encoder.engines.nncf_quantiser import versions

@@ -12,14 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ultrarag.encoder.engines.backbone import INPUTS, Compiled, Exported, output_of, with_backbone
+from ultrarag.encoder.engines.backbone import (
+    INPUTS,
+    Compiled,
+    Dense,
+    Encode,
+    Exported,
+    Forward,
+    Head,
+    output_of,
+    with_backbone,
+)
 from ultrarag.encoder.engines.files import read_race, write_race
-from ultrarag.encoder.engines.openvino_runtime import compiled, installed, openvino
+from ultrarag.encoder.engines.openvino_runtime import UNTRACEABLE, compiled, installed, openvino
 from ultrarag.encoder.engines.setting import AUTO, OPENVINO, TORCH
 from ultrarag.encoder.engines.snapshot import Snapshot
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import Features
-from ultrarag.types import Embeddings
 
 logger = logging.getLogger("ultrarag")
 
@@ -36,8 +45,7 @@ _told: set[str] = set()
 class Choice(NamedTuple):
     """What an engine is chosen for."""
 
-    #: the adapter's hook: (model, features) -> Embeddings
-    encode: Callable[[nn.Module, Features], Embeddings]
+    encode: Encode
     model: nn.Module
     #: batches to compare and to race with: the first of rows of different lengths, the last of one short row
     probes: Sequence[Features]
@@ -50,10 +58,15 @@ class Choice(NamedTuple):
 class Engine:
     """The forward of one model: `of(model)` is what to call."""
 
-    def __init__(self, name: str = TORCH, twin: nn.Module | None = None, made_of: Snapshot | None = None) -> None:
+    def __init__(
+        self,
+        name: str = TORCH,
+        twin: nn.Module | None = None,
+        made_of: Snapshot | None = None,
+        forward: Forward | None = None,
+    ) -> None:
         self.name = name
-        self._twin = twin
-        self._made_of = made_of
+        self._twin, self._made_of, self._forward = twin, made_of, forward
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
         """A copy of an encoder runs on torch: compiled models belong to their process."""
@@ -70,6 +83,11 @@ class Engine:
             self.name, self._twin = TORCH, None
             return model
         return self._twin
+
+    def dense(self, model: nn.Module) -> Dense | None:
+        """What gives the dense vectors of queries from their tokens, without the adapter; None where nothing does."""
+        forward = self._forward
+        return forward.dense if forward and forward.gives_dense and self.of(model) is self._twin else None
 
     @classmethod
     def chosen(cls, name: str, choice: Choice) -> Engine:
@@ -95,12 +113,13 @@ class Engine:
     @classmethod
     def _compiled(cls, choice: Choice) -> Engine:
         try:
-            twin = _twin(choice)
+            twin, forward = _twin(choice)
             reason = _difference(choice, twin)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except UNTRACEABLE as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if not reason:
-            return cls(OPENVINO, twin, Snapshot(choice.model))
+            forward.gives_dense = forward.gives_dense and same_dense(choice, choice.model, forward)
+            return cls(OPENVINO, twin, Snapshot(choice.model), forward)
         kind = type(choice.model).__name__
         if f"{kind}: {reason}" not in _told:
             _told.add(f"{kind}: {reason}")
@@ -108,7 +127,7 @@ class Engine:
         return cls()
 
 
-def _twin(choice: Choice) -> nn.Module:
+def _twin(choice: Choice) -> tuple[nn.Module, Forward]:
     backbone = getattr(choice.model, "backbone", None)
     if not isinstance(backbone, nn.Module):
         raise AttributeError("it has no part called 'backbone'")
@@ -117,8 +136,9 @@ def _twin(choice: Choice) -> nn.Module:
     if not bool(example["attention_mask"][:, 0].all()):  # traced with padding on the right
         example = {name: value.flip(1) for name, value in example.items()}
     output = output_of(backbone, example)
-    forward = compiled(Exported(backbone, output), example, choice.fingerprint(), torch.get_num_threads())
-    return with_backbone(choice.model, Compiled(forward, output, getattr(backbone, "config", None)))
+    head = Head(choice.encode, choice.model, output) if "dense" in rows["heads"] else None
+    forward = compiled(Exported(backbone, output), example, choice.fingerprint(), torch.get_num_threads(), head)
+    return with_backbone(choice.model, Compiled(forward, output, getattr(backbone, "config", None))), forward
 
 
 def _difference(choice: Choice, twin: nn.Module) -> str:
@@ -135,6 +155,20 @@ def _difference(choice: Choice, twin: nn.Module) -> str:
             if expected.sparse is not None and not _same_words(expected.sparse, found.sparse):
                 return "its lexical weights are not torch's"
     return ""
+
+
+def same_dense(choice: Choice, model: nn.Module, forward: Forward) -> bool:
+    """Whether a forward gives the dense vectors of a model by itself, of several texts and of one."""
+    with torch.no_grad():
+        for probe in choice.probes:
+            rows: Any = probe
+            ids = [
+                row[mask.bool()].tolist() for row, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
+            ]
+            expected: Any = choice.encode(model, rows).dense
+            if not _cosine(expected, torch.from_numpy(forward.dense(ids)), None) >= SAME:
+                return False
+    return True
 
 
 def _cosine(one: Tensor, other: Tensor, mask: Tensor | None) -> float:

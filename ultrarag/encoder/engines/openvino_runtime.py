@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ultrarag.encoder.engines.backbone import HIDDEN
 from ultrarag.encoder.engines.files import kept
 from ultrarag.errors import UsageError
 from ultrarag.packages import install
@@ -21,13 +22,15 @@ from ultrarag.packages import install
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ultrarag.encoder.engines.backbone import Exported, Forward
+    from ultrarag.encoder.engines.backbone import Exported, Head
 
 #: A forward of one caller uses one stream.
 _SETTINGS: dict[str, Any] = {
     "PERFORMANCE_HINT": "LATENCY",
     "ENABLE_CPU_PINNING": False,  # several processes would share the same cores
 }
+#: What tracing raises where a module cannot be converted.
+UNTRACEABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 #: Its importer reports every import to its makers over the network where this package is there.
 _TELEMETRY = "openvino_telemetry"
 
@@ -80,12 +83,15 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def compiled(exported: Exported, example: Mapping[str, Tensor], fingerprint: str, threads: int) -> Forward:
+def compiled(
+    exported: Exported, example: Mapping[str, Tensor], fingerprint: str, threads: int, head: Head | None = None
+) -> Requests:
     """Return the backbone's forward, converted now or read from the cache.
 
     Args:
         example: two rows or more of different lengths, padded on the right.
         threads: of one forward.
+        head: what makes dense vectors of it, which the forward then gives as well, where it can be converted.
 
     Raises:
         UsageError: the package is missing.
@@ -93,8 +99,25 @@ def compiled(exported: Exported, example: Mapping[str, Tensor], fingerprint: str
     """
     package = openvino()
     core = package.Core()
-    key = (fingerprint, "openvino", package.__version__, torch.__version__, *example)
-    model = kept(key, lambda: converted(exported, example), save, core.read_model)
+    key = (fingerprint, "openvino", package.__version__, torch.__version__, *example, *(("dense",) if head else ()))
+
+    def convert() -> Any:
+        model = converted(exported, example)
+        if head is not None:
+            with suppress(*UNTRACEABLE):
+                return with_head(model, tuple(example), converted_head(head, exported, example))
+        return model
+
+    return compiled_float(kept(key, convert, save, core.read_model), tuple(example), threads)
+
+
+def compiled_float(model: Any, names: tuple[str, ...], threads: int) -> Requests:
+    """Return the forward of a converted model.
+
+    Args:
+        names: of its inputs, in order.
+        threads: of one forward; 0: as many as there are.
+    """
     settings = {
         **_SETTINGS,
         "INFERENCE_PRECISION_HINT": "f32",  # on a CPU with AMX it would take bf16
@@ -102,24 +125,47 @@ def compiled(exported: Exported, example: Mapping[str, Tensor], fingerprint: str
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": threads,
     }
-    return _Requests(core.compile_model(model, "CPU", settings), tuple(example))
+    return Requests(openvino().Core().compile_model(model, "CPU", settings), names)
 
 
-def compiled_int8(path: Path, names: tuple[str, ...], streams: int, threads: int) -> Forward:
+def compiled_int8(path: Path, names: tuple[str, ...], streams: int, threads: int, head: Any = None) -> Requests:
     """Return the forward of a quantised model, for as many callers at a time as there are streams.
 
     Args:
         names: of its inputs, in order.
-        threads: of all streams together.
+        threads: of all streams together; 0: as many as there are.
+        head: a converted one, which the forward then gives as well.
     """
     core = openvino().Core()
+    model = core.read_model(path)
     settings = {
         **_SETTINGS,
         "INFERENCE_PRECISION_HINT": "f32",  # of the rest: bf16 takes 4 % less for a batch, and more for a query (Zen 5)
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": threads,
     }
-    return _Requests(core.compile_model(core.read_model(path), "CPU", settings), names)
+    if head is not None:
+        model = with_head(model, names, head)
+    return Requests(core.compile_model(model, "CPU", settings), names)
+
+
+def kept_head(head: Head, exported: Exported, example: Mapping[str, Tensor], fingerprint: str) -> Any:
+    """A head, converted now or read from the cache; None where it cannot be traced, and stays with the adapter."""
+    package = openvino()
+    with suppress(*UNTRACEABLE):
+        key = head_key(fingerprint)
+        return kept(key, lambda: converted_head(head, exported, example), save, package.Core().read_model)
+    return None
+
+
+def head_key(fingerprint: str) -> tuple[str, ...]:
+    """What a converted head is kept under."""
+    return (fingerprint, "openvino head", *runtime_versions())
+
+
+def runtime_versions() -> tuple[str, str]:
+    """Of what converts, and of what it converts from."""
+    return version("openvino"), version("torch")
 
 
 def converted(exported: Exported, example: Mapping[str, Tensor]) -> Any:
@@ -129,23 +175,84 @@ def converted(exported: Exported, example: Mapping[str, Tensor]) -> Any:
         return openvino().convert_model(exported, example_input=dict(example))
 
 
+def converted_head(head: Head, exported: Exported, example: Mapping[str, Tensor]) -> Any:
+    """A head as OpenVINO has it."""
+    rows = {name: example[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return openvino().convert_model(head, example_input={HIDDEN: exported(**example), **rows})
+
+
+def with_head(model: Any, names: tuple[str, ...], head: Any) -> Any:
+    """A model of both: its outputs are the backbone's, and the dense vectors that the head makes of it."""
+    found = {**dict(zip(names, model.inputs, strict=True)), HIDDEN: model.outputs[0].get_node().input_value(0)}
+    for port in list(head.inputs):
+        name = next(name for name in found if name in port.get_names())
+        port.get_node().output(0).replace(found[name].get_node().output(found[name].get_index()))
+    results = [output.get_node().input_value(0) for output in (model.outputs[0], head.outputs[0])]
+    return openvino().Model(results, model.get_parameters(), "encoder")
+
+
 def save(model: Any, path: str) -> None:
     """Write a model, float32 as it is."""
     openvino().save_model(model, path, compress_to_fp16=False)
 
 
-class _Requests:
-    """A compiled model, with a request for each thread that calls it."""
+class Requests:
+    """A compiled model, with a request for each thread that calls it; see `Forward`."""
 
     def __init__(self, model: Any, names: tuple[str, ...]) -> None:
-        self._model = model
-        self._names = names
+        self._model, self._names = model, names
         self._own = threading.local()
+        self.gives_dense = len(model.outputs) > 1
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        rows = [np.ascontiguousarray(inputs[name]) for name in self._names]
+        found: np.ndarray = self._request().infer(rows, share_inputs=True)[0]
+        return found
+
+    def dense(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """The dense vectors of texts, (texts, dim) float32."""
+        request = self._request()
+        if len(ids) == 1:
+            self._give(request, ids[0])
+            found = request.infer(share_outputs=True)
+        else:
+            self._own.given = 0
+            found = request.infer(self._padded(ids), share_inputs=True, share_outputs=True)
+        vectors: np.ndarray = found[1].copy()
+        return vectors
+
+    def _request(self) -> Any:
         request = getattr(self._own, "request", None)
         if request is None:
             request = self._own.request = self._model.create_infer_request()
-        rows = [np.ascontiguousarray(inputs[name]) for name in self._names]
-        found: np.ndarray = request.infer(rows, share_inputs=True)[0]
-        return found
+            #: inputs of one text, by its number of tokens, and of how many tokens the request has them now
+            self._own.alone, self._own.given = {}, 0
+        return request
+
+    def _give(self, request: Any, ids: Sequence[int]) -> None:
+        """Write a text into the tensors of its length, which need no check and no copy then."""
+        tensors = self._own.alone.get(len(ids))
+        if tensors is None:
+            make = openvino().Tensor
+            rows = self._rows(np.zeros((1, len(ids)), dtype=np.int64), np.ones((1, len(ids)), dtype=np.int64))
+            tensors = self._own.alone[len(ids)] = [make(rows[name]) for name in self._names]
+        if self._own.given != len(ids):
+            for place, tensor in enumerate(tensors):
+                request.set_input_tensor(place, tensor)
+            self._own.given = len(ids)
+        tensors[self._names.index("input_ids")].data[0] = ids
+
+    def _padded(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        padded = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
+        mask = np.zeros_like(padded)
+        for row, tokens in enumerate(ids):
+            padded[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        rows = self._rows(padded, mask)
+        return [rows[name] for name in self._names]
+
+    @staticmethod
+    def _rows(ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
