@@ -24,13 +24,14 @@ from ultrarag.checkpoint import (
 )
 from ultrarag.encoder.adapted import base_of, joined, merge_matrices
 from ultrarag.encoder.choice import adapter_name
-from ultrarag.encoder.engine_of import engine_of, int8_of
+from ultrarag.encoder.cuts import Cuts
+from ultrarag.encoder.engine_of import engine_of, int8_of, keep_ready
 from ultrarag.encoder.engines import INT8, copy_quantised, is_int8
 from ultrarag.encoder.forward import TokenEncoder
 from ultrarag.encoder.load import check_int8, check_vocabulary, declared_options, override_settings, settings_of
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
-from ultrarag.encoder.tokens import Cuts, check_count, listed_texts, tokenized_chunks
+from ultrarag.encoder.tokens import check_count, listed_texts, tokenized_chunks
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
@@ -120,6 +121,7 @@ class Encoder(TokenEncoder):
             encoder.precision = encoder._int8.record.precision
         elif not options.training:
             encoder._engine = engine_of(encoder, engine, lambda: encoder.fingerprint)
+        keep_ready(encoder, lambda: encoder.fingerprint)
         return encoder
 
     @classmethod

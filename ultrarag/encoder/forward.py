@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ultrarag.checkpoint import Manifest
+from ultrarag.encoder.cuts import Cuts
 from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
-from ultrarag.encoder.engines import Dense, Engine, Int8, Quantised
+from ultrarag.encoder.engines import Dense, Engine, Forward, Int8, Quantised
 from ultrarag.encoder.load import checked_device, checked_precision, dtype_of
 from ultrarag.encoder.sides import Sides
 from ultrarag.encoder.tokens import (
-    Cuts,
     batches_by_tokens,
     check_texts,
     effective_length,
@@ -86,6 +86,11 @@ class TokenEncoder:
     def engine(self) -> str:
         """What runs the model: torch, or the runtime that its backbone is compiled for."""
         return "openvino" if self._int8 else self._engine.name
+
+    @property
+    def compiled(self) -> Forward | None:
+        """What runs the backbone of the model, where it is compiled."""
+        return self._int8.forward if self._int8 else self._engine.forward
 
     @property
     def quantised(self) -> Quantised | None:

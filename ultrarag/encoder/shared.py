@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ultrarag.encoder.cuts import Cuts
 from ultrarag.encoder.forward import BATCH_TOKENS
 from ultrarag.encoder.load import dtype_of
-from ultrarag.encoder.tokens import Cuts, check_texts
+from ultrarag.encoder.tokens import check_texts
 from ultrarag.encoder.turns import Clock, Lane, Turns
 from ultrarag.errors import UsageError
 from ultrarag.types import Embeddings, Kind, Passage, Sparse, Tokens, text_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import islice
@@ -20,8 +19,6 @@ from ultrarag.types import EncoderSettings, Kind, Passage, Tokens
 if TYPE_CHECKING:
     from ultrarag.hookspecs import Features
 
-
-logger = logging.getLogger("ultrarag")
 
 #: A text, or a (query, passage) pair.
 Item = TypeVar("Item")
@@ -208,30 +205,3 @@ def batches_by_tokens(lengths: Sequence[int], budget: int, workers: int = 1) -> 
 def _allowed(left: int, budget: int, workers: int) -> int:
     """Tokens of the next batch: half of each worker's share of those left, unless that is too little to be worth it."""
     return budget if workers == 1 else min(budget, max(LEAST_SHARED, left // (2 * workers)))
-
-
-class Cuts:
-    """Adds up how many texts were longer than a model takes; any thread may add."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        #: (texts or pairs, limit in tokens) -> (cut, all)
-        self._found: dict[tuple[str, int | None], tuple[int, int]] = {}
-
-    def add(self, cut: int, total: int, what: str, limit: int | None) -> None:
-        """Count `total` texts or pairs, of which `cut` were cut."""
-        with self._mutex:
-            before = self._found.get((what, limit), (0, 0))
-            self._found[what, limit] = (before[0] + cut, before[1] + total)
-
-    def take(self) -> dict[tuple[str, int | None], tuple[int, int]]:
-        """Return what was counted since the last time: (what, limit in tokens) -> (cut, all)."""
-        with self._mutex:
-            found, self._found = self._found, {}
-        return found
-
-    def tell(self) -> None:
-        """Log what was cut since the last time, if anything was."""
-        for (what, limit), (cut, total) in self.take().items():
-            if cut:
-                logger.warning("%d of %d %s were longer than %s tokens and were cut", cut, total, what, limit)

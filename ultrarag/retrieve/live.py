@@ -164,6 +164,7 @@ class LiveIndex(AsyncMethods, Signals):
         repair: bool = False,
         share: bool = False,
         trust_remote_code: bool = False,
+        late: bool = False,
     ) -> LiveIndex:
         """Open an index; writes that a crash kept from the vectors are applied first.
 
@@ -182,6 +183,9 @@ class LiveIndex(AsyncMethods, Signals):
                 for those, put it into a server (docs/shared-index.md) or use one process as a service.
             trust_remote_code: run Python code that comes with the live encoder, from now on, also when it is opened
                 again: for a new mirror of a shared index, to which nobody's consent elsewhere is handed on.
+            late: for a process of few queries: begin with what an engine left behind of the encoder (docs/speed.md),
+                which takes a fifth of the time, and load the model when more than dense vectors of queries is wanted.
+                Where nothing was left behind it is loaded at once.
 
         Raises:
             ResourceError: when the machine does not allow it now: too few file descriptors, or files this user may not
@@ -193,7 +197,7 @@ class LiveIndex(AsyncMethods, Signals):
         if path is None and uri is None:
             raise UsageError("LiveIndex.open needs a path or a uri")
         given: dict[str, Any] = {"encoder": encoder, "uri": uri, "device": device, "repair": repair}
-        given |= {"checkpoints": _text(checkpoints), "trust_remote_code": trust_remote_code}
+        given |= {"checkpoints": _text(checkpoints), "trust_remote_code": trust_remote_code, "late": late}
         if not share:
             return cls(_open_core(path, **given))
         place = uri if path is None and uri is not None else str(Path(path or "").resolve())
@@ -680,6 +684,7 @@ def _open_core(
     device: str | None,
     repair: bool,
     trust_remote_code: bool,
+    late: bool,
 ) -> Core:
     root = mirror_path(uri) if path is None and uri is not None else Path(path or "")
     if uri is not None:
@@ -687,7 +692,7 @@ def _open_core(
             check_mirror(root, uri)
         else:
             create_mirror(root, uri, checkpoints)
-    core = Core.open(root, encoder, device, repair, checkpoints, trust_remote_code)
+    core = Core.open(root, encoder, device, repair, checkpoints, trust_remote_code, late)
     try:
         resume(core)
     except BaseException:

@@ -23,13 +23,13 @@ Dense = Callable[[Sequence[Sequence[int]]], np.ndarray]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 #: What an adapter reads of a backbone's output.
 OUTPUTS = ("logits", "last_hidden_state")
-#: The name by which a traced `Head` takes what the backbone gives.
-HIDDEN = "hidden"
 
 
 class Forward(Protocol):
     """A backbone that a runtime computes."""
 
+    #: of its inputs, in order
+    names: tuple[str, ...]
     #: whether it also gives the model's dense vectors
     gives_dense: bool
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +23,7 @@ from ultrarag.encoder.engines.backbone import (
 )
 from ultrarag.encoder.engines.files import read_race, write_race
 from ultrarag.encoder.engines.openvino_runtime import UNTRACEABLE, compiled, installed, openvino
+from ultrarag.encoder.engines.races import race_key, winner
 from ultrarag.encoder.engines.setting import AUTO, OPENVINO, TORCH
 from ultrarag.encoder.engines.snapshot import Snapshot
 from ultrarag.errors import UsageError
@@ -66,7 +65,9 @@ class Engine:
         forward: Forward | None = None,
     ) -> None:
         self.name = name
-        self._twin, self._made_of, self._forward = twin, made_of, forward
+        #: of the backbone, where it is compiled
+        self.forward = forward
+        self._twin, self._made_of = twin, made_of
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
         """A copy of an encoder runs on torch: compiled models belong to their process."""
@@ -86,7 +87,7 @@ class Engine:
 
     def dense(self, model: nn.Module) -> Dense | None:
         """What gives the dense vectors of queries from their tokens, without the adapter; None where nothing does."""
-        forward = self._forward
+        forward = self.forward
         return forward.dense if forward and forward.gives_dense and self.of(model) is self._twin else None
 
     @classmethod
@@ -105,10 +106,10 @@ class Engine:
                 f"{choice.precision}: leave the engine out, or say device='cpu', precision='fp32'"
             )
         openvino()
-        if name == AUTO and _winner(read_race(_race_key(choice))) == TORCH:
+        if name == AUTO and winner(read_race(race_key(choice.fingerprint(), torch.get_num_threads()))) == TORCH:
             return cls()
         found = cls._compiled(choice)
-        return cls() if name == AUTO and found.name != TORCH and _winner(_race(choice, found)) == TORCH else found
+        return cls() if name == AUTO and found.name != TORCH and winner(_race(choice, found)) == TORCH else found
 
     @classmethod
     def _compiled(cls, choice: Choice) -> Engine:
@@ -186,7 +187,7 @@ def _same_words(one: Any, other: Any) -> bool:
 
 def _race(choice: Choice, engine: Engine) -> dict[str, float]:
     """Seconds of both engines over all probes, the best of a second in turn; as remembered, if it was run before."""
-    key = _race_key(choice)
+    key = race_key(choice.fingerprint(), torch.get_num_threads())
     if known := read_race(key):
         return known
     models = {TORCH: choice.model, engine.name: engine.of(choice.model)}
@@ -201,20 +202,3 @@ def _race(choice: Choice, engine: Engine) -> dict[str, float]:
                 best[name] = min(best[name], time.perf_counter() - started)
     write_race(key, best)
     return best
-
-
-def _winner(seconds: dict[str, float] | None) -> str | None:
-    return min(seconds, key=lambda name: seconds[name]) if seconds else None
-
-
-def _race_key(choice: Choice) -> tuple[str, ...]:
-    versions = (torch.__version__, installed() or "")
-    return (choice.fingerprint(), *versions, _processor(), str(torch.get_num_threads()))
-
-
-def _processor() -> str:
-    """What tells one CPU from another: its name where the system says it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = [line for line in lines if line.startswith(("model name", "model\t", "cpu family"))][:3]
-    return "".join(names) or platform.processor() or platform.machine()

@@ -44,7 +44,9 @@ class Int8:
         self.record = record
         #: of the checkpoint
         self.folder = folder
-        self._twin, self._made_of, self._forward = twin, made_of, forward
+        #: of the backbone
+        self.forward = forward
+        self._twin, self._made_of = twin, made_of
 
     @classmethod
     def load(cls, folder: Path, record: Quantised, choice: Choice, streams: Streams) -> Int8:
@@ -80,7 +82,7 @@ class Int8:
             UsageError: a weight of the model is not the one that was quantised.
         """
         self.of(model)
-        return self._forward.dense if self._forward.gives_dense else None
+        return self.forward.dense if self.forward.gives_dense else None
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(

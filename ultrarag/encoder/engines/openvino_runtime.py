@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from ultrarag.encoder.engines.backbone import HIDDEN
 from ultrarag.encoder.engines.files import kept
 from ultrarag.errors import UsageError
 from ultrarag.packages import install
@@ -29,6 +27,8 @@ _SETTINGS: dict[str, Any] = {
     "PERFORMANCE_HINT": "LATENCY",
     "ENABLE_CPU_PINNING": False,  # several processes would share the same cores
 }
+#: The name by which a traced head takes what the backbone gives.
+HIDDEN = "hidden"
 #: What tracing raises where a module cannot be converted.
 UNTRACEABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 #: Its importer reports every import to its makers over the network where this package is there.
@@ -99,7 +99,7 @@ def compiled(
     """
     package = openvino()
     core = package.Core()
-    key = (fingerprint, "openvino", package.__version__, torch.__version__, *example, *(("dense",) if head else ()))
+    key = model_key(fingerprint, tuple(example), head is not None)
 
     def convert() -> Any:
         model = converted(exported, example)
@@ -109,6 +109,11 @@ def compiled(
         return model
 
     return compiled_float(kept(key, convert, save, core.read_model), tuple(example), threads)
+
+
+def model_key(fingerprint: str, names: tuple[str, ...], dense: bool) -> tuple[str, ...]:
+    """What a converted model is kept under: with which inputs, and whether it gives dense vectors as well."""
+    return (fingerprint, "openvino", *runtime_versions(), *names, *(("dense",) if dense else ()))
 
 
 def compiled_float(model: Any, names: tuple[str, ...], threads: int) -> Requests:
@@ -177,6 +182,8 @@ def converted(exported: Exported, example: Mapping[str, Tensor]) -> Any:
 
 def converted_head(head: Head, exported: Exported, example: Mapping[str, Tensor]) -> Any:
     """A head as OpenVINO has it."""
+    import torch
+
     rows = {name: example[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -202,12 +209,12 @@ class Requests:
     """A compiled model, with a request for each thread that calls it; see `Forward`."""
 
     def __init__(self, model: Any, names: tuple[str, ...]) -> None:
-        self._model, self._names = model, names
+        self._model, self.names = model, names
         self._own = threading.local()
         self.gives_dense = len(model.outputs) > 1
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        rows = [np.ascontiguousarray(inputs[name]) for name in self._names]
+        rows = [np.ascontiguousarray(inputs[name]) for name in self.names]
         found: np.ndarray = self._request().infer(rows, share_inputs=True)[0]
         return found
 
@@ -237,12 +244,12 @@ class Requests:
         if tensors is None:
             make = openvino().Tensor
             rows = self._rows(np.zeros((1, len(ids)), dtype=np.int64), np.ones((1, len(ids)), dtype=np.int64))
-            tensors = self._own.alone[len(ids)] = [make(rows[name]) for name in self._names]
+            tensors = self._own.alone[len(ids)] = [make(rows[name]) for name in self.names]
         if self._own.given != len(ids):
             for place, tensor in enumerate(tensors):
                 request.set_input_tensor(place, tensor)
             self._own.given = len(ids)
-        tensors[self._names.index("input_ids")].data[0] = ids
+        tensors[self.names.index("input_ids")].data[0] = ids
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
         padded = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
@@ -251,7 +258,7 @@ class Requests:
             padded[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         rows = self._rows(padded, mask)
-        return [rows[name] for name in self._names]
+        return [rows[name] for name in self.names]
 
     @staticmethod
     def _rows(ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
