@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import IndexStateError
-from ultrarag.io import publish_directory, read_seal, seal, staged_directory, user_cache, verify_seal, write_json
+from ultrarag.io import publish_directory, seal, staged_directory, user_cache, verify_seal, write_json
 
 logger = logging.getLogger("ultrarag")
 
@@ -63,15 +63,12 @@ def keep_files(kind: str, key: Sequence[str], texts: Mapping[str, str]) -> None:
 def sound_folder(folder: Path) -> bool:
     """Whether the files are there as they were written; damaged ones are told of, and replaced."""
     try:
-        if not read_seal(folder):
-            return False
-        verify_seal(folder)
+        return bool(verify_seal(folder, "converted model", "it is made anew"))
     except OSError:
         return False
     except IndexStateError as error:
-        logger.warning("a converted model is damaged and made anew: %s", error)
+        logger.warning("%s", error)
         return False
-    return True
 
 
 def read_race(key: Sequence[str]) -> dict[str, float] | None:
