@@ -204,12 +204,18 @@ class TokenEncoder:
         place[order] = np.arange(len(order))
         return Embeddings.cat(parts)[place]
 
+    def gives_dense(self, kind: Kind | None, heads: tuple[str, ...], dtype: torch.dtype | None) -> bool:
+        """Whether such texts are encoded in one piece, by a compiled model, while nothing about it changes."""
+        forward = self._int8.forward if self._int8 and dtype is torch.int8 else self._engine.forward
+        fits = kind == "query" and heads == ("dense",) and dtype in (None, torch.int8)
+        return fits and forward is not None and forward.gives_dense
+
     def _dense(self, kind: Kind | None, heads: tuple[str, ...], dtype: torch.dtype | None) -> Dense | None:
         """What gives queries' dense vectors in one piece, where those alone are asked for and no extension is around.
 
         Passages have the adapter's own head: the compiled one is for queries, which an adapter may read otherwise.
         """
-        if kind != "query" or heads != ("dense",) or dtype not in (None, torch.int8):
+        if not self.gives_dense(kind, heads, dtype):
             return None
         if self.settings != self._compiled_for or self.adapter.registry.wrapping("encode"):
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -205,51 +204,67 @@ def save(model: Any, path: str) -> None:
     openvino().save_model(model, path, compress_to_fp16=False)
 
 
+class _Request:
+    """A request of a compiled model, for one caller at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self.infer: Any = model.create_infer_request()
+        #: inputs for one text, by its number of tokens, and of how many tokens the request has them now
+        self.alone: dict[int, list[Any]] = {}
+        self.given = 0
+
+
 class Requests:
-    """A compiled model, with a request for each thread that calls it; see `Forward`."""
+    """A compiled model, with as many requests as there are callers at a time; see `Forward`."""
 
     def __init__(self, model: Any, names: tuple[str, ...]) -> None:
         self._model, self.names = model, names
-        self._own = threading.local()
+        self._ids = names.index("input_ids")
+        self._free: list[_Request] = []
         self.gives_dense = len(model.outputs) > 1
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        rows = [np.ascontiguousarray(inputs[name]) for name in self.names]
-        found: np.ndarray = self._request().infer(rows, share_inputs=True)[0]
-        return found
+        with self._request() as request:
+            found: np.ndarray = self._given(request, [np.ascontiguousarray(inputs[name]) for name in self.names])[0]
+            return found.copy()
 
     def dense(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """The dense vectors of texts, (texts, dim) float32."""
-        request = self._request()
-        if len(ids) == 1:
-            self._give(request, ids[0])
-            found = request.infer(share_outputs=True)
-        else:
-            self._own.given = 0
-            found = request.infer(self._padded(ids), share_inputs=True, share_outputs=True)
-        vectors: np.ndarray = found[1].copy()
-        return vectors
+        with self._request() as request:
+            found = self._alone(request, ids[0]) if len(ids) == 1 else self._given(request, self._padded(ids))
+            vectors: np.ndarray = found[1].copy()
+            return vectors
 
-    def _request(self) -> Any:
-        request = getattr(self._own, "request", None)
-        if request is None:
-            request = self._own.request = self._model.create_infer_request()
-            #: inputs of one text, by its number of tokens, and of how many tokens the request has them now
-            self._own.alone, self._own.given = {}, 0
-        return request
+    @contextmanager
+    def _request(self) -> Iterator[_Request]:
+        """Lend a request that nobody uses."""
+        try:
+            request = self._free.pop()
+        except IndexError:
+            request = _Request(self._model)
+        try:
+            yield request
+        finally:
+            self._free.append(request)
 
-    def _give(self, request: Any, ids: Sequence[int]) -> None:
-        """Write a text into the tensors of its length, which need no check and no copy then."""
-        tensors = self._own.alone.get(len(ids))
+    def _given(self, request: _Request, rows: list[np.ndarray]) -> Any:
+        """The outputs for arrays, which are the request's own until it is used again."""
+        request.given = 0
+        return request.infer.infer(rows, share_inputs=True, share_outputs=True)
+
+    def _alone(self, request: _Request, ids: Sequence[int]) -> Any:
+        """The outputs for one text, written into tensors of its length: they need no check and no copy."""
+        tensors = request.alone.get(len(ids))
         if tensors is None:
-            make = openvino().Tensor
-            rows = self._rows(np.zeros((1, len(ids)), dtype=np.int64), np.ones((1, len(ids)), dtype=np.int64))
-            tensors = self._own.alone[len(ids)] = [make(rows[name]) for name in self.names]
-        if self._own.given != len(ids):
+            make, shape = openvino().Tensor, (1, len(ids))
+            rows = self._rows(np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.int64))
+            tensors = request.alone[len(ids)] = [make(row) for row in rows]
+        if request.given != len(ids):
             for place, tensor in enumerate(tensors):
-                request.set_input_tensor(place, tensor)
-            self._own.given = len(ids)
-        tensors[self.names.index("input_ids")].data[0] = ids
+                request.infer.set_input_tensor(place, tensor)
+            request.given = len(ids)
+        tensors[self._ids].data[0] = ids
+        return request.infer.infer(share_outputs=True)
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
         padded = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
@@ -257,9 +272,9 @@ class Requests:
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
-        rows = self._rows(padded, mask)
-        return [rows[name] for name in self.names]
+        return self._rows(padded, mask)
 
-    @staticmethod
-    def _rows(ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    def _rows(self, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+        """All inputs, in order."""
+        known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        return [known[name] for name in self.names]
