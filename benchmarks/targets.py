@@ -123,6 +123,11 @@ def won_by_mining(report: Any) -> float:
     return mean_of("mined", "domain")(report) - mean_of("plain", "domain")(report)
 
 
+def one_query(contender: str, what: str) -> Callable[[Any], float]:
+    """Seconds of the processor, to the older code's, in `one_query`."""
+    return lambda report: float(report["contenders"][contender][what]["processor to old"])
+
+
 def bm25(key: str, beside: str) -> Callable[[Any], float]:
     """Ours to another one's in `bm25`, at the most passages that were measured, which must be a million."""
 
@@ -147,6 +152,9 @@ def ivf(*keys: str) -> Callable[[Any], float]:
     return find
 
 
+#: Contenders of `one_query`.
+OPENVINO_FLOAT, OPENVINO_INT8 = "new, openvino, float32", "new, openvino, int8"
+
 TARGETS = (
     Target("Encoding, fp32, texts/s to sentence-transformers", "encode", 1.5, False, contender("ultrarag", "speed")),
     Target("the same by processor seconds", "encode", 1.5, False, contender("ultrarag", "speed_processor")),
@@ -169,6 +177,10 @@ TARGETS = (
     ),
     Target("Encoding, int8, to sentence-transformers, by processor seconds", "int8", 7, False, int8_batch),
     Target("the same, one query, to ours in float32 by torch", "int8", 0.2, True, int8_query),
+    Target(
+        "One query, fp32, engine openvino, to before", "one_query", 0.35, True, one_query(OPENVINO_FLOAT, "encode")
+    ),
+    Target("the same in int8", "one_query", 0.2, True, one_query(OPENVINO_INT8, "encode")),
     Target("the same, most nDCG@10 lost on a set, int8 on both sides", "int8", 0.005, True, int8_loss, ""),
     Target("Unified step, vocabulary 30522, time to FlagEmbedding", "unified_step", 0.6, True, unified(30522, "wall")),
     Target(
@@ -251,6 +263,13 @@ TARGETS = (
         0.5,
         True,
         lambda report: report["start_seconds"]["new to old"],
+    ),
+    Target(
+        "the same with the engine that a race on that CPU chooses",
+        "serving",
+        0.5,
+        True,
+        lambda report: report["start_seconds"]["new, engine auto to old"],
     ),
     Target(
         "Live index, p99 during a build to idle, the worse of two kinds of search",
