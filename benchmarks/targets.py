@@ -177,9 +177,7 @@ TARGETS = (
     ),
     Target("Encoding, int8, to sentence-transformers, by processor seconds", "int8", 7, False, int8_batch),
     Target("the same, one query, to ours in float32 by torch", "int8", 0.2, True, int8_query),
-    Target(
-        "One query, fp32, engine openvino, to before", "one_query", 0.35, True, one_query(OPENVINO_FLOAT, "encode")
-    ),
+    Target("One query, fp32, engine openvino, to before", "one_query", 0.35, True, one_query(OPENVINO_FLOAT, "encode")),
     Target("the same in int8", "one_query", 0.2, True, one_query(OPENVINO_INT8, "encode")),
     Target("the same, most nDCG@10 lost on a set, int8 on both sides", "int8", 0.005, True, int8_loss, ""),
     Target("Unified step, vocabulary 30522, time to FlagEmbedding", "unified_step", 0.6, True, unified(30522, "wall")),

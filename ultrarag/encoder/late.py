@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag.checkpoint import Manifest, read_manifest
 from ultrarag.encoder.cuts import Cuts
-from ultrarag.encoder.engines import OPENVINO, ReadyQueries, asked_engine, is_int8, remembered_winner
+from ultrarag.encoder.engines import AUTO, OPENVINO, Ready, ReadyQueries, asked_engine, is_int8, remembered_winner
 from ultrarag.errors import IndexStateError
 from ultrarag.plugins import registry
 from ultrarag.types import Embeddings, Kind, Passage
@@ -41,15 +41,15 @@ def late_encoder(folder: Path, fingerprint: str, precision: str, load: Callable[
         return None
     if any(registry().wrapping(hook) for hook in _HOOKS):
         return None
-    ready = ReadyQueries.read(fingerprint, precision, folder)
-    if ready is None or ready.record.settings != manifest.settings.to_dict():
-        return None
-    if not is_int8(precision) and OPENVINO not in (
-        asked := asked_engine(None),
-        remembered_winner(asked, fingerprint, ready.record.threads),
-    ):
-        return None
-    return LateEncoder(manifest, precision, ready, load)
+    asked = OPENVINO if is_int8(precision) else asked_engine(None)
+    settings = manifest.settings.to_dict()
+
+    def fits(record: Ready) -> bool:
+        engine = remembered_winner(fingerprint, record.threads) if asked == AUTO else asked
+        return engine == OPENVINO and record.settings == settings
+
+    ready = ReadyQueries.read(fingerprint, precision, folder, fits)
+    return None if ready is None else LateEncoder(manifest, precision, ready, load)
 
 
 class LateEncoder:

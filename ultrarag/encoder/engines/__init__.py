@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from ultrarag.encoder.engines.races import remembered_winner
     from ultrarag.encoder.engines.ready import QueryTokenizer, Ready, ReadyQueries, is_kept, tokenizer_for
-    from ultrarag.encoder.engines.setting import OPENVINO, PRECISIONS, add_engine_flag, asked_engine
+    from ultrarag.encoder.engines.setting import AUTO, OPENVINO, PRECISIONS, add_engine_flag, asked_engine
     from ultrarag.encoder.engines.snapshot import Snapshot
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -66,11 +66,12 @@ class Head(nn.Module):
     def __init__(self, encode: Encode, model: nn.Module, output: str) -> None:
         super().__init__()
         self.encode = encode
-        self.model = with_backbone(model, _Given(output, getattr(model.backbone, "config", None)))
+        self.given = _Given(output, getattr(model.backbone, "config", None))
+        self.model = with_backbone(model, self.given)
 
     def forward(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return (batch, dim) of the backbone's output; rows are padded on the right."""
-        self.model.backbone.hidden = hidden
+        self.given.hidden = hidden
         features: Any = {"input_ids": input_ids, "attention_mask": attention_mask, "heads": ("dense",), "kind": "query"}
         dense: Tensor = self.encode(self.model, features).dense
         return dense

@@ -23,7 +23,7 @@ from ultrarag.encoder.engines.backbone import (
 )
 from ultrarag.encoder.engines.files import read_race, write_race
 from ultrarag.encoder.engines.openvino_runtime import UNTRACEABLE, compiled, installed, openvino
-from ultrarag.encoder.engines.races import race_key, winner
+from ultrarag.encoder.engines.races import race_key, remembered_winner, winner
 from ultrarag.encoder.engines.setting import AUTO, OPENVINO, TORCH
 from ultrarag.encoder.engines.snapshot import Snapshot
 from ultrarag.errors import UsageError
@@ -106,7 +106,7 @@ class Engine:
                 f"{choice.precision}: leave the engine out, or say device='cpu', precision='fp32'"
             )
         openvino()
-        if name == AUTO and winner(read_race(race_key(choice.fingerprint(), torch.get_num_threads()))) == TORCH:
+        if name == AUTO and remembered_winner(choice.fingerprint(), torch.get_num_threads()) == TORCH:
             return cls()
         found = cls._compiled(choice)
         return cls() if name == AUTO and found.name != TORCH and winner(_race(choice, found)) == TORCH else found

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ultrarag.encoder.engines.files import read_race
 from ultrarag.encoder.engines.openvino_runtime import runtime_versions
-from ultrarag.encoder.engines.setting import AUTO
 
 
 def winner(seconds: Mapping[str, float] | None) -> str | None:
@@ -16,9 +15,9 @@ def winner(seconds: Mapping[str, float] | None) -> str | None:
     return min(seconds, key=lambda name: seconds[name]) if seconds else None
 
 
-def remembered_winner(asked: str, fingerprint: str, threads: int) -> str | None:
-    """Which engine won the race that was run here before, where the faster one is asked for."""
-    return winner(read_race(race_key(fingerprint, threads))) if asked == AUTO else None
+def remembered_winner(fingerprint: str, threads: int) -> str | None:
+    """Which engine won the race that was run here before; None where none was."""
+    return winner(read_race(race_key(fingerprint, threads)))
 
 
 def race_key(fingerprint: str, threads: int) -> tuple[str, ...]:

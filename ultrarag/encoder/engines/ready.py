@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -70,11 +70,14 @@ class ReadyQueries:
         self.record, self._tokenizer, self._forward = record, tokenizer, forward
 
     @classmethod
-    def read(cls, fingerprint: str, precision: str, checkpoint: Path) -> ReadyQueries | None:
+    def read(
+        cls, fingerprint: str, precision: str, checkpoint: Path, fits: Callable[[Ready], bool]
+    ) -> ReadyQueries | None:
         """What is kept for an encoder, compiled; None where nothing is, or it is not sound.
 
         Args:
             checkpoint: its folder, in which what is quantised lies.
+            fits: whether it may be used, before the model is read.
         """
         folder = kept_file("ready", _key(fingerprint, precision), _RECORD).parent
         if not sound_folder(folder):
@@ -83,7 +86,7 @@ class ReadyQueries:
         if values.pop("format") != FORMAT:
             return None
         record = Ready(**{**values, "inputs": tuple(values["inputs"])})
-        forward = _forward(record, fingerprint, precision, checkpoint)
+        forward = _forward(record, fingerprint, precision, checkpoint) if fits(record) else None
         if forward is None or not forward.gives_dense:
             return None
         text = (folder / _TOKENIZER).read_text(encoding="utf-8")
