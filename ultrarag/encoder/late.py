@@ -75,7 +75,7 @@ class LateEncoder:
                 self._loaded = self._load()
             return self._loaded
 
-    def queries(self, texts: Sequence[str], heads: Sequence[str] | None, cuts: Cuts) -> Embeddings | None:
+    def queries(self, texts: Sequence[Any], heads: Sequence[str] | None, cuts: Cuts) -> Embeddings | None:
         """The dense vectors of queries; None where more is asked for, or the model is loaded anyway."""
         if self._loaded is not None or tuple(heads or self.heads) != ("dense",) or not all(map(_is_text, texts)):
             return None

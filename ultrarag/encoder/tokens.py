@@ -96,8 +96,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None, kind:
     """Tokenize rendered texts, special tokens included; count those that had to be cut."""
     if not texts:
         return Tokens([], kind=kind)
+    kind_of_tokenizer: Any = type(tokenizer)
     with _lock_of(tokenizer), keep_limits(tokenizer):
-        if _is_fast(type(tokenizer)):
+        if _is_fast(kind_of_tokenizer):
             encodings = _encodings(tokenizer, texts, max_length)
             ids = [encoding.ids for encoding in encodings]
             truncated = sum(bool(encoding.overflowing) for encoding in encodings)
