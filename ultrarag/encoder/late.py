@@ -104,8 +104,8 @@ class LateShared:
     ) -> Embeddings:
         """As of `SharedEncoder`."""
         counted = cuts or Cuts()
-        simple = kind == "query" and not options and isinstance(texts, list) and bool(texts)
-        if simple and (found := self._encoder.queries(texts, heads, counted)) is not None:
+        asked = texts if kind == "query" and not options and isinstance(texts, list) else []
+        if asked and (found := self._encoder.queries(asked, heads, counted)) is not None:
             if cuts is None:
                 counted.tell()
             return found
