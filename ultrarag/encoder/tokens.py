@@ -210,11 +210,14 @@ def pad(
     return features
 
 
-def batches_by_tokens(lengths: Sequence[int], budget: int, workers: int = 1) -> Iterator[list[int]]:
+def batches_by_tokens(lengths: Sequence[int], budget: int, workers: int = 1, fill: float = 0.0) -> Iterator[list[int]]:
     """Yield row numbers in batches of at most `budget` padded tokens, longest rows first.
 
     Rows of similar length share a batch, so that little is padded; a row longer than the budget stands alone. For
     several workers the batches get smaller towards the end, so that no worker waits long for another's last one.
+
+    Args:
+        fill: the share of a batch's width that each of its rows has at least, where padding is computed.
     """
     left = sum(lengths)
     batch: list[int] = []
@@ -222,7 +225,7 @@ def batches_by_tokens(lengths: Sequence[int], budget: int, workers: int = 1) -> 
     allowed = _allowed(left, budget, workers)
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         width = max(width, lengths[row])
-        if batch and width * (len(batch) + 1) > allowed:
+        if batch and (width * (len(batch) + 1) > allowed or lengths[row] < fill * width):
             yield batch
             left -= sum(lengths[row] for row in batch)
             batch, width = [], lengths[row]
