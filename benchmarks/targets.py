@@ -249,6 +249,13 @@ TARGETS = (
         lambda report: report["clients"]["16"]["searches per second, new, engine auto to old"],
     ),
     Target(
+        "the same in int8",
+        "serving",
+        3,
+        False,
+        lambda report: report["clients"]["16"]["searches per second, new, int8 to old"],
+    ),
+    Target(
         "16 clients, p99 while 60 passages are added, to idle",
         "serving",
         2,
