@@ -152,6 +152,11 @@ def ivf(*keys: str) -> Callable[[Any], float]:
     return find
 
 
+def peers_cached_loss(pair: str, figure: str) -> Callable[[Any], float]:
+    """Ours to sentence-transformers'."""
+    return lambda report: report["ours to the peer's"][pair][figure]
+
+
 #: Contenders of `one_query`.
 OPENVINO_FLOAT, OPENVINO_INT8 = "new, openvino, float32", "new, openvino, int8"
 
@@ -204,6 +209,16 @@ TARGETS = (
         True,
         lambda report: report["time of chunks to plain"]["processor"],
     ),
+    Target(
+        "GradCache, batch 1024, to sentence-transformers' cached loss, both in bf16, processor time",
+        "gradcache_peer",
+        0.7,
+        True,
+        peers_cached_loss("bf16, tokens", "processor"),
+    ),
+    Target("both in float32", "gradcache_peer", 0.7, True, peers_cached_loss("float32, tokens", "processor")),
+    Target("memory, both in bf16", "gradcache_peer", 0.7, True, peers_cached_loss("bf16, tokens", "step MiB")),
+    Target("memory, both in float32", "gradcache_peer", 0.7, True, peers_cached_loss("float32, tokens", "step MiB")),
     Target("Replay, medquad nDCG@10, three seeds", "incremental_replay", 0.8, False, mean_of("replay", "domain"), ""),
     Target("the same, nDCG@10 that scifact loses", "incremental_replay", 0.005, True, lost_on_guard, ""),
     Target("Mined negatives, medquad nDCG@10 more than without", "incremental_mined", 0.0, False, won_by_mining, ""),
