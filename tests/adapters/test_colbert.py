@@ -14,9 +14,10 @@ import torch
 
 from ultrarag import Encoder
 from ultrarag.encoder import find_adapter
-from ultrarag.errors import UsageError
+from ultrarag.errors import GateError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
+from ultrarag.retrieve.swap import check_sound
 from ultrarag.scores import colbert_scores
 from ultrarag.testing.tiny import TEXTS
 from ultrarag.testing.tiny_colbert import COLBERT_LAYOUTS, PASSAGE_LENGTH, QUERY_LENGTH, WIDTH, tiny_colbert
@@ -171,7 +172,7 @@ def test_passages_of_other_processes_are_negatives(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[2], found[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "qdrant-edge"])
+@pytest.mark.parametrize("backend", ["numpy", "qdrant-edge", "plaid"])
 def test_index_compares_with_all(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -196,9 +197,56 @@ def test_index_compares_with_all(backend: str, tmp_path: Path, monkeypatch: pyte
             assert [hit.id for hit in index.search("same words", k=k)] == [hit.id for hit in hits[:k]]
         assert [hit.id for hit in index.search("same words", filter={"n": 2})] == ["z2"]
         monkeypatch.setattr("ultrarag.retrieve.search.searcher.MOST_COMPARED", 5)
+        if backend == "plaid":  # which is for any number
+            assert [hit.id for hit in index.search("same words", k=20)] == [hit.id for hit in hits]
+            return
         with pytest.raises(UsageError, match=r"11 passages.*at most 5.*'bm25': 1"):
             index.search("same words")
         assert index.search("same words", weights={"colbert": 1, "bm25": 1}, k=1)[0].id == "z1"
+
+
+def test_codes_are_built_swapped_and_searched_as_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one engine to another, whose vectors become codes; each generation keeps its own."""
+    monkeypatch.setattr("ultrarag.retrieve.engines.plaid.engine.CODED_TOKENS", 300)
+    monkeypatch.setattr("ultrarag.retrieve.engines.plaid.search.FEW", 10)
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny_colbert(model)
+    words = " ".join(TEXTS).split()
+    texts = [" ".join(words[(7 * row + 3 * word) % len(words)] for word in range(9)) for row in range(120)]
+    passages = [Passage(f"p{row}", text, metadata={"n": row}) for row, text in enumerate(texts)]
+    found = lambda: [hit.id for hit in index.search(texts[5], k=20)]  # noqa: E731
+    with LiveIndex.create(tmp_path / "index", Encoder.load(model, device="cpu"), backend="numpy") as index:
+        index.add(passages)
+        exact = found()
+        generation = index.build(model, backend="plaid?bits=4", progress=False)
+        index.swap(generation)
+        assert found() == exact  # few, as the builder sees it
+        index.add([Passage("new", texts[5])])
+        index.delete(["new", "p7"])  # from here on there are codes
+        (file,) = tmp_path.glob("index/generations/*/vectors/coder-*")
+        assert file.parts[-3] == str(generation.id)
+        assert len(set(found()) & set(exact)) >= 16
+        assert {hit.id for hit in index.search(texts[5], filter={"n": {"lt": 3}})} == {"p0", "p1", "p2"}
+        assert len(index.search(texts[5], k=20, exact=True)) == 20
+        core = index._core
+        check_sound(core.live, core.store, core.store.last_seq())  # compares codes with codes
+        core.live.backend.upsert(["p0"], core.live.backend.vectors(["p60"]), [{}])
+        with pytest.raises(GateError, match="colbert vector stored for passage 'p0'"):
+            check_sound(core.live, core.store, core.store.last_seq())
+        core.live.backend.upsert(["p0"], core.live.encode_passages([texts[0]]), [{"n": 0}])
+        second = index.build(model, backend="plaid?bits=2", share=False, progress=False)
+        assert (second.backend, second.id) == ("plaid?bits=2", generation.id + 1)
+        index.swap(second)
+        index.rollback()
+        coded = found()
+        assert len(set(coded) & set(exact)) >= 16
+    with LiveIndex.open(tmp_path / "index") as index:
+        assert index.status()["live"]["backend"] == "plaid?bits=4"
+        assert found() == coded
+        assert index.searcher(generation.id).search(texts[5], k=20).generation == generation.id
 
 
 def test_a_generation_goes_live_and_back(tmp_path: Path) -> None:
