@@ -100,16 +100,29 @@ def _dump(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def passages_of(data: Path) -> list[Passage]:
-    """The corpus of a data set in BEIR's layout."""
+def judgements(data: Path) -> dict[str, dict[str, int]]:
+    """The test judgements of a data set in BEIR's layout."""
+    found: dict[str, dict[str, int]] = {}
+    for line in (data / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()[1:]:
+        query, passage, grade = line.split("\t")
+        found.setdefault(query, {})[passage] = int(grade)
+    return found
+
+
+def passages_of(data: Path, most: int) -> list[Passage]:
+    """Passages of a data set, in the order of its corpus: those judged, and others up to so many in all."""
     with open(data / "corpus.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return [Passage(row["_id"], row["text"], row.get("title", "")) for row in rows]
+    judged = {id for held in judgements(data).values() for id in held}
+    others = [row["_id"] for row in rows if row["_id"] not in judged]
+    order = np.random.default_rng(0).permutation(len(others))[: max(0, most - len(judged))]
+    kept = judged | {others[place] for place in order}
+    return [Passage(row["_id"], row["text"], row.get("title", "")) for row in rows if row["_id"] in kept]
 
 
 def queries_of(data: Path) -> dict[str, str]:
     """The test queries of a data set, by id."""
-    judged = {line.split("\t")[0] for line in (data / "qrels" / "test.tsv").read_text(encoding="utf-8").split("\n")[1:]}
+    judged = judgements(data)
     with open(data / "queries.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return {row["_id"]: row["text"] for row in rows if row["_id"] in judged}

@@ -14,6 +14,7 @@ import torch
 
 from ultrarag import Encoder
 from ultrarag.encoder import find_adapter
+from ultrarag.encoder.pooling import merged
 from ultrarag.errors import GateError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
@@ -263,3 +264,43 @@ def test_a_generation_goes_live_and_back(tmp_path: Path) -> None:
         assert [(hit.id, hit.score) for hit in index.search("seals sleep")] == before
         with pytest.raises(UsageError, match=r"learns by the stored dense vectors.*colbert"):
             index.refresh(ROWS, output_dir=tmp_path / "out", gate=False, effort="query", **RUN)
+
+
+def test_pooled_passages_have_fewer_tokens_and_are_part_of_the_identity(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny_colbert(model)
+    whole, half = (Encoder.load(model, device="cpu", token_pooling=factor) for factor in (None, 2))
+    texts = [*TEXTS, "seals"]
+    counts = [encoder.encode(texts, "passage", progress=False).mask.sum(1) for encoder in (whole, half)]
+    assert counts[1].tolist() == [-(-count // 2) for count in counts[0].tolist()]
+    queries = [encoder.encode(texts, "query", progress=False).colbert for encoder in (whole, half)]
+    np.testing.assert_array_equal(*queries)
+    found = half.encode(texts, "passage", progress=False)
+    np.testing.assert_allclose(np.linalg.norm(found.colbert, axis=2), found.mask, atol=1e-5)
+    assert whole.fingerprint != half.fingerprint
+    again = Encoder.load(half.save(tmp_path / "saved"), device="cpu")
+    assert again.fingerprint == half.fingerprint
+    assert again.encode(texts, "passage", progress=False).mask.sum(1).tolist() == counts[1].tolist()
+    with LiveIndex.create(tmp_path / "index", again, backend="plaid") as index:
+        index.add([Passage(str(number), text) for number, text in enumerate(TEXTS)])
+        assert index.add([Passage("0", TEXTS[0], metadata={"seen": True})]).metadata == 1
+        held = index._core.live.backend.vectors(["0"])
+        assert held.mask.sum() == counts[1][0]
+        index.swap(index.build(half, share=False, progress=False))
+    with pytest.raises(UsageError, match="token_pooling is 0"):
+        Encoder.load(model, device="cpu", token_pooling=0)
+
+
+def test_the_tokens_that_are_most_alike_become_one() -> None:
+    vectors = np.array([[1, 0], [0, 1], [0.99, 0.02], [0, 0.98], [-1, 0]], np.float32)
+    np.testing.assert_allclose(merged(vectors, 2), [[0.995, 0.01], [0, 0.99], [-1, 0]], atol=1e-6)
+    assert merged(vectors, 1).shape == (5, 2)
+    assert merged(vectors, 9).shape == (1, 2)
+    assert merged(vectors[:0], 2).shape == (0, 2)
+    linkage = pytest.importorskip("scipy.cluster.hierarchy")
+    many = np.random.default_rng(0).normal(size=(40, 6))
+    places = linkage.fcluster(linkage.ward(many), 14, "maxclust")
+    wanted = [many[places == place].mean(0) for place in np.unique(places)]
+    found = merged(many, 3)
+    np.testing.assert_allclose(found[np.lexsort(found.T)], np.array(wanted)[np.lexsort(np.array(wanted).T)], atol=1e-9)

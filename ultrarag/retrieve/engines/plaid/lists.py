@@ -14,6 +14,8 @@ from ultrarag.retrieve.engines.plaid.clusters import Centroids
 
 #: Lists that are looked into for each token of a query; where a filter lets few pass, more.
 PROBES = 16
+#: Centroids that are compared by their best alone, to find the highest of thousands in a third of the time.
+GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class Part:
         return self.rows[np.arange(len(asked)) + (starts - ends + sizes)[asked]], asked
 
 
+def highest(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the highest values of each row, (rows, count), in no order; fewer than all are looked at."""
+    rows, width = values.shape
+    whole = width // GROUP * GROUP
+    if whole < 4 * count * GROUP:
+        return np.argpartition(-values, count - 1, axis=1)[:, :count]
+    # the highest values are in the groups with the highest maxima
+    best = values[:, :whole].reshape(rows, -1, GROUP).max(2)
+    groups = np.argpartition(-best, count - 1, axis=1)[:, :count]
+    places = (groups[..., None] * GROUP + np.arange(GROUP)).reshape(rows, -1)
+    rest = np.broadcast_to(np.arange(whole, width), (rows, width - whole))
+    places = np.concatenate([places, rest], axis=1)
+    inside = np.argpartition(-np.take_along_axis(values, places, 1), count - 1, axis=1)[:, :count]
+    return np.take_along_axis(places, inside, 1)
+
+
 class Lists:
     """The lists of the rows 0 .. `rows` - 1 of a table."""
 
@@ -81,7 +99,7 @@ class Lists:
         """
         products = self.centroids.products(query)
         probes = min(products.shape[1] - 1, int(np.ceil(PROBES / max(share, 1e-9) ** 0.5)))
-        found = np.argpartition(-products, probes, axis=1)[:, : probes + 1]
+        found = highest(products, probes + 1)
         gains = np.take_along_axis(products, found, 1)
         order = np.argsort(gains, axis=1)  # ascending: of several lists that a row is in, the best one is written last
         keys = np.take_along_axis(found, order[:, 1:], 1).ravel()
