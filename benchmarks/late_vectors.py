@@ -173,18 +173,21 @@ def encoded(folder: Path, name: str, encoder: Encoder, texts: list[str] | list[P
 
 def made(real: list[Ragged], size: int, tokens: int) -> Iterator[np.ndarray]:
     """Blocks of made-up passages, (BLOCK, tokens, DIM) float32, the same at every call."""
+    rng = np.random.default_rng(1)
+    noise = NOISE / DIM**0.5 * rng.standard_normal((65_536, DIM), np.float32)
     for start in range(0, size, BLOCK):
-        rng = np.random.default_rng([1, start])
-        block = np.empty((min(BLOCK, size - start), tokens, DIM), np.float32)
-        for passage in block:
-            one, other = (real[number] for number in rng.integers(len(real), size=2))
-            first = _drawn(rng, one.row(int(rng.integers(len(one)))), tokens)
-            second = _drawn(rng, other.row(int(rng.integers(len(other)))), tokens)
-            passage[:] = first + MIXED * second
-        block += NOISE / DIM**0.5 * rng.standard_normal(block.shape, np.float32)
-        yield block / np.linalg.norm(block, axis=2, keepdims=True)
+        count = min(BLOCK, size - start) * tokens
+        block = _runs(rng, real, count, tokens) + MIXED * _runs(rng, real, count, tokens)
+        block += noise[rng.integers(len(noise), size=count)]
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
+        yield block.reshape(-1, tokens, DIM)
 
 
-def _drawn(rng: np.random.Generator, row: np.ndarray, tokens: int) -> np.ndarray:
-    """So many tokens of a passage in their order, some of them twice where it has fewer."""
-    return row[np.sort(rng.choice(len(row), tokens, replace=len(row) < tokens))]
+def _runs(rng: np.random.Generator, real: list[Ragged], count: int, length: int) -> np.ndarray:
+    """So many tokens in runs of `length`, each from a place chosen at random in the texts, (count, DIM) float32."""
+    parts = []
+    for _ in range(count // length):
+        held = real[int(rng.integers(len(real)))].tokens
+        start = int(rng.integers(len(held) - length))
+        parts.append(held[start : start + length])
+    return np.concatenate(parts).astype(np.float32)

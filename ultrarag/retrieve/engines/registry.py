@@ -33,7 +33,7 @@ BACKENDS = {
 }
 
 #: What an embedded engine may be told, behind its name (plaid?bits=4), and the values of each option.
-OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {"plaid": {"bits": (2, 4)}}
+OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {"plaid": {"bits": (2, 3, 4)}}
 
 #: The same for servers, by the scheme of their URI.
 SERVERS = {

@@ -11,7 +11,7 @@ from ultrarag.retrieve.engines.plaid.lists import Lists
 from ultrarag.retrieve.engines.plaid.tokens import Tokens
 
 #: Tokens for each list, about, and lists at most.
-LIST_TOKENS, MOST_LISTS = 512, 65_536
+LIST_TOKENS, MOST_LISTS = 256, 32_768
 #: Tokens of the sample for each list.
 SAMPLE_TOKENS = 24
 

@@ -55,7 +55,7 @@ class Plaid:
     def __init__(
         self, directory: Path, schema: Schema, read_only: bool = False, name: str = "plaid", bits: int = 2
     ) -> None:
-        """`bits` of a code for each dimension: 2 or 4; `name`: with the options in it, as the schema has it."""
+        """`bits` of a code for each dimension: 2, 3 or 4; `name`: with the options in it, as the schema has it."""
         self.directory, self.schema, self._read_only, self._bits = directory, schema, read_only, bits
         self._lock = OwnerLock(directory, read_only=read_only)
         self._writing, self._gate = threading.RLock(), Gate()
