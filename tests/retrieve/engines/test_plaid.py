@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.retrieve.engines.test_engines import SCHEMA, embed, langs, names
-from ultrarag.errors import DataError, IndexStateError, UsageError
+from ultrarag.errors import DataError, IndexStateError, ResourceError, UsageError
 from ultrarag.retrieve.engines import Schema, create, open_backend
 from ultrarag.retrieve.engines.plaid import engine
 from ultrarag.retrieve.engines.plaid.coder import Coder
@@ -210,6 +211,46 @@ def test_vectors_unlike_all_others_are_coded_as_well(bits: int) -> None:
     assert np.isfinite(coder.decode(coder.encode(nothing))).all()
     with pytest.raises(DataError, match="too long"):
         coder.encode(np.full((1, 24), 1e9, np.float32))
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_an_upsert_on_a_full_disk_leaves_no_passage_twice(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls 0 and 1 are the codes and where they end, 2 to 4 the files of rows, 5 the run of keys that is due."""
+    stored, backend = filled(tmp_path / "index", 500)
+    held, left, write, replace = backend.vectors(names(500)).colbert, [call], os.pwrite, os.replace
+
+    def is_full() -> bool:
+        left[0] -= 1
+        return left[0] == -1
+
+    def written(handle: int, content: memoryview, place: int) -> int:
+        if is_full():
+            write(handle, content[: len(content) // 2], place)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(handle, content, place)
+
+    def replaced(source: str, target: str) -> None:
+        if is_full():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    change = lambda: backend.upsert(names(200), stored[300:500], langs(200))  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", written)
+        patched.setattr(os, "replace", replaced)
+        with pytest.raises(ResourceError, match="make room"):
+            change()
+    for again in (lambda: None, change, backend.close, lambda: None):
+        again()
+        if again == backend.close:
+            backend = open_backend(tmp_path / "index")
+        assert sorted(backend.ids()) == sorted(names(500))
+        assert len({id for id, _ in backend.search_tokens(queries(1)[0], 600)}) == backend.count() == 500
+    np.testing.assert_array_equal(backend.vectors(names(500)[250:]).colbert, held[250:])
+    np.testing.assert_allclose(backend.vectors(["p7"]).colbert[0], held[307, : stored.mask[307].sum()], atol=1e-6)
+    backend.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")

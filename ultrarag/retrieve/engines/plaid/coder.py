@@ -131,7 +131,7 @@ class Coder:
         for bound in (self.levels[1:] + self.levels[:-1]) / 2:
             places += rest > bound
         rounded = self.levels[places]
-        # the size by which products with the rest are right on average, as in RaBitQ; the one that is nearest to the rest
+        # the size by which products with the rest are right on average, as in RaBitQ; the one nearest to the rest
         # makes products smaller, each by how much it was rounded: of the ten best, 2 bits find 0.908 instead of 0.923
         size = spread[:, 0] * rest.shape[1] / np.maximum((rest * rounded).sum(1), 1e-9)
         if size.max(initial=0) > np.finfo(np.float16).max:
