@@ -168,6 +168,23 @@ def test_rows_are_written_anew_with_the_codes_that_they_have(tmp_path: Path, mon
     backend.close()
 
 
+def test_all_deleted_and_others_in_their_place(tmp_path: Path) -> None:
+    _, backend = filled(tmp_path / "index", 500)
+    backend.delete(names(500))
+    backend.optimize()
+    assert backend.search_tokens(queries(1)[0], 5) == []
+    backend.close()
+    again = open_backend(tmp_path / "index")
+    few = passages(30, seed=5)
+    again.upsert(names(30), few, [{}] * 30)
+    assert again.search_tokens(few.colbert[3][few.mask[3] == 1], 1)[0][0] == "p3"
+    for start in range(30, 530, 250):
+        again.upsert([f"p{row}" for row in range(start, start + 250)], passages(250, seed=start), [{}] * 250)
+    assert again._lists is not None
+    assert len(again.search_tokens(queries(1)[0], 1000)) == 530
+    again.close()
+
+
 def test_options_are_of_the_engine_and_of_its_folder(tmp_path: Path) -> None:
     for wrong, told in (
         ("plaid?bit=2", "did you mean 'bits'"),

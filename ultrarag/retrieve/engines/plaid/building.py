@@ -46,10 +46,11 @@ def rewritten(table: Table, tokens: Tokens, bits: int | None) -> tuple[Table, To
     return new, held
 
 
-def listed(tokens: Tokens, alive: np.ndarray) -> Lists:
-    """Lists of all rows, around centroids chosen by a sample of living ones, (rows,) bool."""
+def listed(tokens: Tokens, alive: np.ndarray) -> Lists | None:
+    """Lists of all rows, around centroids chosen by a sample of living ones, (rows,) bool; None where those have none."""
     rows = np.flatnonzero(alive)
-    count = int(tokens.counts(rows).sum())
+    if not (count := int(tokens.counts(rows).sum())):
+        return None
     lists = max(1, min(MOST_LISTS, count // LIST_TOKENS))
     made = Lists(Centroids.train(_sample(tokens, rows, SAMPLE_TOKENS * max(lists, 256)), lists), len(alive))
     complete(made, tokens, len(alive))
