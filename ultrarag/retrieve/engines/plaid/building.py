@@ -47,7 +47,7 @@ def rewritten(table: Table, tokens: Tokens, bits: int | None) -> tuple[Table, To
 
 
 def listed(tokens: Tokens, alive: np.ndarray) -> Lists | None:
-    """Lists of all rows, around centroids chosen by a sample of living ones, (rows,) bool; None where those have none."""
+    """Lists of all rows, around centroids chosen by a sample of living ones, (rows,) bool; None without any."""
     rows = np.flatnonzero(alive)
     if not (count := int(tokens.counts(rows).sum())):
         return None
