@@ -538,7 +538,7 @@ def test_given_vectors_must_be_what_the_encoder_could_make(live: LiveIndex, tiny
     assert len(live) == 0
     assert live.add(corpus(2), embeddings=good, fingerprint=tiny.passage_fingerprint) == Written(added=2)
     mixed = live._core.live.encode_passages
-    with live._core.live.giving({"b": good[:1]}):
+    with live._core.live.giving({"b": 0}, good[:1]):
         found = mixed(["a", "b", "c"])
     np.testing.assert_allclose(found.dense[1], good.dense[0])
     np.testing.assert_allclose(found.dense[[0, 2]], tiny.encode(["a", "c"]).dense, atol=1e-5)

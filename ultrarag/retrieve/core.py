@@ -253,17 +253,17 @@ class Core:
             raise IndexStateError(f"'{self.layout.root}' was closed; open it again")
         return serving
 
-    def write(self, change: Callable[[], _Result], given: Mapping[str, Embeddings] | None = None) -> _Result:
+    def write(self, change: Callable[[], _Result], given: tuple[Mapping[str, int], Embeddings] | None = None) -> _Result:
         """Make a durable change to the store, then bring vectors and words up to date with it.
 
         Args:
-            given: the vectors of texts, a row each, which need not be encoded then.
+            given: the rows of contents in vectors, and these: they need not be encoded then.
         """
         with self.leading(), self.writing:
             _ = self.live
             result = change()
             try:
-                with self.live.giving(given or {}):
+                with self.live.giving(*(given or ({}, Embeddings()))):
                     self.catch_up()
             except (UltraragError, OSError, RuntimeError, MemoryError) as error:
                 raise IndexStateError(

@@ -288,8 +288,8 @@ class IVF:
     def _passing(self, filter: Filter) -> tuple[np.ndarray | None, float]:
         """Which rows live and pass, None where all do, and what share of all that is."""
         node, table = parse(filter), self._table
-        if node is None and table.count == table.rows:
-            return None, 1.0
+        if node is None:
+            return (None, 1.0) if table.count == table.rows else (table.alive(), table.count / table.rows)
         passing = table.alive() & mask(node, table.lookup.get, table.rows)
         return passing, float(np.count_nonzero(passing)) / max(1, table.rows)
 
