@@ -253,7 +253,9 @@ class Core:
             raise IndexStateError(f"'{self.layout.root}' was closed; open it again")
         return serving
 
-    def write(self, change: Callable[[], _Result], given: tuple[Mapping[str, int], Embeddings] | None = None) -> _Result:
+    def write(
+        self, change: Callable[[], _Result], given: tuple[Mapping[str, int], Embeddings] | None = None
+    ) -> _Result:
         """Make a durable change to the store, then bring vectors and words up to date with it.
 
         Args:

@@ -41,6 +41,8 @@ FEW = 1000
 GROWN = 4
 #: Rows whose codes are rather made again by the next owner than written.
 UNSAVED_ROWS = 10_000
+#: Of more rows codes are written whenever there are so many times as many as were written last.
+LEAST_SAVED, UNSAVED_TIMES = 200_000, 1.25
 #: Candidates scored anew for each hit, and at least.
 OVERSAMPLING, LEAST_CANDIDATES = 4, 100
 #: Dead rows from which on the table is written anew, where they are more than those alive.
@@ -192,6 +194,8 @@ class IVF:
             with self._named_errors():
                 if self._heads is not None:
                     self._heads.flush()
+                if self._codes is not None and self._codes.rows > UNSAVED_TIMES * max(self._saved, LEAST_SAVED):
+                    self._save_codes()  # else whoever opens this after a kill makes them all again
                 self._table.sync()
                 write_json(self.directory / MANIFEST, {**self._table.state(), "codes": self._saved})
             self._dirty = False
