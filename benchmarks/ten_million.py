@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=10_000_000)
-    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES[:-1]), metavar="STAGE")
     parser.add_argument("--folder", type=Path, help="keeps the index and what is done (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=RESULT)

@@ -1,7 +1,7 @@
 """The passages of `ten_million.py`: made from their numbers, block by block, so that no process holds them all.
 
 Vectors are those of `live_index_contenders.py` (unit sums of one of 200 centres and noise in 32 directions), drawn
-anew for each block; texts are twelve words whose frequencies follow Zipf's law; four keys of metadata have 11 facts.
+anew for each block; texts are a number and eight words whose frequencies follow Zipf's law; metadata have two keys.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from live_index_contenders import WORDS, vectors
 
-DIM, BLOCK, WORDS_OF_A_PASSAGE, WORDS_OF_A_QUERY = 384, 8192, 12, 6
+DIM, BLOCK, WORDS_OF_A_PASSAGE, WORDS_OF_A_QUERY = 384, 8192, 8, 6
 #: What a hundredth of all passages passes.
 FILTER = {"hundredth": 3}
 #: Passages whose vectors a swap compares with the encoder's own, as `ultrarag.retrieve.swap` draws them.
@@ -35,9 +35,9 @@ class Corpus:
         steps = [max(1, self.size // count) for count in SAMPLES]
         return frozenset(row for step in steps for row in range(0, self.size, step))
 
-    def blocks(self) -> Iterator[range]:
-        """All rows, BLOCK at a time."""
-        for start in range(0, self.size, BLOCK):
+    def blocks(self, first: int = 0) -> Iterator[range]:
+        """All rows from a block's first on, BLOCK at a time."""
+        for start in range(first, self.size, BLOCK):
             yield range(start, min(start + BLOCK, self.size))
 
     def hundredth(self, digit: int) -> list[list[int]]:
@@ -76,9 +76,8 @@ def id_of(row: int) -> str:
 
 
 def metadata_of(row: int) -> dict[str, Any]:
-    """Source, year, part, and a number from 0 to 99 that is spread evenly."""
-    article = row // 4
-    return {"source": f"s{article % 5000}", "year": 1990 + article % 35, "part": row % 4, "hundredth": mixed(row)}
+    """One of 5000 sources, and a number from 0 to 99; both are spread evenly."""
+    return {"source": f"s{row // 4 % 5000}", "hundredth": mixed(row)}
 
 
 def mixed(row: int) -> int:

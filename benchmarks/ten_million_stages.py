@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ten_million_data import DIM, FILTER, WORDS_OF_A_QUERY, Best, Corpus, id_of,
 
 #: Hits of a search; the exact best are kept deeper, for some of them are deleted later.
 K, DEPTH = 10, 30
-#: Passages after which the build says how far it is.
+#: Passages after which the build notes how far it is.
 TOLD = 250_000
 #: Which hundredth is written how: versions of texts and vectors are numbered.
 UPSERTED, DELETED, CRASHED = 50, 51, 52
@@ -80,15 +81,18 @@ def timed(steps: dict[str, Any], name: str, act: Callable[[], Any]) -> Any:
 
 
 def build(place: Place) -> dict[str, Any]:
-    """Fill an empty index, BLOCK passages a call."""
+    """Fill an empty index, BLOCK passages a call; after a kill it goes on where it noted last how far it was."""
     from ultrarag.retrieve import LiveIndex
 
-    corpus, encoder = place.corpus, place.encoder
+    corpus, encoder, far = place.corpus, place.encoder, Far.read(place)
     own = sampled_vectors(place)
-    best = {name: Best(place.queries, DEPTH) for name in ("all", "filter")}
-    apart, started, spent = 0.0, time.perf_counter(), time.process_time()
-    live = LiveIndex.create(place.folder / "index", encoder, backend="ivf")
-    for rows in corpus.blocks():
+    best = known(place) if far.rows else {name: Best(place.queries, DEPTH) for name in ("all", "filter")}
+    steps, spent, apart = far.steps, time.process_time(), 0.0
+    if (place.folder / "index").exists():
+        live = timed(steps, f"open at {far.rows}", lambda: LiveIndex.open(place.folder / "index", encoder))
+    else:
+        live = LiveIndex.create(place.folder / "index", encoder, backend="ivf")
+    for rows in corpus.blocks(far.rows):
         began = time.thread_time()
         vectors = corpus.vectors(len(rows), rows.start + 77)
         for row in corpus.sampled.intersection(rows):
@@ -99,18 +103,40 @@ def build(place: Place) -> dict[str, Any]:
         passages = corpus.passages(rows)
         apart += time.thread_time() - began
         live.add(passages, embeddings=embeddings(vectors), fingerprint=encoder.fingerprint)
-        if rows.start // TOLD != rows.stop // TOLD:
-            print(f"{rows.stop}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    np.savez(place.folder / "best.npz", **{name: found.kept for name, found in best.items()})
-    steps: dict[str, Any] = {}
+        if rows.start // TOLD != rows.stop // TOLD or rows.stop == corpus.size:
+            np.savez(place.folder / "best.npz", **{name: found.kept for name, found in best.items()})
+            passed = time.process_time() - spent
+            Far(rows.stop, far.spent + passed - apart, far.apart + apart, steps).write(place)
     timed(steps, "close", live.close)
-    spent = time.process_time() - spent - apart
+    spent = far.spent + time.process_time() - spent - apart
     return {
         "core minutes": round(spent / 60, 2),
         "processor microseconds a passage": round(1e6 * spent / corpus.size, 1),
-        "making the data, processor seconds": round(apart, 1),
+        "making the data, processor seconds": round(far.apart + apart, 1),
         "steps": steps,
     }
+
+
+@dataclass(frozen=True)
+class Far:
+    """How far the build is: rows, processor seconds of it and of what is not it, and the steps that were timed."""
+
+    rows: int
+    spent: float
+    apart: float
+    steps: dict[str, Any]
+
+    @classmethod
+    def read(cls, place: Place) -> Far:
+        """What `write` wrote; nothing before that."""
+        path = place.folder / "far.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else cls(0, 0.0, 0.0, {})
+
+    def write(self, place: Place) -> None:
+        """Keep it, and say it."""
+        (place.folder / "far.json").write_text(json.dumps(asdict(self)))
+        told = f"{self.rows} passages, {self.spent:.0f} s of a processor, and {self.apart:.0f} s for the data"
+        print(f"{told}", file=sys.stderr, flush=True)
 
 
 def sampled_vectors(place: Place) -> dict[int, np.ndarray]:
