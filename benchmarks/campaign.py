@@ -2,6 +2,7 @@
 
     python benchmarks/campaign.py [--rounds 1000] [--seconds 480] [--engine numpy qdrant-edge ivf shared] [--seed 0]
     python benchmarks/campaign.py --rounds 200 --kinds query map --output benchmarks/results/campaign_shared.json
+    python benchmarks/campaign.py --rounds 200 --engine ivf --signals SIGKILL --commands work builder --output FILE
 
 Each round runs one command of `ultrarag index` (or opens the index, or opens it and writes on and on) in a forked
 process, sends it a signal at a random moment of the time that it usually takes, and then opens the index in a fresh
@@ -10,7 +11,9 @@ of no passage, with a vector that the encoder does not give its text, or with a 
 passage), processes left, files left, and commands that
 hang, fail undisturbed or end in a traceback. With --folder, where the indexes are kept, the same command goes on where
 it stopped. The shared index lies in a Milvus Lite server on loopback. The model is the tiny one of the tests. With
---kinds a build's model is one of the same passages (its generation shares vectors), or with a map behind them.
+--kinds a build's model is one of the same passages (its generation shares vectors), or with a map behind them. `work`
+adds, deletes, builds, swaps, rolls back and vacuums through one open index, and gets its signal after its first
+acknowledged write. The engine `ivf` is told that tens of passages are many, except in builders of their own.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ import tempfile
 import time
 from collections import Counter
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' servers
 
-from campaign_rounds import KINDS, Ground, one_round
-from faults import MODEL
+from campaign_rounds import KINDS, SHARES, SIGNALS, Ground, one_round
+from faults import MODEL, few_are_many
 from machine import origin
 
 from tests.retrieve.servers import MilvusLite
@@ -89,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["encoded"], help="what builds are of")
+    parser.add_argument("--commands", nargs="+", choices=list(SHARES), default=list(SHARES))
+    parser.add_argument("--signals", nargs="+", choices=list(SIGNALS), default=list(SIGNALS))
     parser.add_argument("--folder", type=Path, help="keep the indexes here, and go on with what is there")
     parser.add_argument("--output", type=Path, default=RESULT, help="where the result goes")
     return parser
@@ -105,6 +111,8 @@ def import_all() -> None:
             import_module(f"ultrarag.retrieve.engines.{name}")
         except ImportError:
             continue
+    if find_spec("faiss"):
+        few_are_many()
 
 
 def campaign(folder: Path, asked: argparse.Namespace, server: Server | None) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def campaign(folder: Path, asked: argparse.Namespace, server: Server | None) -> 
     while len(found) < asked.rounds and not (asked.seconds and time.monotonic() - begun > asked.seconds):
         chance = random.Random(asked.seed + len(found))
         engine = chance.choices(asked.engine, [ENGINES[name] for name in asked.engine])[0]
-        found.append({"round": len(found), **one_round(grounds[engine], chance, others)})
+        found.append({"round": len(found), **one_round(grounds[engine], chance, others, asked.commands, asked.signals)})
         with memory.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found[-1]) + "\n")
         if len(found) % 50 == 0:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -38,10 +38,11 @@ SHARES = {
 #: What a build's model is: one of its own, one of the same passages, one with a map behind them; with the end of its
 #: checkpoint's name.
 KINDS = {"encoded": "", "query": "-query", "map": "-map"}
-#: Seconds that a command takes, until it was seen to end; of `work`, for which it is let go on.
-FIRST_GUESS = {"work": 2.0, "builder": 8.0, "refresh": 4.0}
-#: Seconds after which a process that got a signal hangs, and after which a builder without a parent is an orphan.
-PATIENCE, GRACE = 60.0, 10.0
+#: Seconds for which `work` is let go on, at most, after its first acknowledged write.
+WORK_SECONDS = 2.4
+#: Seconds after which a process that got a signal hangs, after which one that nobody disturbs or that acknowledges
+#: nothing does, and after which a builder without a parent is an orphan.
+PATIENCE, LONG_PATIENCE, GRACE = 60.0, 300.0, 10.0
 
 
 class Ground:
@@ -162,20 +163,22 @@ def _finetuning(folder: Path) -> list[str]:
     return [*words, *fixed.split(), "--learning_rate", "1e-3", "--train_group_size", "2"]
 
 
-def one_round(ground: Ground, chance: random.Random, others: set[int]) -> dict[str, Any]:
-    """Run a command, send it a signal at a random moment, and report what was found."""
-    shares = {op: share for op, share in (SHARES | ground.more).items() if ground.can(op)}
-    op = chance.choices(list(shares), list(shares.values()))[0]
-    name = chance.choice(list(SIGNALS))
+def one_round(
+    ground: Ground, chance: random.Random, others: set[int], commands: Sequence[str], signals: Sequence[str]
+) -> dict[str, Any]:
+    """Run one of these commands, send it one of these signals at a random moment, and report what was found."""
+    shares = {op: share for op, share in (SHARES | ground.more).items() if op in commands and ground.can(op)}
+    op = chance.choices(list(shares), list(shares.values()))[0] if shares else "work"
+    name = chance.choice(signals)
     words, does = ground.words(op, chance) if op not in ("open", "work") else ([], {})
     journal = Journal(ground.folder / "journal")
     child = fork(lambda: _act(ground, op, words, journal, chance.random()))
-    status, sent = _interrupt(child, SIGNALS[name], ground.seconds, op, chance)
+    status, sent = _interrupt(child, SIGNALS[name], ground.seconds, op, chance, journal)
     found = {"engine": ground.engine, "command": op, "signal": name if sent else "none", "status": status}
     found["live"] = ground.known.get("kind", "encoded")
     found["orphans"] = _orphans(others)
     events = journal.events() if op == "work" else _events(ground.folder, op, does)
-    found["acknowledged"] = sum(e["what"] == "done" and e["op"] in WRITES for e in events)
+    found["acknowledged"] = _acknowledged(events)
     found |= _checked(ground, op, words, events)
     found["ended badly"] = _bad_end(ground.folder, status, SIGNALS[name] if sent else 0)
     journal.path.unlink()
@@ -198,7 +201,8 @@ def _act(ground: Ground, op: str, words: list[str], journal: Journal, seed: floa
                 return command(words)
             with LiveIndex.open(ground.kb, device="cpu") as live:
                 if op == "work":
-                    write_on(live, journal, int(seed * 2**32))
+                    checkpoints = [ground.folder / name for name in ground.checkpoints]
+                    write_on(live, journal, int(seed * 2**32), checkpoints=checkpoints)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -215,36 +219,57 @@ def _redirect(folder: Path) -> None:
 
 
 def _interrupt(
-    child: int, number: int, seconds: dict[str, float], op: str, chance: random.Random
+    child: int, number: int, seconds: dict[str, float], op: str, chance: random.Random, journal: Journal
 ) -> tuple[int | None, bool]:
-    """Send the signal at a random moment of the usual duration; return the exit status (None: it hung), and whether
-    the process was still there to be sent it.
+    """Send the signal at a random moment; return the exit status (None: it hung), and whether the process was still
+    there to be sent it.
+
+    The moment is within the usual duration of a command, which nobody disturbs the first time, so that it is known. Of
+    `work` it is after the first write that was acknowledged.
     """
-    usual, begun = seconds.get(op, FIRST_GUESS.get(op, 0.4)), time.monotonic()
-    if (status := _wait(child, chance.uniform(0, 1.2 * usual))) is not None:
-        seconds[op] = 0.3 * usual + 0.7 * (time.monotonic() - begun)
+    begun, usual = time.monotonic(), seconds.get(op)
+    if op == "work":
+        status = _wait(child, LONG_PATIENCE, lambda: _acknowledged(journal.events()) > 0)
+        if status is None and _acknowledged(journal.events()):
+            status = _wait(child, chance.uniform(0, WORK_SECONDS))
+    else:
+        status = _wait(child, LONG_PATIENCE if usual is None else chance.uniform(0, 1.2 * usual))
+    took = time.monotonic() - begun
+    if status is not None:
+        seconds[op] = took if usual is None else 0.3 * usual + 0.7 * took
         return status, False
+    if took >= LONG_PATIENCE:
+        return _end_hung(child), False
     os.kill(child, number)
     status = _wait(child, PATIENCE)
     took = time.monotonic() - begun
     if status is None:
-        os.kill(child, signal.SIGUSR1)  # it shows where its threads are
-        time.sleep(0.5)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    elif op != "work":  # it was not done yet: it may take longer than was thought
-        seconds[op] = max(usual, min(1.3 * took, 60.0)) if took > 0.9 * usual else usual
+        return _end_hung(child), True
+    if usual is not None and took > 0.9 * usual:  # it was not done yet: it may take longer than was thought
+        seconds[op] = max(usual, min(1.3 * took, 60.0))
     return status, True
 
 
-def _wait(child: int, seconds: float) -> int | None:
-    """The exit status of a process, negative for a signal; None when it does not end in time."""
+def _acknowledged(events: list[dict[str, Any]]) -> int:
+    """How many of the events promise that something was written."""
+    return sum(event["what"] == "done" and event["op"] in WRITES for event in events)
+
+
+def _end_hung(child: int) -> None:
+    os.kill(child, signal.SIGUSR1)  # it shows where its threads are
+    time.sleep(0.5)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def _wait(child: int, seconds: float, until: Callable[[], bool] = lambda: False) -> int | None:
+    """The exit status of a process, negative for a signal; None when it has not ended in time, or by `until`."""
     deadline = time.monotonic() + seconds
     while True:
         process, status = os.waitpid(child, os.WNOHANG)
         if process:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or until():
             return None
         time.sleep(0.002)
 

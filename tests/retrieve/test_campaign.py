@@ -42,7 +42,7 @@ def check(checks, live: LiveIndex, passages=PASSAGES, events=()):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the campaign takes in what lost its parent")
 def test_rounds_count_nothing(tmp_path: Path) -> None:
     seed = str(os.getpid())
-    libraries = {"qdrant-edge": "qdrant_edge", "ivf": "turbovec"}
+    libraries = {"qdrant-edge": "qdrant_edge", "ivf": "faiss"}
     engines = ["numpy", *(name for name, library in libraries.items() if importlib.util.find_spec(library))]
     command = ["--rounds", "8", "--engine", *engines, "--folder", str(tmp_path / "work"), "--seed", seed]
     command += ["--output", str(tmp_path / "result.json")]

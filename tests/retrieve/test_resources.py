@@ -30,7 +30,7 @@ from ultrarag.retrieve.passages.store import Store
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts, and limits of descriptors, are Linux's")
 NOBODY = 65534
 ENGINES = ["numpy", "qdrant-edge", "ivf"]
-LIBRARIES = {"qdrant-edge": "qdrant_edge", "ivf": "turbovec"}
+LIBRARIES = {"qdrant-edge": "qdrant_edge", "ivf": "faiss"}
 
 
 def snapshot(folder: Path) -> dict[str, str]:

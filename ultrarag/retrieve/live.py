@@ -454,8 +454,9 @@ class LiveIndex(AsyncMethods, Signals):
             checkpoint: a checkpoint folder, or an Encoder; it is copied into the index.
             adapter: of a folder that is no checkpoint of ultrarag's; default: the one that claims it, and the live
                 generation's where several could read it.
-            backend, heads: default: the live generation's engine, and all heads of the encoder; of vectors that are
-                shared or mapped, those that are stored.
+            backend, heads: default: the live generation's engine, or "ivf" for many passages in the default engine
+                (docs/backends.md), and all heads of the encoder; of vectors that are shared or mapped, those that are
+                stored.
             device: default: that of the live encoder.
             threads: of the builder; default: half of the cores.
             progress: a bar on stderr; default: on a terminal.

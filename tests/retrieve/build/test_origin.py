@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from ultrarag import Encoder
 from ultrarag.encode.ranks import FOLDER, Encoded
 from ultrarag.errors import FingerprintError, GateError, IndexStateError, UsageError
 from ultrarag.maps import LinearMap
+from ultrarag.packages import install
 from ultrarag.retrieve.build import child, origin, start
 from ultrarag.retrieve.build.origin import mapped
+from ultrarag.retrieve.engines import registry
 from ultrarag.retrieve.generation import Catalog
 from ultrarag.retrieve.generation import open as opening
 from ultrarag.retrieve.live import LiveIndex
@@ -184,6 +187,51 @@ def test_sharing_can_be_insisted_on_and_refused(kb, built, number: int, wishes: 
     assert kb.build(StandIn(QUERY), share=True).id == shared.id
     kb.swap(own)
     check(kb)
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default engine is numpy, and for seven passages another one is better."""
+    monkeypatch.setattr(registry, "default_backend", lambda: "numpy")
+    monkeypatch.setattr(registry, "LARGE", len(TEXTS))
+    registry._tell_of_faiss.cache_clear()
+
+
+def test_a_build_of_many_passages_takes_the_engine_for_many(kb, built, few_are_many) -> None:
+    pytest.importorskip("faiss")
+    kb.delete(["p0"])
+    assert kb.build(StandIn(1)).backend == "numpy"
+    kb.add([{"id": "p0", "text": TEXTS["p0"]}])
+    assert kb.build(StandIn(1)).backend == "numpy", "it is ready"
+    assert kb.build(StandIn(2), backend="numpy").backend == "numpy"
+    assert kb.build(StandIn(QUERY)).backend == "numpy", "it shares"
+    many = kb.build(StandIn(BASE))
+    assert many.backend == "ivf"
+    kb.swap(many)
+    check(kb)
+    kb.delete(["p0"])
+    assert kb.build(StandIn(BASE)).backend == "ivf", "it stays with what is live"
+    kb.swap(kb.build(StandIn(QUERY), share=True))
+    assert kb.status()["live"]["backend"] == "ivf"
+
+
+def test_a_build_shares_with_a_generation_in_another_engine(kb, built, few_are_many) -> None:
+    pytest.importorskip("faiss")
+    many = kb.build(StandIn(1))
+    shared = kb.build(StandIn(QUERY + 1), share=True)
+    assert (shared.backend, shared.vectors_of) == ("ivf", many.id)
+    kb.swap(shared)
+    check(kb)
+
+
+def test_without_its_library_a_build_of_many_says_so_once(kb, built, few_are_many, monkeypatch, caplog) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "faiss" else find_spec(name))
+    assert [kb.build(StandIn(number)).backend for number in (1, 2)] == ["numpy"] * 2
+    assert [record.getMessage() for record in caplog.records if "pip install faiss-cpu==" in record.getMessage()] == [
+        "from 7 passages on the engine 'ivf' is built faster than 'numpy' and takes less memory, after: "
+        f"{install('faiss-cpu')}"
+    ]
 
 
 def test_a_precision_of_its_own_is_encoded(kb, built) -> None:

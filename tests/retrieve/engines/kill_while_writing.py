@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ultrarag.retrieve.engines import Schema, create, open_backend
-from ultrarag.retrieve.engines.ivf import codes, engine, lookup
+from ultrarag.retrieve.engines.ivf import codes, engine, lookup, search
 from ultrarag.types import Embeddings
 
 DIM, IDS = 16, 900
@@ -106,8 +106,8 @@ def forked(work) -> int:
 
 
 def main(folder: Path, rounds: int, seed: int) -> None:
-    engine.EXACT_ROWS, engine.FEW, engine.DEAD_ROWS, engine.UNSAVED_ROWS = 300, 20, 200, 50
-    codes.PARTITION_ROWS, lookup.TAIL_ROWS = 200, 100
+    engine.EXACT_ROWS, engine.DEAD_ROWS, engine.UNSAVED_ROWS = 300, 200, 50
+    search.FEW, codes.LISTS, codes.PROBES, lookup.TAIL_ROWS = 20, 1.0, 12, 100
     create(folder, Schema(dense=DIM), "ivf").close()
     state, operation, met, draw = {}, 0, 0, random.Random(seed)
     for number in range(rounds):

@@ -19,7 +19,7 @@ from ultrarag.types import Embeddings, Sparse
 
 DIM, TOKEN_DIM, VOCABULARY = 16, 8, 50
 #: what an engine is imported from, where a platform may lack it
-LIBRARIES = {"qdrant-edge": "qdrant_edge", "ivf": "turbovec"}
+LIBRARIES = {"qdrant-edge": "qdrant_edge", "ivf": "faiss"}
 SCHEMA = Schema(dense=DIM, sparse=True, colbert=TOKEN_DIM, fingerprint="f1")
 
 
@@ -507,8 +507,9 @@ def test_searches_and_writes_in_many_threads(filled: Backend) -> None:
 def small_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the engine `ivf` do with hundreds of passages what it does with many."""
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.engine.EXACT_ROWS", 300)
-    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.engine.FEW", 20)
-    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.PARTITION_ROWS", 400)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.search.FEW", 20)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.LISTS", 1.0)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.PROBES", 40)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.lookup.TAIL_ROWS", 100)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.table.MAPPED_ROWS", 200)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -17,10 +18,9 @@ from tests.retrieve.engines.test_engines import DIM, SCHEMA, embed, langs, names
 from ultrarag.errors import IndexStateError, ResourceError, UsageError
 from ultrarag.retrieve.engines import Schema, create, open_backend
 from ultrarag.retrieve.engines.ivf import engine, lookup
-from ultrarag.retrieve.engines.ivf.codes import kmeans, nearest
 from ultrarag.types import Embeddings
 
-pytest.importorskip("turbovec")
+pytest.importorskip("faiss")
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +63,9 @@ def test_codes_that_were_not_written_are_made_again(tmp_path: Path, monkeypatch:
         (f"late{row}" for row in range(50)), key=lambda id: late[int(id[4:])] @ late[7]
     )
     again.close()
-    for path in (tmp_path / "index").glob("codes-*"):
+    for path in (tmp_path / "index").glob("lists-*"):
         path.write_bytes(b"no codes")
-    with pytest.raises(IndexStateError, match="codes-"):
+    with pytest.raises(IndexStateError, match="lists-"):
         open_backend(tmp_path / "index")
 
 
@@ -76,11 +76,11 @@ def test_codes_are_written_as_they_grow_so_that_a_kill_costs_few(
     monkeypatch.setattr(engine, "EXACT_ROWS", 500)
     vectors, backend = filled(tmp_path / "index", 1000)
     backend.flush()
-    held = [path.name for path in (tmp_path / "index").glob("codes-*")]
+    held = [path.name for path in (tmp_path / "index").glob("lists-*")]
     assert len(held) == 1
     backend.upsert(["one more"], Embeddings(dense=vectors[:1]), [{}])
     backend.flush()
-    assert [path.name for path in (tmp_path / "index").glob("codes-*")] == held
+    assert [path.name for path in (tmp_path / "index").glob("lists-*")] == held
     copy = shutil.copytree(tmp_path / "index", tmp_path / "killed", ignore=shutil.ignore_patterns("*.lock"))
     wanted = backend.search_dense(vectors[0], 5)
     backend.close()
@@ -103,13 +103,57 @@ def test_long_runs_are_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     backend.close()
 
 
-def test_the_centres_of_a_sample_in_blocks_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = embed(300).dense
-    whole = kmeans(sample, 8)
-    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.BLOCK_ROWS", 64)
-    np.testing.assert_allclose(kmeans(sample, 8), whole, atol=1e-5)
-    assert nearest(sample[:0], whole).shape == (0,)
-    np.testing.assert_array_equal(nearest(sample, whole), (sample @ whole.T).argmax(1))
+def test_codes_of_an_older_engine_are_made_anew(tmp_path: Path) -> None:
+    vectors, backend = filled(tmp_path / "index", 400)
+    backend.optimize()
+    backend.close()
+    (tmp_path / "index" / "lists-1-400").rename(tmp_path / "index" / "codes-1-400")
+    state = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    state["codes"] = state.pop("lists")
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(state))
+    (tmp_path / "index" / "checksums.json").unlink()
+    for _ in range(2):
+        again = open_backend(tmp_path / "index")
+        assert again._codes is not None
+        assert [id for id, _ in again.search_dense(vectors[7] * 9, 400)] == best(vectors, vectors[7], 400)
+        again.optimize()
+        again.close()
+    assert not list((tmp_path / "index").glob("codes-*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_vectors_that_were_read_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, backend = filled(tmp_path / "index", 2000)
+    query = embed(1, seed=3).dense[0]
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.table.MAPPED_BYTES", 1 << 40)
+    hits = backend.search_dense(query, 200)
+    assert held(tmp_path / "index" / "vectors-1") > 0
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.table.MAPPED_BYTES", 1)
+    assert backend.search_dense(query, 200) == hits
+    assert held(tmp_path / "index" / "vectors-1") == 0
+    backend.close()
+
+
+def held(path: Path) -> int:
+    """KiB of a mapped file that count as this process's memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    return sum(
+        int(next(line for line in lines if line.startswith("Rss:")).split()[1]) for at in lines if str(path) in at
+    )
+
+
+def test_vectors_of_few_dimensions_have_more_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for dim in (1, 6, 40, 300):
+        vectors = rng.normal(size=(500, dim)).astype(np.float32)
+        backend = create(tmp_path / str(dim), Schema(dense=dim), "ivf")
+        backend.upsert(names(500), Embeddings(dense=vectors), [{}] * 500)
+        backend.optimize()
+        found = [
+            len(set(best(vectors, query, 10)) & {id for id, _ in backend.search_dense(query, 10)}) for query in vectors
+        ]
+        assert np.mean(found) > 9.5, dim
+        backend.close()
 
 
 def test_a_table_is_written_anew_while_searches_go_on(tmp_path: Path) -> None:
@@ -168,8 +212,8 @@ def test_heads_of_another_engine_agree_after_a_crash(tmp_path: Path) -> None:
 
 
 def test_the_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "turbovec", None)
-    with pytest.raises(UsageError, match="pip install turbovec=="):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UsageError, match="pip install faiss-cpu=="):
         create(tmp_path / "index", SCHEMA, "ivf")
     assert not (tmp_path / "index").exists()
 

@@ -144,7 +144,7 @@ def _random_filter(rng: random.Random, depth: int = 0) -> dict:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_engines_agree_with_the_predicate_on_random_filters(name: str, tmp_path) -> None:
-    if library := {"qdrant-edge": "qdrant_edge", "ivf": "turbovec"}.get(name):
+    if library := {"qdrant-edge": "qdrant_edge", "ivf": "faiss"}.get(name):
         pytest.importorskip(library)
     rng = random.Random(5)
     keys = ["a", "b", "c[0]", "d e", "a.b"]

@@ -11,6 +11,7 @@ import json
 import mmap
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -133,7 +134,7 @@ def _spans(ends: np.ndarray) -> Iterator[tuple[int, int]]:
     """Where each id begins and ends; a part at a time: ten million Python integers are 400 MB."""
     for at in range(0, len(ends) - 1, SPANS):
         part = ends[at : at + SPANS + 1].tolist()
-        yield from zip(part, part[1:], strict=False)
+        yield from pairwise(part)
 
 
 def norms(k1: float, b: float, mean: float) -> tuple[float, float]:

@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--heads", type=lambda text: tuple(text.split(",")), metavar="A,B", help="default: all")
-    parser.add_argument("--backend", help="the vector engine; default: the live generation's")
+    parser.add_argument("--backend", help="the vector engine; default: the live one's, ivf for many passages")
     parser.add_argument("--device", help="default: the GPU of the process's local rank, or the CPU")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of the process that joins; default: half of the cores"

@@ -44,7 +44,7 @@ def origin_of(
     """Decide where the vectors of a new generation come from, and which heads it has.
 
     Args:
-        backend: None: the live generation's.
+        backend: of vectors that are shared; None: any, for none of them is moved.
         heads: those asked for; None: those whose vectors are shared or mapped, else all of the encoder's.
         share: True: encode no stored passage; False: encode all of them; None: encode them where it must be.
 
@@ -52,7 +52,6 @@ def origin_of(
         UsageError: `share` is True and the passages must be encoded; says why.
     """
     all_heads, live = stored_heads(source.heads, heads), catalog.live()
-    backend = backend or live.backend
     encoded = Origin(source.identity.passage), all_heads
     if share is False or source.fingerprint == live.fingerprint:
         if share:
@@ -64,7 +63,7 @@ def origin_of(
     donors = [found for state in _DONORS for found in catalog.in_state(state)]
     for donor in donors:
         asked = stored_heads(source.heads, donor.heads if heads is None else heads) if _has(source, donor) else ()
-        made_alike = (donor.backend, donor.precision, donor.heads) == (backend, source.precision, asked)
+        made_alike = (donor.precision, donor.heads) == (source.precision, asked) and backend in (None, donor.backend)
         if made_alike and donor.passage_fingerprint == source.identity.passage:
             return Origin(source.identity.passage, vectors_of=donor.vectors_of), asked
     if _has(source, live) and source.precision == live.precision and rest:
@@ -72,9 +71,8 @@ def origin_of(
         if set(asked) <= set(live.heads):
             return Origin(source.identity.passage, mapped_from=live.vectors_of), asked
     if share:
-        raise UsageError(
-            f"the passages must be encoded: {_why(source, live, backend, all_heads, rest)}; leave share out"
-        )
+        why = _why(source, live, backend or live.backend, all_heads, rest)
+        raise UsageError(f"the passages must be encoded: {why}; leave share out")
     return encoded
 
 

@@ -23,6 +23,7 @@ from ultrarag.quantise import TEXTS, Calibration
 from ultrarag.retrieve.bridge import BridgeTerms, cross, drop, read_report
 from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.engines import next_backend
 from ultrarag.retrieve.generation import (
     Generation,
     IndexLayout,
@@ -166,15 +167,21 @@ def enter(
         raise UsageError(f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out")
     with core.writing:  # else a vacuum could forget the log entries that follow, or remove the vectors to be shared
         origin, chosen = origin_of(core.layout, core.catalog, source, backend, heads, share)
-        wanted = (source.fingerprint, backend or core.live.generation.backend, chosen, source.precision)
+        engine = live = backend or core.live.generation.backend
+        if origin.vectors_of is not None:
+            engine = core.catalog.get(origin.vectors_of).backend
+        elif backend is None and "dense" in chosen:
+            engine = next_backend(live, core.store.count())
         for found in core.catalog.all():
-            same = (found.fingerprint, found.backend, found.heads, found.precision) == wanted
+            same = (found.fingerprint, found.heads, found.precision) == (source.fingerprint, chosen, source.precision)
+            same = same and found.backend in (engine, live)  # begun when there were fewer passages
             if same and (found.state == "building" or share is not None):
                 same = origin.is_of(found)
             if same and found.state in ("building", "ready"):
                 return found
             if found.state == "building":
                 core.catalog.set_state(found.id, "retired", only_from=("building",))
+        wanted = (source.fingerprint, engine, chosen, source.precision)
         return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq(), origin=origin)
 
 

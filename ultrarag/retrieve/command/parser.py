@@ -133,7 +133,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
     )
     _trust(parser)
     parser.add_argument("--heads", type=_names, metavar="A,B", help="the heads to store; default: all of the model's")
-    parser.add_argument("--backend", help="the vector engine; default: the live generation's")
+    parser.add_argument("--backend", help="the vector engine; default: the live one's, ivf for many passages")
     parser.add_argument("--threads", type=int, metavar="N", help="of the builder; default: half of the cores")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the forward; default: the live generation's")
     share_flags(parser)

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from ultrarag.retrieve.engines.address import CLIENTS, Address, is_uri, parse_uri
     from ultrarag.retrieve.engines.base import SCHEMA_FILE, read_schema, write_schema
     from ultrarag.retrieve.engines.held import held_vectors
-    from ultrarag.retrieve.engines.registry import Backend, Schema, create, default_backend, open_backend, remove
+    from ultrarag.retrieve.engines.registry import (
+        Backend,
+        Schema,
+        create,
+        default_backend,
+        next_backend,
+        open_backend,
+        remove,
+    )
     from ultrarag.retrieve.engines.server import (
         COLLECTION_FILE,
         REQUEST_POINTS,

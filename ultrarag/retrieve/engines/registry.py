@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,50 @@ SERVERS = {
     "milvus": "ultrarag.retrieve.engines.milvus.server:MilvusServer",
 }
 
-__all__ = ["BACKENDS", "SERVERS", "Backend", "Schema", "create", "default_backend", "open_backend", "remove"]
+#: Passages from which on a build that names no engine takes `ivf` (docs/backends.md has what was measured).
+LARGE = 100_000
+
+__all__ = [
+    "BACKENDS",
+    "SERVERS",
+    "Backend",
+    "Schema",
+    "create",
+    "default_backend",
+    "next_backend",
+    "open_backend",
+    "remove",
+]
+
+logger = logging.getLogger("ultrarag")
 
 
 def default_backend() -> str:
     """The embedded engine where its wheel is installed, the numpy reference elsewhere."""
     return "qdrant-edge" if importlib.util.find_spec("qdrant_edge") else "numpy"
+
+
+def next_backend(live: str, passages: int) -> str:
+    """The engine of a build with dense vectors that names none: the live one, but `ivf` for many in the default engine.
+
+    Without faiss it is the live one all the same, and a warning says so once.
+    """
+    if live != default_backend() or passages < LARGE:
+        return live
+    if importlib.util.find_spec("faiss"):
+        return "ivf"
+    _tell_of_faiss(live)
+    return live
+
+
+@lru_cache
+def _tell_of_faiss(live: str) -> None:
+    logger.warning(
+        "from %d passages on the engine 'ivf' is built faster than '%s' and takes less memory, after: %s",
+        LARGE,
+        live,
+        install("faiss-cpu"),
+    )
 
 
 def create(directory: str | Path, schema: Schema, backend: str | None = None) -> Backend:

@@ -1,4 +1,4 @@
-"""The embedded engine for many dense vectors: candidates by codes of two bits a dimension, scored by what is on disk.
+"""The embedded engine for many dense vectors: candidates by codes of one bit a dimension, scored by what is on disk.
 
 Few passages are compared with all. Lexical weights and token vectors are held by another embedded engine, in a folder
 below. What is durable are the rows and a manifest, which says how much of them counts; it is replaced last.
@@ -6,7 +6,6 @@ below. What is durable are the rows and a manifest, which says how much of them 
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,33 +17,38 @@ from typing import Any
 import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import OwnerLock, read_seal, remove_seal, replacing, resource_error, seal, verify_seal, write_json
+from ultrarag.io import OwnerLock, read_seal, remove_seal, seal, verify_seal
 from ultrarag.retrieve.engines.arrays import dense_query, prepare, products
 from ultrarag.retrieve.engines.base import SCHEMA_FILE, Backend, Progress, Schema, write_schema
-from ultrarag.retrieve.engines.ivf.codes import Codes, check_library
+from ultrarag.retrieve.engines.ivf.codes import MOST_LISTS, Codes, check_library
+from ultrarag.retrieve.engines.ivf.folder import (
+    MANIFEST,
+    codes_path,
+    named_errors,
+    read_codes,
+    read_manifest,
+    remove_left_over,
+    write_codes,
+    write_manifest,
+)
 from ultrarag.retrieve.engines.ivf.gate import Gate
-from ultrarag.retrieve.engines.ivf.table import BLOCK_ROWS, Facts, Table
-from ultrarag.retrieve.ranking import Scored, check_ids, check_k, ranked, through_ties, top
-from ultrarag.retrieve.search import Filter, facts, mask, parse
+from ultrarag.retrieve.engines.ivf.search import search
+from ultrarag.retrieve.engines.ivf.table import Facts, Table
+from ultrarag.retrieve.ranking import Scored, check_ids, check_k
+from ultrarag.retrieve.search import Filter, facts
 from ultrarag.types import Embeddings
 
-MANIFEST = "manifest.json"
 #: Folder of the engine that holds the other heads.
 HEADS = "heads"
-#: What the names of the engine's files begin with, before the number of the table.
-OWN_FILES = ("vectors", "passages", "ends", "dead", "run", "codes")
 #: Rows from which on there are codes: fewer are compared with all, in 2 ms at 384 dimensions.
 EXACT_ROWS = 20_000
-#: As few that pass a filter are compared one by one.
-FEW = 1000
-#: Codes are made anew when there are so many times the rows that they were made for.
-GROWN = 4
+#: Codes are made anew when there are so many times the rows that they were made for; where that gives no more lists,
+#: only when the corpus is another one.
+GROWN, GROWN_ALIKE = 4, 16
 #: Rows whose codes are rather made again by the next owner than written.
 UNSAVED_ROWS = 10_000
 #: Of more rows codes are written whenever there are so many times as many as were written last.
-LEAST_SAVED, UNSAVED_TIMES = 200_000, 1.25
-#: Candidates scored anew for each hit, and at least.
-OVERSAMPLING, LEAST_CANDIDATES = 4, 100
+LEAST_SAVED, SAVED_TIMES = 200_000, 1.25
 #: Dead rows from which on the table is written anew, where they are more than those alive.
 DEAD_ROWS = 1000
 
@@ -85,13 +89,13 @@ class IVF:
         engine = cls(directory, schema, read_only)
         with engine._releasing():
             engine._sums = verify_seal(directory) if verify else read_seal(directory)
-            state = _read_manifest(directory)
+            state = read_manifest(directory)
             if not read_only:
                 remove_seal(directory)
-                engine._remove_left_over(state)
+                remove_left_over(directory, state)
             engine._table = Table(directory, schema.dense or 0, state, read_only)
             engine._load_heads(verify)
-            engine._load_codes(int(state["codes"]))
+            engine._load_codes(int(state["lists"]))
             engine._dirty = False
         return engine
 
@@ -122,18 +126,7 @@ class IVF:
         """Score the candidates that codes give, or compare with all: where `exact`, and where few pass."""
         k, query = check_k(k), dense_query(self.schema, vector)
         with self._searching():
-            passing, share = self._passing(filter)
-            few = share * self._table.rows <= FEW
-            among_all = lambda hits: self._best(query, self._promising(query, hits, passing), hits)  # noqa: E731
-            if exact or few or self._codes is None:
-                return through_ties(among_all, k)
-            codes = self._codes
-
-            def among_candidates(hits: int) -> list[Scored]:
-                count = max(LEAST_CANDIDATES, OVERSAMPLING * hits)
-                return self._best(query, codes.search(query, count, passing, share), hits)
-
-            return through_ties(among_candidates, k, among_all)
+            return search(self._table, self._codes, query, k, filter, exact)
 
     def search_sparse(
         self, token_ids: Sequence[int], weights: Sequence[float], k: int, filter: Filter = None
@@ -191,15 +184,15 @@ class IVF:
                 return
             if self._read_only:
                 raise IndexStateError(f"'{self.directory}' is open for reading")
-            with self._named_errors():
+            with named_errors(self.directory):
                 if self._heads is not None:
                     self._heads.flush()
-                if self._codes is not None and self._codes.rows > UNSAVED_TIMES * max(self._saved, LEAST_SAVED):
+                if self._codes is not None and self._codes.rows > SAVED_TIMES * max(self._saved, LEAST_SAVED):
                     self._save_codes()  # else whoever opens this after a kill makes them all again
                 self._table.sync()
-                write_json(self.directory / MANIFEST, {**self._table.state(), "codes": self._saved})
+                write_manifest(self.directory, self._table.state(), self._saved)
             self._dirty = False
-            self._remove_left_over(_read_manifest(self.directory))
+            remove_left_over(self.directory, read_manifest(self.directory))
 
     def optimize(self, progress: Progress | None = None) -> None:
         """Write living rows anew where some are dead, and choose partitions for as many as there are."""
@@ -228,7 +221,7 @@ class IVF:
                 if self._heads is not None:
                     self._heads.close()
                 if not self._read_only:
-                    with self._named_errors():
+                    with named_errors(self.directory):
                         seal(self.directory, self._files(), self._sums)
             finally:
                 self._release()
@@ -251,8 +244,15 @@ class IVF:
         dead = self._table.rows - self._table.count
         if dead > DEAD_ROWS and dead > self._table.count:
             self._rewrite()
-        elif self._table.rows >= (GROWN * self._codes.trained if self._codes else EXACT_ROWS):
+        elif self._table.rows >= self._rows_to_train():
             self._train()
+
+    def _rows_to_train(self) -> int:
+        """The rows from which on lists are chosen anew."""
+        codes = self._codes
+        if codes is None:
+            return EXACT_ROWS
+        return codes.trained * (GROWN if codes.lists < MOST_LISTS else GROWN_ALIKE)
 
     def _train(self) -> None:
         """Make codes for all rows while searches use what there was."""
@@ -265,13 +265,8 @@ class IVF:
     def _rewrite(self) -> None:
         """Write living rows into a table of the next number, while searches use this one."""
         old = self._table
-        table = Table(self.directory, old.dim, {"number": old.number + 1})
+        table = old.rewritten()
         try:
-            alive = np.flatnonzero(old.alive())
-            for start in range(0, len(alive), BLOCK_ROWS):
-                rows = alive[start : start + BLOCK_ROWS]
-                ids, found = [old.id_of(row) for row in rows], [old.facts_of(row) for row in rows]
-                table.append(ids, found, old.vectors_of(rows) if old.dim else np.zeros((len(rows), 0), np.float32))
             codes = _coded(table) if self.schema.dense and table.rows >= EXACT_ROWS else None
         except BaseException:
             table.close()
@@ -283,40 +278,9 @@ class IVF:
 
     def _save_codes(self) -> None:
         if self._codes is not None and self._codes.rows != self._saved:
-            with self._named_errors(), replacing(self._codes_path(self._codes.rows)) as file:
-                self._codes.write(file)
+            with named_errors(self.directory):
+                write_codes(codes_path(self.directory, self._table.number, self._codes.rows), self._codes)
             self._saved, self._dirty = self._codes.rows, True
-
-    # Searching
-
-    def _passing(self, filter: Filter) -> tuple[np.ndarray | None, float]:
-        """Which rows live and pass, None where all do, and what share of all that is."""
-        node, table = parse(filter), self._table
-        if node is None:
-            return (None, 1.0) if table.count == table.rows else (table.alive(), table.count / table.rows)
-        passing = table.alive() & mask(node, table.lookup.get, table.rows)
-        return passing, float(np.count_nonzero(passing)) / max(1, table.rows)
-
-    def _promising(self, query: np.ndarray, k: int, passing: np.ndarray | None) -> np.ndarray:
-        """The rows that can be among the k best of all that pass: products of BLAS, which are not exact, decide."""
-        table = self._table
-        if passing is None or 4 * np.count_nonzero(passing) > table.rows:
-            parts = [block @ query for _, block in table.blocks()]
-            rows = np.arange(table.rows) if passing is None else np.flatnonzero(passing)
-            scores = (np.concatenate(parts) if parts else np.zeros(0, np.float32))[rows]
-        else:
-            rows = np.flatnonzero(passing)
-            parts = [table.vectors_of(rows[at : at + BLOCK_ROWS]) @ query for at in range(0, len(rows), BLOCK_ROWS)]
-            scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        if len(rows) <= k:
-            return rows
-        slack = 1e-5 * table.norm * float(np.linalg.norm(query))
-        return rows[scores >= np.partition(scores, len(scores) - k)[len(scores) - k] - slack]
-
-    def _best(self, query: np.ndarray, rows: np.ndarray, k: int) -> list[Scored]:
-        scores = products(self._table.vectors_of(rows), query)
-        places = top(scores, k)
-        return ranked([self._table.id_of(row) for row in rows[places].tolist()], scores[places], k)
 
     def _other(self, head: str) -> Backend:
         """The engine of another head."""
@@ -352,30 +316,14 @@ class IVF:
         if not self.schema.dense:
             return
         if rows:
-            with open(self._codes_path(rows), "rb") as file:
-                self._codes, self._saved = Codes.read(file), rows
+            self._codes, self._saved = read_codes(codes_path(self.directory, self._table.number, rows)), rows
             self._encode_missing()
         elif self._table.rows >= EXACT_ROWS:
             self._codes = _coded(self._table)
 
-    def _codes_path(self, rows: int) -> Path:
-        return self.directory / f"codes-{self._table.number}-{rows}"
-
     def _files(self) -> list[Path]:
-        codes = [self._codes_path(self._saved)] if self._saved else []
+        codes = [codes_path(self.directory, self._table.number, self._saved)] if self._saved else []
         return [self.directory / SCHEMA_FILE, self.directory / MANIFEST, *self._table.files(), *codes]
-
-    def _remove_left_over(self, state: Mapping[str, Any]) -> None:
-        """Remove files of tables and codes that the manifest does not count."""
-        number, runs = state["number"], {f"{first}-{last}" for first, last in state["runs"]}
-        kept = (
-            {f"{kind}-{number}" for kind in OWN_FILES}
-            | {f"run-{number}-{rows}" for rows in runs}
-            | {f"codes-{number}-{state['codes']}"}
-        )
-        for path in self.directory.iterdir():
-            if path.name.partition("-")[0] in OWN_FILES and path.name not in kept:
-                path.unlink()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -394,26 +342,14 @@ class IVF:
             if self._read_only:
                 raise IndexStateError(f"'{self.directory}' is open for reading")
             self._dirty = True
-            with self._named_errors():
+            with named_errors(self.directory):
                 yield
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Say which directory an error of the file system is about."""
-        try:
-            yield
-        except OSError as error:
-            if found := resource_error(error, self.directory):
-                raise found from error
-            raise IndexStateError(
-                f"'{self.directory}' cannot be written ({error}); what was flushed before is untouched"
-            ) from error
 
     @contextmanager
     def _releasing(self) -> Iterator[None]:
         """Let go of everything when opening fails."""
         try:
-            with self._named_errors():
+            with named_errors(self.directory):
                 yield
         except BaseException:
             self._closed = True
@@ -438,16 +374,3 @@ def _coded(table: Table) -> Codes:
     for _, block in table.blocks():
         codes.add(block)
     return codes
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    try:
-        state: dict[str, Any] = json.loads(path.read_bytes())
-        if missing := {"number", "rows", "text", "dead", "norm", "runs", "codes"} - state.keys():
-            raise ValueError(f"'{min(missing)}' is missing")
-    except FileNotFoundError:
-        raise IndexStateError(f"'{path}' is missing; rebuild the vectors from the passages") from None
-    except ValueError as error:
-        raise IndexStateError(f"'{path}' is damaged ({error}); rebuild the vectors from the passages") from None
-    return state
