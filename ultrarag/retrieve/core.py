@@ -53,6 +53,8 @@ logger = logging.getLogger("ultrarag")
 _Result = TypeVar("_Result")
 #: The named value with the output folder of a refresh that was begun: what it left when it was killed is removed.
 REFRESHING = "refreshing"
+#: Vectors that were given and may be lost in a kill: the log has texts, which are encoded then, minutes for 100,000.
+MOST_GIVEN = 4096
 
 
 class Bridging(Protocol):
@@ -267,6 +269,8 @@ class Core:
             try:
                 with self.live.giving(*(given or ({}, Embeddings()))):
                     self.catch_up()
+                if given is not None and self.vectors.pending >= MOST_GIVEN:
+                    self.vectors.flush()
             except (UltraragError, OSError, RuntimeError, MemoryError) as error:
                 raise IndexStateError(
                     f"the write is stored and will not be lost, but it cannot be searched yet: {error}; the next "
