@@ -166,6 +166,10 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         "rounds per command": rounds["command"],
         "rounds that began with generation": dict(Counter(f.get("live", "encoded") for f in found).most_common()),
         "acknowledged writes": sum(f["acknowledged"] for f in found),
+        "acknowledged operations": dict(Counter(op for f in found for op in f.get("operations", ())).most_common()),
+        "operations under way at the signal": dict(
+            Counter(f["under way"] for f in found if f["signal"] != "none" and f.get("under way")).most_common()
+        ),
         **{name: sum(kind == name for kind, _, _ in bad) for name in COUNTS},
         "examples": [_example(*found) for found in bad[:SHOWN]],
     }

@@ -39,7 +39,7 @@ SHARES = {
 #: checkpoint's name.
 KINDS = {"encoded": "", "query": "-query", "map": "-map"}
 #: Seconds for which `work` is let go on, at most, after its first acknowledged write.
-WORK_SECONDS = 2.4
+WORK_SECONDS = 5.0
 #: Seconds after which a process that got a signal hangs, after which one that nobody disturbs or that acknowledges
 #: nothing does, and after which a builder without a parent is an orphan.
 PATIENCE, LONG_PATIENCE, GRACE = 60.0, 300.0, 10.0
@@ -179,6 +179,8 @@ def one_round(
     found["orphans"] = _orphans(others)
     events = journal.events() if op == "work" else _events(ground.folder, op, does)
     found["acknowledged"] = _acknowledged(events)
+    done, begun = ([event["op"] for event in events if event["what"] == what] for what in ("done", "begin"))
+    found["operations"], found["under way"] = done, begun[-1] if len(begun) > len(done) else None
     found |= _checked(ground, op, words, events)
     found["ended badly"] = _bad_end(ground.folder, status, SIGNALS[name] if sent else 0)
     journal.path.unlink()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -209,6 +211,34 @@ def test_heads_of_another_engine_agree_after_a_crash(tmp_path: Path) -> None:
     assert sorted(again.ids()) == names(5)[1:]
     assert {id for id, _ in again.search_sparse(range(50), np.ones(50), 10)} <= set(names(5)[1:])
     again.close()
+
+
+#: Codes are made by two threads, and then in a fork.
+FORKED = """
+import os, sys, numpy as np, faiss
+from ultrarag.retrieve.engines.ivf.codes import Codes
+faiss.omp_set_num_threads(2)
+vectors = np.random.default_rng(0).normal(size=(20_000, 16)).astype(np.float32)
+def found():
+    codes = Codes.train(len(vectors), lambda rows: vectors[rows])
+    codes.add(vectors)
+    return 7 in codes.search(vectors[7], 10)
+assert found()
+child = os.fork()
+if not child:
+    os._exit(int(not found()))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
+def test_codes_are_made_in_a_fork(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKED], start_new_session=True) as process:
+        try:
+            assert process.wait(300) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

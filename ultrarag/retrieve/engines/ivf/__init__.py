@@ -1,7 +1,7 @@
 """IVF: dense vectors in little memory, as codes of a bit a dimension in lists around directions.
 
 `engine` is the engine; `table` keeps the rows durably, in the files of `folder`, `lookup` finds those with an id or a
-fact, `codes` finds candidates, which `search` scores anew by their vectors on the disk.
+fact, `codes` finds candidates, which `search` scores anew by their vectors on the disk; `heads` are another engine's.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ one bit a dimension, of more where there are few. They are derived: lost ones ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,7 +22,7 @@ CODE_BITS, MOST_BITS = 256, 8
 #: which of 12,000 (ten million rows) would be 120 of the 220 microseconds that a passage costs.
 LISTS, MOST_LISTS = 4.0, 4096
 #: Vectors of the sample for each list, and rounds of k-means.
-SAMPLE_ROWS, ROUNDS = 64, 8
+SAMPLE_ROWS, ROUNDS = 40, 8
 #: Lists that a search looks into; where a filter lets few pass, more.
 PROBES = 96
 #: Squares of such values in a code are still finite.
@@ -48,7 +50,7 @@ class Codes:
 
     @classmethod
     def train(cls, rows: int, read: Callable[[np.ndarray], np.ndarray]) -> Codes:
-        """Choose the lists for so many rows by k-means over a sample; `read` gives the vectors of rows."""
+        """Choose the lists for so many rows by k-means over a sample; `read` gives copies of the vectors of rows."""
         faiss = _library()
         lists = min(MOST_LISTS, max(1, round(LISTS * rows**0.5)))
         sample = read(np.sort(np.random.default_rng(0).choice(rows, min(rows, SAMPLE_ROWS * lists), replace=False)))
@@ -57,7 +59,9 @@ class Codes:
         index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
         kmeans = faiss.downcast_index(index.index).cp
         kmeans.niter, kmeans.max_points_per_centroid, kmeans.min_points_per_centroid = ROUNDS, SAMPLE_ROWS, 1
-        index.train(sample / np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), 1e-12))
+        np.clip(sample, -LARGEST, LARGEST, out=sample)
+        sample /= np.maximum(np.sqrt(np.einsum("rd,rd->r", sample, sample)), 1e-12)[:, None]
+        index.train(sample)
         return cls(index, rows)
 
     def add(self, vectors: np.ndarray) -> None:
@@ -106,7 +110,15 @@ def _library() -> Any:
         import faiss
     except ModuleNotFoundError as error:
         raise UsageError(f"the engine 'ivf' needs {error.name}: {install('faiss-cpu')}") from error
+    _mind_forks()
     return faiss
+
+
+@lru_cache
+def _mind_forks() -> None:
+    """In a fork, GNU's OpenMP waits for ever for the threads that its parent had: there one thread does it all."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: _library().omp_set_num_threads(1))
 
 
 def _fitting(vectors: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,13 @@ from ultrarag.retrieve.engines.ivf.folder import (
     write_manifest,
 )
 from ultrarag.retrieve.engines.ivf.gate import Gate
+from ultrarag.retrieve.engines.ivf.heads import agree, create_heads, open_heads
 from ultrarag.retrieve.engines.ivf.search import search
 from ultrarag.retrieve.engines.ivf.table import Facts, Table
 from ultrarag.retrieve.ranking import Scored, check_ids, check_k
 from ultrarag.retrieve.search import Filter, facts
 from ultrarag.types import Embeddings
 
-#: Folder of the engine that holds the other heads.
-HEADS = "heads"
 #: Rows from which on there are codes: fewer are compared with all, in 2 ms at 384 dimensions.
 EXACT_ROWS = 20_000
 #: Codes are made anew when there are so many times the rows that they were made for; where that gives no more lists,
@@ -76,10 +74,7 @@ class IVF:
         engine = cls(directory, schema)
         with engine._releasing():
             engine._table = Table(directory, schema.dense or 0, {"number": 1})
-            if other := engine._other_heads():
-                from ultrarag.retrieve.engines.registry import create
-
-                engine._heads = create(directory / HEADS, other, _engine_of_heads())
+            engine._heads = create_heads(directory, schema)
             engine.flush()
         return engine
 
@@ -94,7 +89,9 @@ class IVF:
                 remove_seal(directory)
                 remove_left_over(directory, state)
             engine._table = Table(directory, schema.dense or 0, state, read_only)
-            engine._load_heads(verify)
+            engine._heads = open_heads(directory, schema, verify, read_only)
+            if engine._heads is not None and not engine._sums and not read_only:
+                agree(engine._table, engine._heads)
             engine._load_codes(int(state["lists"]))
             engine._dirty = False
         return engine
@@ -291,27 +288,6 @@ class IVF:
 
     # Opening and closing
 
-    def _other_heads(self) -> Schema | None:
-        held = replace(self.schema, dense=None)
-        return held if held.heads else None
-
-    def _load_heads(self, verify: bool) -> None:
-        if not self._other_heads():
-            return
-        from ultrarag.retrieve.engines.registry import open_backend
-
-        self._heads = open_backend(self.directory / HEADS, None, verify, self._read_only)
-        if not self._sums and not self._read_only:
-            self._agree(self._heads)
-
-    def _agree(self, heads: Backend) -> None:
-        """After a crash keep what both engines hold; the log of all changes brings the rest."""
-        others = set(heads.ids())
-        rows = np.flatnonzero(self._table.alive()).tolist()
-        ours = {self._table.id_of(row): row for row in rows}
-        self._table.bury([row for id, row in ours.items() if id not in others])
-        heads.delete([id for id in others if id not in ours])
-
     def _load_codes(self, rows: int) -> None:
         if not self.schema.dense:
             return
@@ -362,10 +338,6 @@ class IVF:
         if hasattr(self, "_table"):
             self._table.close()
         self._lock.release()
-
-
-def _engine_of_heads() -> str:
-    return "qdrant-edge" if find_spec("qdrant_edge") else "numpy"
 
 
 def _coded(table: Table) -> Codes:

@@ -186,10 +186,13 @@ class Table:
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of some rows, (len(rows), dim) float32."""
+        step = max(1, MAPPED_BYTES // (self.dim * 4 + mmap.PAGESIZE))
+        if len(rows) > step and self.rows > MAPPED_ROWS:
+            return np.concatenate([self.vectors_of(rows[at : at + step]) for at in range(0, len(rows), step)])
         found: np.ndarray = self.vectors[rows]
         if self.rows > MAPPED_ROWS:
-            self._read += len(rows) * (self.dim * 4 + mmap.PAGESIZE)
-            if self._read > MAPPED_BYTES:
+            self._read += len(rows)
+            if self._read >= step:
                 self._read = 0
                 self._vectors.let_go()
         return found
