@@ -1,9 +1,9 @@
 """The passages of `ten_million.py`: made from their numbers, block by block, so that no process holds them all.
 
-Vectors have the shape of texts' ones: 200 fields of 100 topics each. A vector is the unit sum of its field, its topic and
-noise in 64 directions (0.5, 0.5 and 0.7 of unit length), so that two of one topic have a cosine of 0.5, and of one
-field 0.25. (Those of `live_index_contenders.py` are three quarters noise in 32 directions: of them no partition of the
-space finds the nearest.) Texts are a number and eight words whose frequencies follow Zipf's law; metadata have two keys.
+A vector is the unit sum of one of 200 fields, one of its 100 topics and noise in 64 directions (0.5, 0.5, 0.7 of unit
+length), so that two of one topic have a cosine of 0.5, and two of one field 0.25. (Those of `live_index_contenders.py`
+are three quarters noise in 32 directions, of which no partition of the space finds the nearest.) Texts are a number and
+eight words whose frequencies follow Zipf's law; metadata have two keys.
 """
 
 from __future__ import annotations
