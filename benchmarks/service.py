@@ -1,13 +1,16 @@
 """Closed-loop clients search a service while passages are added and a refresh swaps: rates, waits, errors, memory.
 
     python benchmarks/service.py --clients 16,64 --seconds 60 [--passages 1500] [--steps 30] [--out results.json]
+    python benchmarks/service.py --clients 2 --seconds 1800 --pause 30 --steps 2 --passages 200 --kept 100
 
 `ultrarag serve` runs as a process of its own over all-MiniLM-L6-v2 and passages of Python's documentation; the clients
 share the machine with it. Each asks the next query when the last is answered. Meanwhile --batch passages are added
-every two seconds, and a refresh fine-tunes, builds and swaps; a round lasts for --seconds at least, and until it has.
-Counted are searches a second, the median and 99th percentile of the wait, with and without the refresh; answers that
-are no 200; answers whose generation and encoder do not belong together; passages that were acknowledged and cannot
-be found; and the memory of the service, every second.
+every two seconds, of which the oldest are deleted beyond --kept, and a refresh fine-tunes, builds and swaps, with
+--pause another one that many seconds later, and so on. A round lasts for --seconds at least, and half a minute beyond
+the last swap. Counted are searches a second, the median and 99th percentile of the wait: in the minute around the last
+swap, in the whole round, beside a refresh and without one; answers that are no 200; answers whose generation and
+encoder do not belong together; passages that were acknowledged and cannot be found, or were deleted and can; and the
+memory of the service: each minute's median, and how fast it grows, of all samples and of those without a refresh.
 """
 
 from __future__ import annotations
@@ -15,42 +18,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import httpx2
 from machine import origin
+from service_round import WINDOW, Round, Seen
 
 from ultrarag import Encoder
 from ultrarag.demo.corpus import build_demo
 from ultrarag.evaluation import read_beir
 from ultrarag.retrieve import LiveIndex
-
-#: Seconds between two writes.
-EVERY = 2.0
-
-
-@dataclass
-class Seen:
-    """What the clients of a round met."""
-
-    #: (when it was asked, seconds until it was answered)
-    waits: list[tuple[float, float]] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    #: generation -> fingerprints that came with it
-    generations: dict[int, set[str]] = field(default_factory=dict)
-    added: int = 0
-    #: (when, bytes)
-    memory: list[tuple[float, int]] = field(default_factory=list)
 
 
 def main() -> int:
@@ -61,7 +46,9 @@ def main() -> int:
     parser.add_argument("--passages", type=int, default=1500, help="of the index (default: 1500)")
     parser.add_argument("--steps", type=int, default=30, help="of the fine-tune (default: 30)")
     parser.add_argument("--batch", type=int, default=8, help="passages added every two seconds (default: 8)")
-    parser.add_argument("--no_refresh", action="store_true", help="only search and add")
+    parser.add_argument("--kept", type=int, default=400, help="of the added ones at most (default: 400)")
+    parser.add_argument("--effort", default="full", help="of the refresh (default: full, which encodes all passages)")
+    parser.add_argument("--pause", type=float, help="seconds between two refreshes (default: there is one)")
     parser.add_argument("--weights", default="dense=1", help="heads to search (default: dense=1)")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     asked = parser.parse_args()
@@ -71,7 +58,8 @@ def main() -> int:
     if asked.out:
         asked.out.write_text(text + "\n", encoding="utf-8")
     print(text)
-    return int(any(found["errors"] or found["wrong pairs"] or found["lost"] for found in report["rounds"]))
+    wrong = ("errors", "wrong pairs", "lost or still there")
+    return int(any(found[name] for found in report["rounds"] for name in wrong))
 
 
 def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
@@ -80,14 +68,14 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     data = build_demo(folder / "data", pairs=asked.passages, held_out=held_out)
     task = read_beir(folder / "data", "test")
     texts = [{"id": p.id, "text": p.text, "title": p.title} for p in task.corpus.values()]
-    rounds = [int(number) for number in asked.clients.split(",")]
+    queries = list(task.queries.values())
     kept = texts[: len(texts) * 3 // 4]  # the rest is added while it is searched
     set_up(folder / "kb", kept)
     with served(folder, asked.weights) as (url, pid):
-        found = [
-            asyncio.run(one_round(url, pid, number, asked, list(task.queries.values()), texts[len(kept) :], place))
-            for place, number in enumerate(rounds)
-        ]
+        found = []
+        for place, clients in enumerate(map(int, asked.clients.split(","))):
+            one = Round(url, pid, clients, asked, queries, texts[len(kept) :], place)
+            found.append(told(clients, min(WINDOW, asked.seconds), asyncio.run(one.run())))
     return {"passages": len(kept), "train rows": data.train, "rounds": found}
 
 
@@ -132,135 +120,35 @@ class served:
         self._log.close()
 
 
-async def one_round(
-    url: str,
-    pid: int,
-    clients: int,
-    asked: argparse.Namespace,
-    queries: list[str],
-    more: list[dict[str, Any]],
-    place: int,
-) -> dict[str, Any]:
-    """Search, add and refresh at once; what came of it."""
-    seen, stop = Seen(), asyncio.Event()
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        work = [asyncio.create_task(search(client, queries[n:] + queries[:n], seen, stop)) for n in range(clients)]
-        work += [
-            asyncio.create_task(add(client, more, asked.batch, place, seen, stop)),
-            asyncio.create_task(watch(pid, seen, stop)),
-        ]
-        began = time.monotonic()
-        await asyncio.sleep(asked.seconds / 4)  # for what it is without a refresh
-        times = (began, began) if asked.no_refresh else await refresh(client, asked.steps, place, seen)
-        await asyncio.sleep(max(asked.seconds / 4, began + asked.seconds - time.monotonic()))
-        seconds = time.monotonic() - began
-        stop.set()
-        await asyncio.gather(*work)
-        status = (await client.get("/v1/status")).json()
-        lost = await missing(client, more, asked.batch, place, seen.added)
-    return told(clients, seconds, seen, times, status, lost)
-
-
-async def search(client: Any, queries: list[str], seen: Seen, stop: asyncio.Event) -> None:
-    """One client: the next query when the last is answered."""
-    number = 0
-    while not stop.is_set():
-        began = time.monotonic()
-        try:
-            answer = await client.post("/v1/search", json={"query": queries[number % len(queries)], "k": 10})
-            if answer.status_code == 200:
-                found = answer.json()
-                seen.generations.setdefault(found["generation"], set()).add(found["fingerprint"])
-                seen.waits.append((began, time.monotonic() - began))
-            else:
-                seen.errors.append(f"{answer.status_code} {answer.text[:200]}")
-        except httpx2.HTTPError as error:
-            seen.errors.append(repr(error))
-        number += 1
-
-
-def named(more: list[dict[str, Any]], number: int, place: int) -> dict[str, Any]:
-    """The passage that is added as the n-th of a round: texts come again under other ids."""
-    return {**more[number % len(more)], "id": f"added-{place}-{number}"}
-
-
-async def add(client: Any, more: list[dict[str, Any]], batch: int, place: int, seen: Seen, stop: asyncio.Event) -> None:
-    """Add some passages every two seconds."""
-    while not stop.is_set():
-        passages = [named(more, seen.added + n, place) for n in range(batch)]
-        answer = await client.post("/v1/passages", json={"passages": passages})
-        if answer.status_code == 200:
-            seen.added += batch
-        else:
-            seen.errors.append(f"add: {answer.status_code} {answer.text[:200]}")
-        await asyncio.sleep(EVERY)
-
-
-async def missing(client: Any, more: list[dict[str, Any]], batch: int, place: int, added: int) -> int:
-    """Passages that were acknowledged and are not there."""
-    count = 0
-    for start in range(0, added, batch):
-        ids = [named(more, number, place)["id"] for number in range(start, start + batch)]
-        found = (await client.get("/v1/passages", params={"ids": ids, "limit": batch})).json()["passages"]
-        count += batch - len(found)
-    return count
-
-
-async def refresh(client: Any, steps: int, place: int, seen: Seen) -> tuple[float, float]:
-    """Refresh and wait until it is live; when it began and ended."""
-    arguments = {"max_steps": steps, "per_device_train_batch_size": 8, "seed": place, "allow_seen_data": True}
-    body = {"train_data": ["train.jsonl"], "gate": False, "arguments": arguments}
-    began = time.monotonic()
-    answer = await client.post("/v1/refresh", json=body)
-    if answer.status_code != 202:
-        seen.errors.append(f"refresh: {answer.status_code} {answer.text[:300]}")
-        return began, time.monotonic()
-    id = answer.json()["id"]
-    while (job := (await client.get(f"/v1/jobs/{id}")).json())["state"] == "running":
-        await asyncio.sleep(0.5)
-    if job["state"] != "done":
-        seen.errors.append(f"refresh: {job['state']}: {job['error']}")
-    return began, time.monotonic()
-
-
-async def watch(pid: int, seen: Seen, stop: asyncio.Event) -> None:
-    """The memory of the service, every second; its builder and its fine-tune are processes of their own."""
-    while not stop.is_set():
-        fields = Path(f"/proc/{pid}/statm").read_text().split()
-        seen.memory.append((time.monotonic(), int(fields[1]) * os.sysconf("SC_PAGE_SIZE")))
-        await asyncio.sleep(1.0)
-
-
-def told(
-    clients: int, seconds: float, seen: Seen, times: tuple[float, float], status: dict[str, Any], lost: int
-) -> dict[str, Any]:
+def told(clients: int, window: float, seen: Seen) -> dict[str, Any]:
     """A round in numbers."""
-    during = [wait for when, wait in seen.waits if times[0] <= when <= times[1]]
-    beside = [wait for when, wait in seen.waits if not times[0] <= when <= times[1]]
-    sizes = [size for _, size in seen.memory]
-    tenth = max(1, len(sizes) // 10)
+    began, ended = seen.span
+    swapped = max(seen.first.values()) if len(seen.first) > 1 else (began + ended) / 2
+    low = max(began, min(swapped - window / 2, ended - window))
+    around = [wait for when, wait in seen.waits if low <= when <= low + window]
     return {
         "clients": clients,
-        "seconds": round(seconds, 1),
-        "searches": len(seen.waits),
-        "searches a second": round(len(seen.waits) / seconds, 1),
-        "wait": waits([wait for _, wait in seen.waits]),
-        "wait without a refresh": waits(beside),
-        "wait beside a refresh": waits(during),
-        "refresh seconds": round(times[1] - times[0], 1),
+        "around the last swap": {"seconds": window, **rates(around, window)},
+        "whole round": {"seconds": round(ended - began, 1), **rates([wait for _, wait in seen.waits], ended - began)},
+        "wait beside a refresh": waits([wait for when, wait in seen.waits if seen.refreshing(when)]),
+        "wait without a refresh": waits([wait for when, wait in seen.waits if not seen.refreshing(when)]),
+        "refreshes": len(seen.refreshes),
+        "refresh seconds": [round(end - begin, 1) for begin, end in seen.refreshes],
         "errors": len(seen.errors),
         "first errors": seen.errors[:5],
-        "answers by": {number: len(prints) for number, prints in seen.generations.items()},
+        "generations that answered": len(seen.generations),
         "wrong pairs": sum(len(prints) - 1 for prints in seen.generations.values()),
         "added": seen.added,
-        "lost": lost,
-        "live": status["index"]["live"]["id"],
-        "MiB every tenth of the round": [round(size / 2**20) for size in sizes[::tenth]],
-        "MiB at first, at last, at most": [
-            round(value / 2**20) for value in (median(sizes[:tenth]), median(sizes[-tenth:]), max(sizes))
-        ],
+        "deleted": seen.deleted,
+        "lost or still there": seen.wrong,
+        "live": seen.live,
+        "MiB": memory(seen),
     }
+
+
+def rates(found: list[float], seconds: float) -> dict[str, Any]:
+    """How many searches, how many a second, and how long they waited."""
+    return {"searches": len(found), "searches a second": round(len(found) / seconds, 1), **waits(found)}
 
 
 def waits(seconds: list[float]) -> dict[str, float]:
@@ -270,6 +158,29 @@ def waits(seconds: list[float]) -> dict[str, float]:
     ordered = sorted(1000 * value for value in seconds)
     places = {"p50": len(ordered) // 2, "p99": min(len(ordered) - 1, int(len(ordered) * 0.99)), "max": -1}
     return {name: round(ordered[place], 1) for name, place in places.items()}
+
+
+def memory(seen: Seen) -> dict[str, Any]:
+    """Resident memory: of each minute the median (of a short round: of each tenth), and how fast it grows."""
+    found = {"all the time": seen.memory, "without a refresh": [s for s in seen.memory if not seen.refreshing(s[0])]}
+    began, ended = seen.span
+    minute = min(60.0, (ended - began) / 10)
+    told: dict[str, Any] = {"most": round(max(size for _, size in seen.memory) / 2**20)}
+    for name, samples in found.items():
+        bins: dict[int, list[float]] = {}
+        for when, size in samples:
+            bins.setdefault(int((when - began) / minute), []).append(size / 2**20)
+        each = {number: median(sizes) for number, sizes in sorted(bins.items())}
+        if not each:
+            continue
+        told[name] = {
+            "first": round(next(iter(each.values()))),
+            "last": round(list(each.values())[-1]),
+            "each minute": {f"{number * minute / 60:.1f}": round(size) for number, size in each.items()},
+        }
+        if len(each) > 1:
+            told[name]["an hour more"] = round(linear_regression(list(each), list(each.values())).slope * 3600 / minute)
+    return told
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,6 +17,30 @@ import pytest
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and its children after it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Fail a test that leaves torch another number of threads: all later tests would compute other bits."""
+
+    def threads() -> int | None:
+        return sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+
+    before = threads()
+    yield
+    if before is not None and (after := threads()) != before:
+        sys.modules["torch"].set_num_threads(before)
+        pytest.fail(f"this test leaves torch {after} threads; it found {before}")
+
+
+@pytest.fixture
+def two_threads():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ultrarag import __version__
 from ultrarag.errors import UsageError
-from ultrarag.io import print_error, print_result, run_action, run_command, table
+from ultrarag.io import print_result, run_action, run_command, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,26 +71,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doors(frameworks: Any) -> None:
+    from ultrarag.doors.ultrarag_v3 import add_arguments, run
+
     v3 = frameworks.add_parser("ultrarag_v3", help="server folders for the pipelines of OpenBMB's UltraRAG v3")
-    v3.add_argument("checkout", metavar="CHECKOUT", help="the folder of UltraRAG, which holds servers/")
-    v3.add_argument("--url", default="http://127.0.0.1:8080", help="of `ultrarag serve` (default: %(default)s)")
-    v3.add_argument("--json", action="store_true", help="print JSON: folder -> whether its parameters are new")
-    v3.set_defaults(run=_ultrarag_v3)
-
-
-def _ultrarag_v3(arguments: argparse.Namespace) -> int:
-    """Write the servers, and say how a pipeline names them."""
-    from ultrarag.doors.ultrarag_v3 import write_servers
-
-    found = write_servers(arguments.checkout, arguments.url)
-    for folder, new in found.items():
-        print_error(f"{folder}: " + ("written" if new else "written anew; its parameter.yaml is kept as it was"))
-    print_result(found, arguments.json, lambda _: V3_SERVERS)
-    return 0
-
-
-#: What to write into a pipeline of UltraRAG v3.
-V3_SERVERS = "servers:\n  retriever: servers/live_retriever\n  reranker: servers/live_reranker"
+    add_arguments(v3)
+    v3.set_defaults(run=run)
 
 
 def _checkpoint_actions(actions: Any) -> None:

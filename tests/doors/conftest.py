@@ -14,6 +14,7 @@ FRAMEWORKS = {
     "langchain": "langchain_core",
     "llamaindex": "llama_index",
     "mteb": "mteb",
+    "schemathesis": "schemathesis",
     "trackers": "wandb",
 }
 collect_ignore = [folder for folder, module in FRAMEWORKS.items() if find_spec(module) is None]

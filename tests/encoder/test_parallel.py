@@ -16,14 +16,6 @@ from ultrarag.encoder.tokens import batches_by_tokens
 from ultrarag.testing.tiny import TEXTS, tiny_bert, tiny_minicpm
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_each_worker_has_its_share_and_the_others_keep_theirs(two_threads):
     seen = list(map_side_by_side(lambda item: (item, torch.get_num_threads()), range(6), 2))
     assert seen == [(item, (item, 1)) for item in range(6)]

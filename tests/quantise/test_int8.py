@@ -40,8 +40,7 @@ def test_vectors_in_int8_are_nearly_those_in_float32_and_its_name_says_by_what_c
 
 
 @needs_nncf
-def test_many_threads_share_one_encoder(kept: Path, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+def test_many_threads_share_one_encoder(kept: Path, two_threads):
     encoder = Encoder.load(kept, precision="int8")
     expected = encoder.encode(LIST, progress=False).dense
     assert np.allclose(encoder.encode(LIST, progress=False, batch_tokens=16).dense, expected, atol=1e-2)

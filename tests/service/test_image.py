@@ -18,6 +18,7 @@ FOLDER = ROOT / "resources" / "service"
 DOCKERFILE = (FOLDER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 STEPS = [line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
 COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text(encoding="utf-8"))
+SERVING = ("service-1", "service-2")
 TOKEN = "a-token-of-twenty-four-chars"
 
 
@@ -72,16 +73,26 @@ def test_pinned_images_and_declared_names():
     assert all(port.startswith("127.0.0.1:") for port in COMPOSE["services"]["balancer"]["ports"])
 
 
-@pytest.mark.parametrize("name", ["create", "service"])
+def test_a_form_s_page_is_named_to_the_service_as_its_browser_names_it():
+    """The guard compares Origin, which has the port, with Host: nginx's $host has none."""
+    config = COMPOSE["configs"]["nginx"]["content"]
+    assert "proxy_set_header Host $$http_host;" in config
+    aliases = {alias for one in SERVING for alias in COMPOSE["services"][one]["networks"]["default"]["aliases"]}
+    assert re.findall(r"set \$\$service ([\w-]+):", config) == sorted(aliases)
+    assert set(COMPOSE["services"]["balancer"]["depends_on"]) == set(SERVING)
+    assert len({COMPOSE["services"][one]["environment"]["MIRROR"] for one in SERVING}) == 2
+
+
+@pytest.mark.parametrize("name", ["create", *SERVING])
 def test_the_commands_of_the_compose_file_are_ours(name, tmp_path, monkeypatch, capsys):
     (line,) = COMPOSE["services"][name]["command"]
-    words = shlex.split(line.replace("$$(hostname)", "a1b2"))
+    words = shlex.split(line.replace("$$MIRROR", "1"))
     words = words[words.index("ultrarag") + 1 :]
-    if name == "service":
+    if name in SERVING:
         token = tmp_path / "token"
         token.write_text(TOKEN)
         settings = read_settings([str(token) if word == "/run/secrets/token" else word for word in words[1:]])
-        assert (settings.path, settings.host, settings.uri) == ("/data/a1b2", "0.0.0.0", "qdrant://qdrant:6333/kb")
+        assert (settings.path, settings.host, settings.uri) == ("/data/1", "0.0.0.0", "qdrant://qdrant:6333/kb")
         return
     from ultrarag.retrieve.command import main
 

@@ -19,9 +19,11 @@ from ultrarag.retrieve.feedback import (
     Rules,
     Schedule,
     TrainingRows,
+    Watch,
     estimate,
     freeze,
     training_rows,
+    watch,
 )
 from ultrarag.retrieve.search import Hits
 
@@ -126,6 +128,23 @@ class Signals:
     def schedule(self, every: str = "daily", **thresholds: int) -> Schedule:
         """Decides when a refresh from feedback may begin; see `ultrarag.retrieve.feedback.Schedule`."""
         return Schedule(self.feedback_log, self.training_rows, every, **thresholds)
+
+    def watch(self, now: float | None = None) -> Watch | None:
+        """Compare what people do with the hits since the last swap with the week before it (docs/feedback.md).
+
+        Args:
+            now: seconds since 1970; default: now.
+
+        Returns:
+            None where nothing was swapped within a day, or an earlier version of this library did it.
+        """
+        _ = self._core.live  # says that the index was closed
+        since, previous = self._core.catalog.live_since(), self._core.catalog.in_state("previous")
+        if since is None or not previous:
+            return None
+        log = self.feedback_log if self.has_feedback and not self._core.reading else None
+        now = time.time() if now is None else now
+        return watch(log, self._core.catalog.live().id, previous[0].id, since, now)
 
     def _remember(
         self, queries: Sequence[str], found: Sequence[Hits], options: Mapping[str, Any], client: str | None

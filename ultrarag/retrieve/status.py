@@ -40,7 +40,8 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
 
 def describe(layout: IndexLayout, store: Store) -> dict[str, Any]:
     """Plain JSON values: passages, write log, the live generation, all others, the owner, bytes on disk."""
-    last, generations = store.last_seq(), Catalog(store).all()
+    catalog = Catalog(store)
+    last, generations = store.last_seq(), catalog.all()
     sizes = _sizes(str(layout.root))
     described = [_describe(layout, store, generation, last, sizes) for generation in generations]
     owner = read_owner(layout.root)
@@ -52,6 +53,7 @@ def describe(layout: IndexLayout, store: Store) -> dict[str, Any]:
         "bm25": store.get_meta("bm25") == "1",
         "shared": {"uri": uri} if (uri := store.get_meta(URI)) else None,
         "live": next((entry for entry in described if entry["state"] == "live"), None),
+        "live_since": catalog.live_since(),
         "previous": next((entry for entry in described if entry["state"] == "previous"), None),
         "bridge": read_state(layout.root),
         "generations": described,

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ultrarag.errors import IndexStateError
-from ultrarag.retrieve.collection import Collection
+from ultrarag.retrieve.searches import Searches
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.passages import OnExisting, Written
@@ -56,7 +56,7 @@ class Waiting:
                 pool.shutdown(wait=False)
 
 
-class AsyncMethods(Collection):
+class AsyncMethods(Searches):
     """What `LiveIndex` has for async programs.
 
     Cancelling one (a timeout, a client that hung up) leaves the index sound: a search that waits for a thread is never
@@ -67,11 +67,6 @@ class AsyncMethods(Collection):
 
         @property
         def _waiting(self) -> Waiting: ...
-        def _remember(
-            self, queries: Sequence[str], found: Sequence[Hits], options: Mapping[str, Any], client: str | None
-        ) -> None: ...
-        def search(self, query: str, k: int = 10, **options: Any) -> Hits: ...
-        def search_many(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[Hits]: ...
         def add(
             self,
             passages: Iterable[Passage | Mapping[str, Any]],

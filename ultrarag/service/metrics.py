@@ -17,12 +17,18 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """Counters of one process."""
 
-    def __init__(self, describe: Callable[[], dict[str, Any]], waiting: Callable[[], dict[str, int]]) -> None:
+    def __init__(
+        self,
+        describe: Callable[[], dict[str, Any]],
+        waiting: Callable[[], dict[str, int]],
+        watch: Callable[[dict[str, Any]], dict[str, Any] | None],
+    ) -> None:
         """Count from 0.
 
         Args:
             describe: `LiveIndex.status`.
             waiting: calls under way by pool.
+            watch: `Watching.look`.
         """
         self.registry = CollectorRegistry()
         ours: dict[str, Any] = {"registry": self.registry, "namespace": "ultrarag"}
@@ -37,7 +43,7 @@ class Metrics:
         self.feedback = Counter("feedback", "Events of feedback that were kept", ("action",), **ours)
         self.swaps = Counter("swaps", "Generations that went live by this process", ("how",), **ours)
         self.jobs = Counter("jobs", "Jobs that ended in this process", ("kind", "state"), **ours)
-        self.registry.register(_Index(describe, waiting))
+        self.registry.register(_Index(describe, waiting, watch))
         ProcessCollector(registry=self.registry)
 
     def text(self) -> bytes:
@@ -48,8 +54,8 @@ class Metrics:
 class _Index(Collector):
     """What the index says of itself, at the moment it is asked."""
 
-    def __init__(self, describe: Callable[[], dict[str, Any]], waiting: Callable[[], dict[str, int]]) -> None:
-        self._describe, self._waiting = describe, waiting
+    def __init__(self, *told: Callable[..., Any]) -> None:
+        self._describe, self._waiting, self._watch = told
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: else the registry would read the status to find the names."""
@@ -57,7 +63,7 @@ class _Index(Collector):
 
     def collect(self) -> Iterator[Metric]:
         found = self._describe()
-        live = found["live"] or {}
+        live, watch = found["live"] or {}, self._watch(found)
         values = {
             "passages": ("Passages in the index", found["passages"]),
             "writes": ("Number of the last write", found["writes"]),
@@ -65,6 +71,10 @@ class _Index(Collector):
             "live_generation": ("Number of the live generation", live.get("id", 0)),
             "live_behind": ("Writes that the live vectors lack", live.get("behind", 0)),
             "unencoded_passages": ("Passages without vectors", len(live.get("unencoded", ()))),
+            "watch_worse": (
+                "Measures that are worse since a swap",
+                len((watch or {}).get("worse", ())),
+            ),
         }
         for name, (help, value) in values.items():
             yield GaugeMetricFamily(f"ultrarag_{name}", help, value=value)

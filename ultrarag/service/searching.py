@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
@@ -12,6 +12,9 @@ from ultrarag import __version__
 from ultrarag.retrieve import Hits
 from ultrarag.service.endpoint import Answer, Body, Call, Endpoint
 from ultrarag.service.metrics import TEXT
+
+if TYPE_CHECKING:
+    from ultrarag.service.state import Service
 
 
 class Options(Body):
@@ -77,6 +80,9 @@ class ServiceAnswer(Answer):
     version: str
     uptime_seconds: float
     pending: dict[str, int] = Field(description="calls that run or wait")
+    load: dict[str, Any] = Field(
+        description="what this process answered in the last minute: searches, their wait, errors"
+    )
     job: str | None = Field(description="the job that runs")
     reranker: str | None = Field(description="fingerprint of the reranker")
 
@@ -84,6 +90,9 @@ class ServiceAnswer(Answer):
 class StatusAnswer(Answer):
     index: dict[str, Any] = Field(description="what LiveIndex.status() says")
     service: ServiceAnswer
+    watch: dict[str, Any] | None = Field(
+        description="the live generation beside the previous one, for a day after a swap (docs/feedback.md)"
+    )
 
 
 class HealthAnswer(Answer):
@@ -120,7 +129,7 @@ async def search_many(call: Call) -> dict[str, Any]:
 
 async def status(call: Call) -> dict[str, Any]:
     service = call.service
-    found = await service.writes.run(service.live.status)
+    found, watch = await service.writes.run(_watched, service)
     running = service.jobs.running
     return {
         "index": found,
@@ -128,10 +137,18 @@ async def status(call: Call) -> dict[str, Any]:
             "version": __version__,
             "uptime_seconds": round(time.time() - service.started, 3),
             "pending": {pool.name: pool.pending for pool in (service.searches, service.writes)},
+            "load": service.load.last_minute(),
             "job": running.id if running else None,
             "reranker": service.reranker.fingerprint if service.reranker else None,
         },
+        "watch": watch,
     }
+
+
+def _watched(service: Service) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The index's status, and what is seen since a swap."""
+    found = service.live.status()
+    return found, service.watching.look(found)
 
 
 async def health(call: Call) -> dict[str, str]:

@@ -14,12 +14,14 @@ import numpy as np
 from ultrarag.errors import FingerprintError, UltraragError
 from ultrarag.retrieve import Encoding, Hits, LiveIndex
 from ultrarag.service.allocator import give_back
-from ultrarag.service.faults import Fault
+from ultrarag.service.faults import Fault, fault_of
 from ultrarag.service.habit import Habit
 from ultrarag.service.jobs import Job, Jobs
+from ultrarag.service.load import Load
 from ultrarag.service.metrics import Metrics
 from ultrarag.service.pool import Pool
 from ultrarag.service.settings import Settings
+from ultrarag.service.watching import Watching
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -46,7 +48,9 @@ class Service:
         self.searches = Pool("searches", SEARCH_THREADS, settings.limits.waiting)
         self.writes = Pool("writes", WRITE_THREADS, settings.limits.waiting)
         pools = (self.searches, self.writes)
-        self.metrics = Metrics(live.status, lambda: {pool.name: pool.pending for pool in pools})
+        self.load = Load()
+        self.watching = Watching(live, self.load)
+        self.metrics = Metrics(live.status, lambda: {pool.name: pool.pending for pool in pools}, self.watching.look)
         self.jobs = Jobs(live, settings.work / "jobs", self._count, settings.report_to)
         self.habit = self._habit()
         self._reranking = threading.Lock()  # one forward at a time, as of the index's encoder
@@ -59,10 +63,22 @@ class Service:
         self.check_most("queries", len(queries), self.settings.limits.queries)
         if self.settings.weights is not None and not {"weights", "heads"} & set(chosen):
             chosen["weights"] = self.settings.weights
-        found = await self.searches.run(self.live.search_many, list(queries), **chosen)
+        found = await self._timed(list(queries), chosen)
         for hits in found:
             self.metrics.answers.labels(str(hits.generation)).inc()
             self.metrics.hits.inc(len(hits))
+        return found
+
+    async def _timed(self, queries: list[str], options: Mapping[str, Any]) -> list[Hits]:
+        began = time.perf_counter()
+        try:
+            found = await self.searches.run(self.live.search_many, queries, **options)
+        except Exception as error:
+            if fault_of(error, self.stopping).status >= 500:
+                self.load.failed(time.perf_counter() - began)
+            raise
+        if found:
+            self.load.answered(found[0].generation, len(found), time.perf_counter() - began)
         return found
 
     @property

@@ -145,6 +145,8 @@ def test_relevance_without_cosines_is_refused(filled, swapped, monkeypatch) -> N
     for asked in ({"weights": {"bm25": 1}}, {"heads": ["bm25"]}):
         with pytest.raises(UsageError, match="relevance scores are cosines"):
             filled.similarity_search_with_relevance_scores(QUERY, **asked)
+    with pytest.raises(UsageError, match="weights is \\['dense'\\]; it maps each head to a number"):
+        filled.similarity_search_with_relevance_scores(QUERY, weights=["dense"])
     for wrong in (40, -0.1, "0.5"):
         with pytest.raises(UsageError, match="score_threshold is"):
             filled.similarity_search_with_relevance_scores(QUERY, score_threshold=wrong)
@@ -316,6 +318,8 @@ def test_from_documents(tmp_path, tiny, other) -> None:
         store.similarity_search("books")
     with pytest.raises(DataError, match="document 0"):
         UltraRAGVectorStore.from_texts([" "], embeddings, path=tmp_path / "never")
+    with pytest.raises(DataError, match="lone surrogate"):
+        UltraRAGVectorStore.from_texts(["half \ud83d"], embeddings, path=tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 

@@ -231,8 +231,9 @@ def test_hybrid_weighs_vectors_by_alpha(
 def test_hybrid_has_its_own_number_of_nodes(store: UltraRAGVectorStore) -> None:
     mode = VectorStoreQueryMode.HYBRID
     assert len(store.query(asked("opera", mode=mode, hybrid_top_k=3, sparse_top_k=10)).ids or []) == 3
-    with pytest.raises(UsageError, match="alpha is 2"):
-        store.query(asked("opera", mode=mode, alpha=2))
+    for wrong, said in ((2, "alpha is 2"), ("a", "alpha is 'a'; it must be from 0"), (float("nan"), "alpha is nan")):
+        with pytest.raises(UsageError, match=said):
+            store.query(asked("opera", mode=mode, alpha=wrong))
 
 
 def test_semantic_hybrid_reranks(live: LiveIndex, cross_encoder: Any) -> None:

@@ -16,8 +16,9 @@ import yaml
 
 from tests.doors.ultrarag_v3 import world
 from tests.service.running import Running
-from ultrarag.cli import V3_SERVERS, main
+from ultrarag.cli import main
 from ultrarag.doors.ultrarag_v3 import create_server, write_servers
+from ultrarag.doors.ultrarag_v3.backend import Backend
 from ultrarag.doors.ultrarag_v3.folders import FOLDERS
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import LiveIndex
@@ -131,9 +132,22 @@ def test_collections(own: Running, tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("configs", "said"),
+    [
+        ({}, "backend_configs is empty, and says nothing of 'ultrarag': write backend_configs: {ultrarag: {url: "),
+        ({"openai": {}, "infinity": {}}, "backend_configs has openai, infinity, and says nothing of 'ultrarag'"),
+    ],
+)
+def test_a_backend_without_its_configs_is_told_what_to_write(configs: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as told:
+        Backend.of("ultrarag", configs)
+    assert str(told.value).startswith(said)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"backend": "openai"}, "backend is 'openai': this server has the one backend 'ultrarag'"),
+        ({"backend": "openai"}, "backend is 'openai', and this server has 'ultrarag' alone: write backend: ultrarag"),
         ({"config": {"urls": "x"}}, "backend_configs.ultrarag.urls: Extra inputs are not permitted"),
         ({"config": {"url": "kb"}}, "backend_configs.ultrarag.url: String should match"),
         ({"config": {"url": "http://127.0.0.1:9"}}, "Connection refused"),
@@ -258,7 +272,6 @@ def test_the_page_says_what_is_written(tmp_path: Path) -> None:
     ]
     servers = {name: f"servers/{folder}" for name, folder in FOLDERS.items()}
     assert {"servers": servers} in blocks
-    assert yaml.safe_load(V3_SERVERS) == {"servers": servers}
     configs = [block["retriever"]["backend_configs"]["openai"] for block in blocks if "retriever" in block]
     assert configs == [{"base_url": "http://127.0.0.1:8080/v1", "model_name": "8a41...", "api_key": "any"}]
 

@@ -306,7 +306,7 @@ def test_what_was_deleted_beside_a_reader_goes_when_it_has_left(log, monkeypatch
         files = [str(path) for path in log.path.parent.glob("feedback.sqlite3*")]
         return subprocess.check_output([sys.executable, "-c", script, *files], text=True).strip() == "True"
 
-    monkeypatch.setattr("ultrarag.retrieve.feedback.log.READER_SECONDS", 0.05)
+    monkeypatch.setattr("ultrarag.retrieve.feedback.keeping.READER_SECONDS", 0.05)
     remember(log, client="ann")
     for number in range(9):
         remember(log, f"other {number}", "another")

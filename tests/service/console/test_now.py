@@ -10,7 +10,7 @@ import pytest
 
 from tests.service.console.conftest import TOKEN, Browser
 from ultrarag.service.console import access
-from ultrarag.service.console.page import shown_bytes, shown_seconds
+from ultrarag.service.console.page import shown_bytes, shown_seconds, shown_share, shown_wait
 from ultrarag.service.console.table import PAGES
 
 #: Pages that are there without more, with a search; downloads have no page.
@@ -29,6 +29,46 @@ def test_now_shows_what_is_live(browser: Browser) -> None:
     part = browser.get("/", headers={"HX-Request": "true"})
     assert "<html" not in part
     assert "<dt>Relevant</dt><dd>1</dd>" in part
+
+
+def test_now_shows_the_load_of_the_last_minute(browser: Browser) -> None:
+    page = browser.get("/")
+    assert "<dt>A second</dt><dd>0.0</dd>" in page
+    assert "<dt>Median wait</dt><dd>–</dd>" in page
+    browser.get("/console/search", params={"q": "vector", "weight_dense": "1"})
+    assert browser.client.app.state.service.load.last_minute()["searches_per_second"] > 0
+    assert re.search(r"<dt>99th percentile</dt><dd>[\d.]+ m?s</dd>", browser.get("/"))
+
+
+def test_since_a_swap_the_generations_are_compared_and_one_click_rolls_back(
+    browser: Browser, minilm_encoder, monkeypatch
+) -> None:
+    live = browser.client.app.state.service.live
+    assert "Since the swap" not in browser.get("/")
+    votes = [live.search(f"vector {number}", heads=["dense"], log=True) for number in range(20)]
+    for hits in votes:
+        live.feedback(hits.query_id, hits[0].id, "cite")
+    live.swap(live.build(minilm_encoder))
+    for number in range(20):
+        live.search(f"vector {number}", heads=["dense"], log=True)
+    page = browser.get("/")
+    for part in (
+        "Generation 2 is worse than generation 1: a hit cited.",
+        '<th scope="row">A hit cited</th><td class="num">100.0 % of 20</td><td class="num">0.0 % of 20</td>',
+        "not known yet",
+        "Roll back to generation 1",
+    ):
+        assert part in page
+    part = browser.get("/?part=watch", headers={"HX-Request": "true"})
+    assert "<html" not in part
+    assert "Since the swap" in part
+    assert "Searches of the last minute" not in part
+    fields = dict(re.findall(r'name="(\w+)" value="(\w+)"', part))
+    browser.send("/console/rollback", 403, **{**fields, "form_token": "x"})
+    assert live.status()["live"]["id"] == 2
+    browser.send("/console/rollback", **fields)
+    assert live.status()["live"]["id"] == 1
+    assert "Roll back to generation 2" in browser.get("/")
 
 
 def test_other_clients_still_get_the_list_of_endpoints(browser: Browser) -> None:
@@ -115,3 +155,5 @@ def test_the_cookie_stands_for_the_token_and_ends(guarded: Browser, monkeypatch)
 def test_numbers_are_shown_for_people() -> None:
     assert [shown_bytes(n) for n in (12, 1536, 5 << 30)] == ["12 B", "1.5 KiB", "5.0 GiB"]
     assert [shown_seconds(n) for n in (None, 0, 75, 7260)] == ["", "0 s", "1 min 15 s", "2 h 1 min"]
+    assert [shown_wait(n) for n in (None, 0.0123, 0.0004, 1.26)] == ["–", "12 ms", "0 ms", "1.3 s"]
+    assert [shown_share(n) for n in ((0, 0), (3, 40), (1000, 4000))] == ["–", "7.5 % of 40", "25.0 % of 4,000"]

@@ -21,7 +21,8 @@ from ultrarag.doors.langchain.filters import translated
 from ultrarag.doors.langchain.index import DENSE, search_options
 from ultrarag.errors import UsageError
 from ultrarag.retrieve import Hits, LiveIndex
-from ultrarag.types import Embeddings
+from ultrarag.retrieve.passages import records
+from ultrarag.types import Embeddings, head_weights
 
 Scored = list[tuple[Document, float]]
 
@@ -106,7 +107,8 @@ class UltraRAGVectorStore(VectorStore):
             )
         if path is None:
             raise UsageError("from_texts and from_documents need path, the folder of the index, such as path='kb'")
-        added = passages(texts, metadatas, ids)  # what is wrong with them is said before anything is made
+        added = passages(texts, metadatas, ids)
+        list(records(added))  # what is wrong with them is said before anything is made
         store = cls(_made(Path(path), embedding, create), weights=weights, search_kwargs=search_kwargs)
         store.index.add(added)
         return store
@@ -248,7 +250,8 @@ class UltraRAGVectorStore(VectorStore):
     def _relevance(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Options of a search whose hits all have a cosine of the threshold or more."""
         options = self._options({name: value for name, value in asked.items() if name != "score_threshold"})
-        searched = options.get("heads") or [head for head, weight in options.get("weights", {}).items() if weight]
+        weights = head_weights(options.get("weights", {}))
+        searched = options.get("heads") or [head for head, weight in weights.items() if weight]
         if DENSE not in searched or not self.index.encoder.settings.normalize:
             raise UsageError(
                 "relevance scores are cosines, so the dense head must be searched, with vectors of length 1; "

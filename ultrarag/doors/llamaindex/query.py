@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -132,9 +133,7 @@ class Asked:
 
     def hybrid(self, k: int) -> Hits:
         """Dense vectors and words; alpha weighs the former, 1 - alpha the latter."""
-        alpha = 0.5 if self.query.alpha is None else self.query.alpha
-        if not 0 <= alpha <= 1:
-            raise UsageError(f"alpha is {alpha!r}; it must be from 0 (words alone) to 1 (vectors alone)")
+        alpha = 0.5 if self.query.alpha is None else _share(self.query.alpha)
         asked = {"candidates": max(self.query.sparse_top_k, self.k, k)} if self.query.sparse_top_k else {}
         _ = self.text
         if self.bm25:
@@ -159,3 +158,10 @@ class Asked:
         wanted = self.more.get("mmr_prefetch_k") or int(self.k * self.more.get("mmr_prefetch_factor", PREFETCH))
         weight = 0.5 if threshold is None else threshold
         return self.by_vector({"dense": 1.0}, self.k, mmr=weight, candidates=max(wanted, self.k))
+
+
+def _share(alpha: Any) -> float:
+    """The weight of the vectors, checked."""
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= alpha <= 1:
+        raise UsageError(f"alpha is {alpha!r}; it must be from 0 (words alone) to 1 (vectors alone)")
+    return float(alpha)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.doors.ultrarag_v3.command import add_arguments, run
     from ultrarag.doors.ultrarag_v3.folders import write_servers
     from ultrarag.doors.ultrarag_v3.serving import create_server
 else:

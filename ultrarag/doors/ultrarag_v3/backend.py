@@ -37,11 +37,15 @@ class Backend(BaseModel):
         Raises:
             UsageError: it names another backend, or has fields that cannot be used.
         """
-        if backend.lower() != NAME or NAME not in configs:
+        example = f"backend_configs: {{{NAME}: {{url: http://127.0.0.1:8080}}}}"
+        if backend.lower() != NAME:
             raise UsageError(
-                f"backend is '{backend}': this server has the one backend '{NAME}', with backend_configs: "
-                f"{{{NAME}: {{url: http://127.0.0.1:8080}}}}; for others name UltraRAG's own server"
+                f"backend is '{backend}', and this server has '{NAME}' alone: write backend: {NAME} and {example}, or "
+                f"name UltraRAG's own server"
             )
+        if NAME not in configs:
+            found = f"has {', '.join(map(str, configs))}" if configs else "is empty"
+            raise UsageError(f"backend_configs {found}, and says nothing of '{NAME}': write {example}")
         try:
             return cls.model_validate(configs[NAME])
         except ValidationError as error:

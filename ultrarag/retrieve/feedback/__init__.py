@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.retrieve.feedback.after_swap import Watch, watch
     from ultrarag.retrieve.feedback.entries import ACTIONS, LoggedQuery
     from ultrarag.retrieve.feedback.frozen import freeze
+    from ultrarag.retrieve.feedback.keeping import FILE
     from ultrarag.retrieve.feedback.labels import Label, Rules, wilson
-    from ultrarag.retrieve.feedback.log import FILE, FeedbackLog
+    from ultrarag.retrieve.feedback.log import FeedbackLog
     from ultrarag.retrieve.feedback.position import Position, estimate
     from ultrarag.retrieve.feedback.rows import TrainingRows, training_rows
     from ultrarag.retrieve.feedback.schedule import Readiness, Schedule

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         IndexLayout,
         Origin,
         Progress,
+        note_live,
         note_vectors,
     )
     from ultrarag.retrieve.generation.open import REPAIR, lay_out, open_serving, open_words

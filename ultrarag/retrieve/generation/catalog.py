@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ CREATE TABLE IF NOT EXISTS vectors (
     generation INTEGER PRIMARY KEY, vectors_of INTEGER NOT NULL, passage_fingerprint TEXT NOT NULL, mapped_from INTEGER
 )
 """
+#: Value of the index that says which generation went live last, and when: [id, seconds since 1970].
+_LIVE_SINCE = "live_since"
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,14 @@ class Catalog:
             raise IndexStateError(f"'{self._database.path}' names {len(found)} live generations instead of one")
         return found[0]
 
+    def live_since(self) -> float | None:
+        """When the live generation went live, in seconds since 1970; None where an earlier version did it."""
+        with self._database.reading() as db:
+            live = db.execute("SELECT id FROM generations WHERE state = 'live'").fetchone()
+            noted = db.execute("SELECT value FROM meta WHERE name = ?", (_LIVE_SINCE,)).fetchone()
+        id, since = json.loads(noted[0]) if noted else (None, None)
+        return since if live and live[0] == id else None
+
     def set_state(self, id: int, state: str, only_from: Sequence[str]) -> bool:
         """Move a generation on, in one step, if it is in one of some states; return whether it was."""
         marks = ", ".join("?" for _ in only_from)
@@ -302,9 +313,15 @@ class Catalog:
                 raise IndexStateError(f"generation {id} was discarded meanwhile; the live one stays")
             db.execute("UPDATE generations SET state = 'previous' WHERE state = 'live'")
             db.execute("UPDATE generations SET state = 'live' WHERE id = ?", (id,))
+            note_live(db, id)
             if metrics is not None or forced:
                 values = (int(forced), json.dumps(metrics or {}), id)
                 db.execute("UPDATE generations SET forced = ?, metrics = ? WHERE id = ?", values)
+
+
+def note_live(db: sqlite3.Connection, id: int) -> None:
+    """Enter that a generation goes live now."""
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_LIVE_SINCE, json.dumps([id, time.time()])))
 
 
 def note_vectors(

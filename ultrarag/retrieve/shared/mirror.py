@@ -22,6 +22,7 @@ from ultrarag.retrieve.generation import (
     Generation,
     IndexLayout,
     inherit_consent,
+    note_live,
     note_vectors,
 )
 from ultrarag.retrieve.passages import Database
@@ -72,6 +73,7 @@ def apply_generations(database: Database, rows: Sequence[SharedRow], uri: str, l
     """Make the catalog what the shared state says."""
     marks = ", ".join("?" for _ in COLUMNS.split(", "))
     with database.transaction() as db:
+        before = db.execute("SELECT id FROM generations WHERE state = 'live'").fetchone()
         db.execute("DELETE FROM generations")
         db.execute(VECTORS)
         db.execute("DELETE FROM vectors")
@@ -81,6 +83,8 @@ def apply_generations(database: Database, rows: Sequence[SharedRow], uri: str, l
             db.execute(f"INSERT INTO generations ({COLUMNS}) VALUES ({marks})", (*values, *more))
             if row.passage_fingerprint:
                 note_vectors(db, row.id, row.owner, row.passage_fingerprint, row.mapped_from)
+            if row.state == "live" and before is not None and before[0] != row.id:
+                note_live(db, row.id)
         db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'generations'", (last,))
 
 

@@ -13,11 +13,12 @@ from ultrarag.service.state import Service
 
 
 async def now(ask: Ask) -> Response:
-    """The page; asked by htmx, the part of it that changes."""
+    """The page; asked by htmx, the part of it that changes: `watch`, or what is live."""
     service = ask.service
     pending = {pool.name: pool.pending for pool in (service.searches, service.writes)}
     found = {**await service.writes.run(_state, service), "pending": pending}
-    return ask.show("now_part.html" if ask.request.headers.get("hx-request") else "now.html", **found)
+    part = "watch_part.html" if ask.text("part") == "watch" else "now_part.html"
+    return ask.show(part if ask.request.headers.get("hx-request") else "now.html", **found)
 
 
 def _state(service: Service) -> dict[str, Any]:
@@ -26,6 +27,8 @@ def _state(service: Service) -> dict[str, Any]:
         "index": status,
         "live": status["live"],
         "job": job,
+        "load": service.load.last_minute(),
+        "watch": service.watching.look(status),
         "counts": feedback_counts(service),
         "reranker": service.reranker.fingerprint if service.reranker else None,
         "started": service.started,

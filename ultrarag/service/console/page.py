@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
@@ -173,6 +173,8 @@ def templates() -> jinja2.Environment:
         "number": shown_number,
         "clock": shown_clock,
         "seconds": shown_seconds,
+        "wait": shown_wait,
+        "share": shown_share,
     }
     return found
 
@@ -205,6 +207,19 @@ def shown_seconds(seconds: float | None) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = [(hours, "h"), (minutes, "min"), (rest if not hours else 0, "s")]
     return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"
+
+
+def shown_wait(seconds: float | None) -> str:
+    """0.0123 -> 12 ms; a dash where nobody waited."""
+    if seconds is None:
+        return "–"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def shown_share(found: Sequence[int]) -> str:
+    """(3, 40) -> 7.5 % of 40; a dash of none."""
+    count, of = found
+    return f"{100 * count / of:.1f} % of {of:,}" if of else "–"
 
 
 def shown_number(value: float) -> str:

@@ -18,9 +18,9 @@ from ultrarag.packages import install
 
 #: Bits of a code at least, and bits of a dimension at most: one is enough for 256 dimensions and more.
 CODE_BITS, MOST_BITS = 256, 8
-#: Lists for the square root of the rows, and at most: to find the list of a row is to compare it with all centroids,
-#: which of 12,000 (ten million rows) would be 120 of the 220 microseconds that a passage costs.
-LISTS, MOST_LISTS = 4.0, 4096
+#: Lists for the square root of the rows, and at most: a row is compared with all centroids to find its list, which takes
+#: 40 microseconds of these, where all else that a passage costs takes 100.
+LISTS, MOST_LISTS = 2.0, 4096
 #: Vectors of the sample for each list, and rounds of k-means.
 SAMPLE_ROWS, ROUNDS = 40, 8
 #: Lists that a search looks into; where a filter lets few pass, more.

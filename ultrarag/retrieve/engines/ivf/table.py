@@ -82,7 +82,8 @@ class Table:
         #: the largest length of a vector, also of dead ones
         self.norm = float(state.get("norm", 0.0))
         self._files: list[Growing] = []
-        self._read, self._bits = 0, None
+        self._read = 0
+        self._bits: np.ndarray | None = None
         try:
             for kind, size in (
                 ("vectors", rows * dim * 4),
