@@ -18,8 +18,8 @@ from ultrarag.packages import install
 
 #: Bits of a code at least, and bits of a dimension at most: one is enough for 256 dimensions and more.
 CODE_BITS, MOST_BITS = 256, 8
-#: Lists for the square root of the rows, and at most: a row is compared with all centroids to find its list, which takes
-#: 40 microseconds of these, where all else that a passage costs takes 100.
+#: Lists for the square root of the rows, and at most: a row is compared with all centroids to find its list, 40
+#: microseconds of these, where all else that a passage costs takes 100.
 LISTS, MOST_LISTS = 2.0, 4096
 #: Vectors of the sample for each list, and rounds of k-means.
 SAMPLE_ROWS, ROUNDS = 40, 8
