@@ -431,7 +431,7 @@ class ZvecGraph(Zvec):
 class Ours(Contender):
     """The library's engine `ivf`, through what every engine of it does: ids, metadata, filters, durable writes."""
 
-    efforts, rescores = (48, 64, 96, 128, 192, 256), True
+    efforts, rescores = (48, 64, 96, 128, 192), True  # the first is the default
     name, where = "ivf", ("ultrarag.retrieve.engines.ivf.codes", "PROBES")
 
     def build(self, vectors: np.ndarray) -> None:
@@ -479,7 +479,7 @@ class Ours(Contender):
 class OursGraph(Ours):
     """The library's engine `qdrant-edge`, the default for fewer passages, in the same way."""
 
-    efforts, name = (64, 128, 256, 512), "qdrant-edge"
+    efforts, name = (128, 256, 512), "qdrant-edge"
     where = ("ultrarag.retrieve.engines.qdrant.embedded", "HNSW_EF")
 
 

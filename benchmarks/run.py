@@ -31,6 +31,7 @@ SUITE = {
     "live_index_cost": ["live_index_cost.py"],
     "live_index_share": ["live_index_share.py"],
     "serving": ["serving.py"],
+    "one_query": ["one_query.py"],
     "live_faults": ["live_faults.py", "--rounds", "50"],
     "campaign": ["campaign.py"],
     "gpu": ["gpu.py"],

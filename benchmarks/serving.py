@@ -1,11 +1,13 @@
 """Many clients of one index: searches a second, and how long one takes, idle and while passages are added; old and new.
 
     python benchmarks/serving.py [--old dee4ec6] [--clients 1 16 64] [--adds 60] [--seconds 10] [--rounds 3] [--small]
+                                 [--int8 CHECKPOINT]
 
 The code of an older commit (--old) is unpacked with `git archive` and run by a process of its own, beside this one: in
 each round both are measured in turn, and another one begins. Each has an index of the same made-up texts under the
 small real model, and threads that ask one query after the other without a pause (dense and BM25); `new, engine auto` is
-the new code with what its race on this CPU chooses (torch or OpenVINO). The start is that of
+the new code with what its race on this CPU chooses (torch or OpenVINO), `new, int8` with the same model, quantised by
+`ultrarag checkpoint quantise` (--int8). The start is that of
 `ultrarag index search` with one query, from the shell to its end. Ratios are of the medians of the rounds. Results:
 results/serving.json
 """
@@ -34,7 +36,7 @@ from older import COMMIT, older_code
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "serving.json"
-AUTO = "new, engine auto"
+AUTO, INT8 = "new, engine auto", "new, int8"
 SEARCH: dict[str, Any] = {"k": 10, "weights": {"dense": 1.0, "bm25": 1.0}}
 #: Words of a query and of a passage: about 25 and 256 tokens.
 QUERY_WORDS, PASSAGE_WORDS = 15, 180
@@ -113,7 +115,7 @@ def peak_mib() -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 
 
-def serve(folder: Path, model: str, passages: int) -> None:
+def serve(folder: Path, model: str, passages: int, precision: str) -> None:
     """In the process of one contender: answer each line of stdin, a measurement that is asked for, by one of stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an engine prints is no answer
@@ -121,7 +123,8 @@ def serve(folder: Path, model: str, passages: int) -> None:
     from ultrarag import Encoder
     from ultrarag.retrieve import LiveIndex
 
-    encoder = Encoder.load(model, "bge", device="cpu", passage_max_length=256)
+    how: dict[str, Any] = {"passage_max_length": 256} if precision == "fp32" else {"precision": precision}
+    encoder = Encoder.load(model, "bge", device="cpu", **how)
     with LiveIndex.create(folder / "index", encoder) as live:
         live.add({"id": f"p{row}", "text": text} for row, text in enumerate(texts(passages, 30, 0)))
         print(json.dumps({"ready": True}), file=answers, flush=True)
@@ -140,7 +143,9 @@ class Contender:
         self.environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(options.threads)}
         self.environment["ULTRARAG_ENGINE"] = engine
         words = [str(Path(__file__).resolve()), "--serve", str(folder), "--passages", str(options.passages)]
-        words += ["--model", options.model or small_model()]
+        int8 = name == INT8
+        words += ["--model", options.int8 if int8 else options.model or small_model()]
+        words += ["--precision", "int8" if int8 else "fp32"]
         self.process = subprocess.Popen(
             [sys.executable, *words],
             env=self.environment,
@@ -186,6 +191,7 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """All rounds."""
     old, new = older_code(place / "code", options.old), HERE.parent
     trees = {"old": (old, "torch"), "new": (new, "torch"), AUTO: (new, "auto")}
+    trees |= {INT8: (new, "torch")} if options.int8 else {}
     contenders = {name: Contender(name, tree, place / name, engine, options) for name, (tree, engine) in trees.items()}
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
@@ -230,13 +236,15 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=5, help="searches from the shell")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
     parser.add_argument("--model", help="folder or hub name (default: the small model of the tests)")
+    parser.add_argument("--int8", help="a quantised checkpoint of the model")
+    parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help="so little that it shows nothing, to see that it works")
     parser.add_argument("--note", help="what a reader of the result should know, such as what else ran")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.model, options.passages)
+        serve(options.serve, options.model, options.passages, options.precision)
         return
     if options.small:
         options.clients, options.passages, options.adds = [2], 20, 3

@@ -123,6 +123,11 @@ def won_by_mining(report: Any) -> float:
     return mean_of("mined", "domain")(report) - mean_of("plain", "domain")(report)
 
 
+def one_query(contender: str, what: str) -> Callable[[Any], float]:
+    """Seconds of the processor, to the older code's, in `one_query`."""
+    return lambda report: float(report["contenders"][contender][what]["processor to old"])
+
+
 def bm25(key: str, beside: str) -> Callable[[Any], float]:
     """Ours to another one's in `bm25`, at the most passages that were measured, which must be a million."""
 
@@ -166,6 +171,14 @@ def most_resident(report: Any) -> float:
     return max(ten_million(stage, "resident at most, GiB")(report) for stage in report["stages"])
 
 
+def peers_cached_loss(pair: str, figure: str) -> Callable[[Any], float]:
+    """Ours to sentence-transformers'."""
+    return lambda report: report["ours to the peer's"][pair][figure]
+
+
+#: Contenders of `one_query`.
+OPENVINO_FLOAT, OPENVINO_INT8 = "new, openvino, float32", "new, openvino, int8"
+
 TARGETS = (
     Target("Encoding, fp32, texts/s to sentence-transformers", "encode", 1.5, False, contender("ultrarag", "speed")),
     Target("the same by processor seconds", "encode", 1.5, False, contender("ultrarag", "speed_processor")),
@@ -188,6 +201,8 @@ TARGETS = (
     ),
     Target("Encoding, int8, to sentence-transformers, by processor seconds", "int8", 7, False, int8_batch),
     Target("the same, one query, to ours in float32 by torch", "int8", 0.2, True, int8_query),
+    Target("One query, fp32, engine openvino, to before", "one_query", 0.35, True, one_query(OPENVINO_FLOAT, "encode")),
+    Target("the same in int8", "one_query", 0.2, True, one_query(OPENVINO_INT8, "encode")),
     Target("the same, most nDCG@10 lost on a set, int8 on both sides", "int8", 0.005, True, int8_loss, ""),
     Target("Unified step, vocabulary 30522, time to FlagEmbedding", "unified_step", 0.6, True, unified(30522, "wall")),
     Target(
@@ -213,6 +228,16 @@ TARGETS = (
         True,
         lambda report: report["time of chunks to plain"]["processor"],
     ),
+    Target(
+        "GradCache, batch 1024, to sentence-transformers' cached loss, both in bf16, processor time",
+        "gradcache_peer",
+        0.7,
+        True,
+        peers_cached_loss("bf16, tokens", "processor"),
+    ),
+    Target("both in float32", "gradcache_peer", 0.7, True, peers_cached_loss("float32, tokens", "processor")),
+    Target("memory, both in bf16", "gradcache_peer", 0.7, True, peers_cached_loss("bf16, tokens", "step MiB")),
+    Target("memory, both in float32", "gradcache_peer", 0.7, True, peers_cached_loss("float32, tokens", "step MiB")),
     Target("Replay, medquad nDCG@10, three seeds", "incremental_replay", 0.8, False, mean_of("replay", "domain"), ""),
     Target("the same, nDCG@10 that scifact loses", "incremental_replay", 0.005, True, lost_on_guard, ""),
     Target("Mined negatives, medquad nDCG@10 more than without", "incremental_mined", 0.0, False, won_by_mining, ""),
@@ -258,6 +283,13 @@ TARGETS = (
         lambda report: report["clients"]["16"]["searches per second, new, engine auto to old"],
     ),
     Target(
+        "the same in int8",
+        "serving",
+        3,
+        False,
+        lambda report: report["clients"]["16"]["searches per second, new, int8 to old"],
+    ),
+    Target(
         "16 clients, p99 while 60 passages are added, to idle",
         "serving",
         2,
@@ -270,6 +302,13 @@ TARGETS = (
         0.5,
         True,
         lambda report: report["start_seconds"]["new to old"],
+    ),
+    Target(
+        "the same with the engine that a race on that CPU chooses",
+        "serving",
+        0.5,
+        True,
+        lambda report: report["start_seconds"]["new, engine auto to old"],
     ),
     Target(
         "Live index, p99 during a build to idle, the worse of two kinds of search",

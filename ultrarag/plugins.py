@@ -203,9 +203,14 @@ class Registry:
 
     def threaded_encode(self, name: str) -> bool:
         """Whether an adapter and every extension around its `encode` may run in several threads at once."""
+        return all(
+            getattr(plugin, "threaded_encode", False) for plugin in [self.plugin(name), *self.wrapping("encode")]
+        )
+
+    def wrapping(self, hook: str) -> list[object]:
+        """The plugins of the extensions in use that wrap a hook; see `around`."""
         sources = [s for s in self._sources if s.kind == "extension" and s.plugin is not None and not s.disabled]
-        chain = [self.plugin(name), *(s.plugin for s in sources if "encode" in hook_functions(s.plugin))]
-        return all(getattr(plugin, "threaded_encode", False) for plugin in chain)
+        return [s.plugin for s in sources if hook in hook_functions(s.plugin)]
 
     def _named(self, name: str, kind: PluginKind) -> list[_Source]:
         return [source for source in self._sources if source.name == name and source.kind == kind]

@@ -62,6 +62,7 @@ WORK = {"fingerprint": "f", "heads": ["dense"], "corpus": {"bytes": 9, "sha256":
         ({"heads": ["dense", "sparse"]}, DataError, "another heads"),
         ({"corpus": {"bytes": 9, "sha256": "t"}}, DataError, r"another corpus \({'bytes': 9, 'sha256': 't'}, now"),
         ({"more": 1}, DataError, "another more"),
+        ({"precision": "int8:0123"}, DataError, r"another precision \('int8:0123', now 'fp32'\)"),
     ],
 )
 def test_other_work_is_refused(tmp_path, before, error, message):

@@ -21,7 +21,8 @@ from ultrarag.encoder.engines import choice, files
 from ultrarag.encoder.engines.setting import VARIABLE
 from ultrarag.encoder.tokens import tokenized_chunks
 from ultrarag.errors import UsageError
-from ultrarag.hookspecs import LoadOptions
+from ultrarag.hookspecs import LoadOptions, hookimpl
+from ultrarag.plugins import registry
 from ultrarag.testing.tiny import (
     TEXTS,
     tiny_bert,
@@ -86,6 +87,65 @@ def test_every_head_is_as_torch_computes_it(adapter, make, tmp_path):
 
 
 @needs_openvino
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token", "weighted_mean"])
+def test_queries_have_dense_vectors_in_one_piece(pooling, tmp_path):
+    """By the compiled head: alone and together, in any thread."""
+    tiny_bert(tmp_path / "model")
+    options = LoadOptions(pooling=pooling)
+    plain, fast = (load(tmp_path / "model", engine=name, options=options) for name in ("torch", "openvino"))
+    texts = [*TEXTS, TEXTS[0] * 3, "a"]
+    assert fast._dense("query", ("dense",), None)
+    expected = plain.encode(texts, "query", progress=False).dense
+    assert np.allclose(expected, fast.encode(texts, "query", progress=False).dense, atol=1e-5)
+    for place in (*range(len(texts)), *reversed(range(len(texts)))):
+        assert np.allclose(expected[place], fast.encode(texts[place], "query").dense, atol=1e-5)
+    found = {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: fast.encode(texts[n], "query")})) for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.allclose(expected[n], found[n].dense, atol=1e-5) for n in (0, 1))
+
+
+@needs_openvino
+def test_a_query_of_a_model_of_several_heads_may_be_dense_alone(tmp_path):
+    tiny_m3(tmp_path / "model")
+    plain, fast = load(tmp_path / "model", "bgem3", "torch"), load(tmp_path / "model", "bgem3")
+    assert fast._dense("query", ("dense",), None)
+    one, other = (encoder.encode(TEXTS[0], "query", heads=["dense"]) for encoder in (plain, fast))
+    assert other.heads == ("dense",)
+    assert np.allclose(one.dense, other.dense, atol=1e-5)
+
+
+class _Doubling:
+    """An extension that is around every encode."""
+
+    @hookimpl(wrapper=True)
+    def encode(self, model, features):
+        found = yield
+        found.dense = found.dense * 2
+        return found
+
+
+@needs_openvino
+def test_who_changes_what_a_head_was_compiled_for_has_the_adapters_own(bert):
+    encoder, plain = load(bert), load(bert, engine="torch")
+    whole = encoder.encode(TEXTS[0], "query").dense
+    for each in (encoder, plain):
+        each.settings.truncate_dim = 8
+    assert encoder.encode(TEXTS[0], "query").dense.shape == (1, 8)
+    assert np.allclose(*(each.encode(TEXTS[0], "query").dense for each in (encoder, plain)), atol=1e-5)
+    encoder.settings.truncate_dim = None
+    registry().register(_Doubling(), "doubling", "extension")
+    try:
+        assert np.allclose(encoder.encode(TEXTS[0], "query").dense, 2 * whole, atol=1e-5)
+    finally:
+        registry().unregister("doubling", "extension")
+    assert np.allclose(encoder.encode(TEXTS[0], "query").dense, whole, atol=1e-5)
+
+
+@needs_openvino
 def test_padding_on_the_left_counts_from_the_first_token(tmp_path):
     """The compiled backbone has its rows padded on the right, whatever the tokenizer says."""
     tiny_bert(tmp_path / "model")
@@ -132,14 +192,14 @@ def test_converted_once_and_anew_where_damaged(bert, cache, monkeypatch, caplog)
     monkeypatch.setattr(openvino, "convert_model", lambda *args, **more: made.append(1) or convert(*args, **more))
     expected = load(bert).encode(TEXTS[0], progress=False).dense
     assert load(bert).engine == "openvino"
-    assert len(made) == 1
+    assert len(made) == 2  # the backbone, and the head
     weights = next(cache.rglob("model.bin"))
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     assert np.array_equal(load(bert).encode(TEXTS[0], progress=False).dense, expected)
-    assert len(made) == 2
-    assert "a converted model is damaged" in caplog.text
+    assert len(made) == 4
+    assert "damaged converted model: " in caplog.text
 
 
 @needs_openvino

@@ -83,3 +83,11 @@ def test_only_plugins_that_say_so_are_called_in_threads(tmp_path, two_threads):
     assert Encoder.load(tmp_path / "minicpm", "minicpm-embedding", device="cpu")._workers(None) == 1
     torch.set_num_threads(1)
     assert side_by_side() == 1
+
+
+def test_a_batch_whose_padding_is_computed_has_rows_of_like_length():
+    lengths = [57, 35, 56, 10, 49, 48, 36]
+    batches = list(batches_by_tokens(lengths, 2048, fill=0.85))
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert [[lengths[row] for row in batch] for batch in batches] == [[57, 56, 49], [48], [36, 35], [10]]
+    assert len(list(batches_by_tokens(lengths, 2048))) == 1

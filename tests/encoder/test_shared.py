@@ -30,7 +30,13 @@ class Held:
         self.go, self.began = threading.Event(), threading.Event()
         #: the texts of each forward
         self.forwards: list[list[str]] = []
+        #: who ran them
+        self.threads: list[int] = []
         self.fails: Callable[[list[str]], None] = lambda texts: None
+
+    def gives_dense(self, *_: Any) -> bool:
+        """Nothing is compiled."""
+        return False
 
     def check_kind(self, kind: str) -> None: ...
 
@@ -45,10 +51,18 @@ class Held:
     def encode_tokens(self, tokens: Tokens, heads: tuple[str, ...], *_: Any) -> Embeddings:
         texts = [bytes(ids).decode() for ids in tokens.ids]
         self.forwards.append(texts)
+        self.threads.append(threading.get_ident())
         self.began.set()
         assert self.go.wait(60)
         self.fails(texts)
         return Embeddings(dense=np.array([[float(text.split()[0])] for text in texts], np.float32))
+
+
+class Compiled(Held):
+    """The same by a compiled model."""
+
+    def gives_dense(self, kind: str, *_: Any) -> bool:
+        return kind == "query"
 
 
 class Callers:
@@ -333,3 +347,60 @@ def test_cuts_are_told_to_whoever_asked(m3_encoder, caplog) -> None:
         assert shared.encode([], "query").dense.shape == (0, found.dense.shape[1])
     assert "1 of 2 texts were longer than 8 tokens and were cut" in caplog.text
     np.testing.assert_allclose(found.dense, m3_encoder.encode(["a " * 50, "b"], "query", max_length=8).dense, atol=1e-6)
+
+
+def asked_while_one_is_encoded(encoder: Compiled, shared: SharedEncoder) -> dict[str, Any]:
+    """What "0", encoded by the thread that asks, and two more are given that ask meanwhile; closed before they are."""
+    callers = Callers(shared)
+    callers.threads.append(threading.Thread(target=lambda: found.update(caught(shared, "0")), daemon=True))
+    found: dict[str, Any] = {}
+    callers.threads[0].start()
+    assert encoder.began.wait(60)
+    callers.ask("1", "1")
+    callers.ask("2", ["2", "2"])
+    return {"found": found, "callers": callers}
+
+
+def caught(shared: SharedEncoder, text: str) -> dict[str, Any]:
+    try:
+        return {text: shared.encode(text, "query")}
+    except BaseException as error:
+        return {text: error}
+
+
+def test_a_compiled_query_is_encoded_by_who_asks_where_nobody_else_is_there() -> None:
+    encoder = Compiled()
+    encoder.go.set()
+    with SharedEncoder(encoder) as shared:  # type: ignore[arg-type]
+        assert numbers(shared.encode("1", "query")) == [1.0]
+        assert encoder.threads == [threading.get_ident()]
+        assert numbers(shared.encode(["2", "3"], "query")) == [2.0, 3.0]
+        assert numbers(shared.encode("4", "passage")) == [4.0]
+        assert threading.get_ident() not in encoder.threads[1:]
+        assert numbers(shared.encode("5", "query")) == [5.0]
+        assert encoder.threads[-1] == threading.get_ident()
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("failure", [None, DataError, KeyboardInterrupt])
+def test_who_comes_while_a_caller_encodes_is_encoded_next_whatever_becomes_of_it(closed, failure) -> None:
+    encoder = Compiled()
+    if failure:
+        encoder.fails = lambda texts: raising(failure) if texts == ["0"] else None
+    with SharedEncoder(encoder, clock=lambda: 0.0) as shared:  # type: ignore[arg-type]
+        asked = asked_while_one_is_encoded(encoder, shared)
+        if closed:
+            shared.close()
+        encoder.go.set()
+        found = {**asked["callers"].end(), **asked["found"]}
+        assert numbers(found["1"]) == [1.0]
+        assert numbers(found["2"]) == [2.0, 2.0]
+        assert isinstance(found["0"], failure) if failure else numbers(found["0"]) == [0.0]
+        assert encoder.forwards == [["0"], ["1", "2", "2"]]
+        if not closed:
+            assert numbers(shared.encode("7", "query")) == [7.0]
+            assert encoder.threads[-1] == threading.get_ident()
+
+
+def raising(error: type[BaseException]) -> None:
+    raise error("it fails")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests import forked
 from tests.quantise.conftest import CALIBRATION, needs_nncf
 from ultrarag import Encoder
 from ultrarag.encoder import SharedEncoder
@@ -65,7 +69,7 @@ def test_what_is_damaged_or_of_another_model_or_calibration_is_refused(quantised
     model = quantised / FOLDER / MODEL
     content = model.read_bytes()
     model.write_bytes(content + b" ")
-    with pytest.raises(CheckpointError, match=r"is damaged .*quantise the checkpoint again"):
+    with pytest.raises(CheckpointError, match=r"^damaged int8 model: .*model.xml.*; quantise the checkpoint again"):
         Encoder.load(quantised, precision="int8")
     model.write_bytes(content)
     with pytest.raises(UsageError, match="quantised when its model was another one"):
@@ -101,6 +105,30 @@ def test_a_model_that_cannot_be_quantised_says_why_and_nothing_is_written(adapte
     with pytest.raises(UsageError, match=r"cannot run in int8|cannot be quantised"):
         quantise(tmp_path / "model", CALIBRATION, adapter=adapter)
     assert not (tmp_path / "model" / FOLDER).exists()
+
+
+_KILLED = """
+import os, signal, sys
+from ultrarag.quantise import quantising
+from tests import forked
+from tests.quantise.conftest import CALIBRATION
+quantising._check_alike = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+quantising.quantise(sys.argv[1], CALIBRATION, output=sys.argv[2] if len(sys.argv) > 2 else None)
+"""
+
+
+@needs_nncf
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_a_killed_process_left_is_removed_by_the_next(copied: bool, plain: Path, tmp_path: Path):
+    own = Path(shutil.copytree(plain, tmp_path / "models" / "own"))
+    output = tmp_path / "models" / "copy" if copied else None
+    assert forked.run(["-c", _KILLED, str(own), *([str(output)] if output else [])]).returncode == -signal.SIGKILL
+    left = [path for path in own.parent.rglob(".*.tmp") if path.is_dir()]
+    assert len(left) == 1
+    assert not list(Path(tempfile.gettempdir()).glob("ultrarag-int8-*"))
+    quantise(own, CALIBRATION, output=output)
+    assert not list(own.parent.rglob(".*.tmp"))
+    assert Encoder.load(output or own, precision="int8").quantised
 
 
 def test_a_model_of_two_sides_is_refused_in_words(plain: Path):

@@ -17,7 +17,7 @@ from tests.retrieve.stand_in import StandIn
 from ultrarag.encode import ranks
 from ultrarag.retrieve import swap as swapping
 from ultrarag.retrieve.build import child as builder
-from ultrarag.retrieve.build import origin, start
+from ultrarag.retrieve.build import start
 from ultrarag.retrieve.build.child import Build, EncodeHere
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.engines.numpy_engine import NumpyBackend
@@ -53,7 +53,7 @@ def _stand_in(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "prepare", stand_in.prepare)
     for module in (opening, builder):
         patch.setattr(module, "load_encoder", stand_in.load_encoder)
-    patch.setattr(origin, "read_passage_maps", stand_in.read_passage_maps)
+    patch.setattr("ultrarag.encoder.read_passage_maps", stand_in.read_passage_maps)
     connect = Database._connect
 
     def quick(self: Database) -> Any:

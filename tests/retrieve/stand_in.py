@@ -77,6 +77,10 @@ class StandIn:
         """A token is a byte."""
         return Tokens([list(text_of(text).encode()) for text in texts], kind=kind)
 
+    def gives_dense(self, *_: Any) -> bool:
+        """Nothing is compiled."""
+        return False
+
     def encode_tokens(self, tokens: Tokens, *_: Any) -> Embeddings:
         """As `encode`."""
         return self.encode([bytes(ids).decode() for ids in tokens.ids], tokens.kind or "passage")

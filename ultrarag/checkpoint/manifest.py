@@ -15,15 +15,16 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ultrarag.errors import CheckpointError, UsageError
 from ultrarag.io import sha256_of, write_json
 from ultrarag.types import EncoderSettings
 from ultrarag.untrusted import refuse_outside
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 MANIFEST = "ultrarag.json"
 FORMAT = 2
@@ -273,6 +274,8 @@ def fingerprint(model: nn.Module, adapter: str, settings: EncoderSettings) -> st
     weight as float32. Two models with the same fingerprint give the same vectors; renaming, moving or re-saving a
     model changes nothing, changing one weight does.
     """
+    import torch
+
     digest = hashlib.sha256()
     digest.update(json.dumps([1, adapter, _declared(settings)], sort_keys=True).encode())
     known = tokenizer_content(model.tokenizer)
@@ -312,6 +315,8 @@ def tokenizer_content(tokenizer: Any) -> bytes:
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
+    import torch
+
     if tensor.is_floating_point():
         tensor = tensor.float()
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -6,10 +6,9 @@ import shutil
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
-from torch import nn
 
 from ultrarag.checkpoint.card import model_card
 from ultrarag.checkpoint.manifest import MANIFEST, Identity, Manifest, Training, changed_files, write_manifest
@@ -19,6 +18,9 @@ from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import named_conditions, publish_directory, quiet_progress, staged_directory
 from ultrarag.plugins import Adapter
 from ultrarag.types import Embeddings, EncoderSettings, Kind, Tokens
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: Encoded before and after: short and long, English and Chinese, one token, digits.
 PROBES = (

@@ -39,6 +39,10 @@ SYNC_EVERY = 1.0
 Write = Callable[[int, Sequence[str | Passage], Embeddings | None], None]
 
 
+#: What a note means that lacks a name: earlier versions did not know it, and it is left out where it is usual.
+USUAL = {"precision": "fp32"}
+
+
 def same_work(note: Path, made_by: dict[str, Any], remedy: str) -> bool:
     """Whether an earlier run noted that it began this work; False where there is no note.
 
@@ -53,9 +57,9 @@ def same_work(note: Path, made_by: dict[str, Any], remedy: str) -> bool:
     """
     if not note.is_file():
         return False
-    folder, wanted = note.parent, json.loads(json.dumps(made_by))
+    folder, wanted = note.parent, {**USUAL, **json.loads(json.dumps(made_by))}
     try:
-        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+        found: dict[str, Any] = {**USUAL, **json.loads(note.read_text(encoding="utf-8"))}
     except ValueError as error:
         raise DataError(f"'{note}' is damaged ({error}): {remedy}") from error
     found.pop("finished", None)

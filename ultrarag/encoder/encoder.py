@@ -24,13 +24,21 @@ from ultrarag.checkpoint import (
 )
 from ultrarag.encoder.adapted import base_of, joined, merge_matrices
 from ultrarag.encoder.choice import adapter_name
-from ultrarag.encoder.engine_of import engine_of, int8_of
+from ultrarag.encoder.cuts import Cuts
+from ultrarag.encoder.engine_of import engine_of, int8_of, keep_ready
 from ultrarag.encoder.engines import INT8, copy_quantised, is_int8
 from ultrarag.encoder.forward import TokenEncoder
-from ultrarag.encoder.load import check_int8, check_vocabulary, declared_options, override_settings, settings_of
+from ultrarag.encoder.load import (
+    check_int8,
+    check_vocabulary,
+    declared_options,
+    dtype_of,
+    override_settings,
+    settings_of,
+)
 from ultrarag.encoder.pairs import score_pairs, score_texts, tokenize_pairs
 from ultrarag.encoder.sides import SIDES, SidedAdapter, Sides, join, sides_of
-from ultrarag.encoder.tokens import Cuts, check_count, listed_texts, tokenized_chunks
+from ultrarag.encoder.tokens import check_count, listed_texts, tokenized_chunks
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import LoadOptions
 from ultrarag.io import progress_bar, quiet_progress
@@ -120,6 +128,7 @@ class Encoder(TokenEncoder):
             encoder.precision = encoder._int8.record.precision
         elif not options.training:
             encoder._engine = engine_of(encoder, engine, lambda: encoder.fingerprint)
+        keep_ready(encoder, lambda: encoder.fingerprint)
         return encoder
 
     @classmethod
@@ -343,20 +352,41 @@ class Encoder(TokenEncoder):
         texts = listed_texts(texts)
         if not texts:
             return self.encode([""], kind, heads=heads, progress=False)[:0]
-        shown = False if progress is None and len(texts) == 1 else progress  # a bar takes as long as a tenth of a query
-        with progress_bar(len(texts), "encode", "text", shown) as bar:
-            chunks = self.iter_encode(
-                texts,
-                kind,
-                heads=heads,
-                batch_tokens=batch_tokens,
-                precision=precision,
-                max_length=max_length,
-                instruction=instruction,
-                on_batch=bar.update,
-                cuts=cuts,
-            )
-            return Embeddings.cat(list(chunks))
+        options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision, "cuts": cuts}
+        options |= {"max_length": max_length, "instruction": instruction}
+        if len(texts) == 1 and not progress:
+            return self._encode_one(texts, kind, **options)
+        with progress_bar(len(texts), "encode", "text", progress) as bar:
+            return Embeddings.cat(list(self.iter_encode(texts, kind, on_batch=bar.update, **options)))
+
+    def _encode_one(
+        self,
+        texts: Sequence[str | Passage],
+        kind: Kind,
+        heads: Sequence[str] | None,
+        batch_tokens: int | None,
+        precision: str | None,
+        cuts: Cuts | None,
+        max_length: int | None,
+        instruction: str | None,
+    ) -> Embeddings:
+        """One text: no bar, no chunks and no batches, which take as long as a fifth of a query."""
+        self._check(kind, instruction, batch_tokens)
+        chosen, dtype = self.checked_heads(heads), dtype_of(precision or self.precision, self.device)
+        tokens = self.tokenize(texts, kind, max_length, instruction)
+        if tokens.truncated or cuts is not None:
+            counted = cuts or Cuts()
+            counted.add(tokens.truncated, 1, "texts", self.max_length(kind, max_length))
+            if cuts is None:
+                counted.tell()
+        return self.encode_tokens(tokens, chosen, dtype=dtype)
+
+    def _check(self, kind: Kind, instruction: str | None, batch_tokens: int | None) -> None:
+        self.check_kind(kind)
+        if instruction is not None and not isinstance(instruction, str):
+            raise UsageError(f"instruction is {type(instruction).__name__}, not a string")
+        if batch_tokens is not None:
+            check_count("batch_tokens", batch_tokens)
 
     def iter_encode(
         self,
@@ -379,11 +409,7 @@ class Encoder(TokenEncoder):
         Args:
             on_batch: told the number of texts after each forward (a progress bar's `update`, say).
         """
-        self.check_kind(kind)
-        if instruction is not None and not isinstance(instruction, str):
-            raise UsageError(f"instruction is {type(instruction).__name__}, not a string")
-        if batch_tokens is not None:
-            check_count("batch_tokens", batch_tokens)
+        self._check(kind, instruction, batch_tokens)
         read = partial(self.tokenize, kind=kind, max_length=max_length, instruction=instruction)
         options: dict[str, Any] = {"heads": heads, "batch_tokens": batch_tokens, "precision": precision}
         options |= {"on_batch": on_batch, "cuts": cuts}

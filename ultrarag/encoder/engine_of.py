@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from ultrarag.encoder.device import side_by_side
-from ultrarag.encoder.engines import INT8, Choice, Engine, Int8, Quantised, Streams, asked_engine, not_quantised
+from ultrarag.encoder.engines import (
+    INT8,
+    Choice,
+    Engine,
+    Int8,
+    Quantised,
+    QueryTokenizer,
+    Ready,
+    Streams,
+    asked_engine,
+    is_kept,
+    not_quantised,
+    tokenizer_for,
+)
 from ultrarag.encoder.pairs import tokenize_pairs
 from ultrarag.encoder.sides import Sides
 from ultrarag.errors import UsageError
@@ -21,6 +34,8 @@ if TYPE_CHECKING:
 _WORDS = ("which", "passages", "of", "the", "index", "answer", "42", "questions", "about", "a", "small", "encoder")
 #: Words of the texts of each batch: several lengths, long ones alike, and one query.
 _BATCHES = ((40, 3, 17), (90, 90, 90, 90), (8,))
+#: Texts of which a tokenizer must make the same by itself; the third one is longer than models take.
+_TEXTS = ("which passages?", "", "a long one " * 20000, " \n\t", "Čau 世界 👍🏽 ﬁ", "[SEP] </s> <s> [CLS]")
 
 
 def engine_of(encoder: TokenEncoder, name: str | None, fingerprint: Callable[[], str]) -> Engine:
@@ -28,16 +43,17 @@ def engine_of(encoder: TokenEncoder, name: str | None, fingerprint: Callable[[],
     asked = asked_engine(name)
     if asked == "torch":
         return Engine()
-    return Engine.chosen(
-        asked,
-        Choice(
-            encode=encoder.adapter.encode,
-            model=encoder.model,
-            probes=[_probe(encoder, words) for words in _BATCHES],
-            fingerprint=fingerprint,
-            device=encoder.device.type,
-            precision=encoder.precision,
-        ),
+    return Engine.chosen(asked, _choice(encoder, fingerprint))
+
+
+def _choice(encoder: TokenEncoder, fingerprint: Callable[[], str]) -> Choice:
+    return Choice(
+        encode=encoder.adapter.encode,
+        model=encoder.model,
+        probes=[_probe(encoder, words) for words in _BATCHES],
+        fingerprint=fingerprint,
+        device=encoder.device.type,
+        precision=encoder.precision,
     )
 
 
@@ -62,7 +78,29 @@ def int8_of(encoder: TokenEncoder, folder: Path, fingerprint: Callable[[], str])
             f"'{folder}' is quantised with another calibration: {encoder.precision} is asked for, it has "
             f"{record.precision}"
         )
-    return Int8.load(folder, record, encoder.model, _streams(encoder))
+    return Int8.load(folder, record, _choice(encoder, fingerprint), _streams(encoder))
+
+
+def keep_ready(encoder: TokenEncoder, fingerprint: Callable[[], str]) -> None:
+    """Keep what a later process needs to encode queries as this encoder does, where its forward gives their vectors."""
+    forward, tokenizer = encoder.compiled, encoder.reader("query").tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if forward is None or not forward.gives_dense or backend is None or is_kept(fingerprint(), encoder.precision):
+        return
+    record = Ready(
+        settings=encoder.settings.to_dict(),
+        limit=encoder.max_length("query"),
+        fallback=tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
+        split_special_tokens=bool(tokenizer.split_special_tokens),
+        inputs=forward.names,
+        threads=torch.get_num_threads(),
+        streams=_streams(encoder).at_once,
+    )
+    content = tokenizer_for(backend, record.limit, tokenizer.truncation_side)
+    expected = encoder.tokenize(_TEXTS, "query")
+    found = QueryTokenizer(content, record)([encoder.settings.render(text, "query") for text in _TEXTS])
+    if found == (expected.ids, expected.truncated):
+        record.keep(fingerprint(), encoder.precision, content)
 
 
 def check_quantisable(encoder: TokenEncoder) -> None:

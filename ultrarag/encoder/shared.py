@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ultrarag.encoder.cuts import Cuts
 from ultrarag.encoder.forward import BATCH_TOKENS
 from ultrarag.encoder.load import dtype_of
-from ultrarag.encoder.tokens import Cuts, check_texts
+from ultrarag.encoder.tokens import check_texts
 from ultrarag.encoder.turns import Clock, Lane, Turns
 from ultrarag.errors import UsageError
 from ultrarag.types import Embeddings, Kind, Passage, Sparse, Tokens, text_of
 
 if TYPE_CHECKING:
+    import torch
+
     from ultrarag.encoder.encoder import Encoder
 
 #: Texts of one call tokenized at a time, by the thread that calls.
@@ -33,8 +36,8 @@ class SharedEncoder:
     a turn beside others is 256 tokens, or what takes 30 ms where that is more. An error of one caller's
     texts is that caller's alone.
 
-    One thread runs the model, whoever calls: each that ever ran one keeps 5 to 9 MB of buffers, and helpers of its own,
-    until it ends. So Ctrl-C in a thread that waits takes nothing from the others.
+    One thread runs the model in torch, whoever calls: each that ever ran one keeps 5 to 9 MB of buffers, and helpers of
+    its own, until it ends. So Ctrl-C in a thread that waits takes nothing from the others.
 
     Example:
         >>> shared = SharedEncoder(encoder)
@@ -98,6 +101,8 @@ class SharedEncoder:
             parts.append(self._encoded(_Request(tokens, kind, chosen)))
         if cuts is None:
             counted.tell()
+        if len(texts) == 1:
+            return parts[0]
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         return Embeddings.cat(parts)[place]
@@ -113,16 +118,55 @@ class SharedEncoder:
         return self.encoder.checked_heads(heads)
 
     def _encoded(self, request: _Request) -> Embeddings:
-        """Wait for the thread to encode it."""
+        """Encode it, or wait for the thread to do so."""
         try:
-            self._submit(request)
-            request.done.wait()
+            if not self._at_once(request):
+                self._submit(request)
+                request.done.wait()
         except BaseException as error:  # Ctrl-C while it waits: nobody is interested any more
             request.fail(error)
             raise
         if request.error is not None:
             raise request.error
-        return Embeddings.cat(request.parts)
+        return request.parts[0] if len(request.parts) == 1 else Embeddings.cat(request.parts)
+
+    def _at_once(self, request: _Request) -> bool:
+        """Encode a query in the thread that asks, where nobody else is there and a compiled model does it all.
+
+        To wake another thread and wait for it takes as long as a tenth of a query. Who comes meanwhile waits for that
+        thread, as for any turn.
+        """
+        dtype = self._dtype(request.lane)
+        if len(request.ids) != 1 or not self.encoder.gives_dense(request.kind, request.heads, dtype):
+            return False
+        begun = False
+        try:
+            with self._changed:
+                if self._closed or self._running or any(self._lines.values()):
+                    return False
+                begun = True
+                self._running, self._held = True, request.lane
+                self._turns.arrive(request.lane, idle=True, alone=True)
+            self._take([request.slice(0, some=True)])
+        finally:
+            if begun:
+                self._hand_over()
+        return True
+
+    def _hand_over(self) -> None:
+        """Leave those that came meanwhile to the thread; where it has ended, encode them here."""
+        with self._changed:
+            self._held = ""
+            self._running = waiting = any(self._lines.values())
+            closed = self._closed
+            if waiting and not closed:
+                self._pool.submit(self._run)
+        if waiting and closed:
+            self._run()
+
+    def _dtype(self, lane: Lane) -> torch.dtype | None:
+        """What the forward of a lane computes in."""
+        return dtype_of(self._precisions.get(lane, self.encoder.precision), self.encoder.device)
 
     def _submit(self, request: _Request) -> None:
         with self._changed:
@@ -195,7 +239,7 @@ class SharedEncoder:
     def _vectors(self, turn: list[_Slice]) -> list[Embeddings]:
         encoder, first = self.encoder, turn[0].request
         budget = BATCH_TOKENS.get(encoder.device.type, BATCH_TOKENS["cuda"])
-        dtype = dtype_of(self._precisions.get(first.lane, encoder.precision), encoder.device)
+        dtype = self._dtype(first.lane)
         ids = [row for slice in turn for row in slice.ids]
         found = encoder.encode_tokens(Tokens(ids, kind=first.kind), first.heads, budget, dtype)
         if len(turn) == 1:

@@ -258,22 +258,29 @@ def seal(directory: Path, paths: Iterable[Path] | None = None, known: dict[str, 
     write_bytes(directory / CHECKSUM_FILE, json.dumps(sums, indent=1).encode())
 
 
-def verify_seal(directory: Path) -> dict[str, Any]:
+#: What to do about vectors or words that are damaged.
+_REBUILD = "rebuild the vectors from the passages"
+
+
+def verify_seal(directory: Path, what: str = "index", remedy: str = _REBUILD) -> dict[str, Any]:
     """Compare the files below a directory with their checksums, if it was sealed, and return these.
+
+    Args:
+        what: what the files are of, and `remedy` what to do where they are damaged, for the error.
 
     Raises:
         IndexStateError: naming every file that is missing, truncated or changed.
     """
-    sums = read_seal(directory)
+    sums = read_seal(directory, remedy)
     lasting = {name: entry for name, entry in sums.items() if not left_over(name)}  # earlier versions sealed all files
     damages = [(directory / name, _damage(directory / name, entry)) for name, entry in lasting.items()]
     if details := "; ".join(f"'{path}' {damage}" for path, damage in damages if damage):
-        raise IndexStateError(f"damaged index: {details}; rebuild the vectors from the passages")
+        raise IndexStateError(f"damaged {what}: {details}; {remedy}")
     return sums
 
 
-def read_seal(directory: Path) -> dict[str, Any]:
-    """Return the checksums last written, {} where there are none."""
+def read_seal(directory: Path, remedy: str = _REBUILD) -> dict[str, Any]:
+    """Return the checksums last written, {} where there are none; IndexStateError where they cannot be read."""
     path = directory / CHECKSUM_FILE
     try:
         sums: dict[str, Any] = json.loads(path.read_bytes())
@@ -282,7 +289,7 @@ def read_seal(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError) as error:
-        raise IndexStateError(f"'{path}' is damaged ({error}); rebuild the vectors from the passages") from None
+        raise IndexStateError(f"'{path}' is damaged ({error}); {remedy}") from None
     return sums
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -26,6 +25,7 @@ from ultrarag.encoder.engines import (
 )
 from ultrarag.errors import GateError, UsageError
 from ultrarag.evaluation import Collection
+from ultrarag.io import staged_directory
 from ultrarag.quantise.calibration import Calibration
 from ultrarag.quantise.judging import Terms, in_words, judge
 
@@ -37,6 +37,8 @@ logger = logging.getLogger("ultrarag")
 ALIKE = 0.9
 #: So many of them.
 COMPARED = 16
+#: What is quantised lies in a stage of this name, inside the checkpoint, until it was judged.
+SCRATCH = "quantising"
 
 
 def quantise(
@@ -61,18 +63,20 @@ def quantise(
     """
     target = _target(checkpoint, output)
     float32 = Encoder.load(checkpoint, adapter, device="cpu", trust_remote_code=trust_remote_code)
-    with TemporaryDirectory(prefix="ultrarag-int8-") as place:
-        record = _written(float32, calibration, Path(place))
+    folder = local_folder(str(checkpoint))
+    # beside what it becomes: whoever quantises there next removes what a killed process left
+    with staged_directory(target.with_name(f"{target.name}-int8") if target else folder / SCRATCH) as place:
+        record = _written(float32, calibration, place)
         int8 = float32.in_int8(place)
         _check_alike(float32, int8, calibration)
         if collection is not None:
             pairs = judge(float32, int8, collection, terms)
             record = replace(record, tolerance=terms.tolerance, measured=tuple(pairs))
-            record.write(quantised_folder(Path(place)))
+            record.write(quantised_folder(place))
             _refuse_loss(pairs, terms)
         if target is not None:
             float32.save(target)
-        _publish(Path(place), target or local_folder(str(checkpoint)))
+        _publish(place, target or folder)
     return record
 
 

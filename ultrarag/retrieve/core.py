@@ -91,12 +91,14 @@ class Core:
         checkpoints: str | None = None,
         reading: str = "",
         trusted: bool = False,
+        late: bool = False,
     ) -> None:
         """Take the index, bring it up to date with its log, or leave everything as it was.
 
         Args:
             trusted: Python code that comes with the live encoder may be run here, from now on.
             reading: why nothing can be written: then the index is opened as it is, for searches alone.
+            late: load the encoder when it is needed, if queries can be encoded without.
         """
         self.layout, self.device, self.reading = IndexLayout(root), device, reading
         self.writing = threading.RLock()
@@ -138,7 +140,7 @@ class Core:
                 undo.callback(self.bm25.close)
             live = self.catalog.live()
             serving, vectors = open_serving(
-                self.layout, self.store, live, encoder, device, repair, self._check, bool(reading)
+                self.layout, self.store, live, encoder, device, repair, self._check, bool(reading), late=late
             )
             undo.callback(serving.retire)
             self.device = str(serving.encoder.device)
@@ -172,18 +174,19 @@ class Core:
         repair: bool,
         checkpoints: str | None = None,
         trusted: bool = False,
+        late: bool = False,
     ) -> Core:
         """Take the index; where nothing can be written, such as on a full disk, open it for reading and say so."""
         if not root.is_dir():
             raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
         try:
-            return cls(root, encoder, device, repair, checkpoints, trusted=trusted)
+            return cls(root, encoder, device, repair, checkpoints, trusted=trusted, late=late)
         except IndexStateError as error:
             found = resource_error(error, root)
             if found is None or repair or found.errno not in UNWRITABLE:
                 raise
             reason = str(found)
-        core = cls(root, encoder, device, repair, checkpoints, reading=reason)
+        core = cls(root, encoder, device, repair, checkpoints, reading=reason, late=late)
         logger.warning("%s; '%s' is opened for reading: it can be searched, and writes are refused", reason, root)
         return core
 

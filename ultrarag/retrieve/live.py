@@ -126,6 +126,7 @@ class LiveIndex(AsyncMethods, Exchange, Refreshes):
         repair: bool = False,
         share: bool = False,
         trust_remote_code: bool = False,
+        late: bool = False,
     ) -> LiveIndex:
         """Open an index; writes that a crash kept from the vectors are applied first.
 
@@ -144,6 +145,9 @@ class LiveIndex(AsyncMethods, Exchange, Refreshes):
                 for those, put it into a server (docs/shared-index.md) or use one process as a service.
             trust_remote_code: run Python code that comes with the live encoder, from now on, also when it is opened
                 again: for a new mirror of a shared index, to which nobody's consent elsewhere is handed on.
+            late: for a process of few queries: begin with what an engine left behind of the encoder (docs/speed.md),
+                which takes a fifth of the time, and load the model when more than dense vectors of queries is wanted.
+                Where nothing was left behind it is loaded at once.
 
         Raises:
             ResourceError: when the machine does not allow it now: too few file descriptors, or files this user may not
@@ -155,7 +159,7 @@ class LiveIndex(AsyncMethods, Exchange, Refreshes):
         if path is None and uri is None:
             raise UsageError("LiveIndex.open needs a path or a uri")
         given: dict[str, Any] = {"encoder": encoder, "uri": uri, "device": device, "repair": repair}
-        given |= {"checkpoints": absolute(checkpoints), "trust_remote_code": trust_remote_code}
+        given |= {"checkpoints": absolute(checkpoints), "trust_remote_code": trust_remote_code, "late": late}
         if not share:
             return cls(open_core(path, **given))
         place = uri if path is None and uri is not None else str(Path(path or "").resolve())

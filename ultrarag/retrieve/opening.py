@@ -66,6 +66,7 @@ def open_core(
     device: str | None,
     repair: bool,
     trust_remote_code: bool,
+    late: bool,
 ) -> Core:
     """Open the parts of an index, and the bridge that served when it was closed; see `LiveIndex.open`."""
     root = _root(path, uri)
@@ -74,7 +75,7 @@ def open_core(
             check_mirror(root, uri)
         else:
             create_mirror(root, uri, checkpoints)
-    core = Core.open(root, encoder, device, repair, checkpoints, trust_remote_code)
+    core = Core.open(root, encoder, device, repair, checkpoints, trust_remote_code, late)
     try:
         resume(core)
     except BaseException:

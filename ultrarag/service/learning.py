@@ -92,6 +92,12 @@ class JobsAnswer(Answer):
     jobs: list[JobAnswer]
 
 
+class EventAnswer(Answer):
+    id: str = Field(description="its number, from 1")
+    event: str = Field(description="started, progress, or the state in which the job ended")
+    data: str = Field(description="JSON: id, event and time, and how far the job is or what went wrong")
+
+
 class EventsQuery(Body):
     after: int = Field(0, ge=0, description="the number of the last event that is known")
 
@@ -283,9 +289,9 @@ ENDPOINTS = (
         "GET",
         "/v1/jobs/{id}/events",
         events,
-        "What happens to a job, as server-sent events",
+        "What happens to a job, as server-sent events of this shape",
         query=EventsQuery,
-        answer=str,
+        answer=EventAnswer,
         media="text/event-stream",
         errors=(400, 404),
     ),

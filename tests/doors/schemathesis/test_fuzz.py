@@ -30,19 +30,11 @@ def service(tiny_m3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     running.stop()
 
 
-@pytest.mark.parametrize("phase", ["examples", "coverage", "fuzzing", "stateful"])
+@pytest.mark.parametrize("phase", ["coverage", "fuzzing", "stateful"])
 def test_every_operation_answers_as_the_document_says(service: Running, phase: str, tmp_path: Path) -> None:
     program = str(Path(sys.executable).with_name("st"))
     words = [program, "run", f"{service.url}/openapi.json", "--checks", ",".join(CHECKS), "--phases", phase]
-    words += [
-        "--max-examples",
-        "25",
-        "--generation-deterministic",
-        "--request-timeout",
-        "60",
-        "--continue-on-failure",
-        "--no-color",
-    ]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "CI": "1"})
+    words += ["--max-examples", "10", "--generation-deterministic", "--request-timeout", "60", "--continue-on-failure"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert service.get("/health").json() == {"status": "ok"}

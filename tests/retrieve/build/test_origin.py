@@ -16,7 +16,7 @@ from ultrarag.encode.ranks import FOLDER, Encoded
 from ultrarag.errors import FingerprintError, GateError, IndexStateError, UsageError
 from ultrarag.maps import LinearMap
 from ultrarag.packages import install
-from ultrarag.retrieve.build import child, origin, start
+from ultrarag.retrieve.build import child, start
 from ultrarag.retrieve.build.origin import mapped
 from ultrarag.retrieve.engines import registry
 from ultrarag.retrieve.engines.numpy_engine import NumpyBackend
@@ -38,7 +38,7 @@ def built(monkeypatch: pytest.MonkeyPatch, quick_builds: None) -> list[str]:
         monkeypatch.setattr(module, "prepare", stand_in.prepare)
     for module in (opening, child):
         monkeypatch.setattr(module, "load_encoder", stand_in.load_encoder)
-    monkeypatch.setattr(origin, "read_passage_maps", stand_in.read_passage_maps)
+    monkeypatch.setattr("ultrarag.encoder.read_passage_maps", stand_in.read_passage_maps)
     encode = child.Build.encode
     monkeypatch.setattr(child.Build, "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts))
     return encoded

@@ -65,3 +65,14 @@ def test_signing_in_by_keyboard_without_scripts(tmp_path: Path, index) -> None:
             assert browser.value("document.cookie") == ""  # no script may read it
     finally:
         running.stop()
+
+
+def test_after_a_swap_one_click_rolls_back(chromium: Chromium, served: Running, minilm_encoder) -> None:
+    served.live.swap(served.live.build(minilm_encoder))
+    chromium.events.clear()
+    chromium.open(f"{served.url}/")
+    chromium.value("document.querySelector('#watching button').click()")
+    chromium.wait("location.pathname === '/console/lineage'")
+    assert served.live.status()["live"]["id"] == 1
+    assert "the previous generation is live again" in chromium.value("document.body.innerText")
+    assert chromium.complaints() == []

@@ -160,7 +160,7 @@ class Asked:
         return self.by_vector({"dense": 1.0}, self.k, mmr=weight, candidates=max(wanted, self.k))
 
 
-def _share(alpha: Any) -> float:
+def _share(alpha: float) -> float:
     """The weight of the vectors, checked."""
     if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= alpha <= 1:
         raise UsageError(f"alpha is {alpha!r}; it must be from 0 (words alone) to 1 (vectors alone)")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.encoder.engines.backbone import Dense, Forward
     from ultrarag.encoder.engines.choice import Choice, Engine
     from ultrarag.encoder.engines.int8 import Int8, Streams, quantise_backbone
     from ultrarag.encoder.engines.nncf_quantiser import versions
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
         publish_quantised,
         quantised_folder,
     )
-    from ultrarag.encoder.engines.setting import PRECISIONS, add_engine_flag, asked_engine
+    from ultrarag.encoder.engines.races import remembered_winner
+    from ultrarag.encoder.engines.ready import QueryTokenizer, Ready, ReadyQueries, is_kept, tokenizer_for
+    from ultrarag.encoder.engines.setting import AUTO, OPENVINO, PRECISIONS, add_engine_flag, asked_engine
     from ultrarag.encoder.engines.snapshot import Snapshot
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

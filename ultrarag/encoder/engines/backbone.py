@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ultrarag.hookspecs import Features
+from ultrarag.types import Embeddings
+
+#: The adapter's hook: (model, features) -> Embeddings.
+Encode = Callable[[nn.Module, Features], Embeddings]
+#: Token ids of texts -> their dense vectors, (texts, dim) float32.
+Dense = Callable[[Sequence[Sequence[int]]], np.ndarray]
+
 #: What a backbone may be given; an engine is made for those that its adapter gives.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 #: What an adapter reads of a backbone's output.
 OUTPUTS = ("logits", "last_hidden_state")
-#: (name of an input -> (batch, tokens) int64) -> the output, float32
-Forward = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+
+
+class Forward(Protocol):
+    """A backbone that a runtime computes."""
+
+    #: of its inputs, in order
+    names: tuple[str, ...]
+    #: whether it also gives the model's dense vectors
+    gives_dense: bool
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The output of the backbone, float32, for (batch, tokens) int64 of each input, by its name."""
+        ...
+
+    def dense(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """The dense vectors of texts, (texts, dim) float32."""
+        ...
 
 
 class Exported(nn.Module):
@@ -35,6 +58,35 @@ class Exported(nn.Module):
             inputs["token_type_ids"] = token_type_ids
         found: Tensor = getattr(self.backbone(**inputs, **self.options), self.output)
         return found
+
+
+class Head(nn.Module):
+    """All that an adapter does behind the backbone for a query's dense vector, as a tracer wants it."""
+
+    def __init__(self, encode: Encode, model: nn.Module, output: str) -> None:
+        super().__init__()
+        self.encode = encode
+        self.given = _Given(output, getattr(model.backbone, "config", None))
+        self.model = with_backbone(model, self.given)
+
+    def forward(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return (batch, dim) of the backbone's output; rows are padded on the right."""
+        self.given.hidden = hidden
+        features: Any = {"input_ids": input_ids, "attention_mask": attention_mask, "heads": ("dense",), "kind": "query"}
+        dense: Tensor = self.encode(self.model, features).dense
+        return dense
+
+
+class _Given(nn.Module):
+    """Stands in a backbone's place, and returns what was computed elsewhere."""
+
+    def __init__(self, output: str, config: Any) -> None:
+        super().__init__()
+        self.output, self.config = output, config
+        self.hidden: Tensor | None = None
+
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        return SimpleNamespace(**{self.output: self.hidden})
 
 
 class Compiled(nn.Module):

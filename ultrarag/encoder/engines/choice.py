@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ultrarag.encoder.engines.backbone import INPUTS, Compiled, Exported, output_of, with_backbone
+from ultrarag.encoder.engines.backbone import (
+    INPUTS,
+    Compiled,
+    Dense,
+    Encode,
+    Exported,
+    Forward,
+    Head,
+    output_of,
+    with_backbone,
+)
 from ultrarag.encoder.engines.files import read_race, write_race
-from ultrarag.encoder.engines.openvino_runtime import compiled, installed, openvino
+from ultrarag.encoder.engines.openvino_runtime import UNTRACEABLE, compiled, installed, openvino
+from ultrarag.encoder.engines.races import race_key, remembered_winner, winner
 from ultrarag.encoder.engines.setting import AUTO, OPENVINO, TORCH
 from ultrarag.encoder.engines.snapshot import Snapshot
 from ultrarag.errors import UsageError
 from ultrarag.hookspecs import Features
-from ultrarag.types import Embeddings
 
 logger = logging.getLogger("ultrarag")
 
@@ -36,8 +44,7 @@ _told: set[str] = set()
 class Choice(NamedTuple):
     """What an engine is chosen for."""
 
-    #: the adapter's hook: (model, features) -> Embeddings
-    encode: Callable[[nn.Module, Features], Embeddings]
+    encode: Encode
     model: nn.Module
     #: batches to compare and to race with: the first of rows of different lengths, the last of one short row
     probes: Sequence[Features]
@@ -50,10 +57,17 @@ class Choice(NamedTuple):
 class Engine:
     """The forward of one model: `of(model)` is what to call."""
 
-    def __init__(self, name: str = TORCH, twin: nn.Module | None = None, made_of: Snapshot | None = None) -> None:
+    def __init__(
+        self,
+        name: str = TORCH,
+        twin: nn.Module | None = None,
+        made_of: Snapshot | None = None,
+        forward: Forward | None = None,
+    ) -> None:
         self.name = name
-        self._twin = twin
-        self._made_of = made_of
+        #: of the backbone, where it is compiled
+        self.forward = forward
+        self._twin, self._made_of = twin, made_of
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
         """A copy of an encoder runs on torch: compiled models belong to their process."""
@@ -71,6 +85,11 @@ class Engine:
             return model
         return self._twin
 
+    def dense(self, model: nn.Module) -> Dense | None:
+        """What gives the dense vectors of queries from their tokens, without the adapter; None where nothing does."""
+        forward = self.forward
+        return forward.dense if forward and forward.gives_dense and self.of(model) is self._twin else None
+
     @classmethod
     def chosen(cls, name: str, choice: Choice) -> Engine:
         """The engine of this name, `auto` the faster one; torch where the model cannot be compiled, which is told once.
@@ -87,20 +106,21 @@ class Engine:
                 f"{choice.precision}: leave the engine out, or say device='cpu', precision='fp32'"
             )
         openvino()
-        if name == AUTO and _winner(read_race(_race_key(choice))) == TORCH:
+        if name == AUTO and remembered_winner(choice.fingerprint(), torch.get_num_threads()) == TORCH:
             return cls()
         found = cls._compiled(choice)
-        return cls() if name == AUTO and found.name != TORCH and _winner(_race(choice, found)) == TORCH else found
+        return cls() if name == AUTO and found.name != TORCH and winner(_race(choice, found)) == TORCH else found
 
     @classmethod
     def _compiled(cls, choice: Choice) -> Engine:
         try:
-            twin = _twin(choice)
+            twin, forward = _twin(choice)
             reason = _difference(choice, twin)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except UNTRACEABLE as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if not reason:
-            return cls(OPENVINO, twin, Snapshot(choice.model))
+            forward.gives_dense = forward.gives_dense and same_dense(choice, choice.model, forward)
+            return cls(OPENVINO, twin, Snapshot(choice.model), forward)
         kind = type(choice.model).__name__
         if f"{kind}: {reason}" not in _told:
             _told.add(f"{kind}: {reason}")
@@ -108,7 +128,7 @@ class Engine:
         return cls()
 
 
-def _twin(choice: Choice) -> nn.Module:
+def _twin(choice: Choice) -> tuple[nn.Module, Forward]:
     backbone = getattr(choice.model, "backbone", None)
     if not isinstance(backbone, nn.Module):
         raise AttributeError("it has no part called 'backbone'")
@@ -117,8 +137,9 @@ def _twin(choice: Choice) -> nn.Module:
     if not bool(example["attention_mask"][:, 0].all()):  # traced with padding on the right
         example = {name: value.flip(1) for name, value in example.items()}
     output = output_of(backbone, example)
-    forward = compiled(Exported(backbone, output), example, choice.fingerprint(), torch.get_num_threads())
-    return with_backbone(choice.model, Compiled(forward, output, getattr(backbone, "config", None)))
+    head = Head(choice.encode, choice.model, output) if "dense" in rows["heads"] else None
+    forward = compiled(Exported(backbone, output), example, choice.fingerprint(), torch.get_num_threads(), head)
+    return with_backbone(choice.model, Compiled(forward, output, getattr(backbone, "config", None))), forward
 
 
 def _difference(choice: Choice, twin: nn.Module) -> str:
@@ -137,6 +158,20 @@ def _difference(choice: Choice, twin: nn.Module) -> str:
     return ""
 
 
+def same_dense(choice: Choice, model: nn.Module, forward: Forward) -> bool:
+    """Whether a forward gives the dense vectors of a model by itself, of several texts and of one."""
+    with torch.no_grad():
+        for probe in choice.probes:
+            rows: Any = probe
+            ids = [
+                row[mask.bool()].tolist() for row, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
+            ]
+            expected: Any = choice.encode(model, rows).dense
+            if not _cosine(expected, torch.from_numpy(forward.dense(ids)), None) >= SAME:
+                return False
+    return True
+
+
 def _cosine(one: Tensor, other: Tensor, mask: Tensor | None) -> float:
     cosines = torch.cosine_similarity(one.double(), other.double(), dim=-1)
     return float(cosines.min() if mask is None else cosines[mask.bool()].min())
@@ -152,7 +187,7 @@ def _same_words(one: Any, other: Any) -> bool:
 
 def _race(choice: Choice, engine: Engine) -> dict[str, float]:
     """Seconds of both engines over all probes, the best of a second in turn; as remembered, if it was run before."""
-    key = _race_key(choice)
+    key = race_key(choice.fingerprint(), torch.get_num_threads())
     if known := read_race(key):
         return known
     models = {TORCH: choice.model, engine.name: engine.of(choice.model)}
@@ -167,20 +202,3 @@ def _race(choice: Choice, engine: Engine) -> dict[str, float]:
                 best[name] = min(best[name], time.perf_counter() - started)
     write_race(key, best)
     return best
-
-
-def _winner(seconds: dict[str, float] | None) -> str | None:
-    return min(seconds, key=lambda name: seconds[name]) if seconds else None
-
-
-def _race_key(choice: Choice) -> tuple[str, ...]:
-    versions = (torch.__version__, installed() or "")
-    return (choice.fingerprint(), *versions, _processor(), str(torch.get_num_threads()))
-
-
-def _processor() -> str:
-    """What tells one CPU from another: its name where the system says it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = [line for line in lines if line.startswith(("model name", "model\t", "cpu family"))][:3]
-    return "".join(names) or platform.processor() or platform.machine()

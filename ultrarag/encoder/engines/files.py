@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import IndexStateError
-from ultrarag.io import publish_directory, read_seal, seal, staged_directory, user_cache, verify_seal, write_json
+from ultrarag.io import publish_directory, seal, staged_directory, user_cache, verify_seal, write_json
 
 logger = logging.getLogger("ultrarag")
 
@@ -29,9 +29,10 @@ def kept(
 
     Where the cache cannot be written to it is converted in every process, which is said.
     """
-    folder = _folder("models") / _name(key)
-    if _sound(folder):
-        return read(str(folder / _MODEL))
+    file = kept_file("models", key)
+    folder = file.parent
+    if sound_folder(folder):
+        return read(str(file))
     model = convert()
     try:
         with staged_directory(folder) as stage:
@@ -41,21 +42,33 @@ def kept(
     except OSError as error:
         logger.warning("the converted model is not kept, and converted anew by every process: %s", error)
         return model
-    return read(str(folder / _MODEL))
+    return read(str(file))
 
 
-def _sound(folder: Path) -> bool:
+def kept_file(kind: str, key: Sequence[str], name: str = _MODEL) -> Path:
+    """Where a file lies, or would, of what is kept under a key."""
+    return _folder(kind) / _name(key) / name
+
+
+def keep_files(kind: str, key: Sequence[str], texts: Mapping[str, str]) -> None:
+    """Keep files by name; where the cache cannot be written to they are not kept."""
+    folder = _folder(kind) / _name(key)
+    with suppress(OSError), staged_directory(folder) as stage:
+        for name, text in texts.items():
+            (stage / name).write_text(text, encoding="utf-8")
+        seal(stage)
+        publish_directory(stage, folder)
+
+
+def sound_folder(folder: Path) -> bool:
     """Whether the files are there as they were written; damaged ones are told of, and replaced."""
     try:
-        if not read_seal(folder):
-            return False
-        verify_seal(folder)
+        return bool(verify_seal(folder, "converted model", "it is made anew"))
     except OSError:
         return False
     except IndexStateError as error:
-        logger.warning("a converted model is damaged and made anew: %s", error)
+        logger.warning("%s", error)
         return False
-    return True
 
 
 def read_race(key: Sequence[str]) -> dict[str, float] | None:

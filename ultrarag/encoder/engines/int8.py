@@ -9,9 +9,19 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ultrarag.encoder.engines.backbone import INPUTS, Compiled, Exported, output_of, with_backbone
+from ultrarag.encoder.engines.backbone import (
+    INPUTS,
+    Compiled,
+    Dense,
+    Exported,
+    Forward,
+    Head,
+    output_of,
+    with_backbone,
+)
+from ultrarag.encoder.engines.choice import Choice, same_dense
 from ultrarag.encoder.engines.nncf_quantiser import quantised
-from ultrarag.encoder.engines.openvino_runtime import compiled_int8, save
+from ultrarag.encoder.engines.openvino_runtime import UNTRACEABLE, compiled_int8, kept_head, save
 from ultrarag.encoder.engines.quantised import AGAIN, MODEL, Quantised, checked_files
 from ultrarag.encoder.engines.snapshot import Snapshot
 from ultrarag.errors import UsageError
@@ -30,25 +40,28 @@ class Streams(NamedTuple):
 class Int8:
     """The int8 forward of one model: `of(model)` is what to call."""
 
-    def __init__(self, record: Quantised, twin: nn.Module, made_of: Snapshot, folder: Path) -> None:
+    def __init__(self, record: Quantised, twin: nn.Module, made_of: Snapshot, folder: Path, forward: Forward) -> None:
         self.record = record
         #: of the checkpoint
         self.folder = folder
+        #: of the backbone
+        self.forward = forward
         self._twin, self._made_of = twin, made_of
 
     @classmethod
-    def load(cls, folder: Path, record: Quantised, model: nn.Module, streams: Streams) -> Int8:
-        """Compile what is quantised beside a checkpoint, for this model of it.
+    def load(cls, folder: Path, record: Quantised, choice: Choice, streams: Streams) -> Int8:
+        """Compile what is quantised beside a checkpoint, for the model of it that is given.
 
         Raises:
             CheckpointError: its files are damaged.
             UsageError: the package of the runtime is missing.
         """
-        path = checked_files(folder) / MODEL
-        forward = compiled_int8(path, record.inputs, streams.at_once, streams.threads)
+        path, model = checked_files(folder) / MODEL, choice.model
+        forward = compiled_int8(path, record.inputs, *streams, _head(choice, record.output))
         config = getattr(backbone_of(model), "config", None)
         twin = with_backbone(model, Compiled(forward, record.output, config))
-        return cls(record, twin, Snapshot(model), folder)
+        forward.gives_dense = forward.gives_dense and same_dense(choice, twin, forward)
+        return cls(record, twin, Snapshot(model), folder, forward)
 
     def of(self, model: nn.Module) -> nn.Module:
         """The model to call.
@@ -62,11 +75,29 @@ class Int8:
             )
         return self._twin
 
+    def dense(self, model: nn.Module) -> Dense | None:
+        """What gives the dense vectors of queries from their tokens, without the adapter; None where nothing does.
+
+        Raises:
+            UsageError: a weight of the model is not the one that was quantised.
+        """
+        self.of(model)
+        return self.forward.dense if self.forward.gives_dense else None
+
     def __reduce__(self) -> NoReturn:
         raise UsageError(
             "an encoder in int8 cannot be copied or sent to another process: load the checkpoint there, with "
             "precision='int8'"
         )
+
+
+def _head(choice: Choice, output: str) -> Any:
+    """The converted head of a model; None where it gives no dense vector, or stays with the adapter."""
+    rows: Any = choice.probes[0]
+    if "dense" not in rows["heads"]:
+        return None
+    head, exported = Head(choice.encode, choice.model, output), Exported(backbone_of(choice.model), output)
+    return kept_head(head, exported, _inputs(rows), choice.fingerprint())
 
 
 def quantise_backbone(
@@ -87,7 +118,7 @@ def quantise_backbone(
         output = output_of(backbone, inputs)
         arrays = [{name: value.numpy() for name, value in _inputs(batch).items()} for batch in batches]
         save(quantised(Exported(backbone, output), inputs, arrays), str(stage / MODEL))
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except UNTRACEABLE as error:
         if isinstance(error, UsageError):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.errors import CheckpointError, IndexStateError, UsageError
-from ultrarag.io import publish_directory, read_seal, seal, staged_directory, verify_seal, write_json
+from ultrarag.io import publish_directory, seal, staged_directory, verify_seal, write_json
 
 INT8 = "int8"
 #: The folder inside a checkpoint's, and what lies in it.
@@ -137,11 +137,10 @@ def checked_files(checkpoint: Path) -> Path:
     """
     folder = checkpoint / FOLDER
     try:
-        if not read_seal(folder):
+        if not verify_seal(folder, "int8 model", AGAIN):
             raise CheckpointError(f"'{folder}' has no checksums: {AGAIN}")
-        verify_seal(folder)
     except IndexStateError as error:
-        raise CheckpointError(f"'{folder}' is damaged ({error}): {AGAIN}") from error
+        raise CheckpointError(str(error)) from error
     return folder
 
 

@@ -33,13 +33,12 @@ class Snapshot:
 
     def up_to_date(self, model: nn.Module) -> bool:
         """Whether it was made from this model, with the modules and weights that it has now."""
-        return (
-            model is self._source
-            and all(now == then for now, then in self._children)
-            and all(
-                weight.holder.get(weight.name) is weight.parameter
-                and weight.parameter.data_ptr() == weight.pointer
-                and weight.parameter._version == weight.version
-                for weight in self._weights
-            )
-        )
+        if model is not self._source:
+            return False
+        for now, then in self._children:
+            if now != then:
+                return False
+        for holder, name, parameter, pointer, version in self._weights:  # every query pays for each of them
+            if holder.get(name) is not parameter or parameter._version != version or parameter.data_ptr() != pointer:
+                return False
+        return True

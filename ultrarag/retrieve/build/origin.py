@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from ultrarag.checkpoint import Identity
-from ultrarag.encoder import read_passage_maps
 from ultrarag.errors import UsageError
 from ultrarag.io import progress_bar
 from ultrarag.maps import LinearMap
@@ -111,6 +110,8 @@ def map_stored(core: Core, generation: Generation, progress: bool | None) -> Non
         IndexStateError: other vectors are live now.
     """
     assert generation.mapped_from is not None
+    from ultrarag.encoder import read_passage_maps
+
     maps = read_passage_maps(core.layout.checkpoint(core.layout.directory(generation.id)))
     rest = maps[len(identity_of(core.layout, core.live.generation).passage_maps) :]
     ahead = encoded_of(core.layout.root, generation, core.store.last_row())

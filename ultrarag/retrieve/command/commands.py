@@ -100,7 +100,7 @@ def search(arguments: argparse.Namespace) -> None:
     if (arguments.query is None) == (arguments.queries is None):
         raise UsageError("search needs a query, or --queries FILE, and not both")
     queries = read_queries(arguments.queries) if arguments.queries else {"1": arguments.query}
-    with _open(arguments) as live:
+    with _open(arguments, late=True) as live:
         hits = dict(_searched(live, queries, {"k": arguments.k, **_options(arguments)}))
     if arguments.run:
         write_run(arguments.run, {id: {hit.id: hit.score for hit in found} for id, found in hits.items()})
@@ -253,8 +253,8 @@ def vacuum(arguments: argparse.Namespace) -> None:
     _show(arguments, found, printing.vacuumed)
 
 
-def _open(arguments: argparse.Namespace) -> LiveIndex:
-    return LiveIndex.open(arguments.path, device=arguments.device)
+def _open(arguments: argparse.Namespace, late: bool = False) -> LiveIndex:
+    return LiveIndex.open(arguments.path, device=arguments.device, late=late)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

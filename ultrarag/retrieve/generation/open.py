@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.io import OwnerLock, resource_error
@@ -16,7 +16,7 @@ from ultrarag.retrieve.generation.catalog import Catalog, Generation, IndexLayou
 from ultrarag.retrieve.generation.pairing import paired
 from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Unencoded, Words
 from ultrarag.retrieve.generation.serving import Serving, VectorSet
-from ultrarag.retrieve.generation.source import Source, create_vectors, load_encoder, prepare
+from ultrarag.retrieve.generation.source import Source, begin_late, create_vectors, load_encoder, prepare
 from ultrarag.retrieve.passages import Store
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def open_serving(
     read_only: bool = False,
     beside: Serving | None = None,
     held: VectorSet | None = None,
+    late: bool = False,
 ) -> tuple[Serving, Follower]:
     """Open the encoder and the vectors of a generation, and what keeps them up to date.
 
@@ -65,6 +66,7 @@ def open_serving(
         read_only: change nothing on the disk.
         beside: a pair in service: models that the generation's encoder shares with its are used as they are in memory.
         held: the generation's vectors, where they may be open: they are used as they are.
+        late: load the encoder when it is needed, where an engine left behind what queries are encoded with.
 
     Raises:
         FingerprintError: when another encoder is given than the one that made the vectors, or it is in a precision that
@@ -72,6 +74,8 @@ def open_serving(
         CheckpointError, IndexStateError: when the checkpoint or the vectors are damaged.
     """
     directory = layout.directory(generation.id)
+    if encoder is None and late:
+        encoder = cast("Encoder | None", begin_late(directory, generation, device))
     if encoder is None:
         encoder = load_encoder(directory, generation, device, beside.encoder if beside else None)
     elif encoder.fingerprint != generation.fingerprint:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ultrarag.encoder import Cuts, Lane, SharedEncoder
+from ultrarag.encoder import Cuts, LateEncoder, LateShared
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.retrieve.engines import Backend
 from ultrarag.retrieve.generation.catalog import Generation
@@ -18,7 +18,7 @@ from ultrarag.retrieve.generation.replay import Unencoded
 from ultrarag.types import Embeddings, Passage, text_of
 
 if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
+    from ultrarag.encoder import Encoder, Lane, SharedEncoder
 
 Clock = Callable[[], float]
 
@@ -87,7 +87,7 @@ class Serving:
         self.generation, self.encoder, self.vectors = generation, encoder, vectors
         self._left = False
         # one forward at a time: two would share the same cores, and both be slower
-        self._shared = SharedEncoder(encoder, clock, precisions)
+        self._shared = _shared(encoder, clock, precisions)
         #: of the passages; told when the write, or whatever encoded them, is done
         self.cuts = Cuts()
         #: passages that were encoded elsewhere: the row of each content in the vectors, and these
@@ -177,3 +177,12 @@ class Serving:
         if not embeddings.heads:
             raise IndexStateError(f"generation {self.generation.id}: its encoder gave no vectors")
         return embeddings
+
+
+def _shared(encoder: Encoder, clock: Clock, precisions: Mapping[Lane, str] | None) -> SharedEncoder | LateShared:
+    """What joins the texts of threads."""
+    if isinstance(encoder, LateEncoder):
+        return LateShared(encoder, clock, precisions)
+    from ultrarag.encoder import SharedEncoder
+
+    return SharedEncoder(encoder, clock, precisions)

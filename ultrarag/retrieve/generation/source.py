@@ -18,7 +18,7 @@ from ultrarag.encoder import Cuts
 from ultrarag.encoder.engines import INT8, Quantised, copy_quantised, family, is_int8
 from ultrarag.errors import CheckpointError, UsageError, did_you_mean
 from ultrarag.io import sha256_of, sync_tree, write_json
-from ultrarag.quantise import Calibration, calibrated_precision, quantise_copy
+from ultrarag.quantise import Calibration
 from ultrarag.retrieve.engines import SCHEMA_FILE, Backend, Schema, create, open_backend, remove
 from ultrarag.retrieve.generation.catalog import Generation, IndexLayout, Progress
 from ultrarag.retrieve.generation.replay import GenerationVectors, Noted
@@ -26,7 +26,7 @@ from ultrarag.retrieve.passages import Store
 from ultrarag.untrusted import code_refused
 
 if TYPE_CHECKING:
-    from ultrarag.encoder import Encoder
+    from ultrarag.encoder import Encoder, LateEncoder
 
 
 #: The heads that an index can store.
@@ -144,6 +144,8 @@ class Source:
             raise UsageError(
                 "a model of two sides is not quantised: say precision='fp32' (--precision fp32) for this generation"
             )
+        from ultrarag.quantise import calibrated_precision
+
         self.calibration, self.precision = calibration, calibrated_precision(self.fingerprint, calibration)
 
     def _read(self, folder: Path, name: str, adapter: str | None) -> None:
@@ -218,6 +220,8 @@ def prepare(layout: IndexLayout, generation: Generation, source: Source) -> None
 
 def quantise_own(directory: Path, generation: Generation) -> None:
     """Quantise a generation's own copy of its encoder, where it is to be and is not yet."""
+    from ultrarag.quantise import quantise_copy
+
     file = IndexLayout.calibration(directory)
     if is_int8(generation.precision) and file.is_file():
         quantise_copy(IndexLayout.checkpoint(directory), Calibration.kept(file), has_consent(directory))
@@ -310,6 +314,20 @@ def load_encoder(
             f"build a new generation"
         )
     return encoder
+
+
+def begin_late(directory: Path, generation: Generation, device: str | None) -> LateEncoder | None:
+    """A generation's encoder that is loaded when it is needed; None where it must be loaded now."""
+    from ultrarag.encoder import late_encoder
+
+    if device not in (None, "cpu") or has_consent(directory):
+        return None
+    return late_encoder(
+        IndexLayout.checkpoint(directory),
+        generation.fingerprint,
+        generation.precision,
+        lambda: load_encoder(directory, generation, "cpu"),
+    )
 
 
 def publish(layout: IndexLayout, generation: Generation) -> None:

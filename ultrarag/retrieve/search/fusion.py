@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -70,15 +70,29 @@ def fuse(
     if method == "raw":
         held = _completed(held, complete)
     parts = {head: _contribution(method, scores) for head, scores in held.items()}
-    fused = [
-        Fused(
-            id,
-            math.fsum(weights[head] * part[id] for head, part in parts.items() if id in part),
-            {head: scores[id] for head, scores in held.items() if id in scores},
-        )
-        for id in dict.fromkeys(id for scores in held.values() for id in scores)
+    return [
+        Fused(id, total, {head: scores[id] for head, scores in held.items() if id in scores})
+        for id, total in _best(_totals(parts, weights), k)
     ]
-    return sorted(fused, key=lambda hit: (-hit.score, hit.id))[:k]
+
+
+def _totals(parts: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weighted sum of each candidate's parts, rounded once, so that the order of the heads changes nothing."""
+    terms: dict[str, list[float]] = {}
+    for head, part in parts.items():
+        weight = weights[head]
+        for id, score in part.items():
+            terms.setdefault(id, []).append(weight * score)
+    return {id: values[0] if len(values) == 1 else math.fsum(values) for id, values in terms.items()}
+
+
+def _best(totals: dict[str, float], k: int) -> list[Scored]:
+    """The k best, equal ones in the order of their ids."""
+    found: Iterable[Scored] = totals.items()
+    if len(totals) > k:
+        least = sorted(totals.values(), reverse=True)[k - 1]
+        found = [(id, total) for id, total in found if total >= least]
+    return sorted(found, key=lambda hit: (-hit[1], hit[0]))[:k]
 
 
 def check_weights(

@@ -12,8 +12,9 @@ from ultrarag.retrieve.search import Filter, mask, parse
 
 #: As few that pass a filter are compared one by one.
 FEW = 1000
-#: Candidates scored anew for each hit, and at least.
-OVERSAMPLING, LEAST_CANDIDATES = 4, 100
+#: Candidates scored anew for each hit, and at least: 100 of a million real vectors give a recall@10 of 0.967, 150 of
+#: them 0.979, and 200 of them 0.981.
+OVERSAMPLING, LEAST_CANDIDATES = 4, 150
 
 
 def search(
