@@ -344,7 +344,8 @@ TARGETS = (
         Target(f"the same, {what}", "ten_million", limit, at_most, ten_million(*keys), unit)
         for what, limit, at_most, keys, unit in (
             ("build, core minutes", 60, True, ["build", "core minutes"], " min"),
-            ("dense search, p50", 10, True, ["search", "searches", "dense", "p50 ms"], " ms"),
+            ("dense search, p50 by the clock", 10, True, ["search", "searches", "dense", "p50 ms"], " ms"),
+            ("its processor time", 10, True, ["search", "searches", "dense", "processor p50 ms"], " ms"),
             ("its recall@10", 0.95, False, ["search", "searches", "dense", "recall@10"], ""),
         )
     ),
