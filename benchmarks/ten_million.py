@@ -185,6 +185,7 @@ def render(report: dict[str, Any]) -> str:
         f"# {report['passages']:,} passages of {report['dim']} dimensions",
         "",
         f"{report['machine']}, {report['date']}; the processor's time of a search is of all threads.",
+        *(["", report["note"]] if "note" in report else []),
         "",
         "| what | found |",
         "|---|---|",

@@ -199,6 +199,8 @@ class EncoderSettings:
     truncate_dim: int | None = None
     #: of each text's lexical weights only so many are kept, the greatest, when it is encoded; None: all
     max_active_dims: int | None = None
+    #: of a passage's token vectors about so many are merged to one when it is encoded; None: none
+    token_pooling: int | None = None
     #: what the checkpoint declares for other tools, by name: kept when it is saved, used nowhere here
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None

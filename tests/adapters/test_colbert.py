@@ -14,9 +14,11 @@ import torch
 
 from ultrarag import Encoder
 from ultrarag.encoder import find_adapter
-from ultrarag.errors import UsageError
+from ultrarag.encoder.pooling import merged
+from ultrarag.errors import GateError, UsageError
 from ultrarag.finetune import finetune
 from ultrarag.retrieve import LiveIndex
+from ultrarag.retrieve.swap import check_sound
 from ultrarag.scores import colbert_scores
 from ultrarag.testing.tiny import TEXTS
 from ultrarag.testing.tiny_colbert import COLBERT_LAYOUTS, PASSAGE_LENGTH, QUERY_LENGTH, WIDTH, tiny_colbert
@@ -171,7 +173,7 @@ def test_passages_of_other_processes_are_negatives(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[2], found[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "qdrant-edge"])
+@pytest.mark.parametrize("backend", ["numpy", "qdrant-edge", "plaid"])
 def test_index_compares_with_all(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -196,9 +198,56 @@ def test_index_compares_with_all(backend: str, tmp_path: Path, monkeypatch: pyte
             assert [hit.id for hit in index.search("same words", k=k)] == [hit.id for hit in hits[:k]]
         assert [hit.id for hit in index.search("same words", filter={"n": 2})] == ["z2"]
         monkeypatch.setattr("ultrarag.retrieve.search.searcher.MOST_COMPARED", 5)
+        if backend == "plaid":  # which is for any number
+            assert [hit.id for hit in index.search("same words", k=20)] == [hit.id for hit in hits]
+            return
         with pytest.raises(UsageError, match=r"11 passages.*at most 5.*'bm25': 1"):
             index.search("same words")
         assert index.search("same words", weights={"colbert": 1, "bm25": 1}, k=1)[0].id == "z1"
+
+
+def test_codes_are_built_swapped_and_searched_as_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one engine to another, whose vectors become codes; each generation keeps its own."""
+    monkeypatch.setattr("ultrarag.retrieve.engines.plaid.engine.CODED_TOKENS", 300)
+    monkeypatch.setattr("ultrarag.retrieve.engines.plaid.search.FEW", 10)
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny_colbert(model)
+    words = " ".join(TEXTS).split()
+    texts = [" ".join(words[(7 * row + 3 * word) % len(words)] for word in range(9)) for row in range(120)]
+    passages = [Passage(f"p{row}", text, metadata={"n": row}) for row, text in enumerate(texts)]
+    found = lambda: [hit.id for hit in index.search(texts[5], k=20)]  # noqa: E731
+    with LiveIndex.create(tmp_path / "index", Encoder.load(model, device="cpu"), backend="numpy") as index:
+        index.add(passages)
+        exact = found()
+        generation = index.build(model, backend="plaid?bits=4", progress=False)
+        index.swap(generation)
+        assert found() == exact  # few, as the builder sees it
+        index.add([Passage("new", texts[5])])
+        index.delete(["new", "p7"])  # from here on there are codes
+        (file,) = tmp_path.glob("index/generations/*/vectors/coder-*")
+        assert file.parts[-3] == str(generation.id)
+        assert len(set(found()) & set(exact)) >= 16
+        assert {hit.id for hit in index.search(texts[5], filter={"n": {"lt": 3}})} == {"p0", "p1", "p2"}
+        assert len(index.search(texts[5], k=20, exact=True)) == 20
+        core = index._core
+        check_sound(core.live, core.store, core.store.last_seq())  # compares codes with codes
+        core.live.backend.upsert(["p0"], core.live.backend.vectors(["p60"]), [{}])
+        with pytest.raises(GateError, match="colbert vector stored for passage 'p0'"):
+            check_sound(core.live, core.store, core.store.last_seq())
+        core.live.backend.upsert(["p0"], core.live.encode_passages([texts[0]]), [{"n": 0}])
+        second = index.build(model, backend="plaid?bits=2", share=False, progress=False)
+        assert (second.backend, second.id) == ("plaid?bits=2", generation.id + 1)
+        index.swap(second)
+        index.rollback()
+        coded = found()
+        assert len(set(coded) & set(exact)) >= 16
+    with LiveIndex.open(tmp_path / "index") as index:
+        assert index.status()["live"]["backend"] == "plaid?bits=4"
+        assert found() == coded
+        assert index.searcher(generation.id).search(texts[5], k=20).generation == generation.id
 
 
 def test_a_generation_goes_live_and_back(tmp_path: Path) -> None:
@@ -215,3 +264,43 @@ def test_a_generation_goes_live_and_back(tmp_path: Path) -> None:
         assert [(hit.id, hit.score) for hit in index.search("seals sleep")] == before
         with pytest.raises(UsageError, match=r"learns by the stored dense vectors.*colbert"):
             index.refresh(ROWS, output_dir=tmp_path / "out", gate=False, effort="query", **RUN)
+
+
+def test_pooled_passages_have_fewer_tokens_and_are_part_of_the_identity(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny_colbert(model)
+    whole, half = (Encoder.load(model, device="cpu", token_pooling=factor) for factor in (None, 2))
+    texts = [*TEXTS, "seals"]
+    counts = [encoder.encode(texts, "passage", progress=False).mask.sum(1) for encoder in (whole, half)]
+    assert counts[1].tolist() == [-(-count // 2) for count in counts[0].tolist()]
+    queries = [encoder.encode(texts, "query", progress=False).colbert for encoder in (whole, half)]
+    np.testing.assert_array_equal(*queries)
+    found = half.encode(texts, "passage", progress=False)
+    np.testing.assert_allclose(np.linalg.norm(found.colbert, axis=2), found.mask, atol=1e-5)
+    assert whole.fingerprint != half.fingerprint
+    again = Encoder.load(half.save(tmp_path / "saved"), device="cpu")
+    assert again.fingerprint == half.fingerprint
+    assert again.encode(texts, "passage", progress=False).mask.sum(1).tolist() == counts[1].tolist()
+    with LiveIndex.create(tmp_path / "index", again, backend="plaid") as index:
+        index.add([Passage(str(number), text) for number, text in enumerate(TEXTS)])
+        assert index.add([Passage("0", TEXTS[0], metadata={"seen": True})]).metadata == 1
+        held = index._core.live.backend.vectors(["0"])
+        assert held.mask.sum() == counts[1][0]
+        index.swap(index.build(half, share=False, progress=False))
+    with pytest.raises(UsageError, match="token_pooling is 0"):
+        Encoder.load(model, device="cpu", token_pooling=0)
+
+
+def test_the_tokens_that_are_most_alike_become_one() -> None:
+    vectors = np.array([[1, 0], [0, 1], [0.99, 0.02], [0, 0.98], [-1, 0]], np.float32)
+    np.testing.assert_allclose(merged(vectors, 2), [[0.995, 0.01], [0, 0.99], [-1, 0]], atol=1e-6)
+    assert merged(vectors, 1).shape == (5, 2)
+    assert merged(vectors, 9).shape == (1, 2)
+    assert merged(vectors[:0], 2).shape == (0, 2)
+    linkage = pytest.importorskip("scipy.cluster.hierarchy")
+    many = np.random.default_rng(0).normal(size=(40, 6))
+    places = linkage.fcluster(linkage.ward(many), 14, "maxclust")
+    wanted = [many[places == place].mean(0) for place in np.unique(places)]
+    found = merged(many, 3)
+    np.testing.assert_allclose(found[np.lexsort(found.T)], np.array(wanted)[np.lexsort(np.array(wanted).T)], atol=1e-9)

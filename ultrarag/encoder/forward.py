@@ -15,6 +15,7 @@ from ultrarag.encoder.cuts import Cuts
 from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
 from ultrarag.encoder.engines import Dense, Engine, Forward, Int8, Quantised
 from ultrarag.encoder.load import checked_device, checked_precision, dtype_of
+from ultrarag.encoder.pooling import pooled
 from ultrarag.encoder.sides import Sides
 from ultrarag.encoder.tokens import (
     batches_by_tokens,
@@ -202,7 +203,7 @@ class TokenEncoder:
             results = one_ahead(start, batches)
         parts, order = [], []
         for rows, part in results:
-            parts.append(part)
+            parts.append(self._pooled(part, tokens.kind))
             order.extend(rows)
             if on_batch:
                 on_batch(len(rows))
@@ -260,6 +261,13 @@ class TokenEncoder:
         """Without the smaller lexical weights of a text that has more than `max_active_dims`; training has them all."""
         most = self.settings.max_active_dims
         return found if most is None or found.sparse is None else replace(found, sparse=greatest(found.sparse, most))
+
+    def _pooled(self, found: Embeddings, kind: Kind | None) -> Embeddings:
+        """With fewer token vectors of passages, where `token_pooling` says so; training has them all."""
+        factor = self.settings.token_pooling
+        if factor is None or kind == "query":
+            return found
+        return pooled(found, factor, self.settings.normalize is not False)
 
     def checked_heads(self, heads: Sequence[str] | None) -> tuple[str, ...]:
         if heads is None:

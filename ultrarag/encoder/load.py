@@ -49,6 +49,8 @@ def override_settings(settings: EncoderSettings, changes: dict[str, Any]) -> Non
     for name, value in changes.items():
         if name not in known:
             raise UsageError(f"Encoder.load has no argument '{name}'{did_you_mean(name, known)}")
+        if name == "token_pooling" and value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"token_pooling is {value!r}; it is a whole number above 0, of vectors that become one")
         if value is not None:
             setattr(settings, name, value)
 

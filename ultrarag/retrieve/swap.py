@@ -13,6 +13,7 @@ import numpy as np
 from ultrarag.errors import GateError, IndexStateError, UsageError
 from ultrarag.evaluation import DEFAULT_METRICS, Qrels, Searchable, Verdict, evaluate
 from ultrarag.retrieve.core import Core
+from ultrarag.retrieve.engines import kept
 from ultrarag.retrieve.generation import Follower, Generation, Serving
 from ultrarag.retrieve.passages import Store
 from ultrarag.retrieve.search import Searcher
@@ -154,11 +155,17 @@ def _check_values(serving: Serving, passages: list[Passage], held: Embeddings) -
 
 
 def _check_canaries(serving: Serving, passages: list[Passage], held: Embeddings) -> Embeddings:
-    """Encode some passages again, whose stored vectors must be the same; return what the encoder gave."""
+    """Encode some passages again, whose stored vectors must be the same; return what the encoder gave.
+
+    Codes may differ from those stored by as much as codes differ from vectors.
+    """
     fresh = serving.encode_passages([passage.encodable for passage in passages])
+    coded = kept(serving.backend, fresh)
     for row, passage in enumerate(passages):
-        for head, difference in _differences(held[row : row + 1], fresh[row : row + 1]).items():
-            if not difference <= TOLERANCE:
+        one = slice(row, row + 1)
+        lost = _differences(coded[one], fresh[one])
+        for head, difference in _differences(held[one], coded[one]).items():
+            if not difference <= TOLERANCE + lost[head]:
                 raise _refused(
                     serving,
                     f"the {head} vector stored for passage '{passage.id}' is not the one that the encoder gives "

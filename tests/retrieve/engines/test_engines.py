@@ -376,6 +376,7 @@ def test_what_was_flushed_survives_a_crash(name: str, tmp_path: Path) -> None:
         ("numpy", 20),
         ("bm25", 12),
         ("ivf", 20),
+        ("plaid", 20),
         ("qdrant-edge", 12),
         pytest.param("qdrant-edge", 4, marks=pytest.mark.long),
     ],

@@ -102,8 +102,10 @@ class Backend(Protocol):
         """The k passages that share a token id with the query, by inner product of their lexical weights; exact."""
         ...
 
-    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
-        """The k passages with the highest MaxSim with query tokens, (tokens, dim); exact: compares with all.
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
+        """The k passages with the highest MaxSim with query tokens, (tokens, dim); compares with all.
+
+        One that has `finds_tokens` compares with the best candidates, and with all where `exact`.
 
         None for a query without tokens, and none of the passages that have no tokens.
         """

@@ -9,6 +9,12 @@ from ultrarag.retrieve.engines.base import Backend
 from ultrarag.types import Embeddings
 
 
+def kept(backend: Backend, embeddings: Embeddings) -> Embeddings:
+    """What an engine would give for these once they are stored: the same, where it keeps no codes."""
+    found: Embeddings = backend.kept(embeddings) if hasattr(backend, "kept") else embeddings
+    return found
+
+
 def held_vectors(backend: Backend, ids: Sequence[str]) -> tuple[list[str], Embeddings]:
     """The ids that an engine has vectors of, and these; the few that it lacks are found by halving."""
     try:

@@ -118,7 +118,7 @@ class NumpyBackend:
         return self._best(scores[rows], rows, k)
 
     @_locked
-    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """Compare with every passage that passes the filter, one at a time: equal passages get equal scores."""
         k, query = check_k(k), token_query(self.schema, tokens)
         rows = np.array([row for row in np.flatnonzero(self._passing(filter)) if len(self._tokens[row])], np.int64)

@@ -18,6 +18,7 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.packages import install
@@ -30,7 +31,11 @@ BACKENDS = {
     "qdrant-edge": "ultrarag.retrieve.engines.qdrant.embedded:QdrantEdge",
     "numpy": "ultrarag.retrieve.engines.numpy_engine:NumpyBackend",
     "ivf": "ultrarag.retrieve.engines.ivf.engine:IVF",
+    "plaid": "ultrarag.retrieve.engines.plaid.engine:Plaid",
 }
+
+#: What an embedded engine may be told, behind its name (plaid?bits=4), and the values of each option.
+OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {"plaid": {"bits": (2, 3, 4)}}
 
 #: The same for servers, by the scheme of their URI.
 SERVERS = {
@@ -98,7 +103,7 @@ def create(directory: str | Path, schema: Schema, backend: str | None = None) ->
     if is_uri(name):
         made: Backend = _server(name).create_at(Path(directory), schema, name)
         return made
-    return _load(name).create(Path(directory), schema)
+    return _load(name).create(Path(directory), schema, **_options(name))
 
 
 def open_backend(
@@ -120,7 +125,7 @@ def open_backend(
     if is_uri(name):
         opened: Backend = _server(name).open_at(Path(directory), schema, name, read_only)
         return opened
-    return _load(name).open(Path(directory), schema, verify, read_only)
+    return _load(name).open(Path(directory), schema, verify, read_only, **_options(name))
 
 
 def remove(directory: str | Path) -> None:
@@ -141,11 +146,37 @@ def check_backend(name: str) -> None:
     if is_uri(name):
         parse_uri(name)
         _server(name)
-    elif name not in BACKENDS:
+    elif _engine(name) in BACKENDS:
+        _options(name)
+    else:
         raise UsageError(
-            f"no backend '{name}'{did_you_mean(name, BACKENDS)}; known: {', '.join(BACKENDS)}, and URIs such as "
-            f"qdrant://localhost:6333 and milvus://localhost:19530"
+            f"no backend '{name}'{did_you_mean(_engine(name), BACKENDS)}; known: {', '.join(BACKENDS)}, and URIs such "
+            f"as qdrant://localhost:6333 and milvus://localhost:19530"
         )
+
+
+def _engine(name: str) -> str:
+    return name.partition("?")[0]
+
+
+def _options(name: str) -> dict[str, Any]:
+    """The options behind the name of an embedded engine; of one that has any, also the whole name.
+
+    Raises:
+        UsageError: there is no such option, or it does not have that value.
+    """
+    engine, _, query = name.partition("?")
+    known, found = OPTIONS.get(engine, {}), {}
+    for option, value in parse_qsl(query, keep_blank_values=True):
+        if option not in known:
+            raise UsageError(
+                f"'{name}': the engine '{engine}' has no option '{option}'{did_you_mean(option, known)}; "
+                f"known: {', '.join(known) or 'none'}"
+            )
+        if value not in map(str, known[option]):
+            raise UsageError(f"'{name}': {option} is '{value}'; it must be {' or '.join(map(str, known[option]))}")
+        found[option] = int(value)
+    return {**found, "name": name} if known else {}
 
 
 def _server(uri: str) -> Any:
@@ -156,10 +187,9 @@ def _server(uri: str) -> Any:
         raise UsageError(f"'{uri}' needs {error.name}: {install(CLIENTS[engine])}") from error
 
 
-def _load(name: str) -> type[Backend]:
+def _load(name: str) -> Any:
     check_backend(name)
-    loaded: type[Backend] = _imported(BACKENDS[name])
-    return loaded
+    return _imported(BACKENDS[_engine(name)])
 
 
 def _imported(place: str) -> Any:

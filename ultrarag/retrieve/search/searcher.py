@@ -101,7 +101,10 @@ class Searcher:
         return Hits(hits, generation=self._serving.generation.id, fingerprint=self._serving.fingerprint)
 
     def _plan(self, options: dict[str, Any]) -> SearchPlan:
-        return plan(SearchOptions.of(options), self._serving.heads, self._bm25 is not None)
+        found = plan(SearchOptions.of(options), self._serving.heads, self._bm25 is not None)
+        if found.source is None or not self._finds_tokens:
+            return found
+        return replace(found, source=None, depth=found.k if found.mmr is None else found.depth)
 
     def _search(self, chosen: SearchPlan, query: Embeddings | None, text: str) -> Hits:
         """The k best, or out of the best those that are unlike each other."""
@@ -154,19 +157,27 @@ class Searcher:
         search = self._retrievers(chosen, query, text, more)
         names = [head for head in (*chosen.heads, chosen.source) if head and head != "colbert"]
         lists = {name: search[name]() for name in names}
-        if "colbert" in chosen.heads and self._compares_all(names):
+        if "colbert" in chosen.heads and self._finds_itself(names):
             lists["colbert"] = search["colbert"]()
         elif "colbert" in chosen.heads:
             found = list(dict.fromkeys(id for scored in lists.values() for id, _ in scored))
             lists["colbert"] = _scored(self._scorers(query, text)["colbert"], found)
         return {head: lists[head] for head in chosen.heads}
 
-    def _compares_all(self, others: Sequence[str]) -> bool:
-        """Whether ColBERT finds its passages itself: in an index of its vectors alone, up to MOST_COMPARED passages.
+    @property
+    def _finds_tokens(self) -> bool:
+        """Whether the engine finds candidates for ColBERT, among any number of passages."""
+        return bool(getattr(self._serving.backend, "finds_tokens", False))
+
+    def _finds_itself(self, others: Sequence[str]) -> bool:
+        """Whether ColBERT finds its passages itself: where the engine finds candidates, and in an index of its vectors
+        alone, up to MOST_COMPARED passages.
 
         Raises:
             UsageError: there are more, and nothing else that is searched gives candidates.
         """
+        if self._finds_tokens:
+            return True
         if any(head in SOURCES for head in self._serving.heads):
             return False
         held = self._store.count()
@@ -174,7 +185,8 @@ class Searcher:
             raise UsageError(
                 f"the index holds {held:,} passages and late interaction (colbert) alone is compared with at most "
                 f"{MOST_COMPARED:,}: let BM25 give the candidates (weights={{'colbert': 1, 'bm25': 1}}; "
-                "--weights colbert=1,bm25=1), or search a dense model's index and rerank with it"
+                "--weights colbert=1,bm25=1), build a generation with the engine 'plaid', which finds them itself "
+                "(backend='plaid', --backend plaid), or search a dense model's index and rerank with it"
             )
         return held <= MOST_COMPARED
 
@@ -197,7 +209,7 @@ class Searcher:
             search["sparse"] = lambda: backend.search_sparse(ids, weights, depth, chosen.filter)
         if query is not None and query.colbert is not None:
             tokens = query.colbert[0][query.mask[0].astype(bool)]
-            search["colbert"] = lambda: _search_tokens(backend, tokens, depth, chosen.filter)
+            search["colbert"] = lambda: _search_tokens(backend, tokens, depth, chosen.filter, chosen.exact)
         if (bm25 := self._bm25) is not None:
             search[BM25_HEAD] = lambda: bm25.search(text, depth, chosen.filter)
         return search
@@ -258,12 +270,13 @@ def _above(
     return {head: [(id, value) for id, value in scored if id in passing] for head, scored in lists.items()}, known
 
 
-def _search_tokens(backend: Any, tokens: Any, depth: int, filter: Filter) -> list[Scored]:
+def _search_tokens(backend: Any, tokens: Any, depth: int, filter: Filter, exact: bool) -> list[Scored]:
     search = getattr(backend, "search_tokens", None)
     if search is None:
         raise UsageError(
             f"the vector engine {type(backend).__name__} has no 'search_tokens', so late interaction (colbert) needs "
-            "candidates from another head: use the engine qdrant-edge or numpy, or weights={'colbert': 1, 'bm25': 1}"
+            "candidates from another head: use the engine plaid, qdrant-edge or numpy, or "
+            "weights={'colbert': 1, 'bm25': 1}"
         )
-    found: list[Scored] = search(tokens, depth, filter)
+    found: list[Scored] = search(tokens, depth, filter, exact)
     return found

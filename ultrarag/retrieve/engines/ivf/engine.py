@@ -131,7 +131,7 @@ class IVF:
         """See the engine that holds the lexical weights."""
         return self._other("sparse").search_sparse(token_ids, weights, k, filter)
 
-    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """See the engine that holds the token vectors."""
         return self._other("colbert").search_tokens(tokens, k, filter)
 

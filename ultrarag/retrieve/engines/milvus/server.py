@@ -113,7 +113,7 @@ class MilvusServer(MilvusConnection, ServerBackend):
 
         return [(id, score) for id, score in through_ties(search, k) if score > 0]
 
-    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """Refuse: token vectors are kept to score given passages, and the server cannot compare with all.
 
         Raises:

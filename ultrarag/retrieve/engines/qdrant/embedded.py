@@ -162,7 +162,7 @@ class QdrantEdge:
             return []
         return through_ties(lambda hits: self._search(sparse_vector(query), "sparse", hits, filter, None), k)
 
-    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """Compare with all; the engine adds over the query's tokens, the mean is taken here."""
         k, query = check_k(k), token_query(self.schema, tokens)
         if not len(query):

@@ -99,7 +99,7 @@ class QdrantServer(QdrantConnection, ServerBackend):
         hits = through_ties(lambda hits: self._search(_sparse(query), "sparse", hits, filter, None), k)
         return [(id, score) for id, score in hits if score > 0]
 
-    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
+    def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """Compare with all; the engine adds over the query's tokens, the mean is taken here."""
         k, query = check_k(k), token_query(self.schema, tokens)
         if not len(query):
