@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from ultrarag.errors import DataError, ExistsError, FingerprintError, IndexState
 from ultrarag.retrieve import Hits, Written, evaluate, jsonable, rerank
 from ultrarag.retrieve.build import start
 from ultrarag.retrieve.build.child import Build
-from ultrarag.retrieve.generation import Generation
+from ultrarag.retrieve.generation import Follower, Generation, Serving
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.shared import link as link_module
 from ultrarag.types import Embeddings, Passage
@@ -538,10 +539,28 @@ def test_given_vectors_must_be_what_the_encoder_could_make(live: LiveIndex, tiny
     assert len(live) == 0
     assert live.add(corpus(2), embeddings=good, fingerprint=tiny.passage_fingerprint) == Written(added=2)
     mixed = live._core.live.encode_passages
-    with live._core.live.giving({"b": good[:1]}):
+    with live._core.live.giving({"b": 0}, good[:1]):
         found = mixed(["a", "b", "c"])
     np.testing.assert_allclose(found.dense[1], good.dense[0])
     np.testing.assert_allclose(found.dense[[0, 2]], tiny.encode(["a", "c"]).dense, atol=1e-5)
+
+
+def test_of_vectors_that_were_given_a_kill_loses_few(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ultrarag.retrieve.core.MOST_GIVEN", 4)
+    monkeypatch.setattr(Follower, "_flush_pays", lambda self: False)
+    texts = [f"text {n}" for n in range(7)]
+    vectors, asked = tiny.encode(texts), []
+    with LiveIndex.create(tmp_path / "index", tiny, backend="numpy") as live:
+        for rows in (slice(0, 3), slice(3, 5), slice(5, 7)):
+            passages = [{"id": text, "text": text} for text in texts[rows]]
+            live.add(passages, embeddings=vectors[rows], fingerprint=tiny.fingerprint)
+        assert live._core.vectors.pending == 2
+        shutil.copytree(tmp_path / "index", tmp_path / "killed", ignore=shutil.ignore_patterns("owner.lock"))
+    encode = Serving.encode_passages
+    monkeypatch.setattr(Serving, "encode_passages", lambda self, some: asked.extend(some) or encode(self, some))
+    with LiveIndex.open(tmp_path / "killed", tiny) as live:
+        assert asked == texts[5:]
+        np.testing.assert_allclose(live.vectors(texts).dense, vectors.dense, atol=1e-5)
 
 
 def test_values_of_python_become_metadata(live: LiveIndex) -> None:

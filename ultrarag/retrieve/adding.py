@@ -75,7 +75,7 @@ def _write(
         _check_encoder(core.live, fingerprint)
         return core.store.write(chunk, on_existing)
 
-    return core.write(change, {record.passage.content: given[row : row + 1] for row, record in enumerate(chunk)})
+    return core.write(change, ({record.content: row for row, record in enumerate(chunk)}, given))
 
 
 def _check_encoder(serving: Serving, fingerprint: str) -> None:

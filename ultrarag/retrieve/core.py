@@ -53,6 +53,8 @@ logger = logging.getLogger("ultrarag")
 _Result = TypeVar("_Result")
 #: The named value with the output folder of a refresh that was begun: what it left when it was killed is removed.
 REFRESHING = "refreshing"
+#: Vectors that were given and may be lost in a kill: the log has texts, which are encoded then, minutes for 100,000.
+MOST_GIVEN = 4096
 
 
 class Bridging(Protocol):
@@ -256,18 +258,22 @@ class Core:
             raise IndexStateError(f"'{self.layout.root}' was closed; open it again")
         return serving
 
-    def write(self, change: Callable[[], _Result], given: Mapping[str, Embeddings] | None = None) -> _Result:
+    def write(
+        self, change: Callable[[], _Result], given: tuple[Mapping[str, int], Embeddings] | None = None
+    ) -> _Result:
         """Make a durable change to the store, then bring vectors and words up to date with it.
 
         Args:
-            given: the vectors of texts, a row each, which need not be encoded then.
+            given: the rows of contents in vectors, and these: they need not be encoded then.
         """
         with self.leading(), self.writing:
             _ = self.live
             result = change()
             try:
-                with self.live.giving(given or {}):
+                with self.live.giving(*(given or ({}, Embeddings()))):
                     self.catch_up()
+                if given is not None and self.vectors.pending >= MOST_GIVEN:
+                    self.vectors.flush()
             except (UltraragError, OSError, RuntimeError, MemoryError) as error:
                 raise IndexStateError(
                     f"the write is stored and will not be lost, but it cannot be searched yet: {error}; the next "

@@ -23,6 +23,8 @@ logger = logging.getLogger("ultrarag")
 
 #: Passages whose stored vectors are looked at, and those of them that are encoded again.
 SAMPLE, CANARIES = 256, 8
+#: Passages up to which such a one is compared with all: of ten million, 15 GB are read for each.
+MOST_COMPARED = 1_000_000
 #: The share of passages that a new encoder may fail on, each of which is listed.
 MOST_UNENCODED = 0.01
 #: How far stored vectors may be from those of the encoder: bf16 moves components by some 0.005.
@@ -173,9 +175,9 @@ def _check_canaries(serving: Serving, passages: list[Passage], held: Embeddings)
 
 
 def _check_found(serving: Serving, passage: Passage, vector: np.ndarray) -> None:
-    """No hit of an exact search may be better than the best, and the passage's own score must be as stored."""
+    """No hit may be better than the passage itself: none of all, or of very many none that a search finds."""
     own = float(serving.backend.score_dense(vector, [passage.id])[0])
-    best = serving.backend.search_dense(vector, 10, exact=True)
+    best = serving.backend.search_dense(vector, 10, exact=serving.backend.count() <= MOST_COMPARED)
     if not best or (serving.encoder.settings.normalize and best[0][1] > own + TOLERANCE):
         raise _refused(serving, f"passage '{passage.id}' is not found by its own vector")
 

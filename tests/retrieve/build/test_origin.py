@@ -19,6 +19,7 @@ from ultrarag.packages import install
 from ultrarag.retrieve.build import child, start
 from ultrarag.retrieve.build.origin import mapped
 from ultrarag.retrieve.engines import registry
+from ultrarag.retrieve.engines.numpy_engine import NumpyBackend
 from ultrarag.retrieve.generation import Catalog
 from ultrarag.retrieve.generation import open as opening
 from ultrarag.retrieve.live import LiveIndex
@@ -343,3 +344,22 @@ def test_a_real_encoder_with_every_head(live: LiveIndex, tiny, other, child_of_t
     live.add(corpus(2, 9))
     live.rollback()
     assert_complete(live, 11)
+
+
+@pytest.mark.parametrize(("most", "exact"), [(1_000_000, True), (3, False)])
+def test_a_swap_compares_passages_with_all_only_where_there_are_not_very_many(
+    most: int, exact: bool, kb: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultrarag.retrieve.swap.MOST_COMPARED", most)
+    generation, asked = kb.build(StandIn(2)), []  # type: ignore[arg-type]
+    search = NumpyBackend.search_dense
+
+    def searching(self, vector, k, filter=None, exact=False):
+        asked.append(exact)
+        return search(self, vector, k, filter, exact)
+
+    monkeypatch.setattr(NumpyBackend, "search_dense", searching)
+    kb.swap(generation)
+    assert set(asked) == {exact}
+    monkeypatch.undo()
+    check(kb)

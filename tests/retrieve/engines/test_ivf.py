@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from tests.retrieve.engines.test_engines import DIM, SCHEMA, embed, langs, names, small_partitions
 from ultrarag.errors import IndexStateError, ResourceError, UsageError
 from ultrarag.retrieve.engines import Schema, create, open_backend
+from ultrarag.retrieve.engines.ivf import engine, lookup
 from ultrarag.types import Embeddings
 
 pytest.importorskip("faiss")
@@ -67,6 +69,40 @@ def test_codes_that_were_not_written_are_made_again(tmp_path: Path, monkeypatch:
         path.write_bytes(b"no codes")
     with pytest.raises(IndexStateError, match="lists-"):
         open_backend(tmp_path / "index")
+
+
+def test_codes_are_written_as_they_grow_so_that_a_kill_costs_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LEAST_SAVED", 400)
+    monkeypatch.setattr(engine, "EXACT_ROWS", 500)
+    vectors, backend = filled(tmp_path / "index", 1000)
+    backend.flush()
+    held = [path.name for path in (tmp_path / "index").glob("lists-*")]
+    assert len(held) == 1
+    backend.upsert(["one more"], Embeddings(dense=vectors[:1]), [{}])
+    backend.flush()
+    assert [path.name for path in (tmp_path / "index").glob("lists-*")] == held
+    copy = shutil.copytree(tmp_path / "index", tmp_path / "killed", ignore=shutil.ignore_patterns("*.lock"))
+    wanted = backend.search_dense(vectors[0], 5)
+    backend.close()
+    monkeypatch.setattr(engine, "_coded", lambda table: pytest.fail("all codes are made again"))
+    again = open_backend(copy)
+    assert again.search_dense(vectors[0], 5) == wanted
+    again.close()
+
+
+def test_long_runs_are_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "TAIL_ROWS", 100)
+    monkeypatch.setattr(lookup, "MOST_ROWS", 400)
+    vectors, backend = filled(tmp_path / "index", 2000)
+    runs = [run.last - run.first for run in backend._table.lookup.runs]
+    assert sum(runs) > 1900
+    assert len(runs) >= 4
+    assert max(runs) <= 500  # what one call wrote is one run
+    assert backend._table.find(names(2000)) == list(range(2000))
+    assert len(backend.search_dense(vectors[0], 2000, {"lang": "zh"})) == 200
+    backend.close()
 
 
 def test_codes_of_an_older_engine_are_made_anew(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 from ultrarag.errors import DataError, IndexStateError
 from ultrarag.retrieve.generation.catalog import Catalog
 from ultrarag.retrieve.passages.files import records
+from ultrarag.retrieve.passages.listing import delete_matching
 from ultrarag.retrieve.passages.store import DATABASE_FILE, Store, Written
+from ultrarag.retrieve.search import parse
 from ultrarag.types import Passage
 
 
@@ -248,3 +250,78 @@ def test_the_file_is_written_durably(store: Store) -> None:
     for durable, synchronous in ((False, 1), (False, 1), (True, 2), (False, 1), (True, 2)):  # NORMAL, FULL
         with store.database.transaction(durable) as db:
             assert db.execute("PRAGMA synchronous").fetchone()[0] == synchronous
+
+
+COUNTED = "SELECT count(*) FROM passages WHERE deleted = 0"
+
+
+def counted(store: Store) -> int:
+    with store.database.reading() as db:
+        (wanted,) = db.execute(COUNTED).fetchone()
+    assert store.count() == wanted
+    return int(wanted)
+
+
+def test_the_number_of_passages_is_kept_whatever_is_written(store: Store) -> None:
+    assert counted(store) == 0
+    write(store, *(Passage(str(n), f"text {n}", metadata={"n": n}) for n in range(10)))
+    assert counted(store) == 10
+    write(store, Passage("1", "another text"), Passage("2", "text 2", metadata={"n": 0}), Passage("new", "new"))
+    assert counted(store) == 11
+    store.delete(["1", "2", "no such"])
+    assert counted(store) == 9
+    write(store, Passage("1", "there again"))
+    delete_matching(store, parse({"n": {"gte": 8}}))
+    assert counted(store) == 8
+    with pytest.raises(IndexStateError), store.database.transaction() as db:
+        db.execute("UPDATE passages SET deleted = 1").execute("no SQL")
+    assert counted(store) == 8
+    store.forget(store.last_seq())
+    assert counted(store) == 8
+
+
+def test_counting_passages_does_not_read_them(store: Store) -> None:
+    write(store, *(Passage(str(n), f"text {n}") for n in range(3)))
+    steps: list[str] = []
+    with store.database.reading() as db:
+        db.set_trace_callback(steps.append)
+        store.count()
+        db.set_trace_callback(None)
+    store.count()
+    reader = Store.open(store.database.path.parent, read_only=True)
+    with reader.database.reading() as db:
+        db.set_trace_callback(steps.append)
+    assert reader.count() == 3
+    reader.close()
+    assert steps
+    assert not any("count(" in step or "FROM passages" in step for step in steps)
+
+
+def test_an_older_file_gets_its_number_of_passages_when_it_is_opened(tmp_path: Path) -> None:
+    store = Store.create(tmp_path)
+    write(store, *(Passage(str(n), f"text {n}") for n in range(5)))
+    store.delete(["3"])
+    with store.database.transaction() as db:  # as it was before files counted
+        for name in ("counted_new", "counted_changed", "counted_gone"):
+            db.execute(f"DROP TRIGGER {name}")
+        db.execute("DROP TABLE counted")
+    store.close()
+    reader = Store.open(tmp_path, read_only=True)
+    assert reader.count() == 4
+    store = Store.open(tmp_path)
+    assert counted(store) == 4
+    write(store, Passage("6", "six"))
+    assert counted(store) == reader.count() == 5
+    reader.close()
+    store.close()
+
+
+def test_words_and_vectors_read_the_log_once(store: Store) -> None:
+    write(store, Passage("1", "one"), Passage("2", "two"))
+    first = store.changes(0, 10)
+    assert store.changes(0, 10) is first
+    assert store.changes(0, 1) != first
+    write(store, Passage("1", "eins"))
+    found = store.changes(0, 10)
+    assert found is not None
+    assert {passage.text for passage in found.content} == {"eins", "two"}

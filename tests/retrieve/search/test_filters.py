@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -93,6 +94,16 @@ def test_errors_name_the_key(filter: object, message: str) -> None:
 def test_metadata_must_be_json(value: object) -> None:
     with pytest.raises(DataError, match="'a"):
         facts({"a": value})
+
+
+def test_facts_are_remembered_by_type_too() -> None:
+    for _ in range(2):
+        kinds = {json.dumps(value): facts({"a": value}) for value in (True, 1, 1.0, "1", False, 0, "true")}
+        assert kinds["1"] == kinds["1.0"] != kinds["true"]
+        assert len({str(found) for found in kinds.values()}) == 6
+        assert facts({"a": 1})[0] == ('?"a"', 1.0)
+        long = facts({"a": "x" * 1000})
+        assert facts({"a": "x" * 1000}) == long != facts({"a": "x" * 999})
 
 
 def _random_value(rng: random.Random, depth: int = 0) -> object:

@@ -34,10 +34,11 @@ class Batch:
         numbers, rows = self.vocabulary.numbers(texts)
         self.ids += ids
         self._tokens.append((numbers, rows + base))
-        found = [(self.vocabulary.facts[fact], row, number) for row, of in enumerate(facts) for fact, number in of]
-        if found:
-            columns = np.array(found, np.float64).T
-            self._facts.append((columns[0].astype(np.int32), columns[1].astype(np.int64) + base, columns[2]))
+        known, counts = self.vocabulary.facts, [len(of) for of in facts]
+        if sum(counts):
+            held = np.array([known[fact] for of in facts for fact, _ in of], np.int32)
+            values = np.array([number for of in facts for _, number in of], np.float64)
+            self._facts.append((held, np.repeat(np.arange(len(facts)), counts) + base, values))
 
     def extend(self, other: Batch) -> None:
         """Add the passages of another batch of the same vocabulary."""

@@ -241,6 +241,11 @@ class Follower:
         self.flushed = self.applied
         self._flush_cost, self._spent = time.perf_counter() - started, 0.0
 
+    @property
+    def pending(self) -> int:
+        """Entries of the log that the target holds, and not durably."""
+        return self.applied - self.flushed
+
     def _apply(self, changes: Changes) -> None:
         self._target.delete(changes.deleted)
         self._target.put_metadata(changes.metadata)
@@ -248,5 +253,4 @@ class Follower:
 
     def _flush_pays(self) -> bool:
         """The numpy engine writes everything on each flush: the larger it is, the less often."""
-        pending = self.applied - self.flushed
-        return pending >= FLUSH_FROM and self._flush_cost <= FLUSH_SHARE * self._spent
+        return self.pending >= FLUSH_FROM and self._flush_cost <= FLUSH_SHARE * self._spent

@@ -90,8 +90,8 @@ class Serving:
         self._shared = _shared(encoder, clock, precisions)
         #: of the passages; told when the write, or whatever encoded them, is done
         self.cuts = Cuts()
-        #: vectors of passages that were encoded elsewhere, by their contents
-        self._given: Mapping[str, Embeddings] = {}
+        #: passages that were encoded elsewhere: the row of each content in the vectors, and these
+        self._given: tuple[Mapping[str, int], Embeddings] = {}, Embeddings()
         self._idle = threading.Condition()
         self._users, self._retiring = 0, False
 
@@ -147,27 +147,31 @@ class Serving:
 
     def encode_passages(self, texts: Sequence[str | Passage]) -> Embeddings:
         """Encode passages with all heads stored, a few at a time, so that queries come in between."""
-        given = self._given
-        missing = [text for text in texts if text_of(text) not in given]
-        if not given or len(missing) == len(texts):
-            return self._checked(self._shared.encode(texts, "passage", heads=self.heads, cuts=self.cuts))
-        parts = [given[content] for text in texts if (content := text_of(text)) in given]
-        if missing:
-            parts.append(self._checked(self._shared.encode(missing, "passage", heads=self.heads, cuts=self.cuts)))
-        order = np.argsort(np.array([text_of(text) not in given for text in texts]), kind="stable")
-        return Embeddings.cat(parts)[np.argsort(order)]
+        held, vectors = self._given
+        rows = np.array([held.get(text_of(text), -1) for text in texts])
+        missing = [text for text, row in zip(texts, rows.tolist(), strict=True) if row < 0]
+        if not missing and len(texts):
+            return vectors[rows]
+        fresh = self._checked(self._shared.encode(missing, "passage", heads=self.heads, cuts=self.cuts))
+        if len(missing) == len(texts):
+            return fresh
+        order = np.argsort(rows < 0, kind="stable")
+        return Embeddings.cat([vectors[rows[rows >= 0]], fresh])[np.argsort(order)]
 
     @contextmanager
-    def giving(self, vectors: Mapping[str, Embeddings]) -> Iterator[None]:
-        """Take the vectors of passages with these contents as they are, instead of encoding them, for a block.
+    def giving(self, rows: Mapping[str, int], vectors: Embeddings) -> Iterator[None]:
+        """Take the vectors of passages as they are, instead of encoding them, for a block.
 
         They are what this encoder gives, by the word of whoever has them: one thread at a time writes.
+
+        Args:
+            rows: the row of each content in `vectors`.
         """
-        self._given = vectors
+        self._given = rows, vectors
         try:
             yield
         finally:
-            self._given = {}
+            self._given = {}, Embeddings()
 
     def _checked(self, embeddings: Embeddings) -> Embeddings:
         if not embeddings.heads:

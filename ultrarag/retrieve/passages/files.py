@@ -224,6 +224,8 @@ def _text(value: Any, field: str, place: str) -> str:
 
 #: The names under which a mapping may give each field; the layouts of BEIR and of pyserini are among them.
 FIELDS = {"id": ("id", "_id"), "text": ("text", "contents"), "title": ("title",), "metadata": ("metadata",)}
+#: Metadata as it is stored.
+_ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False).encode
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,11 @@ class Record:
     def passage(self) -> Passage:
         """The passage as a user sees it."""
         return Passage(self.id, self.text, self.title, json.loads(self.metadata))
+
+    @property
+    def content(self) -> str:
+        """What is encoded."""
+        return Passage(self.id, self.text, self.title).content
 
 
 def records(passages: Iterable[Passage | Mapping[str, Any]]) -> Iterator[Record]:
@@ -320,7 +327,7 @@ def metadata_text(id: str, metadata: Any) -> str:
         raise DataError(f"passage {id!r}: 'metadata' is {type(metadata).__name__}; it must be a mapping")
     try:
         facts(metadata)  # engines could not filter by what this refuses
-        text = json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True, allow_nan=False)
+        text = _ENCODE(dict(metadata))
     except (DataError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"passage {id!r}: {error}") from error
     _check_text(id, "metadata", text)

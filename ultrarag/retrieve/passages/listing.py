@@ -62,9 +62,7 @@ def count_matching(store: Store, node: Node | None) -> int:
 def delete_matching(store: Store, node: Node | None) -> int:
     """Delete the passages that pass a filter in one transaction; return how many there were."""
     with store.database.transaction() as db:
-        gone = delete_rows(db, [match.id for match in _matching(db, node)])
-    store.recount()
-    return gone
+        return delete_rows(db, [match.id for match in _matching(db, node)])
 
 
 def update_matching(store: Store, node: Node | None, changes: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ultrarag.errors import ExistsError, IndexStateError
-from ultrarag.retrieve.passages.database import UNENCODED, Database
+from ultrarag.retrieve.passages.database import UNENCODED, Database, counted
 from ultrarag.retrieve.passages.files import Record, content_hash
 from ultrarag.types import Passage
 
@@ -57,7 +57,8 @@ class Store:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._count: int | None = None
+        #: what `changes` returned last, and to which question, up to which entry of the log: words and vectors both ask
+        self._changes: tuple[tuple[int, int, int], Changes] | None = None
 
     @classmethod
     def create(cls, directory: Path) -> Store:
@@ -102,15 +103,12 @@ class Store:
         written = Written(*(found.count(name) for name in vars(Written())))
         if on_existing == "skip":
             written += Written(unchanged=len(there))
-        self._count = None if self._count is None else self._count + written.added
         return written
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages in one transaction; return how many there were."""
         with self.database.transaction() as db:
-            gone = delete_rows(db, list(dict.fromkeys(ids)))
-        self._count = None if self._count is None else self._count - gone
-        return gone
+            return delete_rows(db, list(dict.fromkeys(ids)))
 
     def get(self, ids: Sequence[str]) -> dict[str, Passage]:
         """Return the passages that exist of these ids; IndexStateError names one whose text is damaged."""
@@ -141,15 +139,9 @@ class Store:
         return found
 
     def count(self) -> int:
-        """The number of passages."""
-        if self._count is None or self.database.read_only:
-            with self.database.lock, self.database.reading() as db:
-                self._count = int(db.execute("SELECT count(*) FROM passages WHERE deleted = 0").fetchone()[0])
-        return self._count
-
-    def recount(self) -> None:
-        """Count the passages anew when next asked: something else than this store's own methods wrote."""
-        self._count = None
+        """The number of passages; it is kept, not counted."""
+        with self.database.reading() as db:
+            return counted(db)
 
     def last_seq(self) -> int:
         """The number of the last write."""
@@ -164,6 +156,9 @@ class Store:
     def changes(self, after: int, limit: int) -> Changes | None:
         """Return what the next `limit` entries of the log did, or None when there are none."""
         with self.database.reading() as db:
+            asked = after, limit, _last_seq(db)
+            if (known := self._changes) is not None and known[0] == asked:
+                return known[1]
             entries = db.execute(
                 "SELECT seq, id, op FROM log WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)
             ).fetchall()
@@ -174,12 +169,14 @@ class Store:
             ops.setdefault(id, set()).add(op)
         passages = self.get(list(ops))
         only_metadata = {id for id, seen in ops.items() if seen == {"metadata"}}
-        return Changes(
+        found = Changes(
             seq=entries[-1][0],
             content=[passage for id, passage in passages.items() if id not in only_metadata],
             metadata=[passage for id, passage in passages.items() if id in only_metadata],
             deleted=[id for id in ops if id not in passages],
         )
+        self._changes = asked, found
+        return found
 
     def scan(self, after_row: int = 0, limit: int = 1000, up_to_seq: int | None = None) -> list[tuple[int, Passage]]:
         """Return the next passages and their row numbers, in the order in which ids were first added.

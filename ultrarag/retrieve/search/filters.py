@@ -35,6 +35,7 @@ LOGIC = ("and", "or", "not")
 BOUNDS = ("gt", "gte", "lt", "lte")
 #: Facts longer than this are replaced by their digest, so that a long text in the metadata costs an index 34 bytes.
 LONGEST_FACT = 96
+_SCALARS = (str, int, float)
 #: A choice of more texts than these is not looked for beforehand.
 MOST_TEXTS = 20
 
@@ -197,15 +198,28 @@ def facts(metadata: Mapping[str, Any]) -> list[tuple[str, float]]:
     """
     found: dict[tuple[str, float], None] = {}  # a set that keeps its order
     for path, value in _leaves("", metadata):
-        found[_exists(path), 1.0] = None
-        if value is None:
-            continue
-        found[_equals(path, value), 1.0] = None
-        if _is_number(value):
-            found[_number(path), float(value)] = None
-        elif isinstance(value, str) and (seconds := _timestamp(value)) is not None:
-            found[_date(path), seconds] = None
+        lasting = isinstance(value, str) and len(value) > LONGEST_FACT
+        found.update(_facts_of(path, value) if lasting else _known_facts(path, value))
     return list(found)
+
+
+def _facts_of(path: str, value: Any) -> dict[tuple[str, float], None]:
+    """The facts of one leaf."""
+    found = {(_exists(path), 1.0): None}
+    if value is None:
+        return found
+    if not _finite(value):
+        raise _no_json(path, value)
+    found[_equals(path, value), 1.0] = None
+    if _is_number(value):
+        found[_number(path), float(value)] = None
+    elif isinstance(value, str) and (seconds := _timestamp(value)) is not None:
+        found[_date(path), seconds] = None
+    return found
+
+
+#: The same, for what many passages have: most of what a leaf costs. `typed`, for True is not 1.
+_known_facts = lru_cache(maxsize=1 << 14, typed=True)(_facts_of)
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -215,6 +229,9 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             if not isinstance(key, str):
                 raise DataError(f"metadata: key {_show(key)} under '{path}' is not a string")
             below = f"{path}.{key}" if path else key
+            if isinstance(item, _SCALARS):
+                yield below, item
+                continue
             leaves = list(_leaves(below, item))
             yield from leaves
             if leaves and isinstance(item, Mapping | list | tuple):
@@ -222,10 +239,14 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _leaves(path, item)
-    elif isinstance(value, str | int | float) and _finite(value):
+    elif isinstance(value, _SCALARS):
         yield path, value
     elif value is not None:
-        raise DataError(f"metadata: '{path}' is {_show(value)}; values are JSON: strings, finite numbers, lists, ...")
+        raise _no_json(path, value)
+
+
+def _no_json(path: str, value: Any) -> DataError:
+    return DataError(f"metadata: '{path}' is {_show(value)}; values are JSON: strings, finite numbers, lists, ...")
 
 
 def matches(node: Node | None, metadata: Mapping[str, Any]) -> bool:

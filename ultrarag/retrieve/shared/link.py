@@ -213,7 +213,6 @@ class Link:
                 with self._unpushed():
                     apply_documents(self.store.database, self.passages.between(synced, step), step)
                     self.store.set_meta(**{SYNCED: str(step)})
-                self.store.recount()
                 bar.update(step - synced)
                 synced = step
 

@@ -19,7 +19,7 @@ from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, read_seal, remove_seal, seal, verify_seal
 from ultrarag.retrieve.engines.arrays import dense_query, prepare, products
 from ultrarag.retrieve.engines.base import SCHEMA_FILE, Backend, Progress, Schema, write_schema
-from ultrarag.retrieve.engines.ivf.codes import Codes, check_library
+from ultrarag.retrieve.engines.ivf.codes import MOST_LISTS, Codes, check_library
 from ultrarag.retrieve.engines.ivf.folder import (
     MANIFEST,
     codes_path,
@@ -40,10 +40,13 @@ from ultrarag.types import Embeddings
 
 #: Rows from which on there are codes: fewer are compared with all, in 2 ms at 384 dimensions.
 EXACT_ROWS = 20_000
-#: Codes are made anew when there are so many times the rows that they were made for.
-GROWN = 4
+#: Codes are made anew when there are so many times the rows that they were made for; where that gives no more lists,
+#: only when the corpus is another one.
+GROWN, GROWN_ALIKE = 4, 16
 #: Rows whose codes are rather made again by the next owner than written.
 UNSAVED_ROWS = 10_000
+#: Of more rows codes are written whenever there are so many times as many as were written last.
+LEAST_SAVED, SAVED_TIMES = 200_000, 1.25
 #: Dead rows from which on the table is written anew, where they are more than those alive.
 DEAD_ROWS = 1000
 
@@ -181,6 +184,8 @@ class IVF:
             with named_errors(self.directory):
                 if self._heads is not None:
                     self._heads.flush()
+                if self._codes is not None and self._codes.rows > SAVED_TIMES * max(self._saved, LEAST_SAVED):
+                    self._save_codes()  # else whoever opens this after a kill makes them all again
                 self._table.sync()
                 write_manifest(self.directory, self._table.state(), self._saved)
             self._dirty = False
@@ -236,8 +241,15 @@ class IVF:
         dead = self._table.rows - self._table.count
         if dead > DEAD_ROWS and dead > self._table.count:
             self._rewrite()
-        elif self._table.rows >= (GROWN * self._codes.trained if self._codes else EXACT_ROWS):
+        elif self._table.rows >= self._rows_to_train():
             self._train()
+
+    def _rows_to_train(self) -> int:
+        """The rows from which on lists are chosen anew."""
+        codes = self._codes
+        if codes is None:
+            return EXACT_ROWS
+        return codes.trained * (GROWN if codes.lists < MOST_LISTS else GROWN_ALIKE)
 
     def _train(self) -> None:
         """Make codes for all rows while searches use what there was."""

@@ -19,6 +19,9 @@ from ultrarag.io import replacing
 
 #: Rows whose keys are kept in memory until they become a run.
 TAIL_ROWS = 16_384
+#: Rows of a run from which on it is not joined with others: to join is to have all entries in memory four times over,
+#: which of ten million rows with a dozen facts is six gigabytes.
+MOST_ROWS = 1 << 20
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float64))
 
 
@@ -105,8 +108,11 @@ class Lookup:
     def add(self, row: int, entries: Sequence[tuple[str, float]]) -> None:
         """Note what a row holds; rows come in ascending order."""
         for key, value in entries:
-            number = digest(key)
-            self._places.setdefault(number, array("q")).append(len(self._keys))
+            number, place = digest(key), len(self._keys)
+            if (places := self._places.get(number)) is None:
+                self._places[number] = [place]
+            else:
+                places.append(place)
             self._keys.append(number)
             self._rows.append(row)
             self._values.append(value)
@@ -120,7 +126,7 @@ class Lookup:
             return
         keys, held = np.array(self._keys, np.uint64), np.array(self._rows, np.int32)
         run, kept = Run.of(self._first, rows, keys, held, np.array(self._values, np.float64)), list(self.runs)
-        while kept and len(run.rows) * 2 > len(kept[-1].rows):
+        while kept and len(run.rows) * 2 > len(kept[-1].rows) and rows - kept[-1].first <= MOST_ROWS:
             run = kept.pop().joined(run)
         path = self.path(run.first, run.last)
         run.write(path)
@@ -141,12 +147,15 @@ class Lookup:
     def candidates(self, keys: Sequence[str]) -> list[list[int]]:
         """For each key the rows that may hold it, newest first."""
         numbers = np.array([digest(key) for key in keys], np.uint64)
+        order = np.argsort(numbers)  # neighbours in a run are looked up one after the other
+        ordered = numbers[order]
         found: list[list[int]] = [[] for _ in keys]
         for run in self.runs:
-            places = np.searchsorted(run.keys, numbers)
-            held = np.flatnonzero(run.keys[np.minimum(places, len(run.keys) - 1)] == numbers)
-            for asked in held[places[held] < len(run.keys)].tolist():
-                found[asked].extend(run.rows[run.starts[places[asked]] : run.starts[places[asked] + 1]].tolist())
+            places = np.searchsorted(run.keys, ordered)
+            held = np.flatnonzero(run.keys[np.minimum(places, len(run.keys) - 1)] == ordered)
+            for at in held[places[held] < len(run.keys)].tolist():
+                rows = run.rows[run.starts[places[at]] : run.starts[places[at] + 1]]
+                found[int(order[at])].extend(rows.tolist())
         for asked, number in enumerate(numbers.tolist()):
             found[asked].extend(self._rows[place] for place in self._places.get(number, ()))
             found[asked].reverse()
@@ -154,5 +163,5 @@ class Lookup:
 
     def _clear_tail(self, first: int) -> None:
         self._first = first
-        self._places: dict[int, array[int]] = {}
+        self._places: dict[int, list[int]] = {}
         self._keys, self._rows, self._values = array("Q"), array("i"), array("d")
