@@ -1,4 +1,4 @@
-"""The suite of test_engines over the engines in servers, and what only a server can do: go away, and be full."""
+"""The suites of embedded engines over the engines in servers, and what only a server can do: go away, and be full."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.retrieve import servers
-from tests.retrieve.engines import test_engines
+from tests.retrieve.engines import test_differences, test_engines
 from tests.retrieve.engines.test_engines import DIM, SCHEMA, embed, empty, filled, langs, names  # noqa: F401
 from tests.retrieve.test_live import corpus, text_of
 from ultrarag.errors import IndexStateError, UsageError
@@ -47,7 +47,7 @@ NOT_HERE = (
     "lists_all",
 )
 
-for _name, _test in vars(test_engines).items():
+for _name, _test in (vars(test_engines) | vars(test_differences)).items():
     if _name.startswith("test_") and not any(part in _name for part in NOT_HERE):
         globals()[_name] = _test
 
