@@ -72,7 +72,7 @@ def test_after_a_swap_one_click_rolls_back(chromium: Chromium, served: Running, 
     chromium.events.clear()
     chromium.open(f"{served.url}/")
     chromium.value("document.querySelector('#watching button').click()")
-    chromium.wait("location.pathname === '/console/lineage'")
+    chromium.wait("location.pathname === '/console/lineage' && document.readyState === 'complete'")
     assert served.live.status()["live"]["id"] == 1
     assert "the previous generation is live again" in chromium.value("document.body.innerText")
     assert chromium.complaints() == []
