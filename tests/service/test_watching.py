@@ -72,7 +72,7 @@ def test_every_swap_has_a_warning_of_its_own(caplog, monkeypatch):
     class Live:
         watch = Worse
 
-    looking = watching.Watching(Live(), Load())  # type: ignore[arg-type]
+    looking = watching.Watching(Live(), Load())
     for live, previous, since in ((2, 1, 1.0), (2, 1, 1.0), (3, 2, 2.0)):
         looking.look({"live": {"id": live}, "previous": {"id": previous}, "live_since": since})
     told = [record.message.partition(" since")[0] for record in caplog.records]
