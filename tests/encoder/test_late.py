@@ -103,6 +103,24 @@ def test_the_model_itself_tells_what_is_wrong_with_a_text(checkpoint: Path, tmp_
         live.search("\ud800")
 
 
+@pytest.mark.parametrize("name", ["ready.json", "tokenizer.json", "checksums.json"])
+def test_what_is_damaged_is_told_of_once_and_made_anew(
+    checkpoint: Path, cache: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    next((cache / "ultrarag" / "engines" / "ready").rglob(name)).write_bytes(b"{")
+    assert begun(checkpoint) is None
+    Encoder.load(checkpoint, device="cpu")
+    assert len([record for record in caplog.records if "it is made anew" in record.message]) == 1
+    assert begun(checkpoint) is not None
+
+
+def test_another_format_is_replaced(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ultrarag.encoder.engines.ready.FORMAT", 2)
+    assert begun(checkpoint) is None
+    Encoder.load(checkpoint, device="cpu")
+    assert begun(checkpoint) is not None
+
+
 class _Around:
     @hookimpl(wrapper=True)
     def encode(self, model, features):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ultrarag.io import start_child
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,3 +33,12 @@ def test_a_child_ends_with_its_parent(parent: str, printed: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (-9, printed)
     assert ("which started this one, has ended" in done.stderr) == (not printed)
+
+
+def test_a_child_that_is_interrupted_while_it_imports_says_nothing() -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = start_child("tests.io.orphan", cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, text=True, **pipes)
+    assert child.stdout.readline() == "importing\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=30) == ("", "")
+    assert child.returncode == 130

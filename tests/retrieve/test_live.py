@@ -188,6 +188,8 @@ def test_a_head_with_weight_0_is_left_out(live: LiveIndex) -> None:
         ({"heads": ["dense"], "k": 0}, "k is 0"),
         ({"weights": EVERY, "fusion": "sum"}, "fusion is 'sum'"),
         ({"weights": EVERY, "normalize": "z"}, "normalize is 'z'"),
+        ({"heads": ["dense"], "fusion": "sum"}, "fusion is 'sum'"),
+        ({"heads": ["dense"], "normalize": "z"}, "normalize is 'z'"),
         ({"heads": ["dense"], "filters": {}}, "no argument 'filters'; did you mean 'filter'"),
         ({"heads": ["dense"], "filter": {"n": {"over": 3}}}, "unknown bound"),
     ],

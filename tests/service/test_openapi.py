@@ -88,6 +88,8 @@ REQUESTS: list[tuple[str, str, str, Any, int]] = [
     ("POST", "/v1/swap", "/v1/swap", {}, 409),
     ("POST", "/v1/swap", "/v1/swap", {"generation": 99}, 404),
     ("POST", "/v1/rollback", "/v1/rollback", None, 409),
+    ("POST", "/v1/rollback", "/v1/rollback", {"generation": 1}, 400),
+    ("GET", "/v1/status?of=1", "/v1/status", None, 400),
     ("POST", "/v1/embeddings", "/v1/embeddings", {"input": "x", "model": "default"}, 200),
     ("POST", "/v1/embeddings", "/v1/embeddings", {"input": ["x"], "encoding_format": "base64"}, 200),
     ("POST", "/v1/embeddings", "/v1/embeddings", {"input": "x", "model": "0123456789ab"}, 409),

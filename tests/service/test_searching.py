@@ -57,6 +57,8 @@ def test_many_queries_are_searched_together(served: Running) -> None:
         ({"query": "x", "weights": {"dens": 1}}, 400, "did you mean 'dense'?"),
         ({"query": "x", "filter": {"year": {"over": 1}}}, 400, "unknown bound 'over'"),
         ({"query": "x", "k": 0}, 400, "'k': Input should be greater than or equal to 1, not 0"),
+        ({"query": "x", "fusion": "sum"}, 400, "fusion is 'sum'"),
+        ({"query": "x", "normalize": "z"}, 400, "normalize is 'z'"),
         ({"query": "x", "top": 3}, 400, "'top': Extra inputs are not permitted"),
         ({}, 400, "'query': Field required"),
         ({"query": "x", "k": 1001}, 413, "k: 1,001 asked for, and this service takes at most 1,000"),
@@ -67,6 +69,47 @@ def test_what_cannot_be_searched_is_said_in_the_librarys_words(served: Running, 
     code, message = fault(served.post("/v1/search", body))
     assert code == status
     assert words in message
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "message"),
+    [
+        ("DELETE", "/v1/passages", {}, "give either ids or a filter"),
+        (
+            "POST",
+            "/v1/search_many",
+            {"queries": []},
+            "'queries': List should have at least 1 item after validation, not 0",
+        ),
+        ("POST", "/v1/search", {"query": "x", "top": 3}, "'top': Extra inputs are not permitted"),
+    ],
+)
+def test_an_error_says_once_what_was_sent(served: Running, method, path, body, message) -> None:
+    assert fault(served.client.request(method, path, json=body)) == (400, message)
+
+
+def test_a_model_is_found_by_twelve_digits_of_its_fingerprint(served: Running) -> None:
+    whole = served.live.fingerprint
+    assert served.get(f"/v1/models/{whole[:12].upper()}").json()["id"] == whole
+    code, message = fault(served.get(f"/v1/models/{whole[:11]}"))
+    assert code == 404
+    assert f"known: {whole}, default" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options"),
+    [
+        ("POST", "/v1/rollback", {"json": {"generation": 1}}),
+        ("POST", "/v1/jobs/x/cancel", {"content": b"{"}),
+        ("DELETE", "/v1/passages/milvus", {"params": {"if_match": "3"}}),
+        ("GET", "/v1/status", {"params": {"pretty": ""}}),
+        ("POST", "/v1/search?k=1", {"json": {"query": "x"}}),
+    ],
+)
+def test_what_an_endpoint_does_not_read_is_refused(served: Running, method, path, options) -> None:
+    typed = {"Content-Type": "application/json"}
+    assert fault(served.client.request(method, path, headers=typed, **options))[0] == 400
+    assert served.get("/v1/passages/milvus").status_code == 200
 
 
 def test_what_is_no_json_is_refused(served: Running) -> None:

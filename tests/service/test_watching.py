@@ -11,6 +11,7 @@ from tests.service.conftest import created
 from tests.service.running import Running
 from ultrarag.retrieve import LiveIndex
 from ultrarag.service import watching
+from ultrarag.service.load import Load
 
 
 def clicked(service: Running, query: str, clicks: bool) -> None:
@@ -59,6 +60,23 @@ def test_a_worse_generation_is_told_and_stays_until_somebody_rolls_back(service,
     back = seen(service)
     assert (back["live"], back["previous"], back["worse"]) == (1, 2, [])
     assert "\nultrarag_watch_worse 0.0\n" in service.get("/metrics").text
+
+
+def test_every_swap_has_a_warning_of_its_own(caplog, monkeypatch):
+    monkeypatch.setattr(watching, "AGAIN", 0.0)
+
+    class Worse:
+        def to_dict(self) -> dict[str, Any]:
+            return {"live": 0, "previous": 0, "worse": ["first hit clicked"]}
+
+    class Live:
+        watch = Worse
+
+    looking = watching.Watching(Live(), Load())
+    for live, previous, since in ((2, 1, 1.0), (2, 1, 1.0), (3, 2, 2.0)):
+        looking.look({"live": {"id": live}, "previous": {"id": previous}, "live_since": since})
+    told = [record.message.partition(" since")[0] for record in caplog.records]
+    assert told == ["generation 2 is worse than generation 1", "generation 3 is worse than generation 2"]
 
 
 def test_a_log_that_cannot_be_read_hides_no_status(service, minilm_encoder, monkeypatch, caplog):

@@ -51,7 +51,10 @@ def _main() -> None:
     """Be the module that the first word names."""
     end_with_parent()
     del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # its parent asked for the end, here before the module could see to it
+        sys.exit(130)
 
 
 def stop_child(child: subprocess.Popen[Any], patience: float) -> None:

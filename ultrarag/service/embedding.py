@@ -13,7 +13,7 @@ from pydantic import Field
 from ultrarag.errors import UsageError
 from ultrarag.service.endpoint import Answer, Call, Endpoint, Lenient
 from ultrarag.service.faults import Fault
-from ultrarag.service.state import Service
+from ultrarag.service.state import FEWEST_OF_FINGERPRINT, Service
 from ultrarag.types import Kind
 
 #: What clients call the two kinds of texts: Cohere, Jina, Voyage, and ours.
@@ -144,9 +144,12 @@ def _model(id: str, created: float) -> dict[str, Any]:
     return {"id": id, "object": "model", "created": int(created), "owned_by": "ultrarag"}
 
 
+def _fingerprints(service: Service) -> list[str]:
+    return [service.live.fingerprint, *([service.reranker.fingerprint] if service.reranker else [])]
+
+
 def _known(service: Service) -> list[str]:
-    reranker = [service.reranker.fingerprint] if service.reranker else []
-    return [service.live.fingerprint, *reranker, "default", *service.settings.model_names]
+    return [*_fingerprints(service), "default", *service.settings.model_names]
 
 
 async def models(call: Call) -> dict[str, Any]:
@@ -155,9 +158,11 @@ async def models(call: Call) -> dict[str, Any]:
 
 
 async def model(call: Call) -> dict[str, Any]:
-    id = call.path["id"]
-    if id not in _known(call.service):
-        raise Fault(404, f"there is no model '{id[:100]}'")
+    id, known = call.path["id"], _known(call.service)
+    if len(id) >= FEWEST_OF_FINGERPRINT:
+        id = next((name for name in _fingerprints(call.service) if name.startswith(id.lower())), id)
+    if id not in known:
+        raise Fault(404, f"there is no model '{id[:100]}'; known: {', '.join(known)}")
     return _model(id, call.service.started)
 
 

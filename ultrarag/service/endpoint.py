@@ -27,6 +27,10 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+class Nothing(Body):
+    """What a request brings where there is nothing to say."""
+
+
 class Lenient(BaseModel):
     """What the client of another product brings: names that mean nothing here are passed over."""
 
@@ -75,6 +79,21 @@ class Endpoint:
     #: whether it may be asked without a token
     open: bool = False
 
+    @property
+    def reads(self) -> bool:
+        """Whether the body is read: also where none is wanted, so that nothing that was asked for is passed over."""
+        return self.body is not None or (self._nothing is not None and self.method != "GET")
+
+    @property
+    def refuses(self) -> bool:
+        """Whether a request may be answered with 400."""
+        return 400 in self.errors or self.query is not None or self.body is not None or self._nothing is not None
+
+    @property
+    def _nothing(self) -> type[Body] | None:
+        """What the body and the query are where none is wanted; other products' clients may say more than is used."""
+        return Nothing if self.tag == "ultrarag" else None
+
     def route(self) -> Route:
         """What Starlette calls."""
         return Route(self.path, self.answered, methods=[self.method], name=f"{self.method} {self.path}")
@@ -83,8 +102,9 @@ class Endpoint:
         """Read a request, do what it asks, and answer."""
         service: Service = request.app.state.service
         request.scope["ultrarag.shape"], request.scope["ultrarag.route"] = self.shape, self.path  # for the guard
-        query = None if self.query is None else self.query.model_validate(_query(request, self.query))
-        body = None if self.body is None else self.body.model_validate_json(await _read(request, service) or b"{}")
+        wanted, brought = self.query or self._nothing, self.body or (self._nothing if self.reads else None)
+        query = None if wanted is None else wanted.model_validate(_query(request, wanted))
+        body = None if brought is None else brought.model_validate_json(await _read(request, service) or b"{}")
         found = await self.run(Call(service, request, body, query, request.path_params or _EMPTY))
         return found if isinstance(found, Response) else answer(found, self.status)
 

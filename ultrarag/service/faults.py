@@ -32,6 +32,8 @@ STATUS: tuple[tuple[type[UltraragError], int], ...] = (
 )
 #: Characters of the message of a value that cannot be used.
 _LONGEST = 300
+#: What pydantic calls errors whose message says all that there is to say.
+_TOLD = ("missing", "json_invalid", "extra_forbidden", "too_short", "too_long", "value_error")
 
 
 class Fault(UltraragError):
@@ -77,9 +79,9 @@ def invalid(error: ValidationError) -> str:
     """What is wrong with a request, in a line: the first field, and how many more there are."""
     first, *others = error.errors(include_url=False, include_context=False)
     place = ".".join(str(part) for part in first["loc"])
-    found = "" if first["type"] in ("missing", "json_invalid") else f", not {_shown(first['input'])}"
+    found = "" if first["type"] in _TOLD else f", not {_shown(first['input'])}"
     more = f" (and {len(others)} more)" if others else ""
-    return f"{f'{place!r}: ' if place else ''}{first['msg']}{found}{more}"
+    return f"{f'{place!r}: ' if place else ''}{first['msg'].removeprefix('Value error, ')}{found}{more}"
 
 
 def _shown(value: Any) -> str:

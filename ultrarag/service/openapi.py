@@ -112,8 +112,8 @@ def _operation(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[s
 
 def _responses(endpoint: Endpoint, schema: dict[str, Any]) -> dict[str, Any]:
     wanted = dict(COMMON) if not endpoint.open else {status: COMMON[status] for status in (403, 421, 500, 503)}
-    own = {*endpoint.errors, *((400, 408, 413, 415) if endpoint.body is not None else (413,))}
-    own |= {400} if endpoint.query is not None else set()
+    own = {413, *endpoint.errors, *((408, 415) if endpoint.reads else ())}
+    own |= {400} if endpoint.refuses else set()
     wanted |= {status: REASONS[status] for status in own}
     error: dict[str, Any] = {"$ref": f"#/components/schemas/Error_{endpoint.shape}"}
     if endpoint.shape != "own":  # refused before it is known whose client asks

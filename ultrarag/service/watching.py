@@ -46,7 +46,8 @@ class Watching:
         with self._mutex:
             if of == self._of and time.monotonic() - self._looked < AGAIN:
                 return self._found
-            before, self._of, self._looked, self._found = self._found, of, time.monotonic(), self._compare()
+            before = self._found if of == self._of else None
+            self._of, self._looked, self._found = of, time.monotonic(), self._compare()
             if self._found and self._found["worse"] and self._found["worse"] != (before or {}).get("worse"):
                 logger.warning(
                     "generation %d is worse than generation %d since the swap: %s; POST /v1/rollback brings it back",

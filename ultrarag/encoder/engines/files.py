@@ -60,14 +60,15 @@ def keep_files(kind: str, key: Sequence[str], texts: Mapping[str, str]) -> None:
         publish_directory(stage, folder)
 
 
-def sound_folder(folder: Path) -> bool:
-    """Whether the files are there as they were written; damaged ones are told of, and replaced."""
+def sound_folder(folder: Path, tell: bool = True) -> bool:
+    """Whether the files are there as they were written; damaged ones are told of, and replaced by the caller."""
     try:
         return bool(verify_seal(folder, "converted model", "it is made anew"))
     except OSError:
         return False
     except IndexStateError as error:
-        logger.warning("%s", error)
+        if tell:
+            logger.warning("%s", error)
         return False
 
 

@@ -59,8 +59,8 @@ class Ready:
 
 
 def is_kept(fingerprint: str, precision: str) -> bool:
-    """Whether something is kept for an encoder, sound or not."""
-    return kept_file("ready", _key(fingerprint, precision), _RECORD).is_file()
+    """Whether something is kept for an encoder that can be read; what cannot is to be replaced."""
+    return _read(_folder(fingerprint, precision), tell=False) is not None
 
 
 class ReadyQueries:
@@ -79,13 +79,10 @@ class ReadyQueries:
             checkpoint: its folder, in which what is quantised lies.
             fits: whether it may be used, before the model is read.
         """
-        folder = kept_file("ready", _key(fingerprint, precision), _RECORD).parent
-        if not sound_folder(folder):
+        folder = _folder(fingerprint, precision)
+        record = _read(folder)
+        if record is None:
             return None
-        values = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
-            return None
-        record = Ready(**{**values, "inputs": tuple(values["inputs"])})
         forward = _forward(record, fingerprint, precision, checkpoint) if fits(record) else None
         if forward is None or not forward.gives_dense:
             return None
@@ -125,6 +122,20 @@ def tokenizer_for(backend: Any, limit: int | None, direction: str) -> str:
         own.enable_truncation(max_length=limit, direction=direction)
     content: str = own.to_str()
     return content
+
+
+def _folder(fingerprint: str, precision: str) -> Path:
+    return kept_file("ready", _key(fingerprint, precision), _RECORD).parent
+
+
+def _read(folder: Path, tell: bool = True) -> Ready | None:
+    """What a folder keeps; None where that is nothing, damaged, or of another format."""
+    if not sound_folder(folder, tell):
+        return None
+    values = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    if values.pop("format") != FORMAT:
+        return None
+    return Ready(**{**values, "inputs": tuple(values["inputs"])})
 
 
 def _forward(record: Ready, fingerprint: str, precision: str, checkpoint: Path) -> Requests | None:

@@ -87,7 +87,8 @@ def plan(options: SearchOptions, stored: Sequence[str], bm25: bool) -> SearchPla
     """Check options against the heads that are stored; UsageError says what cannot be, and what can."""
     known = (*stored, BM25_HEAD) if bm25 else tuple(stored)
     heads = _heads(options, tuple(stored), known)
-    method: Method = "raw" if len(heads) == 1 else _method(options)
+    asked = _method(options)
+    method: Method = "raw" if len(heads) == 1 else asked
     weights = check_weights(heads, _chosen(options.weights, heads), method != "rrf")
     if len(heads) == 1:
         weights = dict.fromkeys(heads, 1.0)  # its own scores, whatever it weighs
