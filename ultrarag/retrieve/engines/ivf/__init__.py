@@ -12,7 +12,9 @@ from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.engines.ivf.engine import IVF
+    from ultrarag.retrieve.engines.ivf.folder import named_errors
     from ultrarag.retrieve.engines.ivf.gate import Gate
+    from ultrarag.retrieve.engines.ivf.heads import agree
     from ultrarag.retrieve.engines.ivf.table import Facts, Growing, Table
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

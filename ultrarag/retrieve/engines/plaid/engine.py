@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import OwnerLock, read_seal, remove_seal, replacing, resource_error, seal, verify_seal, write_json
+from ultrarag.io import OwnerLock, read_seal, remove_seal, replacing, seal, verify_seal, write_json
 from ultrarag.retrieve.engines.arrays import assemble, prepare, token_query, token_rows
 from ultrarag.retrieve.engines.base import SCHEMA_FILE, Backend, Progress, Schema, write_schema
-from ultrarag.retrieve.engines.ivf import Facts, Gate, Table
+from ultrarag.retrieve.engines.ivf import Facts, Gate, Table, agree, named_errors
 from ultrarag.retrieve.engines.plaid.building import complete, listed, rewritten
 from ultrarag.retrieve.engines.plaid.coder import Coder
 from ultrarag.retrieve.engines.plaid.lists import Lists
@@ -207,7 +207,7 @@ class Plaid:
                 return
             if self._read_only:
                 raise IndexStateError(f"'{self.directory}' is open for reading")
-            with self._named_errors():
+            with named_errors(self.directory):
                 if self._heads is not None:
                     self._heads.flush()
                 self._table.sync()
@@ -243,7 +243,7 @@ class Plaid:
                 if self._heads is not None:
                     self._heads.close()
                 if not self._read_only:
-                    with self._named_errors():
+                    with named_errors(self.directory):
                         seal(self.directory, self._files(), self._sums)
             finally:
                 self._release()
@@ -312,7 +312,7 @@ class Plaid:
 
     def _save_lists(self) -> None:
         if self._lists is not None and self._lists.rows != self._saved:
-            with self._named_errors(), replacing(self._lists_path(self._lists.rows)) as file:
+            with named_errors(self.directory), replacing(self._lists_path(self._lists.rows)) as file:
                 self._lists.write(file)
             self._saved, self._dirty = self._lists.rows, True
 
@@ -339,15 +339,7 @@ class Plaid:
 
         self._heads = open_backend(self.directory / HEADS, None, verify, self._read_only)
         if not self._sums and not self._read_only:
-            self._agree(self._heads)
-
-    def _agree(self, heads: Backend) -> None:
-        """After a crash keep what both engines hold; the log of all changes brings the rest."""
-        others = set(heads.ids())
-        rows = np.flatnonzero(self._table.alive()).tolist()
-        ours = {self._table.id_of(row): row for row in rows}
-        self._table.bury([row for id, row in ours.items() if id not in others])
-        heads.delete([id for id in others if id not in ours])
+            agree(self._table, self._heads)
 
     def _load_lists(self, rows: int) -> None:
         if not isinstance(self._tokens.coder, Coder):
@@ -396,26 +388,14 @@ class Plaid:
             if self._read_only:
                 raise IndexStateError(f"'{self.directory}' is open for reading")
             self._dirty = True
-            with self._named_errors():
+            with named_errors(self.directory):
                 yield
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Say which directory an error of the file system is about."""
-        try:
-            yield
-        except OSError as error:
-            if found := resource_error(error, self.directory):
-                raise found from error
-            raise IndexStateError(
-                f"'{self.directory}' cannot be written ({error}); what was flushed before is untouched"
-            ) from error
 
     @contextmanager
     def _releasing(self) -> Iterator[None]:
         """Let go of everything when opening fails."""
         try:
-            with self._named_errors():
+            with named_errors(self.directory):
                 yield
         except BaseException:
             self._closed = True
