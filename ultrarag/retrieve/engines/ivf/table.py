@@ -53,6 +53,16 @@ class Growing:
             place, left = place + written, left[written:]
         return place
 
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        os.fsync(self.handle)
+
+    def close(self) -> None:
+        """Let go of the file; closing twice is harmless."""
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
+
     def array(self, kind: Any, width: int = 0) -> np.ndarray:
         """What counts, mapped: (n,), or (n, width)."""
         shape = (-1, width) if width else (-1,)
@@ -211,14 +221,12 @@ class Table:
     def sync(self) -> None:
         """Make everything so far survive a power cut."""
         for file in self._files:
-            os.fsync(file.handle)
+            file.sync()
 
     def close(self) -> None:
         """Let go of the files; closing twice is harmless."""
         for file in self._files:
-            if file.handle >= 0:
-                os.close(file.handle)
-                file.handle = -1
+            file.close()
 
     def _passage(self, row: int) -> Any:
         start = int(self.ends[row - 1]) if row else 0

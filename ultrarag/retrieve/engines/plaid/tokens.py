@@ -120,14 +120,12 @@ class Tokens:
     def sync(self) -> None:
         """Make everything so far survive a power cut."""
         for file in self._files:
-            os.fsync(file.handle)
+            file.sync()
 
     def close(self) -> None:
         """Let go of the files; closing twice is harmless."""
         for file in self._files:
-            if file.handle >= 0:
-                os.close(file.handle)
-                file.handle = -1
+            file.close()
 
     def _map(self) -> None:
         #: where the tokens of each row begin, and where the last ones end, (rows + 1,) int64
