@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' servers
 
 from campaign_rounds import KINDS, SHARES, SIGNALS, Ground, one_round
 from faults import MODEL, few_are_many
-from machine import origin
+from machine import origin, without_folders
 
 from tests.retrieve.servers import MilvusLite
 from ultrarag import Encoder
@@ -176,6 +176,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _example(name: str, found: dict[str, Any], what: str) -> str:
+    what = without_folders(what)
     return f"{name}: round {found['round']}, {found['engine']}, {found['command']}, {found['signal']}: {what}"
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from hybrid_quality import DENSE, small_model
-from machine import origin
+from machine import origin, without_folders
 
 METRIC = "nDCG@10"
 RESULT = Path(__file__).parent / "results" / "increments.json"
@@ -165,7 +165,7 @@ class Increments:
         try:
             live.refresh(rows, output_dir=output, effort=effort, gate=False, **self.settings, **more)
         except UltraragError as error:  # such as a map that gains nothing: the live model stays
-            refused = str(error)
+            refused = without_folders(str(error))
         seconds = round(time.perf_counter() - started, 1)
         return {"seconds": seconds, "refused": refused, "metrics": self._measured(live)}
 

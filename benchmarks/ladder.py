@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from hybrid_quality import DENSE, small_model, tune, weighted
-from machine import origin
+from machine import origin, without_folders
 
 METRIC = "nDCG@10"
 RESULT = Path(__file__).parent / "results" / "ladder.json"
@@ -123,7 +123,8 @@ class Measuring:
                 **settings,
             )
         except (GateError, TrainingError) as error:
-            return {"effort": effort, "seed": seed, "refused": str(error), "cpu_seconds": processor_seconds() - before}
+            refused = without_folders(str(error))
+            return {"effort": effort, "seed": seed, "refused": refused, "cpu_seconds": processor_seconds() - before}
         seconds, spent = time.perf_counter() - started, processor_seconds() - before
         generation = self.live.generation(report.generation)
         encoder = Encoder.load(output, device="cpu")

@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e '.[bench]'
     python benchmarks/live_index.py                          # 10,000 and 100,000 vectors of 384 dimensions
-    python benchmarks/live_index.py --sizes 1000000 --output /tmp/million.md
+    python benchmarks/live_index.py --sizes 1000000 --output million.md
 
 Synthetic vectors: unit-length sums of one of 200 cluster centres and noise in 32 directions, which is closer to text
 embeddings than isotropic noise; texts of 60 words whose frequencies follow Zipf's law; lexical weights of 60 of 30,000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,10 +20,15 @@ def origin(threads: int | None = None, packages: tuple[str, ...] = ("torch", "tr
     return {
         "machine": f"{name}, {threads} threads" if threads else name,
         "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": "python benchmarks/" + without_folders(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "load_average": round(os.getloadavg()[0], 1),
         "versions": {package: version(package) for package in packages},
     }
+
+
+def without_folders(text: str) -> str:
+    """A command or message with only the names of what it gives by absolute paths: no folder of this machine."""
+    return re.sub(r"(?<![\w./:~-])/(?:[^\s/'\"]+/)+", "", text)
 
 
 def in_turn(names: Sequence[str], number: int) -> list[str]:

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         found = staged(stage, options)
         packages = ("torch", "numpy", "faiss-cpu")
         known = report.get("stages", {})
-        report = {**origin(1, packages), "command": command(options), "passages": options.passages, "dim": DIM}
+        report = {**origin(1, packages), "passages": options.passages, "dim": DIM}
         report["stages"] = {**known, stage: found}
         kept.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -83,11 +83,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def command(options: argparse.Namespace) -> str:
-    """How to do it again, anywhere."""
-    return f"python benchmarks/ten_million.py --passages {options.passages} --folder kept/ten-million"
 
 
 def staged(stage: str, options: argparse.Namespace) -> dict[str, Any]:

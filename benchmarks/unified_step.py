@@ -1,6 +1,6 @@
 """One unified training step (dense + sparse + ColBERT, backward, optimizer) here and in FlagEmbedding, side by side.
 
-    python benchmarks/unified_step.py --peer-python /tmp/peer/bin/python [--vocabulary 30522 250002] [--batch 16 4]
+    python benchmarks/unified_step.py --peer-python peer/bin/python [--vocabulary 30522 250002] [--batch 16 4]
 
 Each contender is a process of its own, so that its peak memory is its own; they step in turn, on the same token ids.
 PEER is a Python with FlagEmbedding (benchmarks/peer/README.md); without it only ours runs. Model: 6 layers of width 384

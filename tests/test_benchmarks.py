@@ -40,6 +40,40 @@ def test_page_and_readme_say_what_the_results_say():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("--data=/data/scifact /a/b-c/medquad data/cmrc", "--data=scifact medquad data/cmrc"),
+        ('File "/root/lib/python3.11/json/encoder.py", line 201', 'File "encoder.py", line 201'),
+        ("http://127.0.0.1:8080/v1/search and/or ../up/one", "http://127.0.0.1:8080/v1/search and/or ../up/one"),
+    ],
+)
+def test_a_result_names_no_folder_of_its_machine(given, kept, monkeypatch):
+    from machine import origin, without_folders
+
+    assert without_folders(given) == kept
+    monkeypatch.setattr(sys, "argv", ["/checkout/benchmarks/bm25.py", "--data", "/mnt/data/scifact", "--output=/tmp/x"])
+    assert origin()["command"] == "python benchmarks/bm25.py --data scifact --output=x"
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "results").iterdir()), ids=lambda path: path.name)
+def test_committed_results_name_no_folder_of_their_machine(path):
+    from machine import without_folders
+
+    def strings(value):
+        if isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from strings(item)
+        elif isinstance(value, str):
+            yield value
+
+    if path.suffix == ".json":
+        found = strings(json.loads(path.read_text(encoding="utf-8")))
+        assert not [text for text in found if without_folders(text) != text]
+    else:
+        assert not re.search(r"/(home|root|tmp|work)/", path.read_text(encoding="utf-8"))
+
+
 def test_page_stands_alone():
     import page
 
