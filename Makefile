@@ -6,7 +6,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Extra arguments for the command behind a target: make test ARGS="-n 0 -k ir -x" (-n 0: in one process)
 ARGS ?=
 
-.PHONY: help demo serve test test-long doors lint bench venv
+.PHONY: help demo serve test test-long doors doors-fast lint bench venv
 
 help:
 	@echo "make demo    index Python's documentation, fine-tune a small model on it, swap it in while it answers (two to four minutes)"
@@ -33,6 +33,9 @@ test-long: venv
 doors: venv
 	$(BIN)/python tests/doors/run.py $(ARGS)
 
+doors-fast: venv
+	$(BIN)/python tests/doors/run.py --fast langchain haystack llamaindex
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,15 +46,16 @@ bench: venv
 
 venv: $(VENV)/.ready
 
+# Modules are compiled when they are first imported: pip would compile all 19,500, which is two minutes of a processor.
 # The stamp comes last, so an interrupted set-up is taken up again; a .venv without a working pip is made anew.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or later is needed: make PYTHON=...")'
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { echo "Making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "Installing $(TORCH) (1 of 2)"
-	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile $(TORCH)
 	@echo "Installing ultrarag-retrieval and what its tests need (2 of 2; about 100 packages, a minute or more)"
 	@rm -rf ultrarag.egg-info  # with the next line: what a checkout of before the distribution was renamed has installed
 	@$(BIN)/python -m pip uninstall --disable-pip-version-check -qq -y ultrarag
-	$(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip check
 	@touch $@

@@ -103,7 +103,7 @@ def environment(name: str) -> str:
 def make(name: str, place: Path, wanted: Path, peer: Path) -> None:
     """Make the environment, and its peer."""
     python = str(place / "bin" / "python")
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+    new(place)
     site = place / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     # .pth lines are added after the folder itself: what is installed here comes first. addsitedir reads the .pth files
     # of .venv too, and with them this checkout
@@ -111,10 +111,10 @@ def make(name: str, place: Path, wanted: Path, peer: Path) -> None:
         f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n", encoding="utf-8"
     )
     (site / "0-checkout.pth").write_text(f"{ROOT}\n", encoding="utf-8")
-    install(python, wanted)
+    install(python, "-r", str(wanted))
     if peer.is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place / "peer")], check=True)
-        install(str(place / "peer" / "bin" / "python"), peer)
+        new(place / "peer")
+        install(str(place / "peer" / "bin" / "python"), "-r", str(peer))
 
 
 def clone(name: str, place: Path, address: str, tag: str) -> None:
@@ -132,14 +132,19 @@ def clone(name: str, place: Path, address: str, tag: str) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(unfinished, copy, ignore=shutil.ignore_patterns(".git"))
     python = str(place / "peer" / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", str(copy)], check=True)
+    install(python, "--no-deps", str(copy))
     shutil.rmtree(copy)
     unfinished.rename(place / "checkout")
 
 
-def install(python: str, requirements: Path) -> None:
-    words = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "-r", str(requirements)]
-    subprocess.run(words, check=True, cwd=ROOT, env={**os.environ, "PIP_NO_WARN_CONFLICTS": "1"})
+def new(place: Path) -> None:
+    """Make an environment without a pip of its own: ours installs into it."""
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(place)], check=True)
+
+
+def install(python: str, *what: str) -> None:
+    words = [sys.executable, "-m", "pip", "--python", python, "install", "--disable-pip-version-check", "--no-compile"]
+    subprocess.run([*words, "-q", *what], check=True, cwd=ROOT, env={**os.environ, "PIP_NO_WARN_CONFLICTS": "1"})
 
 
 def versions(name: str) -> dict[str, str]:
