@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
+# Modules are compiled when they are first imported, if Python may keep that: pip would compile all 19,500 (two minutes).
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile,--no-compile)
 # Extra arguments for the command behind a target: make test ARGS="-n 0 -k ir -x" (-n 0: in one process)
 ARGS ?=
 
@@ -46,16 +48,15 @@ bench: venv
 
 venv: $(VENV)/.ready
 
-# Modules are compiled when they are first imported: pip would compile all 19,500, which is two minutes of a processor.
 # The stamp comes last, so an interrupted set-up is taken up again; a .venv without a working pip is made anew.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or later is needed: make PYTHON=...")'
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { echo "Making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "Installing $(TORCH) (1 of 2)"
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check $(COMPILE) $(TORCH)
 	@echo "Installing ultrarag-retrieval and what its tests need (2 of 2; about 100 packages, a minute or more)"
 	@rm -rf ultrarag.egg-info  # with the next line: what a checkout of before the distribution was renamed has installed
 	@$(BIN)/python -m pip uninstall --disable-pip-version-check -qq -y ultrarag
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(COMPILE) -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip check
 	@touch $@

@@ -143,8 +143,9 @@ def new(place: Path) -> None:
 
 
 def install(python: str, *what: str) -> None:
-    words = [sys.executable, "-m", "pip", "--python", python, "install", "--disable-pip-version-check", "--no-compile"]
-    subprocess.run([*words, "-q", *what], check=True, cwd=ROOT, env={**os.environ, "PIP_NO_WARN_CONFLICTS": "1"})
+    compiling = "--compile" if sys.dont_write_bytecode else "--no-compile"  # as in the Makefile
+    words = [sys.executable, "-m", "pip", "--python", python, "install", "--disable-pip-version-check", "-q", compiling]
+    subprocess.run([*words, *what], check=True, cwd=ROOT, env={**os.environ, "PIP_NO_WARN_CONFLICTS": "1"})
 
 
 def versions(name: str) -> dict[str, str]:
