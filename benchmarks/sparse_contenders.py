@@ -1,0 +1,130 @@
+"""The contenders of `sparse_engines.py`: each builds an index in a folder, opens it, and gives rows for a query.
+
+`Blocks` is a trial of our own, compiled by numba: rows that are alike lie in blocks, of which the largest weight of
+each token is kept; blocks are scored from the highest bound down until no bound can reach the hits (Mallia, Suel,
+Tonellotto, "Faster Learned Sparse Retrieval with Block-Max Pruning", SIGIR 2024).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sparse_vectors import VOCABULARY, Rows
+
+BATCH = 10_000
+
+
+class Contender:
+    """One way to search lexical weights."""
+
+    #: what a search does, from the fastest on: the benchmark takes the first that reaches the recall
+    efforts: tuple[Any, ...] = (None,)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def build(self, rows: Rows) -> None:
+        """Index all rows, durably."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        """Read what was built."""
+        raise NotImplementedError
+
+    def search(self, ids: np.ndarray, weights: np.ndarray, k: int, effort: Any) -> list[int]:
+        """The k best rows."""
+        raise NotImplementedError
+
+
+class Exact(Contender):
+    """Our embedded default: every list of the query's tokens, in qdrant-edge."""
+
+    def build(self, rows: Rows) -> None:
+        from ultrarag.retrieve.engines import Schema, create
+
+        engine = create(self.folder / "engine", Schema(sparse=True), "qdrant-edge")
+        for first in range(0, len(rows[0]) - 1, BATCH):
+            last = min(first + BATCH, len(rows[0]) - 1)
+            engine.upsert([str(row) for row in range(first, last)], padded(rows, first, last), [{}] * (last - first))
+        engine.flush()
+        engine.optimize()
+        engine.close()
+
+    def open(self) -> None:
+        from ultrarag.retrieve.engines import open_backend
+
+        self.engine = open_backend(self.folder / "engine", verify=False)
+
+    def search(self, ids: np.ndarray, weights: np.ndarray, k: int, effort: Any) -> list[int]:
+        return [int(id) for id, _ in self.engine.search_sparse(ids, weights, k)]
+
+
+class Seismic(Contender):
+    """pyseismic-lsr: lists cut to their highest weights, in clusters with summaries."""
+
+    #: (tokens of the query that are looked at, how much of a summary's score must reach the hits)
+    efforts = ((10, 0.8), (10, 0.9), (20, 0.9), (50, 0.9), (50, 1.0))
+
+    def build(self, rows: Rows) -> None:
+        import seismic
+
+        starts, ids, weights = rows
+        held = seismic.SeismicDataset(VOCABULARY)
+        held.add_documents_by_id([str(row) for row in range(len(starts) - 1)], ids.astype(np.int64), weights, starts)
+        index = seismic.SeismicIndex.build_from_dataset(held, n_postings=1000, num_threads=1)
+        index.save(str(self.folder / "index"))
+
+    def open(self) -> None:
+        import seismic
+
+        self.index = seismic.SeismicIndex.load(str(self.folder / "index.index.seismic"))
+        self.kind = seismic.get_seismic_string()
+
+    def search(self, ids: np.ndarray, weights: np.ndarray, k: int, effort: Any) -> list[int]:
+        return [int(hit[2]) for hit in self.index.search("", ids.astype(self.kind), weights, k, *effort)]
+
+
+class Blocks(Contender):
+    """Blocks of 16 alike rows, weights in a byte; by the bounds alone, or with less than the bounds ask for."""
+
+    rows_of_block = 16
+    #: what a bound is multiplied with before it is compared
+    efforts = (0.8, 0.9, 0.95, 1.0)
+
+    def build(self, rows: Rows) -> None:
+        import sparse_blocks
+
+        np.savez(self.folder / "blocks.npz", **sparse_blocks.build(rows, self.rows_of_block, VOCABULARY))
+
+    def open(self) -> None:
+        import sparse_blocks
+
+        with np.load(self.folder / "blocks.npz") as held:
+            arrays = {name: held[name] for name in held.files}
+        self.order = arrays.pop("order")
+        self.blocks = sparse_blocks.Searcher(self.rows_of_block, VOCABULARY, **arrays)
+
+    def search(self, ids: np.ndarray, weights: np.ndarray, k: int, effort: Any) -> list[int]:
+        rows: list[int] = self.order[self.blocks.search(ids, weights, k + k // 2, effort)].tolist()
+        return rows[:k]
+
+
+def padded(rows: Rows, first: int, last: int) -> Any:
+    """Some rows as Embeddings."""
+    from ultrarag.types import Embeddings, Sparse
+
+    starts, ids, weights = rows
+    lengths, held = np.diff(starts[first : last + 1]), slice(int(starts[first]), int(starts[last]))
+    there = np.arange(lengths.max()) < lengths[:, None]
+    found = Sparse(np.full(there.shape, Sparse.PAD_ID, np.int64), np.zeros(there.shape, np.float32))
+    found.ids[there], found.weights[there] = ids[held], weights[held]
+    return Embeddings(sparse=found)
+
+
+CONTENDERS: dict[str, type[Contender]] = {
+    "qdrant-edge, exact (today)": Exact,
+    "pyseismic-lsr": Seismic,
+    "blocks of 16, numba": Blocks,
+}
