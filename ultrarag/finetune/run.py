@@ -188,7 +188,8 @@ class FinetuneRun:
         model = self.arguments.model
         sides, trained = self.arguments.sides, self.arguments.sides.train_side
         frozen = {"query": "passage", "passage": "query"}.get(trained) if not sides.maps_alone else None
-        freeze(self.encoder, self.heads, model.fix_encoder, model.fix_position_embedding, frozen)
+        fixed = model.fix_encoder, model.fix_position_embedding
+        freeze(self.encoder, self.heads, *fixed, frozen, model.freeze_layers)
         self.start = Start.of(self.parent)
         self.other = read_other(self.arguments, self.encoder, self.notes.add)
         self.masking = FalseNegatives.of(self.arguments, self.encoder, self.heads)

@@ -25,6 +25,7 @@ from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, TrainingError
 from ultrarag.finetune.batches import PlannedLoader, TrainingBatch
 from ultrarag.finetune.corpus import CorpusNegatives, Nearest
+from ultrarag.finetune.step.best import Best
 from ultrarag.finetune.step.callbacks import StderrProgress, StopOnInterrupt, Throughput
 from ultrarag.finetune.step.distributed import (
     Weights,
@@ -113,6 +114,7 @@ class EmbeddingTrainer(Trainer):
         self.cut = by_tokens(tokens) if tokens else by_texts(texts) if texts else None
         self.record = record
         self.measure = measure
+        self.best = Best(arguments.evaluation.save_min_seconds)
         half, peak_tflops = args.bf16 or args.fp16, arguments.model.peak_tflops
         self.throughput = Throughput(self.trained.model, args.device, half, peak_tflops)
         self.interrupt = StopOnInterrupt()
@@ -341,6 +343,8 @@ class EmbeddingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write checkpoint-N beside, then rename it: a reader, and a resume, see all of it or nothing."""
+        if self._put_off():
+            return
         final = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         stage = final.with_name(f".{final.name}.tmp")
         with named_when_full(final):
@@ -352,6 +356,15 @@ class EmbeddingTrainer(Trainer):
                     shutil.rmtree(stage, ignore_errors=True)
                 raise
         self.wait()
+
+    def _put_off(self) -> bool:
+        """Whether the last checkpoint is too near; the weights are kept in memory then, where they are the best."""
+        if not self.best.early or self.interrupt.stopped or self.trained.engine or world_size() > 1:
+            return False
+        if self.state.best_global_step == self.state.global_step:
+            self.best.keep(self.encoder.model)
+            self.state.best_model_checkpoint = str(self.args.output_dir)  # says that there is one
+        return True
 
     def _fill(self, stage: Path) -> None:
         if self.args.should_save:
@@ -366,7 +379,8 @@ class EmbeddingTrainer(Trainer):
             self._save_rng_state(str(stage))
 
     def _publish(self, stage: Path, final: Path) -> None:
-        if self.state.best_global_step:
+        self.best.written(stage, self.state.best_global_step == self.state.global_step)
+        if self.state.best_global_step and not self.best:
             best = final.with_name(f"checkpoint-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best)
         self.wait()
@@ -407,13 +421,18 @@ class EmbeddingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put a checkpoint's weights into the model, every one of them, or raise."""
+        self.best.read(Path(resume_from_checkpoint))
         if model is None:
             self.load_weights(resume_from_checkpoint)
         else:
             load_sharded(model, _read_weights(self.encoder, resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.load_weights(str(self.state.best_model_checkpoint))
+        if self.best:
+            self.best.restore(self.encoder.model)
+            self.trained.keep()
+        else:
+            self.load_weights(str(self.state.best_model_checkpoint))
 
     def load_weights(self, folder: str) -> None:
         """Put a checkpoint's weights into the encoder."""
