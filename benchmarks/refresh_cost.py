@@ -2,8 +2,8 @@
 
     python benchmarks/refresh_cost.py --data path/to/medquad --guard path/to/scifact
 
-The older code is taken out of git into a temporary folder. Both codes index the same passages with the small model and
-refresh with the same rows and held-out queries, each in a process of its own, in turn. What counts is the processor
+The older code is taken out of git into a temporary folder, and indexes the passages with the small model; today's opens
+a copy of that index. Both refresh with the same rows and held-out queries, each in a process of its own, in turn. What counts is the processor
 time of the call of `refresh`, of its process and its children; the test queries are searched before and after. The
 guard's passages keep the vectors of the untuned model, as a query side leaves them; of the older code, which encodes
 them again, the guard is not measured. With `--place` the indexes lie in a folder that stays, and the same command goes
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "rows": str(rows),
                     "dev": dev,
                     "place": str(place / f"{name}-{seed}"),
-                    "base": str(place / f"{name}-index"),
+                    "base": str(place / "index"),
                     "seed": seed,
                     "settings": OLDER if name == "old" else QUERY,
                 }
