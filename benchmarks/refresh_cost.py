@@ -31,9 +31,10 @@ from older import COMMIT, older_code
 METRIC = "nDCG@10"
 RESULT = Path(__file__).parent / "results" / "refresh_cost.json"
 LENGTH = 128
-#: what the refreshes of `ladder.py` are given
+#: what the refreshes of `ladder.py` are given; a query side with two thirds of its layers learns in one epoch at three
+#: times the rate what all of them learn in two: 0.822 and 0.821 (0.820 at twice the rate)
 OLDER = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 2e-5}
-QUERY = {"effort": "query", "num_train_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 5e-5}
+QUERY = {"effort": "query", "num_train_epochs": 1, "per_device_train_batch_size": 64, "learning_rate": 1.5e-4}
 
 
 def main(arguments: list[str] | None = None) -> None:
