@@ -15,6 +15,7 @@ from ultrarag.encode import CorpusVectors, ModelChoice, encode_corpus
 from ultrarag.errors import FingerprintError, TrainingError, UsageError
 from ultrarag.finetune import NoMap, finetune
 from ultrarag.finetune.evaluate import HeldOut
+from ultrarag.finetune.step import EmbeddingTrainer
 from ultrarag.finetune.step.best import BEST, Best
 from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder
 
@@ -74,9 +75,21 @@ def test_query_side_learns_and_the_passage_side_keeps_its_vectors(base, corpus, 
     assert record["corpus"]["passage_fingerprint"] == parent.passage_fingerprint
 
 
-def test_the_first_layers_stay_with_the_embeddings(base, corpus, tmp_path):
+def test_the_first_layers_stay_with_the_embeddings(base, corpus, tmp_path, monkeypatch):
     asked = {"train_side": "query", "corpus": corpus, "max_steps": 2, **QUICK}
+    dropping: list[str] = []
+    step = EmbeddingTrainer.training_step
+
+    def watched(self, model, *inputs):
+        loss = step(self, model, *inputs)
+        side = self.encoder.side("query").model
+        dropping.extend(n for n, m in side.named_modules() if isinstance(m, torch.nn.Dropout) and m.training)
+        return loss
+
+    monkeypatch.setattr(EmbeddingTrainer, "training_step", watched)
     result = finetune(base, ROWS, tmp_path / "out", freeze_layers=1, **asked)
+    assert dropping
+    assert all(name.startswith("backbone.encoder.layer.1.") for name in dropping)
     child, parent = Encoder.load(result.checkpoint, device="cpu"), Encoder.load(base, device="cpu")
     before = parent.model.state_dict()
     moved = {name for name, weight in child.side("query").model.state_dict().items() if not weight.equal(before[name])}

@@ -218,7 +218,7 @@ def freeze(
 
 def _part_in_training(model: nn.Module, frozen_side: str | None) -> nn.Module:
     trained = {"query": "passage", "passage": "query"}.get(frozen_side or "")
-    found: nn.Module = model if trained is None else getattr(model, trained)
+    found: nn.Module = getattr(model, trained or "passage", model)  # two sides in training have the same parts
     return found
 
 
@@ -249,6 +249,20 @@ def below(model: nn.Module, count: int) -> tuple[str, ...]:
     names = [name for name, _ in model.named_parameters() if name.split(".")[0] == backbone]
     first = next(number for number, name in enumerate(names) if name.startswith(f"{layers}."))
     return (*names[:first], *(f"{layers}.{number}." for number in range(count)))
+
+
+def still_modules(model: nn.Module, count: int, frozen_side: str | None) -> list[nn.Module]:
+    """The modules of which a run with so many frozen layers trains nothing: there is no dropout in them."""
+    if not count:
+        return []
+    part = _part_in_training(model, frozen_side)
+    fixed = below(part, count)
+    found = []
+    for name, module in part.named_modules():
+        weights = [f"{name}.{own}" for own, _ in module.named_parameters()]
+        if weights and all(weight.startswith(fixed) for weight in weights):
+            found.append(module)
+    return found
 
 
 def _fixed(model: nn.Module, frozen_side: str | None) -> tuple[str, ...]:

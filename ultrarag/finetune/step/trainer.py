@@ -43,7 +43,7 @@ from ultrarag.finetune.step.distributed import (
 from ultrarag.finetune.step.gradcache import by_texts, by_tokens, cached_step
 from ultrarag.finetune.step.lora import Lora
 from ultrarag.finetune.step.masking import FalseNegatives
-from ultrarag.finetune.step.trainable import Trainable
+from ultrarag.finetune.step.trainable import Trainable, still_modules
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.io import named_when_full, quiet_progress, sync_directory, sync_tree
 from ultrarag.losses import regularizer_share, sparsity
@@ -112,6 +112,9 @@ class EmbeddingTrainer(Trainer):
         texts, tokens = arguments.model.chunk_texts, arguments.model.sub_batch_tokens
         #: how GradCache cuts a side of the batch; None: the step is taken in one piece
         self.cut = by_tokens(tokens) if tokens else by_texts(texts) if texts else None
+        sides = arguments.sides
+        frozen = None if sides.maps_alone else {"query": "passage", "passage": "query"}.get(sides.train_side)
+        self.still = still_modules(learner.encoder.model, arguments.model.freeze_layers, frozen)
         self.record = record
         self.measure = measure
         self.best = Best(arguments.evaluation.save_min_seconds)
@@ -175,6 +178,8 @@ class EmbeddingTrainer(Trainer):
         """Encode, gather, loss, backward; in chunks of `sub_batch_size` or `sub_batch_tokens`."""
         self._mine_again()
         model.train()
+        for module in self.still:
+            module.eval()
         given = _sides(inputs)
         self.throughput.count(given)
         batch: TrainingBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
