@@ -82,7 +82,7 @@ def test_the_first_layers_stay_with_the_embeddings(base, corpus, tmp_path, monke
 
     def watched(self, model, *inputs):
         loss = step(self, model, *inputs)
-        side = self.encoder.side("query").model
+        side = self.encoder.model.side("query")
         dropping.extend(n for n, m in side.named_modules() if isinstance(m, torch.nn.Dropout) and m.training)
         return loss
 
