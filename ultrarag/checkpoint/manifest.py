@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -308,10 +309,15 @@ def tokenizer_content(tokenizer: Any) -> bytes:
     if backend is None:
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
         return f"{type(tokenizer).__name__}{special}{vocabulary}".encode()
-    content = json.loads(backend.to_str())
+    return special.encode() + _of_backend(backend.to_str())
+
+
+@lru_cache(maxsize=1)  # both sides of a model have one tokenizer, and a refresh asks for it a dozen times
+def _of_backend(serialised: str) -> bytes:
+    content = json.loads(serialised)
     content.pop("padding", None)
     content.pop("truncation", None)
-    return f"{special}{json.dumps(content, sort_keys=True)}".encode()
+    return json.dumps(content, sort_keys=True).encode()
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ultrarag.finetune.output import UNMERGED, checkpoints_in, claim_output_dir
     from ultrarag.finetune.report import FinetuneResult, read_history, read_measured, write_text
     from ultrarag.finetune.run import dry_run
-    from ultrarag.finetune.step import Interrupted, watching
+    from ultrarag.finetune.step import Interrupted, layers_of, watching
     from ultrarag.finetune.tracking import compared
     from ultrarag.finetune.tracking import send as send_figures
 else:

@@ -53,6 +53,7 @@ from ultrarag.finetune.step import (
     check_regularized,
     choose_heads,
     freeze,
+    layers_of,
     load_encoder,
     rank,
     world_size,
@@ -188,7 +189,11 @@ class FinetuneRun:
         model = self.arguments.model
         sides, trained = self.arguments.sides, self.arguments.sides.train_side
         frozen = {"query": "passage", "passage": "query"}.get(trained) if not sides.maps_alone else None
-        freeze(self.encoder, self.heads, model.fix_encoder, model.fix_position_embedding, frozen)
+        fixed = model.fix_encoder, model.fix_position_embedding
+        freeze(self.encoder, self.heads, *fixed, frozen, model.freeze_layers)
+        if model.freeze_layers:
+            total = layers_of(self.parent.model)[1]
+            self.notes.add(f"the first {model.freeze_layers} of {total} layers, and the embeddings, stay as they are")
         self.start = Start.of(self.parent)
         self.other = read_other(self.arguments, self.encoder, self.notes.add)
         self.masking = FalseNegatives.of(self.arguments, self.encoder, self.heads)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES, ROWS, TEXTS
+from ultrarag.checkpoint import read_manifest
 from ultrarag.errors import DataError, GateError, UltraragError, UsageError
 from ultrarag.evaluation import Evaluation, Verdict
 from ultrarag.retrieve.bridge import crossing
@@ -196,12 +197,19 @@ def test_auto_holds_out_documents_itself_where_no_queries_are_given(dense, refre
     assert report.verdict is not None
 
 
-def test_a_query_side_finds_its_rate_and_keeps_its_best_checkpoint(refresh, monkeypatch) -> None:
+def test_a_query_side_finds_its_rate_and_learns_its_upper_layers(refresh, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(apart, "FEWEST_STOP", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.plan.FROZEN", 2)
     report = refresh(effort="query", learning_rate=None, save_steps=None, num_train_epochs=4)
     (found,) = [note for note in report.notes if note.startswith("query: learning rate")]
     assert found.count("0.") >= 3
     assert any("held out to say when a query side has learned enough" in note for note in report.notes)
+    assert "the first 1 of 2 layers, and the embeddings, stay as they are" in report.notes
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.training is not None
+    assert manifest.training.arguments["model"]["freeze_layers"] == 1
+    assert manifest.training.arguments["evaluation"]["save_min_seconds"] == rates.BETWEEN_CHECKPOINTS
 
 
 def test_rates_of_equal_worth_are_taken_low() -> None:

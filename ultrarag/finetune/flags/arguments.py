@@ -318,6 +318,8 @@ def _refuse_with_lora(arguments: FinetuneArguments) -> None:
     """Sharded weights cannot be merged with their adapters on the way to a checkpoint."""
     if arguments.model.fix_encoder:
         raise UsageError("--use_lora adapts the backbone that --fix_encoder freezes; leave one of them out")
+    if arguments.model.freeze_layers:
+        raise UsageError("--use_lora freezes all layers, and adapts each; leave --freeze_layers out")
     if arguments.training.fsdp or arguments.training.deepspeed:
         raise UsageError("--use_lora does not work with --fsdp or --deepspeed; leave them out (plain DDP works)")
 

@@ -75,6 +75,11 @@ class ModelArguments:
     )
     fix_encoder: bool = flag(False, "Freeze the backbone: only the heads learn.")
     fix_position_embedding: bool = flag(False, "Freeze the position embeddings.")
+    freeze_layers: int = flag(
+        0,
+        "Freeze the first layers of the backbone, so many, and the embeddings below them: a step computes no gradient "
+        "there.",
+    )
     sub_batch_size: int | str | None = flag(
         None,
         "Encode this many texts at a time and keep no graph between them (GradCache): a big batch in the memory of "
@@ -103,6 +108,7 @@ class ModelArguments:
         if self.sub_batch_size != AUTO:
             _at_least(self, "sub_batch_size", 1)
         _at_least(self, "sub_batch_tokens", 1)
+        _at_least(self, "freeze_layers", 0)
         if self.sub_batch_size is not None and self.sub_batch_tokens is not None:
             raise UsageError("sub_batch_size and sub_batch_tokens both say how a batch is cut: give one")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
@@ -242,6 +248,12 @@ class EvaluationArguments:
     early_stopping_patience: int | None = flag(
         None, "Stop after this many evaluations in a row without a better result."
     )
+    save_min_seconds: float = flag(
+        0.0,
+        "Write no checkpoint within this many seconds of the last one, or of the start, unless the run is stopped: the "
+        "best weights are kept in memory meanwhile. A run that is killed goes on from the last checkpoint. Several "
+        "processes write all.",
+    )
     ignore_identical_ids: bool = flag(
         False,
         "Leave out the passage that has the query's own id, of --eval_data and --guard_data whose queries are passages "
@@ -259,6 +271,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         _one_of(self, "shared_eval_data", SHARED)
         _at_least(self, "early_stopping_patience", 1)
+        _at_least(self, "save_min_seconds", 0)
         if isinstance(self.eval_data, str) and not os.path.exists(self.eval_data):
             raise UsageError(f"eval_data '{self.eval_data}' does not exist")
         if self.early_stopping_patience is not None and self.eval_data is None:

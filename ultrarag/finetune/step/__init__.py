@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         check_regularized,
         choose_heads,
         freeze,
+        layers_of,
         load_encoder,
     )
     from ultrarag.finetune.step.trainer import EmbeddingTrainer, Learner

@@ -169,18 +169,26 @@ def check_regularized(heads: tuple[str, ...], loss: LossArguments) -> None:
 
 
 def freeze(
-    encoder: Encoder, heads: tuple[str, ...], fix_encoder: bool, fix_positions: bool, frozen_side: str | None = None
+    encoder: Encoder,
+    heads: tuple[str, ...],
+    fix_encoder: bool,
+    fix_positions: bool,
+    frozen_side: str | None = None,
+    layers: int = 0,
 ) -> None:
     """Switch off the gradient of what is not to be trained, and of what no loss can reach.
 
     Args:
         frozen_side: of a model of two sides, the one that stays as it is: query or passage.
+        layers: how many of the first layers stay as they are, and what lies below them.
 
     Raises:
-        UsageError: when nothing is left to train.
+        UsageError: when nothing is left to train, or the model has fewer layers.
     """
     own_heads = getattr(encoder.model, "head_prefixes", ())  # a classifier's head is a part of its backbone
     fixed = _fixed(encoder.model, frozen_side)
+    if layers:
+        fixed += below(_part_in_training(encoder.model, frozen_side), layers)
     names = [name for name, _ in encoder.model.named_parameters()]
     if fix_encoder and not any("backbone" in name.split(".")[:2] for name in names):
         raise UsageError(f"--fix_encoder: the model of {encoder.adapter.describe()} has no part called 'backbone'")
@@ -206,6 +214,55 @@ def freeze(
             "nothing is left to train: --fix_encoder freezes everything but the heads, and the heads trained are "
             f"{', '.join(heads)}; add --unified_finetuning, or leave --fix_encoder out"
         )
+
+
+def _part_in_training(model: nn.Module, frozen_side: str | None) -> nn.Module:
+    trained = {"query": "passage", "passage": "query"}.get(frozen_side or "")
+    found: nn.Module = getattr(model, trained or "passage", model)  # two sides in training have the same parts
+    return found
+
+
+def layers_of(model: nn.Module) -> tuple[str, int]:
+    """The name of a model's repeated layers, and how many there are; ("", 0) for a model without any."""
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) > 1
+            and all(any(True for _ in layer.children()) for layer in module)
+        ):
+            return name, len(module)
+    return "", 0
+
+
+def below(model: nn.Module, count: int) -> tuple[str, ...]:
+    """How the names of a model's first layers begin, and of the parts of the same backbone that come before them.
+
+    Raises:
+        UsageError: it has fewer layers.
+    """
+    layers, total = layers_of(model)
+    if count > total:
+        raise UsageError(
+            f"--freeze_layers {count}: the model has {total or 'no'} layers, from which this many are frozen"
+        )
+    backbone = layers.split(".")[0]
+    names = [name for name, _ in model.named_parameters() if name.split(".")[0] == backbone]
+    first = next(number for number, name in enumerate(names) if name.startswith(f"{layers}."))
+    return (*names[:first], *(f"{layers}.{number}." for number in range(count)))
+
+
+def still_modules(model: nn.Module, count: int, frozen_side: str | None) -> list[nn.Module]:
+    """The modules of which a run with so many frozen layers trains nothing: there is no dropout in them."""
+    if not count:
+        return []
+    part = _part_in_training(model, frozen_side)
+    fixed = below(part, count)
+    found = []
+    for name, module in part.named_modules():
+        weights = [f"{name}.{own}" for own, _ in module.named_parameters()]
+        if weights and all(weight.startswith(fixed) for weight in weights):
+            found.append(module)
+    return found
 
 
 def _fixed(model: nn.Module, frozen_side: str | None) -> tuple[str, ...]:

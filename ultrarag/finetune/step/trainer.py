@@ -25,6 +25,7 @@ from ultrarag.encoder import Encoder
 from ultrarag.errors import CheckpointError, TrainingError
 from ultrarag.finetune.batches import PlannedLoader, TrainingBatch
 from ultrarag.finetune.corpus import CorpusNegatives, Nearest
+from ultrarag.finetune.step.best import Best
 from ultrarag.finetune.step.callbacks import StderrProgress, StopOnInterrupt, Throughput
 from ultrarag.finetune.step.distributed import (
     Weights,
@@ -42,7 +43,7 @@ from ultrarag.finetune.step.distributed import (
 from ultrarag.finetune.step.gradcache import by_texts, by_tokens, cached_step
 from ultrarag.finetune.step.lora import Lora
 from ultrarag.finetune.step.masking import FalseNegatives
-from ultrarag.finetune.step.trainable import Trainable
+from ultrarag.finetune.step.trainable import Trainable, still_modules
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.io import named_when_full, quiet_progress, sync_directory, sync_tree
 from ultrarag.losses import regularizer_share, sparsity
@@ -111,8 +112,12 @@ class EmbeddingTrainer(Trainer):
         texts, tokens = arguments.model.chunk_texts, arguments.model.sub_batch_tokens
         #: how GradCache cuts a side of the batch; None: the step is taken in one piece
         self.cut = by_tokens(tokens) if tokens else by_texts(texts) if texts else None
+        sides = arguments.sides
+        frozen = None if sides.maps_alone else {"query": "passage", "passage": "query"}.get(sides.train_side)
+        self.still = still_modules(learner.encoder.model, arguments.model.freeze_layers, frozen)
         self.record = record
         self.measure = measure
+        self.best = Best(arguments.evaluation.save_min_seconds)
         half, peak_tflops = args.bf16 or args.fp16, arguments.model.peak_tflops
         self.throughput = Throughput(self.trained.model, args.device, half, peak_tflops)
         self.interrupt = StopOnInterrupt()
@@ -173,6 +178,8 @@ class EmbeddingTrainer(Trainer):
         """Encode, gather, loss, backward; in chunks of `sub_batch_size` or `sub_batch_tokens`."""
         self._mine_again()
         model.train()
+        for module in self.still:
+            module.eval()
         given = _sides(inputs)
         self.throughput.count(given)
         batch: TrainingBatch = self._prepare_inputs(inputs)  # type: ignore[assignment]
@@ -341,6 +348,8 @@ class EmbeddingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write checkpoint-N beside, then rename it: a reader, and a resume, see all of it or nothing."""
+        if self._put_off():
+            return
         final = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         stage = final.with_name(f".{final.name}.tmp")
         with named_when_full(final):
@@ -352,6 +361,15 @@ class EmbeddingTrainer(Trainer):
                     shutil.rmtree(stage, ignore_errors=True)
                 raise
         self.wait()
+
+    def _put_off(self) -> bool:
+        """Whether the last checkpoint is too near; the weights are kept in memory then, where they are the best."""
+        if not self.best.early or self.interrupt.stopped or self.trained.engine or world_size() > 1:
+            return False
+        if self.state.best_global_step == self.state.global_step:
+            self.best.keep(self.encoder.model)
+            self.state.best_model_checkpoint = str(self.args.output_dir)  # says that there is one
+        return True
 
     def _fill(self, stage: Path) -> None:
         if self.args.should_save:
@@ -366,7 +384,8 @@ class EmbeddingTrainer(Trainer):
             self._save_rng_state(str(stage))
 
     def _publish(self, stage: Path, final: Path) -> None:
-        if self.state.best_global_step:
+        self.best.written(stage, self.state.best_global_step == self.state.global_step)
+        if self.state.best_global_step and not self.best:
             best = final.with_name(f"checkpoint-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best)
         self.wait()
@@ -407,13 +426,18 @@ class EmbeddingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put a checkpoint's weights into the model, every one of them, or raise."""
+        self.best.read(Path(resume_from_checkpoint))
         if model is None:
             self.load_weights(resume_from_checkpoint)
         else:
             load_sharded(model, _read_weights(self.encoder, resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.load_weights(str(self.state.best_model_checkpoint))
+        if self.best:
+            self.best.restore(self.encoder.model)
+            self.trained.keep()
+        else:
+            self.load_weights(str(self.state.best_model_checkpoint))
 
     def load_weights(self, folder: str) -> None:
         """Put a checkpoint's weights into the encoder."""

@@ -17,7 +17,7 @@ from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.refresh.apart import JUDGE, Apart, held_out
 from ultrarag.retrieve.refresh.judging import leak_checks, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, checked_effort, of_effort
-from ultrarag.retrieve.refresh.rates import STOPPED
+from ultrarag.retrieve.refresh.rates import FROZEN, STOPPED
 from ultrarag.retrieve.refresh.report import RefreshState, Request, digest
 from ultrarag.retrieve.swap import Gate
 from ultrarag.rows.checks import Overlap
@@ -177,7 +177,7 @@ class Plan:
 
     def for_finetune(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
         """The arguments given, and ours."""
-        from ultrarag.finetune import UNMERGED, checkpoints_in
+        from ultrarag.finetune import UNMERGED, checkpoints_in, layers_of
 
         given = {**({"trust_remote_code": True} if self.trusted else {}), **self.arguments}
         if rung == FULL and steps is None:
@@ -190,6 +190,8 @@ class Plan:
             given = {name: value for name, value in given.items() if name not in _EVALUATION}
         if rung != FULL:
             given |= {**RUNGS[rung], "corpus": str(self.ladder / "corpus")}
+        if rung in STOPPED and not {"freeze_layers", "fix_encoder", "use_lora"} & given.keys():
+            given["freeze_layers"] = layers_of(self.core.live.encoder.side("query").model)[1] // FROZEN
         if self.effort == AUTO and "passage_map" in RUNGS[rung]:  # without a map it is the rung below, which was tried
             given["require_map"] = True
         if self.effort == AUTO and not {"query_map", "passage_map"} & RUNGS[rung].keys():

@@ -14,10 +14,14 @@ from ultrarag.evaluation import MAIN_METRIC
 
 #: Rungs that train an encoder's query side, for which steps and rate are found.
 STOPPED = ("query", "passage-map")
+#: One of so many layers of a query side, the first ones, stay as they are with the embeddings.
+FROZEN = 3
 #: Multiples of the usual rate that are tried, and steps of such a trial at most.
 FACTORS, SLICE = (1 / 3, 1.0, 3.0), 50
 #: Looks at the held-out queries in a run; and how many without a gain end it.
 LOOKS, PATIENCE = 4, 2
+#: Seconds from one checkpoint to the next: a run that is killed loses as much.
+BETWEEN_CHECKPOINTS = 300
 
 #: Trains at a rate for so many steps, and returns the metrics of the held-out queries after it.
 Trial = Callable[[float, int], Mapping[str, float]]
@@ -46,5 +50,6 @@ def described(found: Mapping[str, Any]) -> str:
 def stopping(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The arguments of a run that looks at its held-out queries, keeps the best checkpoint, and may end early."""
     every = max(1, math.ceil(steps / LOOKS))
-    looks = {} if "save_steps" in given else {"eval_steps": every, "save_steps": every}
-    return {"early_stopping_patience": PATIENCE, **given, **looks, "eval_strategy": "steps"}
+    looks = {"eval_steps": every, "save_steps": every, "save_min_seconds": BETWEEN_CHECKPOINTS}
+    looks = {} if "save_steps" in given else looks
+    return {"early_stopping_patience": PATIENCE, **looks, **given, "eval_strategy": "steps"}
