@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.io.child import start_child, stop_child
+    from ultrarag.io.child import NICENESS, start_child, stop_child
     from ultrarag.io.command import (
         lasting_interrupts,
         print_error,

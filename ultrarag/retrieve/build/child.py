@@ -42,7 +42,6 @@ CHUNK = 512
 COMMIT_SHARE = 0.05
 #: Writes that came during the build and are left to the parent.
 LEFT_OVER = 64
-NICENESS = 10
 
 Encode = Callable[[Sequence[str | Passage]], Embeddings]
 
@@ -185,10 +184,8 @@ def _strategy(asked: argparse.Namespace) -> Strategy:
 
 
 def _behave(threads: int) -> None:
-    """Low priority, few threads, and a clean end on SIGTERM."""
+    """Few threads, and a clean end on SIGTERM."""
     signal.signal(signal.SIGTERM, _stop)
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
     import torch
 
     torch.set_num_threads(threads)
