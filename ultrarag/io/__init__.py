@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ultrarag.io.child import NICENESS, start_child, stop_child
     from ultrarag.io.command import (
         lasting_interrupts,
+        leave,
         print_error,
         print_result,
         run_action,

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ultrarag.io.command import leave
+
 #: Environment variable with the process number of whoever started a child.
 PARENT = "ULTRARAG_PARENT"
 #: Of work beside searches: a third of the time of one of their threads, on a processor that both want. At 10, a ninth,
@@ -72,10 +74,16 @@ def _main() -> None:
     end_with_parent()
     give_way(int(os.environ.pop(_NICENESS, "0")))  # popped: a child of this process has another one
     del sys.argv[0]
+    status: Any = 0
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code or 0
     except KeyboardInterrupt:  # its parent asked for the end, here before the module could see to it
-        sys.exit(130)
+        status = 130
+    if not isinstance(status, int):  # a message
+        sys.exit(status)
+    leave(status)
 
 
 def stop_child(child: subprocess.Popen[Any], patience: float) -> None:
