@@ -9,8 +9,9 @@ every two seconds, of which the oldest are deleted beyond --kept, and a refresh 
 --pause another one that many seconds later, and so on. A round lasts for --seconds at least, and half a minute beyond
 the last swap. Counted are searches a second, the median and 99th percentile of the wait: in the minute around the last
 swap, in the whole round, beside a refresh and without one; answers that are no 200; answers whose generation and
-encoder do not belong together; passages that were acknowledged and cannot be found, or were deleted and can; and the
-memory of the service: each minute's median, and how fast it grows, of all samples and of those without a refresh.
+encoder do not belong together; passages that were acknowledged and cannot be found, or were deleted and can; the cores
+that each side used; and the memory of the service: each minute's median, and how fast it grows, of all samples and of
+those without a refresh.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def told(clients: int, window: float, seen: Seen) -> dict[str, Any]:
         "wait without a refresh": waits([wait for when, wait in seen.waits if not seen.refreshing(when)]),
         "refreshes": len(seen.refreshes),
         "refresh seconds": [round(end - begin, 1) for begin, end in seen.refreshes],
+        "cores used": {who: round(spent / (ended - began), 2) for who, spent in seen.processor.items()},
         "errors": len(seen.errors),
         "first errors": seen.errors[:5],
         "generations that answered": len(seen.generations),

@@ -39,12 +39,21 @@ class Seen:
     deleted: int = 0
     #: (when it began, when it ended) of each refresh
     refreshes: list[tuple[float, float]] = field(default_factory=list)
+    #: processor seconds of the clients (this process), of the service, and of its children that have ended
+    processor: dict[str, float] = field(default_factory=dict)
     #: (when, bytes)
     memory: list[tuple[float, int]] = field(default_factory=list)
 
     def refreshing(self, when: float) -> bool:
         """Whether a refresh was under way."""
         return any(begin <= when <= end for begin, end in self.refreshes)
+
+
+def processor_seconds(pid: int) -> dict[str, float]:
+    """Of the clients, which are this process, of a process, and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own, children = (sum(map(int, fields[at : at + 2])) / os.sysconf("SC_CLK_TCK") for at in (11, 13))
+    return {"clients": time.process_time(), "service": own, "its refresh": children}
 
 
 class Round:
@@ -68,7 +77,7 @@ class Round:
         """All of it."""
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         async with httpx2.AsyncClient(base_url=self.url, timeout=120, limits=limits) as self.client:
-            began = time.monotonic()
+            began, used = time.monotonic(), processor_seconds(self.pid)
             work = [asyncio.create_task(self.search(number)) for number in range(self.clients)]
             work += [asyncio.create_task(self.write()), asyncio.create_task(self.watch())]
             half = min(WINDOW, self.asked.seconds) / 2
@@ -82,6 +91,7 @@ class Round:
             ended = time.monotonic()
             self.stop.set()
             await asyncio.gather(*work)
+            self.seen.processor = {who: now - used[who] for who, now in processor_seconds(self.pid).items()}
             status = (await self.client.get("/v1/status")).json()
             self.seen.live = status["index"]["live"]["id"]
             self.seen.wrong = await self.missing()

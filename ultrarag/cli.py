@@ -9,7 +9,7 @@ from typing import Any
 
 from ultrarag import __version__
 from ultrarag.errors import UsageError
-from ultrarag.io import print_result, run_action, run_command, table
+from ultrarag.io import leave, print_result, run_action, run_command, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["serve"], ["mcp"]):
         from ultrarag.service import main as service
 
-        return service(words)
+        status = service(words)
+        if argv is None:  # the program, not one that calls it
+            leave(status)
+        return status
     return run_command(lambda: run_action(_parser(), words))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -42,3 +43,17 @@ def test_a_child_that_is_interrupted_while_it_imports_says_nothing() -> None:
     child.send_signal(signal.SIGINT)
     assert child.communicate(timeout=30) == ("", "")
     assert child.returncode == 130
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sched(7) is Linux's")
+def test_a_child_gives_way_while_it_imports_also_where_sessions_are_scheduled() -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with start_child(
+        "tests.io.orphan", cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, niceness=3, text=True, **pipes
+    ) as child:
+        assert child.stdout.readline() == "importing\n"
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) == min(19, os.nice(0) + 3)
+        session = Path(f"/proc/{child.pid}/autogroup")
+        if session.exists():
+            assert session.read_text().split()[-2:] in (["nice", "3"], [])  # nothing where the kernel has it disabled
+        child.kill()

@@ -178,6 +178,18 @@ def test_closed_descriptors_are_not_given_to_files() -> None:
     assert done.stdout == "x/dev/null True\n"
 
 
+def test_who_leaves_calls_what_is_registered_and_tears_nothing_down() -> None:
+    code = (
+        "import atexit, sys; from ultrarag.io import leave\n"
+        "class Module:\n"
+        "    def __del__(self): print('torn down')\n"
+        "module = Module(); atexit.register(print, 'registered')\n"
+        "print('done'); leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done\nregistered\n", "")
+
+
 @pytest.mark.parametrize("dropped", ["__del__", "weakref"])
 def test_ctrl_c_within_a_destructor_still_stops_the_command(dropped: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Python drops it there; a campaign of kills met it in the destructors of two libraries."""

@@ -71,7 +71,9 @@ def test_a_port_that_is_taken_is_said_at_once(closed, capsys) -> None:
 
 def test_an_index_that_is_not_there(tmp_path, capsys) -> None:
     assert main(["serve", str(tmp_path / "none"), "--port", "0"]) == 1
-    assert "there is no index" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "there is no index" in err
+    assert "(ultrarag index create) makes one" in err
     assert logging.getLogger("ultrarag").propagate  # the process's logging is as it was
     assert logging.getLogger("ultrarag").handlers == []
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.finetune.test_run import ROWS
 from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
-from tests.retrieve.servers import free_port
+from tests.retrieve.servers import free_port, wait_for
 from tests.service.running import Running
 from tests.service.test_command import started
 from ultrarag.errors import GateError, StoppedError
@@ -164,6 +164,18 @@ def test_a_stopped_service_leaves_a_job_that_goes_on(tmp_path, tiny, monkeypatch
         assert Path(fake.asked[0]["train_data"]).read_text(encoding="utf-8").count("\n") == len(ROWS)
     finally:
         again.stop()
+
+
+def test_a_job_ends_while_the_requests_of_a_stopping_service_go_on(learner: Running, monkeypatch) -> None:
+    """A signal says so; waiting for the requests first, a stop took as long as both."""
+    Refresh(learner.live, monkeypatch)
+    id = learner.post("/v1/refresh", {"rows": ROWS}).json()["id"]
+    jobs = learner.service.jobs
+    try:
+        jobs.stop()
+        wait_for(lambda: jobs.get(id).state == "interrupted", 20)
+    finally:
+        jobs._closing = False  # for the tests that share it
 
 
 def test_jobs_report_where_the_service_says(tmp_path, tiny, monkeypatch) -> None:  # noqa: F811

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+from pydantic import ValidationError
 from starlette.routing import Route
 
 from tests.service.running import Running
@@ -38,6 +39,34 @@ def test_every_reference_leads_somewhere(described) -> None:
         assert name in described["components"]["schemas"]
     for schema in described["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
+
+
+def _true_for_numbers(schema: Any) -> list[Any]:
+    """Values with true in each place of a schema that is a number and may not be a boolean."""
+    kinds = [schema, *schema.get("anyOf", ())] if isinstance(schema, dict) else []
+    if any(kind.get("type") == "boolean" for kind in kinds):
+        return []
+    found: list[Any] = []
+    for kind in kinds:
+        if kind.get("type") in ("integer", "number"):
+            found.append(True)
+        found += [{"x": value} for value in _true_for_numbers(kind.get("additionalProperties"))]
+        found += [[value] for value in _true_for_numbers(kind.get("items"))]
+    return found
+
+
+def test_no_number_of_a_request_may_be_true() -> None:
+    tried = []
+    for endpoint in ENDPOINTS:
+        for model in filter(None, (endpoint.body, endpoint.query)):
+            for name, schema in model.model_json_schema(by_alias=True)["properties"].items():
+                for value in _true_for_numbers(schema):
+                    tried.append((endpoint.path, name))
+                    with pytest.raises(ValidationError) as caught:
+                        model.model_validate({name: value})
+                    assert name in {error["loc"][0] for error in caught.value.errors()}, (endpoint.path, name, value)
+    assert {("/v1/search", name) for name in ("k", "candidates", "mmr", "weights", "min_scores")} <= set(tried)
+    assert ("/v1/embeddings", "dimensions") in tried
 
 
 #: method, path, path as described, body or parameters, status

@@ -57,6 +57,7 @@ def test_many_queries_are_searched_together(served: Running) -> None:
         ({"query": "x", "weights": {"dens": 1}}, 400, "did you mean 'dense'?"),
         ({"query": "x", "filter": {"year": {"over": 1}}}, 400, "unknown bound 'over'"),
         ({"query": "x", "k": 0}, 400, "'k': Input should be greater than or equal to 1, not 0"),
+        ({"query": "x", "k": True}, 400, "'k': Input should be a valid integer, not True"),
         ({"query": "x", "fusion": "sum"}, 400, "fusion is 'sum'"),
         ({"query": "x", "normalize": "z"}, 400, "normalize is 'z'"),
         ({"query": "x", "top": 3}, 400, "'top': Extra inputs are not permitted"),
@@ -86,6 +87,16 @@ def test_what_cannot_be_searched_is_said_in_the_librarys_words(served: Running, 
 )
 def test_an_error_says_once_what_was_sent(served: Running, method, path, body, message) -> None:
     assert fault(served.client.request(method, path, json=body)) == (400, message)
+
+
+def test_a_long_id_is_shortened_and_what_to_do_stays(served: Running) -> None:
+    body = {"query_id": "x" * 100_000, "passage_id": "milvus", "action": "click"}
+    status, message = fault(served.post("/v1/feedback", body))
+    assert status == 400
+    assert len(message) < 1100
+    assert " ... " in message
+    short = fault(served.post("/v1/feedback", {**body, "query_id": "none"}))[1]
+    assert message.endswith(short[-100:])
 
 
 def test_a_model_is_found_by_twelve_digits_of_its_fingerprint(served: Running) -> None:

@@ -58,6 +58,31 @@ def test_in_memory(served: Running) -> None:
     check(*called(create_tools(served.service), *CALLS), served.live.fingerprint)
 
 
+def test_feedback_reaches_the_log_and_its_errors_the_model(served: Running) -> None:
+    from mcp.client import Client
+
+    async def run():
+        async with Client(create_tools(served.service)) as client:
+            query = json.loads(said(await client.call_tool("search", {"query": "what is milvus?"})))["query_id"]
+            calls = (
+                {"query_id": query, "action": "cite", "id": "milvus"},
+                {"query_id": query, "action": "answer_up"},
+                {"query_id": query, "action": "cite", "id": "never-shown"},
+                {"query_id": "0" * 5000, "action": "cite", "id": "milvus"},
+            )
+            return query, [await client.call_tool("feedback", given) for given in calls]
+
+    query, (cited, voted, not_shown, unknown) = anyio.run(run)
+    assert [json.loads(said(one)) for one in (cited, voted)] == [{"kept": True}] * 2
+    assert not_shown.is_error
+    assert "never-shown" in said(not_shown)
+    assert unknown.is_error
+    assert len(said(unknown)) < 1200
+    (kept,) = [one for one in served.live.feedback_log.queries() if one.query_id == query]
+    assert kept.text == "what is milvus?"
+    assert [event[:2] for event in kept.events] == [("cite", "milvus"), ("answer_up", "")]
+
+
 def test_logging_stays_as_it_was(served: Running) -> None:
     root = logging.getLogger()
     before = list(root.handlers), root.level

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.io.child import start_child, stop_child
+    from ultrarag.io.child import NICENESS, start_child, stop_child
     from ultrarag.io.command import (
         lasting_interrupts,
+        leave,
         print_error,
         print_result,
         run_action,

@@ -178,7 +178,7 @@ class Core:
     ) -> Core:
         """Take the index; where nothing can be written, such as on a full disk, open it for reading and say so."""
         if not root.is_dir():
-            raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
+            raise IndexStateError(f"there is no index '{root}'; LiveIndex.create (ultrarag index create) makes one")
         try:
             return cls(root, encoder, device, repair, checkpoints, trusted=trusted, late=late)
         except IndexStateError as error:

@@ -31,7 +31,10 @@ def create_index(
     """Create an empty index, and return its directory; see `LiveIndex.create`."""
     root = _root(path, uri)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise IndexStateError(f"'{root}' is not empty; open the index with LiveIndex.open, or name another directory")
+        raise IndexStateError(
+            f"'{root}' is not empty; open an index that is there with LiveIndex.open (ultrarag index status), or name "
+            "another directory"
+        )
     chosen = stored_heads(encoder.heads, heads)
     with named_conditions(root):
         if uri is None:

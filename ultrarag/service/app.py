@@ -96,7 +96,7 @@ def _stop_early(service: Service) -> None:
         before = signal.getsignal(number)
 
         def stop(number: int, frame: Any, before: Any = before) -> None:
-            service.stopping = True
+            service.stop()
             if callable(before):
                 before(number, frame)
 

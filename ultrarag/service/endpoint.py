@@ -6,9 +6,12 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import PydanticKnownError
+from pydantic_core.core_schema import no_info_before_validator_function
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -21,7 +24,35 @@ if TYPE_CHECKING:
 _EMPTY: Mapping[str, str] = {}
 
 
-class Body(BaseModel):
+def _without_booleans(schema: Any, inside: bool = False) -> Any:
+    """A schema whose numbers refuse booleans; `inside`: within a model, and a model there has seen to its own."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_without_booleans(part, inside) for part in schema)
+    if not isinstance(schema, dict):
+        return schema
+    kind = schema.get("type")
+    if kind in ("int", "float"):
+        return no_info_before_validator_function(partial(_number, kind), schema)
+    if kind == "model" and inside:
+        return schema
+    return {name: _without_booleans(part, inside or kind == "model") for name, part in schema.items()}
+
+
+def _number(kind: Literal["int", "float"], value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type" if kind == "int" else "float_type")
+    return value
+
+
+class _Brought(BaseModel):
+    """What a request brings; true and false are no numbers, which pydantic takes for 1 and 0."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return _without_booleans(handler(source))
+
+
+class Body(_Brought):
     """What a request brings: unknown names are refused, as unknown flags are."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -31,7 +62,7 @@ class Nothing(Body):
     """What a request brings where there is nothing to say."""
 
 
-class Lenient(BaseModel):
+class Lenient(_Brought):
     """What the client of another product brings: names that mean nothing here are passed over."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())

@@ -30,8 +30,8 @@ STATUS: tuple[tuple[type[UltraragError], int], ...] = (
     (LeaseError, 503),
     (UltraragError, 409),
 )
-#: Characters of the message of a value that cannot be used.
-_LONGEST = 300
+#: Characters of the message of a value that cannot be used, and of any message: an id may have millions.
+_LONGEST, _LONGEST_MESSAGE = 300, 1000
 #: What pydantic calls errors whose message says all that there is to say.
 _TOLD = ("missing", "json_invalid", "extra_forbidden", "too_short", "too_long", "value_error")
 
@@ -40,7 +40,7 @@ class Fault(UltraragError):
     """A request that is answered with an error of its own status."""
 
     def __init__(self, status: int, message: str, kind: str = "", headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_shortened(message, _LONGEST_MESSAGE))
         self.status, self.kind, self.headers = status, kind or _KINDS.get(status, "error"), headers or {}
 
 
@@ -86,7 +86,14 @@ def invalid(error: ValidationError) -> str:
 
 def _shown(value: Any) -> str:
     text = repr(value) if not isinstance(value, dict | list) else f"{type(value).__name__} of {len(value)}"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return _shortened(text, _LONGEST)
+
+
+def _shortened(text: str, most: int) -> str:
+    """A text without its middle where it is too long: what is wrong comes first, and what to do last."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - most // 3]} ... {text[len(text) - most // 3 :]}"
 
 
 def body_of(fault: Fault, shape: Shape) -> dict[str, Any]:

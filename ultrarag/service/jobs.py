@@ -210,11 +210,14 @@ class Jobs:
     def _cut(self) -> list[Job]:
         return [job for job in self.all() if job.state == "interrupted"]
 
+    def stop(self) -> None:
+        """Ask the job that runs to end, so that it can be taken up again; a signal may do so."""
+        self._closing = True
+
     def close(self) -> None:
-        """Stop the job that runs, so that it can be taken up again, and wait until it has."""
-        job, thread, self._closing = self._current, self._thread, True
-        if job is not None and thread is not None:
-            (self.folder(job.id) / CANCEL_FILE).touch()
+        """Stop the job that runs, and wait until it has."""
+        self.stop()
+        if (thread := self._thread) is not None:
             thread.join()
 
     def events(self, id: str, after: int = 0) -> list[dict[str, Any]]:
@@ -283,9 +286,9 @@ class Jobs:
         return {**found, "output_dir": str(folder / "model"), "isolate": True, "on_progress": self._note}
 
     def _watch(self, id: str, done: threading.Event) -> None:
-        """Stop the job when it is asked to, by whichever worker."""
+        """Stop the job when it is asked to, by whichever worker, or when the service stops."""
         while not done.wait(PULSE):
-            if not self._cancelled and (self.folder(id) / CANCEL_FILE).exists():
+            if not self._cancelled and (self._closing or (self.folder(id) / CANCEL_FILE).exists()):
                 self._cancelled = self._live.cancel_refresh()
 
     def _note(self, found: Mapping[str, Any]) -> None:

@@ -153,9 +153,14 @@ class Service:
         search = None if self.settings.weights is None else {"weights": dict(self.settings.weights)}
         return Habit(self.live, self.jobs, self.settings.learn, search)
 
-    def close(self) -> None:
-        """Stop jobs, which can be taken up again, and let threads finish; the index stays open."""
+    def stop(self) -> None:
+        """Refuse new requests and stop jobs, which can be taken up again, while what has begun goes on."""
         self.stopping = True
+        self.jobs.stop()
+
+    def close(self) -> None:
+        """Stop, and let jobs and threads finish; the index stays open."""
+        self.stop()
         if self.habit is not None:
             self.habit.close()
         self.jobs.close()

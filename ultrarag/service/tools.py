@@ -16,6 +16,7 @@ from pydantic import Field
 from ultrarag import __version__
 from ultrarag.errors import UltraragError
 from ultrarag.service import passages, searching
+from ultrarag.service.faults import Fault, fault_of
 from ultrarag.service.state import Service
 
 _Parameters = ParamSpec("_Parameters")
@@ -36,7 +37,7 @@ def readable(tool: Callable[_Parameters, Awaitable[_Result]]) -> Callable[_Param
         try:
             return await tool(*args, **options)
         except UltraragError as error:
-            raise ToolError(str(error)) from error
+            raise ToolError(str(fault_of(error))) from error
 
     return wrapped
 
@@ -79,7 +80,7 @@ def create_tools(service: Service) -> MCPServer[Any]:
     async def get(id: Annotated[str, Field(description="as `search` gave it")]) -> dict[str, Any]:
         found = await service.writes.run(service.live.get, id)
         if found is None:
-            raise ToolError(f"there is no passage {id!r}; take an id that `search` gave")
+            raise Fault(404, f"there is no passage {id!r}; take an id that `search` gave")
         return passages.shown(found)
 
     @server.tool(description="What the knowledge base is: how many passages, which model answers.")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.retrieve.test_live import assert_complete, corpus
 from ultrarag.errors import IndexStateError
-from ultrarag.retrieve.build import start
+from ultrarag.retrieve.build import child, start
 from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.generation import Source, prepare
 from ultrarag.retrieve.live import LiveIndex
@@ -85,3 +85,25 @@ def test_an_orphan_is_named_and_waited_for(
     live.swap(live.build(checkpoint))
     assert beside == [False]
     assert_complete(live, 4)
+
+
+def test_a_build_ends_although_writes_come_as_fast_as_it_encodes(live: LiveIndex, other, monkeypatch) -> None:
+    live.add(corpus(4))
+    monkeypatch.setattr(child, "LEFT_OVER", 2)
+    source = Source(other)
+    generation = start.enter(live._core, source, None, other.heads)
+    prepare(live._core.layout, generation, source)
+    build = Build(live.path, generation, "cpu")
+    encode, rounds = build.encode, []
+
+    def encoding(texts):
+        assert len(rounds) < 10, "the build never ends"
+        rounds.append(len(texts))
+        live.add({"id": f"new-{len(rounds)}-{n}", "text": f"new {len(rounds)} {n}"} for n in range(4))
+        return encode(texts)
+
+    monkeypatch.setattr(build, "encode", encoding)
+    build.run(False)
+    assert len(rounds) > 1  # the corpus, and what was written meanwhile; not all that was written then
+    live.swap(start.finish(live._core, generation))  # which refuses a generation that lacks a passage
+    assert len(live) == 4 + 4 * len(rounds)

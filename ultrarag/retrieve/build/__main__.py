@@ -109,7 +109,7 @@ def _show(asked: argparse.Namespace, rank: Rank) -> None:
 def _run(asked: argparse.Namespace, rank: Rank) -> dict[str, Any] | None:
     root = Path(asked.index)
     if not root.is_dir():
-        raise IndexStateError(f"there is no index '{root}'; LiveIndex.create makes one")
+        raise IndexStateError(f"there is no index '{root}'; LiveIndex.create (ultrarag index create) makes one")
     device = asked.device or rank.device()
     wanted = (asked.adapter, asked.heads, device, asked.backend, asked.share, asked.trust_remote_code)
     count = encode_share(root, asked.checkpoint, rank, *wanted)

@@ -42,7 +42,6 @@ CHUNK = 512
 COMMIT_SHARE = 0.05
 #: Writes that came during the build and are left to the parent.
 LEFT_OVER = 64
-NICENESS = 10
 
 Encode = Callable[[Sequence[str | Passage]], Embeddings]
 
@@ -137,10 +136,18 @@ class Build:
         encoded_ahead(draft).remove()  # whichever strategy built it, nobody needs the blocks any more
 
     def catch_up(self) -> None:
-        """Apply the writes made meanwhile, until few are left."""
+        """Apply the writes made meanwhile, until few are left, or they come as fast as this process encodes.
+
+        The swap applies the rest, for which writers wait in the end. Here nobody waits, and beside busy searches four
+        passages a second were written and one encoded: no build ended.
+        """
         draft, vectors = self.draft, self.draft.vectors(self.encode)
         follower = Follower(draft.store, vectors, draft.progress.applied, lambda seq: None)
-        while draft.store.last_seq() - follower.applied > LEFT_OVER:
+        before = None
+        while (behind := draft.store.last_seq() - follower.applied) > LEFT_OVER:
+            if before is not None and behind > before / 2:
+                break
+            before = behind
             follower.catch_up(draft.store.last_seq())
         draft.backend.flush()
         draft.progress.applied = follower.applied
@@ -185,10 +192,8 @@ def _strategy(asked: argparse.Namespace) -> Strategy:
 
 
 def _behave(threads: int) -> None:
-    """Low priority, few threads, and a clean end on SIGTERM."""
+    """Few threads, and a clean end on SIGTERM."""
     signal.signal(signal.SIGTERM, _stop)
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
     import torch
 
     torch.set_num_threads(threads)

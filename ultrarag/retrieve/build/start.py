@@ -18,7 +18,7 @@ from ultrarag import errors
 from ultrarag.encode.ray import RayJob, RayPool
 from ultrarag.encoder.engines import is_int8
 from ultrarag.errors import IndexStateError, UsageError
-from ultrarag.io import OwnerLock, start_child, stop_child
+from ultrarag.io import NICENESS, OwnerLock, start_child, stop_child
 from ultrarag.quantise import TEXTS, Calibration
 from ultrarag.retrieve.bridge import BridgeTerms, cross, drop, read_report
 from ultrarag.retrieve.build.origin import map_stored, origin_of
@@ -244,7 +244,7 @@ def _run(
 ) -> None:
     limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "pass_fds": lock.descriptors()}
-    with start_child("ultrarag.retrieve.build.child", *words, env=limits, **pipes) as child:
+    with start_child("ultrarag.retrieve.build.child", *words, env=limits, niceness=NICENESS, **pipes) as child:
         lock.name(child.pid)
         started(child)
         try:

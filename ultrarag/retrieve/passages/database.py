@@ -103,7 +103,8 @@ class Database:
         """
         if not path.is_file():
             raise IndexStateError(
-                f"'{path.parent}' holds no index ('{path.name}' is missing); LiveIndex.create makes one"
+                f"'{path.parent}' holds no index ('{path.name}' is missing); LiveIndex.create (ultrarag index create) "
+                "makes one"
             )
         database = cls(path, read_only)
         try:

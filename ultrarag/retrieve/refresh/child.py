@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from ultrarag import errors
 from ultrarag.errors import TrainingError, UltraragError, UsageError, kind_of
-from ultrarag.io import start_child, stop_child
+from ultrarag.io import NICENESS, start_child, stop_child
 
 if TYPE_CHECKING:
     from ultrarag.retrieve.refresh.progress import Refreshing
 
-NICENESS = 10
 #: Seconds for a child to finish its step and save a checkpoint, when this process is interrupted.
 PATIENCE = 60.0
 #: What a refresh needs of the result of a fine-tune.
@@ -44,7 +43,8 @@ def finetune_apart(refreshing: Refreshing, model: str, rows: Any, folder: Any, g
             f"rows, plain values as arguments, or isolate=False"
         ) from None
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with start_child("ultrarag.retrieve.refresh.child", **pipes) as child, refreshing.training(child):
+    module = "ultrarag.retrieve.refresh.child"
+    with start_child(module, niceness=NICENESS, **pipes) as child, refreshing.training(child):
         try:
             last = _conversed(child, text, refreshing)
             child.wait()
@@ -103,8 +103,6 @@ def main() -> int:
     from ultrarag.finetune import Interrupted, NoMap, finetune, watching
 
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
     out = sys.stdout
     sys.stdout = sys.stderr  # what libraries print
 

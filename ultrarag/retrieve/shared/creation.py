@@ -119,6 +119,6 @@ def remove_shared(uri: str) -> None:
 
 def _exists(uri: str, name: str) -> IndexStateError:
     return IndexStateError(
-        f"'{uri}' has a shared index '{name}' already; open it with LiveIndex.open(path, uri=...), or end the URI in "
-        f"another name"
+        f"'{uri}' has a shared index '{name}' already; open it with LiveIndex.open(path, uri=...) (ultrarag index "
+        f"mirror), or end the URI in another name"
     )

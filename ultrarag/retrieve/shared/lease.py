@@ -103,7 +103,8 @@ class Lease:
             numbers = self._numbers()
             if not numbers:
                 raise IndexStateError(
-                    f"'{self._address.uri}' holds no shared index '{self._address.name}'; LiveIndex.create makes one"
+                    f"'{self._address.uri}' holds no shared index '{self._address.name}'; LiveIndex.create "
+                    "(ultrarag index create) makes one"
                 )
             if found := self._read_newest(numbers[-1]):
                 return found  # else it was just replaced by that of a higher number

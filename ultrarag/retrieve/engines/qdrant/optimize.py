@@ -6,24 +6,25 @@ ended with its parent, so that it never keeps a directory from the next owner.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import qdrant_edge
 
 from ultrarag.errors import IndexStateError
-from ultrarag.io import start_child
+from ultrarag.io import NICENESS, start_child
 from ultrarag.retrieve.engines.base import Progress
 
 
 def optimize_in_child(shard: Path, descriptors: Sequence[int], progress: Progress | None) -> None:
     """Run this file in a child process that inherits the descriptors; IndexStateError when it fails."""
     started = time.monotonic()
-    with start_child(__name__, str(shard), pass_fds=descriptors, stderr=subprocess.PIPE, text=True) as child:
+    pipes: dict[str, Any] = {"pass_fds": descriptors, "stderr": subprocess.PIPE, "text": True}
+    with start_child(__name__, str(shard), niceness=NICENESS, **pipes) as child:
         try:
             errors = _wait(child, lambda: progress and progress(time.monotonic() - started))
         except BaseException:  # such as Ctrl-C: the engine survives a kill, as its tests show
@@ -47,8 +48,6 @@ def _wait(child: subprocess.Popen[str], tick: Callable[[], object]) -> str:
 
 def main(shard: str) -> None:
     """Optimise the shard in a directory, until there is nothing more to do."""
-    if hasattr(os, "nice"):
-        os.nice(10)
     edge = qdrant_edge.EdgeShard.load(shard)
     while edge.optimize():
         pass
