@@ -229,11 +229,12 @@ def test_a_qdrant_server_is_asked_for_codes_and_to_compare_anew(rest, tmp_path: 
             backend.search_dense(np.ones(DIM), 3, exact=exact)
             backend.search_tokens(np.ones((2, DIM)), 3, exact=exact)
         backend.search_dense(np.ones(DIM), 9_999)
-        anew = [found.params.quantization for found in rest.asked]
-        assert [found is not None for found in anew[:2]] == [quantise != ""] * 2
-        if quantise:
-            assert all(found.rescore and found.oversampling == OVERSAMPLING[quantise] for found in anew[:2])
-            assert anew[4].oversampling == 1  # of 10,000 hits no more are compared
+        anew = [found.params.quantization for found in rest.asked if not found.params.exact]
+        if quantise:  # of dense vectors, of tokens, and of 10,000 hits, of which no more are compared
+            assert [found.oversampling for found in anew] == [OVERSAMPLING[quantise], OVERSAMPLING[quantise], 1]
+            assert all(found.rescore for found in anew)
+        else:
+            assert anew == [None, None]  # MaxSim is exact
     backend = open_backend(tmp_path / "index")
     assert backend.address.quantise == quantise
     backend.close()

@@ -558,7 +558,8 @@ def test_quantised_vectors_are_part_of_the_shared_generation(rest, tmp_path: Pat
     def kept(live: LiveIndex) -> tuple[str, str]:
         backend = live._core.live.backend
         assert live._core.catalog.live().backend == backend.address.uri
-        return backend.address.quantise, next(iter(rest.made[backend.collection].vectors["dense"].quantization_config))[0]
+        codes = rest.made[backend.collection].vectors["dense"].quantization_config
+        return backend.address.quantise, next(iter(codes))[0]
 
     with closing(LiveIndex.create(tmp_path / "a", tiny, uri=f"{uri}?quantise=int8")) as one:
         one.add(corpus(3))
