@@ -128,8 +128,8 @@ def main_indexes(schema: Schema, quantise: str = "") -> Any:
     indexes = MilvusClient.prepare_index_params()
     if schema.dense:
         graph = {"M": HNSW_M, "efConstruction": HNSW_EF_CONSTRUCT}
-        params = {"int8": {**graph, "sq_type": "SQ8"}, "binary": {"nlist": LISTS}}.get(quantise, graph)
-        indexes.add_index("dense", index_type=INDEXES[quantise], metric_type="IP", params=params)
+        params: dict[str, dict[str, Any]] = {"": graph, "int8": {**graph, "sq_type": "SQ8"}, "binary": {"nlist": LISTS}}
+        indexes.add_index("dense", index_type=INDEXES[quantise], metric_type="IP", params=params[quantise])
     if schema.sparse or not schema.dense:
         indexes.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
     return indexes

@@ -230,7 +230,7 @@ class MilvusServer(MilvusConnection, ServerBackend):
         self._make(self.collection, main_schema(self.schema, quantise), main_indexes(self.schema, quantise))
 
     def _is_lite(self) -> bool:
-        return "lite" in self._call(lambda client: client.get_server_version(**self._time))
+        return "lite" in str(self._call(lambda client: client.get_server_version(**self._time)))
 
     def _make(self, name: str, fields: Any, indexes: Any) -> None:
         words = "facts" if name == self.collection else "passage"
