@@ -29,6 +29,9 @@ class Rest:
         self.failures: list[tuple[int, dict[str, str]]] = []
         self.key: str | None = None
         self.indexes: dict[str, dict[str, Any]] = {}
+        #: the bodies with which collections were made, by name, and of all searches
+        self.made: dict[str, models.CreateCollection] = {}
+        self.asked: list[models.QueryRequest] = []
         rest = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -103,7 +106,7 @@ class Rest:
         wanted = models.CreateCollection.model_validate(body)
         if self.local.collection_exists(name):
             raise Taken(f"Wrong input: Collection `{name}` already exists!")
-        self.indexes[name] = {}
+        self.indexes[name], self.made[name] = {}, wanted
         return self.local.create_collection(
             name, vectors_config=wanted.vectors or {}, sparse_vectors_config=wanted.sparse_vectors
         )
@@ -128,6 +131,7 @@ class Rest:
 
     def query(self, name: str, body: Any) -> Any:
         wanted = models.QueryRequest.model_validate(body)
+        self.asked.append(wanted)
         query = wanted.query.nearest if isinstance(wanted.query, models.NearestQuery) else wanted.query
         return self.local.query_points(
             name,

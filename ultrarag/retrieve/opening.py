@@ -13,7 +13,7 @@ from ultrarag.retrieve.bridge import resume
 from ultrarag.retrieve.build import end_build
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.generation import lay_out, stored_heads
-from ultrarag.retrieve.shared import check_mirror, create_mirror, create_shared, mirror_path
+from ultrarag.retrieve.shared import check_mirror, check_quantise, create_mirror, create_shared, mirror_path
 
 if TYPE_CHECKING:
     from ultrarag.encoder import Encoder
@@ -80,6 +80,8 @@ def open_core(
             create_mirror(root, uri, checkpoints)
     core = Core.open(root, encoder, device, repair, checkpoints, trust_remote_code, late)
     try:
+        if uri is not None:
+            check_quantise(uri, core.catalog.live())
         resume(core)
     except BaseException:
         core.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ultrarag.errors import UsageError
-from ultrarag.retrieve.engines.address import parse_uri
+from ultrarag.retrieve.engines.address import parse_uri, with_quantise
 
 
 def test_an_address_says_where_and_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +29,8 @@ def test_an_address_says_where_and_holds_no_secret(monkeypatch: pytest.MonkeyPat
         ("milvus://x?tls=maybe", "true or false"),
         ("milvus://x?timeout=0", "above 0"),
         ("milvus://x/a-b", "letters, digits"),
+        ("milvus://x?quantise=int4", "int8 or binary"),
+        ("qdrant:///folder?quantise=int8", "local mode keeps float32"),
         ("milvus:///folder", "names no host"),
         ("qdrant://x:99999", "x:99999"),
     ],
@@ -37,3 +39,11 @@ def test_a_bad_address_is_refused_without_repeating_a_secret(uri: str, said: str
     with pytest.raises(UsageError, match=said) as caught:
         parse_uri(uri)
     assert "s3cret" not in str(caught.value)
+
+
+def test_an_address_is_given_another_quantise() -> None:
+    uri = "qdrant://x/kb?tls=true&quantise=int8&timeout=5"
+    assert parse_uri(uri).quantise == "int8"
+    assert with_quantise(uri, "binary") == "qdrant://x/kb?tls=true&timeout=5&quantise=binary"
+    assert with_quantise("milvus://x?quantise=int8", "") == "milvus://x"
+    assert with_quantise(uri, "int8") == uri

@@ -19,7 +19,9 @@ from tests.retrieve.engines import test_differences, test_engines
 from tests.retrieve.engines.test_engines import DIM, SCHEMA, embed, empty, filled, langs, names  # noqa: F401
 from tests.retrieve.test_live import corpus, text_of
 from ultrarag.errors import IndexStateError, UsageError
+from ultrarag.retrieve.engines.address import with_quantise
 from ultrarag.retrieve.engines.registry import Backend, Schema, create, open_backend, remove
+from ultrarag.retrieve.engines.server import OVERSAMPLING, ServerError
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.search.filters import matches, parse
 from ultrarag.types import Embeddings, Passage
@@ -205,6 +207,85 @@ def test_an_index_whose_server_is_away_is_not_called_damaged(tmp_path: Path, tin
             LiveIndex.open(tmp_path / "kb", tiny, repair=repair)
         assert "repair" not in str(caught.value)
     assert (vectors / "collection.json").exists()
+
+
+# Quantised vectors
+
+
+@pytest.mark.parametrize("quantise", ["", "int8", "binary"])
+def test_a_qdrant_server_is_asked_for_codes_and_to_compare_anew(rest, tmp_path: Path, quantise: str) -> None:
+    uri = with_quantise(rest.uri, quantise)
+    with closing(create(tmp_path / "index", Schema(dense=DIM, colbert=DIM), uri)) as backend:
+        made = rest.made[backend.collection].vectors
+        kinds = [made[head].quantization_config for head in ("dense", "colbert")]
+        if quantise == "int8":
+            assert all(kind.scalar.type == "int8" and kind.scalar.always_ram for kind in kinds)
+        elif quantise == "binary":
+            assert all(kind.binary.always_ram for kind in kinds)
+        assert [kind is None for kind in kinds] == [not quantise] * 2
+        assert (made["dense"].on_disk, made["colbert"].on_disk) == (quantise != "" or None, True)
+        rest.asked.clear()
+        for exact in (False, True):
+            backend.search_dense(np.ones(DIM), 3, exact=exact)
+            backend.search_tokens(np.ones((2, DIM)), 3, exact=exact)
+        backend.search_dense(np.ones(DIM), 9_999)
+        anew = [found.params.quantization for found in rest.asked if not found.params.exact]
+        if quantise:  # of dense vectors, of tokens, and of 10,000 hits, of which no more are compared
+            assert [found.oversampling for found in anew] == [OVERSAMPLING[quantise], OVERSAMPLING[quantise], 1]
+            assert all(found.rescore for found in anew)
+        else:
+            assert anew == [None, None]  # MaxSim is exact
+    backend = open_backend(tmp_path / "index")
+    assert backend.address.quantise == quantise
+    backend.close()
+
+
+def test_milvus_lite_searches_bytes_and_gives_exact_scores(tmp_path: Path, milvus_lite) -> None:
+    uri = f"{milvus_lite.uri}?quantise=int8"
+    dense, query = embed(600).dense, embed(1, seed=1).dense[0]
+    with closing(create(tmp_path / "index", Schema(dense=DIM), uri)) as backend:
+        backend.upsert(names(600), Embeddings(dense=dense), langs(600))
+        backend.optimize()
+        kind = backend._call(lambda client: client.describe_index(backend.collection, "dense"))
+        assert kind["index_type"] == "HNSW_SQ"
+        for filter, kept in ((None, range(600)), ({"n": {"gte": 100, "lt": 230}}, range(100, 230))):
+            scores = dense[list(kept)] @ query
+            best = np.argsort(-scores)[:10]
+            for exact in (False, True):
+                found = backend.search_dense(query, 10, filter, exact)
+                assert [id for id, _ in found] == [f"p{kept[row]}" for row in best]
+                np.testing.assert_allclose([score for _, score in found], scores[best], rtol=1e-5)
+        assert len(backend.search_dense(query, 10**12, {"n": {"lt": 40}})) == 40
+
+
+def test_milvus_without_the_index_says_so_and_keeps_nothing(tmp_path: Path, milvus_lite, monkeypatch) -> None:
+    with pytest.raises(UsageError, match=r"no index IVF_RABITQ.*2\.6 or later.*quantise=int8"):
+        create(tmp_path / "lite", Schema(dense=DIM), f"{milvus_lite.uri}?quantise=binary")
+    # what a server of 2.3.5 said
+    said = ServerError("<MilvusException: (code=65535, message=invalid index type: HNSW_SQ)>")
+    monkeypatch.setattr("pymilvus.MilvusClient.create_index", raising(said))
+    with pytest.raises(UsageError, match=r"no index HNSW_SQ.*2\.5 or later, or leave quantise out"):
+        create(tmp_path / "old", Schema(dense=DIM), f"{milvus_lite.uri}?quantise=int8")
+
+
+def test_bits_in_milvus_are_compared_anew(tmp_path: Path, milvus_lite, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Milvus Lite keeps float32 under the name of this index: what we ask and do with the answer is run
+    monkeypatch.setattr("ultrarag.retrieve.engines.milvus.server.MilvusServer._is_lite", lambda self: False)
+    dense, query = embed(300).dense, embed(1, seed=1).dense[0]
+    with closing(create(tmp_path / "index", Schema(dense=DIM), f"{milvus_lite.uri}?quantise=binary")) as backend:
+        backend.upsert(names(300), Embeddings(dense=dense), langs(300))
+        for exact in (False, True):
+            best = np.argsort(-(dense @ query))[:10]
+            assert [id for id, _ in backend.search_dense(query, 10, exact=exact)] == [f"p{row}" for row in best]
+
+
+def raising(error: Exception):
+    """A function that raises an error, whatever it is called with."""
+
+    def fail(*values: object, **named: object) -> None:
+        raise error
+
+    return fail
 
 
 # What only Milvus Lite can be made to do here

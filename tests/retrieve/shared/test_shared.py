@@ -27,7 +27,15 @@ from ultrarag.retrieve.command.parser import main
 from ultrarag.retrieve.live import LiveIndex
 from ultrarag.retrieve.shared import lease as lease_module
 from ultrarag.retrieve.shared import link as link_module
-from ultrarag.retrieve.shared.documents import Document, SharedState, lease_numbers, open_documents, vector_collections
+from ultrarag.retrieve.shared.documents import (
+    Document,
+    SharedRow,
+    SharedState,
+    lease_numbers,
+    open_documents,
+    read_state,
+    vector_collections,
+)
 from ultrarag.retrieve.shared.lease import Lease, LeaseError
 from ultrarag.types import Passage
 
@@ -542,6 +550,44 @@ def test_wrong_places_are_named(uri: str, tmp_path: Path, tiny, writer: LiveInde
         LiveIndex.open()
     with pytest.raises(UsageError, match="backend is for an index of this process alone"):
         LiveIndex.create(tmp_path / "d", tiny, uri=uri, backend="numpy")
+
+
+def test_quantised_vectors_are_part_of_the_shared_generation(rest, tmp_path: Path, tiny, other, quick_builds) -> None:
+    uri = rest.uri.replace(f"/{servers.NAME}", f"/{servers.NAME}bytes")
+
+    def kept(live: LiveIndex) -> tuple[str, str]:
+        backend = live._core.live.backend
+        assert live._core.catalog.live().backend == backend.address.uri
+        codes = rest.made[backend.collection].vectors["dense"].quantization_config
+        return backend.address.quantise, next(iter(codes))[0]
+
+    with closing(LiveIndex.create(tmp_path / "a", tiny, uri=f"{uri}?quantise=int8")) as one:
+        one.add(corpus(3))
+        release(one)
+        with pytest.raises(IndexStateError, match="generation 1 as int8, not as binary: leave quantise out"):
+            LiveIndex.open(tmp_path / "c", tiny, uri=f"{uri}?quantise=binary")
+        with closing(LiveIndex.open(tmp_path / "b", tiny, uri=uri)) as two:
+            assert kept(one) == kept(two) == ("int8", "scalar")
+            with pytest.raises(UsageError, match="that address with another quantise"):
+                one.build(other, backend="numpy")
+            one.swap(one.build(other, backend=f"{uri}?quantise=binary"))
+            poll(two)
+            assert kept(one) == kept(two) == ("binary", "binary")
+            assert found(two, 1) == found(one, 1)
+            release(one)
+        LiveIndex.open(tmp_path / "b", uri=f"{uri}?quantise=binary").close()
+    remove_shared(uri)
+
+
+def test_an_older_version_is_told_of_quantised_vectors() -> None:
+    row = {"id": 1, "fingerprint": "f", "state": "live", "heads": ["dense"], "precision": "fp32", "base_seq": 0}
+    row |= {"applied_seq": 0, "created": "", "forced": False, "metrics": {}}
+    for quantise, version in (("", 1), ("int8", 3)):
+        rows = [SharedRow(**row, quantise=quantise)]
+        state = SharedState(epoch=1, holder="", checkpoints="", generations=rows)
+        body = json.loads(state.document().body)
+        assert (body["format"], body["generations"][0].get("quantise", "")) == (version, quantise)
+        assert read_state(state.document(), "here").generations == rows
 
 
 def test_a_mirror_needs_no_path(uri: str, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:

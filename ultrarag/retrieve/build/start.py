@@ -23,7 +23,7 @@ from ultrarag.quantise import TEXTS, Calibration
 from ultrarag.retrieve.bridge import BridgeTerms, cross, drop, read_report
 from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.engines import next_backend
+from ultrarag.retrieve.engines import is_uri, next_backend, with_quantise
 from ultrarag.retrieve.generation import (
     Generation,
     IndexLayout,
@@ -163,8 +163,11 @@ def enter(
     Raises:
         UsageError: no vectors could be shared, and `share` insists.
     """
-    if core.link is not None and backend not in (None, core.link.uri):
-        raise UsageError(f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out")
+    if core.link is not None and not _is_in(core.link.uri, backend):
+        raise UsageError(
+            f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out, or give that "
+            f"address with another quantise"
+        )
     with core.writing:  # else a vacuum could forget the log entries that follow, or remove the vectors to be shared
         origin, chosen = origin_of(core.layout, core.catalog, source, backend, heads, share)
         engine = live = backend or core.live.generation.backend
@@ -183,6 +186,11 @@ def enter(
                 core.catalog.set_state(found.id, "retired", only_from=("building",))
         wanted = (source.fingerprint, engine, chosen, source.precision)
         return core.catalog.add(*wanted, state="building", base_seq=core.store.last_seq(), origin=origin)
+
+
+def _is_in(uri: str, backend: str | None) -> bool:
+    """Whether an engine is in the server of a shared index, however it keeps vectors; None is the live one's."""
+    return backend is None or (is_uri(backend) and with_quantise(backend, "") == uri)
 
 
 def finish(core: Core, generation: Generation) -> Generation:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.engines.address import CLIENTS, Address, is_uri, parse_uri
+    from ultrarag.retrieve.engines.address import CLIENTS, Address, is_uri, parse_uri, with_quantise
     from ultrarag.retrieve.engines.base import SCHEMA_FILE, read_schema, write_schema
     from ultrarag.retrieve.engines.held import held_vectors, kept
     from ultrarag.retrieve.engines.registry import (

@@ -22,7 +22,9 @@ KEYS = {"qdrant": "QDRANT_API_KEY", "milvus": "MILVUS_TOKEN"}
 #: The package that speaks to each.
 CLIENTS = {"qdrant": "qdrant-client", "milvus": "pymilvus"}
 #: What the query part of a URI may say.
-OPTIONS = ("tls", "key_env", "timeout", "database")
+OPTIONS = ("tls", "key_env", "timeout", "database", "quantise")
+#: What a server may keep in memory of vectors: a byte or a bit of each dimension. "" is float32.
+QUANTISED = ("int8", "binary")
 #: How long an operation may wait for its server, tries included, in seconds.
 TIMEOUT = 30.0
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
@@ -47,6 +49,8 @@ class Address:
     timeout: float = TIMEOUT
     #: of Milvus; "" is the default one
     database: str = ""
+    #: what is kept in memory of vectors, one of `QUANTISED`; "" is float32. Part of a generation's identity.
+    quantise: str = ""
     #: of qdrant-client's local mode, which has no server
     folder: Path | None = None
 
@@ -100,9 +104,21 @@ def parse_uri(uri: str) -> Address:
     return Address(uri, engine, host, port, _name(uri, parts.path.strip("/")), **options)
 
 
+def with_quantise(uri: str, quantise: str) -> str:
+    """The same address with another `quantise`; "" leaves it out."""
+    if parse_uri(uri).quantise == quantise:
+        return uri
+    place, _, query = uri.partition("?")
+    kept = [part for part in query.split("&") if part and not part.startswith("quantise=")]
+    options = "&".join([*kept, *([f"quantise={quantise}"] if quantise else [])])
+    return f"{place}?{options}" if options else place
+
+
 def _local(uri: str, engine: str, path: str, options: dict[str, Any]) -> Address:
     if engine != "qdrant" or not path.strip("/"):
         raise UsageError(f"'{uri}' names no host: write {engine}://HOST:{PORTS[engine]}/NAME")
+    if options.get("quantise"):
+        raise UsageError(f"'{uri}': the local mode keeps float32 alone; name a Qdrant server, or leave quantise out")
     return Address(uri, engine, "", 0, _name(uri, ""), folder=Path(path), **options)
 
 
@@ -133,6 +149,10 @@ def _value(uri: str, name: str, value: str) -> Any:
     except (KeyError, ValueError):
         wanted = "true or false" if name == "tls" else "a number of seconds"
         raise UsageError(f"'{uri}': {name} is '{value}'; it must be {wanted}") from None
+    if name == "quantise" and value not in QUANTISED:
+        raise UsageError(
+            f"'{uri}': quantise is '{value}'; it must be {' or '.join(QUANTISED)}, or left out for float32"
+        )
     if name == "timeout" and not 0 < float(found) < 1e6:
         raise UsageError(f"'{uri}': timeout is '{value}'; it must be a number of seconds above 0")
     return found

@@ -28,6 +28,8 @@ COLLECTION_FILE = "collection.json"
 REQUEST_FLOATS = 1_000_000
 #: Points sent or asked for in one request.
 REQUEST_POINTS = 256
+#: Of quantised vectors, how many of the best codes for each hit are compared anew by the vectors themselves.
+OVERSAMPLING = {"int8": 4.0, "binary": 16.0}
 #: Pause after the first failed try, and the longest, in seconds.
 PAUSE, LONGEST_PAUSE = 0.1, 5.0
 

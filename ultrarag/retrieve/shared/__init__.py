@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
-    from ultrarag.retrieve.shared.creation import check_mirror, create_mirror, create_shared, mirror_path, remove_shared
+    from ultrarag.retrieve.shared.creation import (
+        check_mirror,
+        check_quantise,
+        create_mirror,
+        create_shared,
+        mirror_path,
+        remove_shared,
+    )
     from ultrarag.retrieve.shared.lease import LeaseError
     from ultrarag.retrieve.shared.link import Link, Watcher
 else:

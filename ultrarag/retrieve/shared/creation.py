@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import publish_directory, read_owner, staged_directory
 from ultrarag.retrieve.bm25 import BM25
-from ultrarag.retrieve.engines import parse_uri, remove
-from ultrarag.retrieve.generation import Catalog, IndexLayout, lay_out
+from ultrarag.retrieve.engines import parse_uri, remove, with_quantise
+from ultrarag.retrieve.generation import Catalog, Generation, IndexLayout, lay_out
 from ultrarag.retrieve.passages import URI, Store
 from ultrarag.retrieve.shared.documents import SharedState, lease_numbers, open_documents, vector_collections
 from ultrarag.retrieve.shared.lease import Lease
@@ -39,7 +39,8 @@ def create_shared(
             lay_out(stage, encoder, uri, heads, bm25)
             layout, store = IndexLayout(stage), Store.open(stage)
             try:
-                store.set_meta(**{URI: uri, CHECKPOINTS: checkpoints or ""})
+                # without what it says of one generation: the next may be quantised otherwise
+                store.set_meta(**{URI: with_quantise(uri, ""), CHECKPOINTS: checkpoints or ""})
                 folder = Path(checkpoints or root / "checkpoints").absolute()
                 live = Catalog(store).live()
                 row = row_of(layout, live, None)
@@ -69,7 +70,7 @@ def create_mirror(root: Path, uri: str, checkpoints: str | None) -> None:
             layout.generations.mkdir()
             if state.bm25:
                 BM25.create(layout.bm25).close()
-            meta = {URI: uri, CHECKPOINTS: checkpoints or ""}
+            meta = {URI: with_quantise(uri, ""), CHECKPOINTS: checkpoints or ""}
             store.set_meta(bm25=str(int(state.bm25)), bm25_seq="0", **meta)
         finally:
             store.close()
@@ -83,9 +84,19 @@ def check_mirror(root: Path, uri: str) -> None:
         found = store.get_meta(URI)
     finally:
         store.close()
-    if found != uri:
+    if found != with_quantise(uri, ""):
         held = f"mirrors '{found}'" if found else "holds an index of its own"
         raise IndexStateError(f"'{root}' {held}; name another directory for '{uri}'")
+
+
+def check_quantise(uri: str, live: Generation) -> None:
+    """Raise IndexStateError where an address asks for vectors to be kept otherwise than the live generation's are."""
+    asked, held = parse_uri(uri).quantise, parse_uri(live.backend).quantise
+    if asked and asked != held:
+        raise IndexStateError(
+            f"'{uri}': the server keeps the vectors of the live generation {live.id} as {held or 'float32'}, not as "
+            f"{asked}: leave quantise out, and build the next generation with backend='{uri}' to change it"
+        )
 
 
 def mirror_path(uri: str) -> Path:

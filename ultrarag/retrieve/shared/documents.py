@@ -21,8 +21,8 @@ from ultrarag.packages import install
 from ultrarag.retrieve.engines import CLIENTS, Address, parse_uri
 
 #: Of the state document; 2 where a generation shares or maps vectors, or its encoder has two sides, which version 1
-#: does not know.
-FORMAT, SHARING = 1, 2
+#: does not know; 3 where one is quantised.
+FORMAT, SHARING, QUANTISING = 1, 2, 3
 #: Log entries asked for at a time.
 CHUNK_ENTRIES = 256
 
@@ -143,6 +143,8 @@ class SharedRow(BaseModel):
     passage_fingerprint: str = ""
     vectors_of: int = 0
     mapped_from: int | None = None
+    #: what the server keeps in memory of its vectors, as `ultrarag.retrieve.engines.Address.quantise`
+    quantise: str = ""
 
     @property
     def owner(self) -> int:
@@ -152,11 +154,12 @@ class SharedRow(BaseModel):
     @model_serializer(mode="wrap")
     def _brief(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = dump(self)
-        return {name: value for name, value in found.items() if value or name not in _SINCE_2}
+        return {name: value for name, value in found.items() if value or name not in (*_SINCE_2, *_SINCE_3)}
 
 
-#: Fields of a generation that format 1 does not have.
+#: Fields of a generation that format 1 does not have, and those that 2 does not have.
 _SINCE_2 = ("passage_fingerprint", "vectors_of", "mapped_from")
+_SINCE_3 = ("quantise",)
 
 
 class SharedState(BaseModel):
@@ -188,8 +191,9 @@ class SharedState(BaseModel):
 
     def document(self) -> Document:
         """To be stored; older versions can read it unless a generation has what they do not know."""
-        new = any(getattr(row, name) for row in self.generations for name in _SINCE_2)
-        body = self.model_copy(update={"format": SHARING if new else FORMAT}).model_dump_json()
+        formats = {SHARING: _SINCE_2, QUANTISING: _SINCE_3}
+        needed = [f for f, names in formats.items() for row in self.generations if any(getattr(row, n) for n in names)]
+        body = self.model_copy(update={"format": max(needed, default=FORMAT)}).model_dump_json()
         return Document(state_key(self.epoch), self.beat, body)
 
 
@@ -208,10 +212,10 @@ def read_state(document: Document, place: str) -> SharedState:
         found = SharedState.model_validate_json(document.body)
     except ValidationError as error:
         version = _version(document.body)
-        if version not in (None, FORMAT, SHARING):
+        if version not in (None, FORMAT, SHARING, QUANTISING):
             raise IndexStateError(
                 f"'{place}' has a shared index of format {version}; this version of ultrarag reads formats {FORMAT} "
-                f"and {SHARING}: let all its processes use one version"
+                f"to {QUANTISING}: let all its processes use one version"
             ) from None
         raise IndexStateError(f"'{place}': the state of the shared index is damaged: {error}") from None
     return found

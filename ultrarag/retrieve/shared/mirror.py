@@ -14,7 +14,16 @@ from typing import Any
 from ultrarag.checkpoint import copy_checkpoint, read_manifest
 from ultrarag.encoder.engines import copy_quantised
 from ultrarag.errors import CheckpointError
-from ultrarag.retrieve.engines import SCHEMA_FILE, Schema, collection_of, name_collection, read_schema, write_schema
+from ultrarag.retrieve.engines import (
+    SCHEMA_FILE,
+    Schema,
+    collection_of,
+    name_collection,
+    parse_uri,
+    read_schema,
+    with_quantise,
+    write_schema,
+)
 from ultrarag.retrieve.engines.qdrant import key
 from ultrarag.retrieve.generation import (
     COLUMNS,
@@ -78,7 +87,8 @@ def apply_generations(database: Database, rows: Sequence[SharedRow], uri: str, l
         db.execute(VECTORS)
         db.execute("DELETE FROM vectors")
         for row in rows:
-            values = (row.id, row.fingerprint, row.state, uri, json.dumps(row.heads), row.precision, row.base_seq)
+            engine = with_quantise(uri, row.quantise)
+            values = (row.id, row.fingerprint, row.state, engine, json.dumps(row.heads), row.precision, row.base_seq)
             more = (row.applied_seq, row.created, int(row.forced), json.dumps(row.metrics))
             db.execute(f"INSERT INTO generations ({COLUMNS}) VALUES ({marks})", (*values, *more))
             if row.passage_fingerprint:
@@ -91,10 +101,10 @@ def apply_generations(database: Database, rows: Sequence[SharedRow], uri: str, l
 def row_of(layout: IndexLayout, generation: Generation, known: SharedRow | None) -> SharedRow:
     """A generation as the shared state has it; where its vectors are is read from its directory, if it has one here."""
     values = asdict(generation)
-    del values["backend"]  # each process has its own address for the server
+    quantise = parse_uri(values.pop("backend")).quantise  # else each process has its own address for the server
     if (generation.passage_fingerprint, generation.vectors_of) == (generation.fingerprint, generation.id):
         del values["passage_fingerprint"], values["vectors_of"]  # as every version has it
-    row = SharedRow(**values)
+    row = SharedRow(**values, quantise=quantise)
     if generation.state == "building":
         return row
     if known is not None and known.collection:
@@ -126,7 +136,7 @@ def _name_vectors(layout: IndexLayout, row: SharedRow, uri: str) -> None:
         return
     shutil.rmtree(stage, ignore_errors=True)
     vectors = layout.vectors(stage)
-    write_schema(vectors, uri, Schema(**row.vectors.model_dump()))
+    write_schema(vectors, with_quantise(uri, row.quantise), Schema(**row.vectors.model_dump()))
     name_collection(vectors, row.collection)
     shutil.rmtree(final, ignore_errors=True)
     shutil.rmtree(layout.building(row.owner), ignore_errors=True)

@@ -91,6 +91,11 @@ def _unavailable(error: Exception) -> bool:
 
 #: Edges per node and candidates while building, as in the other engines.
 HNSW_M, HNSW_EF_CONSTRUCT = 16, 128
+#: The index over dense vectors by what is kept of them, and since when Milvus has it.
+INDEXES = {"": "HNSW", "int8": "HNSW_SQ", "binary": "IVF_RABITQ"}
+SINCE = {"int8": "2.5", "binary": "2.6"}
+#: Lists of each segment of a million vectors or fewer; Milvus takes fewer where they would hold less than 39 each.
+LISTS = 1024
 #: Longest string and array that Milvus takes.
 LONGEST, MOST_WORDS = 65_535, 4_096
 #: Token vectors to a row, and the widest vector that Milvus takes.
@@ -100,8 +105,8 @@ NOTHING = {(1 << 32) - 2: 1.0}
 _KEY_LENGTH = 48
 
 
-def main_schema(schema: Schema) -> Any:
-    """The fields of a passage."""
+def main_schema(schema: Schema, quantise: str = "") -> Any:
+    """The fields of a passage; dense vectors whose codes are searched are mapped from the server's disk."""
     fields = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
     fields.add_field("key", DataType.VARCHAR, is_primary=True, max_length=_KEY_LENGTH)
     fields.add_field("id", DataType.VARCHAR, max_length=LONGEST)
@@ -110,37 +115,45 @@ def main_schema(schema: Schema) -> Any:
     )
     fields.add_field("tokens", DataType.INT64)
     if schema.dense:
-        fields.add_field("dense", DataType.FLOAT_VECTOR, dim=schema.dense)
+        on_disk = {"mmap_enabled": True} if quantise else {}
+        fields.add_field("dense", DataType.FLOAT_VECTOR, dim=schema.dense, **on_disk)
     if schema.sparse or not schema.dense:  # a collection has a vector
         fields.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)
     return fields
 
 
-def main_indexes(schema: Schema) -> Any:
-    """A graph for dense vectors, inverted lists for lexical weights."""
+def main_indexes(schema: Schema, quantise: str = "") -> Any:
+    """A graph for dense vectors, over their bytes where they are quantised so, or lists of their bits; inverted lists
+    for lexical weights."""
     indexes = MilvusClient.prepare_index_params()
     if schema.dense:
         graph = {"M": HNSW_M, "efConstruction": HNSW_EF_CONSTRUCT}
-        indexes.add_index("dense", index_type="HNSW", metric_type="IP", params=graph)
+        params: dict[str, dict[str, Any]] = {"": graph, "int8": {**graph, "sq_type": "SQ8"}, "binary": {"nlist": LISTS}}
+        indexes.add_index("dense", index_type=INDEXES[quantise], metric_type="IP", params=params[quantise])
     if schema.sparse or not schema.dense:
         indexes.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
     return indexes
 
 
-def tokens_schema(schema: Schema) -> Any:
-    """The fields of some token vectors of a passage, one behind the other in one long vector."""
+def tokens_schema(schema: Schema, quantise: str = "") -> Any:
+    """The fields of some token vectors of a passage, one behind the other in one long vector.
+
+    They are fetched and never searched, so that they need no codes: with quantised dense vectors they are mapped.
+    """
     assert schema.colbert
     fields = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
     fields.add_field("key", DataType.VARCHAR, is_primary=True, max_length=_KEY_LENGTH)
     fields.add_field("passage", DataType.VARCHAR, max_length=_KEY_LENGTH)
-    fields.add_field("vectors", DataType.FLOAT_VECTOR, dim=tokens_per_row(schema.colbert) * schema.colbert)
+    on_disk = {"mmap_enabled": True} if quantise else {}
+    fields.add_field("vectors", DataType.FLOAT_VECTOR, dim=tokens_per_row(schema.colbert) * schema.colbert, **on_disk)
     return fields
 
 
-def tokens_indexes() -> Any:
+def tokens_indexes(quantise: str = "") -> Any:
     """Milvus loads no collection without an index on its vectors; nobody searches these."""
     indexes = MilvusClient.prepare_index_params()
-    indexes.add_index("vectors", index_type="FLAT", metric_type="IP")
+    params = {"mmap.enabled": True} if quantise else {}
+    indexes.add_index("vectors", index_type="FLAT", metric_type="IP", params=params)
     return indexes
 
 

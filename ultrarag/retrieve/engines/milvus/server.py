@@ -1,8 +1,9 @@
 """A collection in a Milvus server, or in Milvus Lite run as one.
 
 Dense vectors are searched through an HNSW graph, lexical weights through inverted lists. Scores of given passages, and
-MaxSim, are computed here from the stored vectors. Milvus has no exact search beside its graph: `exact` searches with a
-beam of thousands.
+MaxSim, are computed here from the stored vectors; so are those of the best codes, where dense vectors are quantised:
+every version can do that, at the price of fetching them. Milvus has no exact search beside its graph: `exact` searches
+with a beam of thousands.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from ultrarag.retrieve.engines.arrays import (
 )
 from ultrarag.retrieve.engines.base import Progress
 from ultrarag.retrieve.engines.milvus.client import (
+    INDEXES,
+    LISTS,
+    SINCE,
     STRONG,
     MilvusConnection,
     expression,
@@ -41,13 +45,15 @@ from ultrarag.retrieve.engines.milvus.client import (
     word_index,
 )
 from ultrarag.retrieve.engines.qdrant import key
-from ultrarag.retrieve.engines.server import REQUEST_POINTS, ServerBackend, requests
+from ultrarag.retrieve.engines.server import OVERSAMPLING, REQUEST_POINTS, ServerBackend, requests
 from ultrarag.retrieve.ranking import Scored, beam, check_ids, check_k, ranked, through_ties, top
 from ultrarag.retrieve.search import Filter, parse
 from ultrarag.types import Embeddings
 
 #: Candidates kept while searching the graph, and where an exact search was asked for.
 HNSW_EF, EXACT_EF = 128, 4096
+#: Lists of binary codes that a search looks into, of each segment.
+PROBES = 64
 #: Most hits that Milvus gives to a search.
 MOST_HITS = 16_384
 
@@ -78,13 +84,16 @@ class MilvusServer(MilvusConnection, ServerBackend):
     def search_dense(self, vector: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """Search the graph, with a wider beam where `exact`, or where it reaches fewer than k.
 
-        A graph need not reach every passage: where k are there and it gives fewer, all are compared here.
+        A graph need not reach every passage: where k are there and it gives fewer, all are compared here. Of quantised
+        vectors the best codes are compared anew, where `exact` at least as many as the wider beam has.
         """
         k, query = check_k(k), dense_query(self.schema, vector)
 
         def in_graph(hits: int, least: int = HNSW_EF) -> list[Scored]:
             if hits > MOST_HITS:
                 return []
+            if self.address.quantise:
+                return self._search_codes(query, hits, filter, exact=least == EXACT_EF)
             return self._search(query, "dense", hits, filter, {"ef": beam(hits, least)})
 
         def among_all(hits: int) -> list[Scored]:
@@ -94,6 +103,17 @@ class MilvusServer(MilvusConnection, ServerBackend):
             return self._scan("dense", lambda rows: products(_matrix(rows, self.schema.dense), query), hits, filter)
 
         return through_ties(among_all, k) if exact else through_ties(in_graph, k, among_all)
+
+    def _search_codes(self, query: np.ndarray, hits: int, filter: Filter, exact: bool) -> list[Scored]:
+        """The best by their codes, of which the best by their vectors."""
+        wanted = max(int(OVERSAMPLING[self.address.quantise] * hits), EXACT_EF if exact else 0)
+        wanted = min(wanted, MOST_HITS)
+        lists = {"nprobe": LISTS if exact else PROBES}
+        params = lists if self.address.quantise == "binary" else {"ef": beam(wanted, HNSW_EF)}
+        ids = [id for id, _ in self._search(query, "dense", wanted, filter, params)]
+        scores = self.score_dense(query, ids)
+        held = np.flatnonzero(~np.isnan(scores))  # one may have been deleted meanwhile
+        return ranked([ids[place] for place in held], scores[held], hits)
 
     def search_sparse(
         self, token_ids: Sequence[int], weights: Sequence[float], k: int, filter: Filter = None
@@ -202,20 +222,39 @@ class MilvusServer(MilvusConnection, ServerBackend):
         return [*(["dense"] if self.schema.dense else []), *(["sparse"] if self.schema.sparse else [])]
 
     def _create(self) -> None:
+        quantise = self.address.quantise
+        if self.schema.dense and quantise == "binary" and self._is_lite():
+            raise UsageError(self._no_index("Milvus Lite takes any name of an index, and keeps float32"))
         if self.schema.colbert:
-            self._make(self._tokens, tokens_schema(self.schema), tokens_indexes())
-        self._make(self.collection, main_schema(self.schema), main_indexes(self.schema))
+            self._make(self._tokens, tokens_schema(self.schema, quantise), tokens_indexes(quantise))
+        self._make(self.collection, main_schema(self.schema, quantise), main_indexes(self.schema, quantise))
+
+    def _is_lite(self) -> bool:
+        return "lite" in str(self._call(lambda client: client.get_server_version(**self._time)))
 
     def _make(self, name: str, fields: Any, indexes: Any) -> None:
         words = "facts" if name == self.collection else "passage"
         self._call(lambda client: client.create_collection(name, schema=fields, **STRONG, **self._time))
-        self._call(lambda client: client.create_index(name, indexes, sync=False, **self._time))
+        try:
+            self._call(lambda client: client.create_index(name, indexes, sync=False, **self._time))
+        except IndexStateError as error:
+            if "invalid index type" not in str(error):
+                raise
+            raise UsageError(self._no_index(str(error))) from error
         try:
             self._call(lambda client: client.create_index(name, word_index(words), sync=False, **self._time))
         except IndexStateError as error:
             if "does not support" not in str(error):  # Milvus Lite has no index over arrays, and filters all the same
                 raise
         self._call(lambda client: client.load_collection(name, **self._time))
+
+    def _no_index(self, why: str) -> str:
+        quantise = self.address.quantise
+        others = " or quantise=int8, which all since 2.5 and Milvus Lite can" if quantise == "binary" else ""
+        return (
+            f"'{self.address.uri}' has no index {INDEXES[quantise]}, which quantise={quantise} needs ({why}): use a "
+            f"Milvus server of version {SINCE[quantise]} or later,{others} or leave quantise out"
+        )
 
     def _exists(self) -> bool:
         if not self._call(lambda client: client.has_collection(self.collection, **self._time)):

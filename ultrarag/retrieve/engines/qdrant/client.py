@@ -89,17 +89,26 @@ HNSW_M, HNSW_EF_CONSTRUCT = 16, 128
 HNSW_FROM_KB = 20_000
 
 
-def settings(schema: Schema) -> dict[str, Any]:
-    """Inner products for every head; a graph for the dense vectors only, as MaxSim is asked for candidates."""
+def settings(schema: Schema, quantise: str = "") -> dict[str, Any]:
+    """Inner products for every head; a graph for the dense vectors only, as MaxSim is asked for candidates.
+
+    Where dense and token vectors are quantised, their codes are in memory, and they themselves on the server's disk.
+    """
     vectors = {}
     if schema.dense:
-        vectors["dense"] = models.VectorParams(size=schema.dense, distance=models.Distance.DOT)
+        vectors["dense"] = models.VectorParams(
+            size=schema.dense,
+            distance=models.Distance.DOT,
+            quantization_config=_codes(quantise),
+            on_disk=True if quantise else None,
+        )
     if schema.colbert:
         vectors["colbert"] = models.VectorParams(
             size=schema.colbert,
             distance=models.Distance.DOT,
             multivector_config=models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM),
             hnsw_config=models.HnswConfigDiff(m=0),
+            quantization_config=_codes(quantise),
             on_disk=True,
         )
     return {
@@ -110,6 +119,16 @@ def settings(schema: Schema) -> dict[str, Any]:
         ),
         "optimizers_config": models.OptimizersConfigDiff(indexing_threshold=HNSW_FROM_KB),
     }
+
+
+def _codes(quantise: str) -> models.ScalarQuantization | models.BinaryQuantization | None:
+    """What is kept in memory of vectors; a byte stands for one of 256 values between the 0.5 % least and highest."""
+    if quantise == "int8":
+        kept = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
+        return models.ScalarQuantization(scalar=kept)
+    if quantise == "binary":
+        return models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True))
+    return None
 
 
 def to_filter(node: Node) -> models.Filter:

@@ -1,7 +1,9 @@
 """A collection in a Qdrant server, or in qdrant-client's local mode (exact search in Python, for tests).
 
 Dense vectors are searched through the server's HNSW graph, lexical weights and MaxSim exactly, as in the embedded
-engine. A write returns when the server has applied it, which is what keeps a fast writer from running ahead of it.
+engine. Where vectors are quantised, graph and MaxSim compare codes, and the best of them are compared anew with the
+vectors themselves: scores are exact all the same. A write returns when the server has applied it, which is what keeps
+a fast writer from running ahead of it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from ultrarag.retrieve.engines.qdrant.client import (
     to_filter,
 )
 from ultrarag.retrieve.engines.qdrant.payload import FACTS, key, new_number_fields, stored_id, to_payload
-from ultrarag.retrieve.engines.server import REQUEST_POINTS, ServerBackend, requests
+from ultrarag.retrieve.engines.server import OVERSAMPLING, REQUEST_POINTS, ServerBackend, requests
 from ultrarag.retrieve.ranking import Scored, beam, check_ids, check_k, ranked, through_ties
 from ultrarag.retrieve.search import Filter, parse
 from ultrarag.types import Embeddings
@@ -81,7 +83,7 @@ class QdrantServer(QdrantConnection, ServerBackend):
         k, query = check_k(k), dense_query(self.schema, vector).tolist()
 
         def in_graph(hits: int) -> list[Scored]:
-            graph = models.SearchParams(hnsw_ef=min(beam(hits, HNSW_EF), MANY))
+            graph = models.SearchParams(hnsw_ef=min(beam(hits, HNSW_EF), MANY), quantization=self._anew(hits))
             return self._search(query, "dense", hits, filter, graph)
 
         def among_all(hits: int) -> list[Scored]:
@@ -100,11 +102,17 @@ class QdrantServer(QdrantConnection, ServerBackend):
         return [(id, score) for id, score in hits if score > 0]
 
     def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
-        """Compare with all; the engine adds over the query's tokens, the mean is taken here."""
+        """Compare with all, by codes where there are; the engine adds over query tokens, the mean is taken here."""
         k, query = check_k(k), token_query(self.schema, tokens)
         if not len(query):
             return []
-        hits = through_ties(lambda n: self._search(query.tolist(), "colbert", n, filter, _EXACT), k)
+
+        def search(hits: int) -> list[Scored]:
+            anew = None if exact else self._anew(hits)
+            params = _EXACT if anew is None else models.SearchParams(quantization=anew)
+            return self._search(query.tolist(), "colbert", hits, filter, params)
+
+        hits = through_ties(search, k)
         return [(id, score / len(query)) for id, score in hits]
 
     def score_dense(self, vector: np.ndarray, ids: Sequence[str]) -> np.ndarray:
@@ -166,7 +174,9 @@ class QdrantServer(QdrantConnection, ServerBackend):
                 progress(time.monotonic() - started)
 
     def _create(self) -> None:
-        self._call(lambda client: client.create_collection(self.collection, **settings(self.schema)))
+        self._call(
+            lambda client: client.create_collection(self.collection, **settings(self.schema, self.address.quantise))
+        )
         self._number_indexes = set()
         self._index(FACTS, models.PayloadSchemaType.KEYWORD)
 
@@ -192,6 +202,13 @@ class QdrantServer(QdrantConnection, ServerBackend):
             )
         )
         return ranked((stored_id(p) for p in found.points), (p.score for p in found.points), k)
+
+    def _anew(self, hits: int) -> models.QuantizationSearchParams | None:
+        """How many of the best codes are compared anew, by vectors on the server's disk; None where none are kept."""
+        if not self.address.quantise:
+            return None
+        most = max(1.0, min(OVERSAMPLING[self.address.quantise], MANY / hits))
+        return models.QuantizationSearchParams(rescore=True, oversampling=most)
 
     def _params(self, params: models.SearchParams | None) -> models.SearchParams | None:
         return params if self.address.folder is None else None  # the local mode is exact, and warns
