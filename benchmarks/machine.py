@@ -38,8 +38,11 @@ def in_turn(names: Sequence[str], number: int) -> list[str]:
 
 
 def processor_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """The processor as /proc/cpuinfo names it, with its family and model where the name says no number."""
+    path = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in path.read_text().splitlines()] if path.exists() else []
+    said = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if any(letter.isdigit() for letter in name) or "cpu family" not in said:
+        return name
+    return f"{name} (family {said['cpu family']}, model {said['model']})"
