@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 HERE = Path(__file__).parents[1] / "benchmarks"
 #: Parts of scripts have no command line of their own.
 SCRIPTS = sorted(path for path in HERE.glob("*.py") if "    python benchmarks/" in path.read_text(encoding="utf-8"))
@@ -24,13 +26,22 @@ def _importable():
     sys.path.remove(str(HERE))
 
 
+#: A script's help, as a fork that need not import torch anew.
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def script(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=HERE.parent, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_has_help(path):
-    done = script(str(path), "--help")
+    done = forked.run(["-c", HELP, path])
     assert done.returncode == 0, done.stderr
     assert f"usage: {path.name}" in done.stdout
 
@@ -117,6 +128,7 @@ def test_gpu_on_a_cpu_with_tiny_sizes(tmp_path):
     assert "FlagEmbedding, as no --peer-python was given" in output.read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_serving_in_its_small_form_beside_an_older_commit(tmp_path):
     if subprocess.run(
         ["git", "-C", str(HERE), "cat-file", "-e", "dee4ec6"], capture_output=True, check=False
