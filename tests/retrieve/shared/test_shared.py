@@ -39,6 +39,7 @@ from ultrarag.retrieve.shared.documents import (
 from ultrarag.retrieve.shared.lease import Lease, LeaseError
 from ultrarag.types import Passage
 
+#: One process's own client is of the long tests: it speaks as the stand-in over TCP does, and nobody shares it.
 ENGINES = {
     "qdrant-local": "qdrant_client",
     "qdrant-rest": "qdrant_client",
@@ -56,7 +57,9 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "RETRY_SECONDS", 0.02)
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.long] if name == "qdrant-local" else []) for name in ENGINES]
+)
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An address whose name no other test has."""
     engine = request.param
