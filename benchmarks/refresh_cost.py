@@ -33,7 +33,7 @@ RESULT = Path(__file__).parent / "results" / "refresh_cost.json"
 LENGTH = 128
 #: a query side that learns two thirds of its layers needs one epoch where all of them had two, at a higher rate
 OLDER = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 2e-5}
-QUERY = {"effort": "query", "num_train_epochs": 1, "per_device_train_batch_size": 64, "learning_rate": 1e-4}
+QUERY = {"effort": "query", "num_train_epochs": 1, "per_device_train_batch_size": 64, "learning_rate": 2e-4}
 
 
 def main(arguments: list[str] | None = None) -> None:
