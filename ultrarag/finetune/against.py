@@ -157,14 +157,9 @@ class Against:
     # ---- what is encoded once
 
     @property
-    def frozen(self) -> str | None:
-        """The side that does not change."""
-        return {"query": "passage", "passage": "query"}.get(self.arguments.sides.train_side)
-
-    @property
     def keeps_passages(self) -> bool:
         """Whether stored vectors stay what they are, but for a map."""
-        return self.frozen == "passage" or self.arguments.sides.maps_alone
+        return self.arguments.sides.still == "passage" or self.arguments.sides.maps_alone
 
     def prepare(self, encoder: Encoder, resume: Path | None) -> None:
         """Encode once what the frozen side has to, and choose the settings of a map.
@@ -197,11 +192,11 @@ class Against:
             if self.keeps_passages and (more := bank.add(texts, self.encode_passages)):
                 self.note(f"{more} passages of the training rows are not in the corpus: encoded once")
             count = CorpusNegatives.size(bank, sides.corpus_negatives)
-            frozen: Any = self.frozen
+            frozen: Any = sides.still
             seed = self.arguments.training.seed
             self.negatives = CorpusNegatives(bank, Known(self.parts), frozen, seed, count)
             self._tell_size(bank, count)
-        if self.frozen == "query" and not sides.maps_alone:
+        if sides.frozen == "query":
             self._freeze_queries()
         if sides.maps_alone or sides.passage_map:
             self._choose(resume)
@@ -247,7 +242,7 @@ class Against:
     def _tell_size(self, bank: Bank, count: int | None) -> None:
         if self.arguments.sides.maps_alone:
             return
-        kind = "stored" if self.frozen == "passage" else "stored (stale)"
+        kind = "stored" if self.arguments.sides.still == "passage" else "stored (stale)"
         which = "all" if count is None else f"about {count} (the nearest, and a weighted sample)"
         self.note(f"negatives: {which} of the {len(bank)} {kind} passages at each step")
 

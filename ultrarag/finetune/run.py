@@ -187,8 +187,7 @@ class FinetuneRun:
     def set_up(self) -> None:
         """Choose what of the model is trained, and what it is compared with."""
         model = self.arguments.model
-        sides, trained = self.arguments.sides, self.arguments.sides.train_side
-        frozen = {"query": "passage", "passage": "query"}.get(trained) if not sides.maps_alone else None
+        frozen, trained = self.arguments.sides.frozen, self.arguments.sides.train_side
         fixed = model.fix_encoder, model.fix_position_embedding
         freeze(self.encoder, self.heads, *fixed, frozen, model.freeze_layers)
         if model.freeze_layers:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         LoraArguments,
         ModelArguments,
     )
-    from ultrarag.finetune.flags.sides import SideArguments
+    from ultrarag.finetune.flags.sides import OTHER_SIDE, SideArguments
     from ultrarag.finetune.flags.transformers import check_reporters
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

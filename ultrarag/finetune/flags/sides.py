@@ -10,6 +10,8 @@ from ultrarag.loss_arguments import flag
 
 SIDES = ("both", "query", "passage")
 LINEAR = ("linear",)
+#: Of a model of two sides, the one beside another.
+OTHER_SIDE = {"query": "passage", "passage": "query"}
 
 
 @dataclass
@@ -109,6 +111,16 @@ class SideArguments:
     def maps_alone(self) -> bool:
         """No encoder is trained: the maps of stored vectors are all that learns."""
         return self.query_map is not None or (self.train_side == "passage" and self.passage_map is not None)
+
+    @property
+    def still(self) -> str | None:
+        """The side whose texts keep their vectors, but for a map; None where both are trained."""
+        return OTHER_SIDE.get(self.train_side)
+
+    @property
+    def frozen(self) -> str | None:
+        """The side of the encoder that stays as it is while the other one is trained."""
+        return None if self.maps_alone else self.still
 
     @property
     def used(self) -> bool:

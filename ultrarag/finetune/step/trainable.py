@@ -16,6 +16,7 @@ from ultrarag.checkpoint import local_folder
 from ultrarag.encoder import Encoder
 from ultrarag.errors import UsageError
 from ultrarag.finetune.batches import PairLengths
+from ultrarag.finetune.flags import OTHER_SIDE
 from ultrarag.finetune.step.distributed import layer_classes, load_models_whole
 from ultrarag.hookspecs import Features, LoadOptions
 from ultrarag.plugins import registry
@@ -217,7 +218,7 @@ def freeze(
 
 
 def _part_in_training(model: nn.Module, frozen_side: str | None) -> nn.Module:
-    trained = {"query": "passage", "passage": "query"}.get(frozen_side or "")
+    trained = OTHER_SIDE.get(frozen_side or "")
     found: nn.Module = getattr(model, trained or "passage", model)  # two sides in training have the same parts
     return found
 
@@ -269,7 +270,7 @@ def _fixed(model: nn.Module, frozen_side: str | None) -> tuple[str, ...]:
     """The beginnings of the names that are never trained: what a checkpoint declares frozen, and what the side in
     training does not read.
     """
-    trained = {"query": "passage", "passage": "query"}.get(frozen_side or "")
+    trained = OTHER_SIDE.get(frozen_side or "")
     parts = [model, *model.children()] if trained is None else [getattr(model, trained)]
     found = [name for part in parts for name in getattr(part, "frozen_prefixes", ())]
     return (*found, *(() if trained is None else unread(parts[0], trained)))

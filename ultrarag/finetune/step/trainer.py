@@ -112,9 +112,8 @@ class EmbeddingTrainer(Trainer):
         texts, tokens = arguments.model.chunk_texts, arguments.model.sub_batch_tokens
         #: how GradCache cuts a side of the batch; None: the step is taken in one piece
         self.cut = by_tokens(tokens) if tokens else by_texts(texts) if texts else None
-        sides = arguments.sides
-        frozen = None if sides.maps_alone else {"query": "passage", "passage": "query"}.get(sides.train_side)
-        self.still = still_modules(learner.encoder.model, arguments.model.freeze_layers, frozen)
+        #: modules in which nothing is trained, and nothing dropped out
+        self.still = still_modules(learner.encoder.model, arguments.model.freeze_layers, arguments.sides.frozen)
         self.record = record
         self.measure = measure
         self.best = Best(arguments.evaluation.save_min_seconds)
