@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from steps import peak
 
 RESULT = Path(__file__).parent / "results" / "bgem3.json"
 PEER = "FlagEmbedding"
@@ -58,7 +59,7 @@ def main() -> int:
         row |= apart.get(name, {})
     report |= {"texts": asked.texts, "tokens": sum(lengths), "rounds": asked.rounds, "contenders": found}
     print(json.dumps(report, indent=1))
-    if asked.output and not asked.tiny:
+    if not asked.tiny:
         asked.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -178,12 +179,6 @@ def _apart(found: Path, expected: Path) -> dict[str, float]:
 def _best(rows: list[dict[str, float]]) -> dict[str, float]:
     """The fewest seconds of the rounds, and the most memory."""
     return {key: round((max if key == "peak MiB" else min)(row[key] for row in rows), 3) for key in rows[0]}
-
-
-def peak() -> float:
-    """MiB that this process held at most; ru_maxrss would begin with what the parent held."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,9 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +25,17 @@ import numpy as np
 from dense_contenders import CONTENDERS, Contender, labels
 from dense_vectors import prepare
 from machine import origin
+from steps import installed, latency, measured, on_disk, one_thread, resident
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("qdrant-edge-py", "faiss-cpu", "usearch", "turbovec", "zvec", "numpy")
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 K, WANTED, CHANGED = 10, 0.97, 1000
 FILTERS = {"no filter": "", "1 %": "hundredth", "10 %": "tenth"}
 
 
 def main() -> None:
     options = parse()
-    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    one_thread()
     if options.work:
         work(options)
     else:
@@ -51,11 +48,11 @@ def compare(options: argparse.Namespace) -> None:
     truth(*files, options.folder / f"{options.vectors}-{options.size}-truth.npz")
     path = options.output or RESULTS / f"dense_engines_{options.vectors}_{options.size}.json"
     for name in options.contenders or CONTENDERS:
-        found = {**measured(name, options), "load average": round(os.getloadavg()[0], 1)}
+        found = {**measured(__file__, name, options), "load average": round(os.getloadavg()[0], 1)}
         report = json.loads(path.read_text()) if path.exists() else {"contenders": {}}
         report = {
             **origin(1, ("numpy",)),
-            "versions": {**report.get("versions", {}), **versions()},
+            "versions": {**report.get("versions", {}), **installed(PACKAGES)},
             **{key: getattr(options, key) for key in ("size", "dim", "vectors", "queries")},
             "contenders": {**report["contenders"], name: found},
         }
@@ -79,16 +76,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--work", nargs=3, metavar=("STEP", "NAME", "PLACE"), help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def passing(label: str, size: int) -> np.ndarray:
@@ -121,23 +108,6 @@ def truth(passages: Path, asked: Path, path: Path) -> None:
     np.savez(path, **found)
 
 
-def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What the two processes of a contender found."""
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        for step in ("build", "search"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--work", step, name, place]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
-                lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-                if done.returncode or not lines:
-                    return {**found, "failed": f"{step}: {(done.stderr.strip() or str(done.returncode))[-300:]}"}
-                found |= json.loads(lines[-1])
-            except subprocess.TimeoutExpired:
-                return {**found, "failed": f"{step}: not done after {options.timeout:.0f} s"}
-    return found
-
-
 def work(options: argparse.Namespace) -> None:
     """One step of one contender, in this process."""
     step, name, place = options.work
@@ -156,10 +126,9 @@ def build(contender: Contender, vectors: np.ndarray) -> dict[str, Any]:
         half.flush()
     contender.build(vectors)
     spent = sum(os.times()[:4]) - before
-    held = sum(path.stat().st_blocks * 512 for path in contender.folder.rglob("*") if path.is_file())
     return {
         "vectors per core second": round(len(vectors) / spent),
-        "disk, bytes a passage": round(held / len(vectors)),
+        "disk, bytes a passage": round(on_disk(contender.folder) / len(vectors)),
         "peak of the build, MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
 
@@ -203,8 +172,7 @@ def first_enough(
         found = {
             "effort": effort,
             "recall@10": round(float(recall), 4),
-            "p50 ms": round(1000 * float(np.percentile(spent, 50)), 3),
-            "p99 ms": round(1000 * float(np.percentile(spent, 99)), 3),
+            **latency(spent),
         }
         if recall >= WANTED:
             break
@@ -238,12 +206,6 @@ def updates(contender: Contender, vectors: np.ndarray, size: int) -> dict[str, A
         "deleted per core second": round(CHANGED / max(deleted - added, 1e-6)),
         "the next search knows": bool(size in rows and 0 not in rows),
     }
-
-
-def resident() -> dict[str, int]:
-    """Bytes of this process that are its own, and that are mapped from files."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:")}
 
 
 def render(report: dict[str, Any]) -> str:

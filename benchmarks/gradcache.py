@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from machine import processor_name
-from unified_step import peak, resident
+from steps import peak
+from unified_step import resident
 
 QUERY, PASSAGE = 16, 32
 PAGE = Path(__file__).parent / "results" / "gradcache.md"

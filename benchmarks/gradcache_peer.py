@@ -24,7 +24,8 @@ from typing import Any
 
 from encode import small_model
 from machine import in_turn, origin
-from unified_step import peak, resident
+from steps import peak
+from unified_step import resident
 
 TOKENS, TEMPERATURE, TEXTS = 128, 0.05, 32
 #: mini-batches by tokens: as many as 32 texts of 128 tokens

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from encode import mixed_lengths, read_corpus
 from machine import in_turn, origin
+from steps import peak
 
 from ultrarag.io.durable import write_json
 
@@ -128,12 +129,6 @@ def compared(seconds: dict[str, float], found: dict[str, np.ndarray]) -> dict[st
         }
         for name, value in seconds.items()
     }
-
-
-def peak() -> float:
-    """MiB of this process; ru_maxrss would begin with what the parent held."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM"))
 
 
 def memory(name: str, options: argparse.Namespace) -> float:

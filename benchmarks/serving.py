@@ -33,6 +33,7 @@ from live_index_contenders import texts
 from live_index_searching import small_model
 from machine import in_turn, origin
 from older import COMMIT, older_code
+from steps import peak
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "serving.json"
@@ -109,12 +110,6 @@ def measure(live: Any, number: int, seconds: float, adds: list[str]) -> dict[str
     return {**idle, **{f"adding_{name}": value for name, value in beside.items()}, "add_seconds": end - middle}
 
 
-def peak_mib() -> float:
-    """The most memory that this process had, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
-
-
 def serve(folder: Path, model: str, passages: int, precision: str) -> None:
     """In the process of one contender: answer each line of stdin, a measurement that is asked for, by one of stdout."""
     answers = os.fdopen(os.dup(1), "w")
@@ -131,7 +126,7 @@ def serve(folder: Path, model: str, passages: int, precision: str) -> None:
         for line in sys.stdin:
             asked = json.loads(line)
             found = measure(live, asked["clients"], asked["seconds"], texts(asked["adds"], PASSAGE_WORDS, 7))
-            print(json.dumps({**found, "peak_mib": peak_mib()}), file=answers, flush=True)
+            print(json.dumps({**found, "peak_mib": peak()}), file=answers, flush=True)
 
 
 class Contender:

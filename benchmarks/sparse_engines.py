@@ -17,11 +17,8 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +26,17 @@ import numpy as np
 from machine import origin
 from sparse_contenders import CONTENDERS, Contender
 from sparse_vectors import VOCABULARY, Rows, prepare, read
+from steps import installed, latency, measured, on_disk, one_thread, resident
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("qdrant-edge-py", "pyseismic-lsr", "numba")
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 K, WANTED = 10, 0.99
 
 
 def main() -> None:
     """Measure the contenders that are asked for, or do one step of one."""
     options = parse()
-    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    one_thread()
     if options.work:
         work(options)
     else:
@@ -70,27 +67,16 @@ def compare(options: argparse.Namespace) -> None:
     path = options.output or RESULTS / f"sparse_engines_{options.size}.json"
     report = {
         **origin(1, ("numpy",)),
-        "packages": versions(),
+        "packages": installed(PACKAGES),
         **{key: getattr(options, key) for key in ("size", "queries", "texts")},
         **lengths(options),
         "contenders": json.loads(path.read_text(encoding="utf-8"))["contenders"] if path.exists() else {},
     }
     for name in options.contenders or CONTENDERS:
-        report["contenders"][name] = measured(name, options)
+        report["contenders"][name] = measured(__file__, name, options)
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(render(report), encoding="utf-8")
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def lengths(options: argparse.Namespace) -> dict[str, Any]:
@@ -110,23 +96,6 @@ def inputs(options: argparse.Namespace) -> tuple[Rows, Rows]:
     return read(options.folder / f"rows-{options.size}.npz"), read(options.folder / f"queries-{options.queries}.npz")
 
 
-def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What the two processes of a contender found."""
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        for step in ("build", "search"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--work", step, name, place]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
-            except subprocess.TimeoutExpired:
-                return {**found, "failed": f"{step}: not done after {options.timeout:.0f} s"}
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            if done.returncode or not lines:
-                return {**found, "failed": f"{step}: {(done.stderr.strip() or str(done.returncode))[-300:]}"}
-            found |= json.loads(lines[-1])
-    return found
-
-
 def work(options: argparse.Namespace) -> None:
     """One step of one contender, in this process."""
     step, name, place = options.work
@@ -140,10 +109,9 @@ def build(contender: Contender, rows: Rows) -> dict[str, Any]:
     count, before = len(rows[0]) - 1, sum(os.times()[:4])  # the child of qdrant-edge that optimizes counts
     contender.build(rows)
     spent = sum(os.times()[:4]) - before
-    held = sum(path.stat().st_blocks * 512 for path in contender.folder.rglob("*") if path.is_file())
     return {
         "passages per core second": round(count / spent),
-        "disk, bytes a passage": round(held / count),
+        "disk, bytes a passage": round(on_disk(contender.folder) / count),
         "peak of the build, MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
 
@@ -153,7 +121,7 @@ def search(contender: Contender, passages: Rows, queries: Rows) -> dict[str, Any
     asked = [part(queries, row) for row in range(len(queries[0]) - 1)]
     scores, count = Truth(passages), len(passages[0]) - 1
     best = [scores.of(*query) for query in asked]
-    before = resident()
+    before = resident()["RssAnon"]
     contender.open()
     found: dict[str, Any] = {"efforts": []}
     for effort in contender.efforts:
@@ -164,13 +132,12 @@ def search(contender: Contender, passages: Rows, queries: Rows) -> dict[str, Any
             {
                 "effort": effort,
                 "recall@10": round(float(recall), 4),
-                "p50 ms": round(1000 * float(np.percentile(spent, 50)), 3),
-                "p99 ms": round(1000 * float(np.percentile(spent, 99)), 3),
+                **latency(spent),
             }
         )
         if recall >= WANTED:
             break
-    return {**found, **found["efforts"][-1], "memory, bytes a passage": round((resident() - before) / count)}
+    return {**found, **found["efforts"][-1], "memory, bytes a passage": round((resident()["RssAnon"] - before) / count)}
 
 
 class Truth:
@@ -203,12 +170,6 @@ def timed(contender: Contender, query: tuple[np.ndarray, np.ndarray], effort: An
     started = time.process_time()
     rows = contender.search(*query, K, effort)
     return time.process_time() - started, rows
-
-
-def resident() -> int:
-    """Bytes of this process, without those mapped from files."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return next(1024 * int(words[1]) for words in lines if words[0] == "RssAnon:")
 
 
 def render(report: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import origin
+from steps import resident
 from ten_million_data import DIM, Corpus
 
 RESULT = Path(__file__).parent / "results" / "ten_million.json"
@@ -141,12 +142,6 @@ class Memory:
         while not self._over.wait(0.1):
             for name, held in resident().items():
                 self._most[name] = max(self._most[name], held)
-
-
-def resident() -> dict[str, int]:
-    """Bytes of this process that are its own, and that are mapped from files."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:")}
 
 
 def disk(folder: Path) -> dict[str, float]:

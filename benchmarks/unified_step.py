@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 from machine import processor_name
+from steps import peak
 
 QUERIES, GROUP, QUERY_TOKENS, PASSAGE_TOKENS = 16, 2, 64, 256
 HERE = Path(__file__).parent
@@ -253,12 +254,6 @@ def say(answer: Any) -> None:
 def resident() -> float:
     """Resident memory in MiB (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
-
-
-def peak() -> float:
-    """The most that was ever resident, in MiB (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def render(report: dict[str, Any]) -> str:
