@@ -180,14 +180,15 @@ def test_closed_descriptors_are_not_given_to_files() -> None:
 
 def test_who_leaves_calls_what_is_registered_and_tears_nothing_down() -> None:
     code = (
-        "import atexit, sys; from ultrarag.io import leave\n"
+        "import atexit, threading; from ultrarag.io import leave\n"
         "class Module:\n"
         "    def __del__(self): print('torn down')\n"
         "module = Module(); atexit.register(print, 'registered')\n"
+        "threading.Timer(0.2, print, ['waited for']).start()\n"
         "print('done'); leave(3)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "done\nregistered\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done\nwaited for\nregistered\n", "")
 
 
 @pytest.mark.parametrize("dropped", ["__del__", "weakref"])
