@@ -72,6 +72,19 @@ def m3_encoder(tiny_m3):
 
 
 @pytest.fixture
+def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the builder's own code in this process, without the seconds that a new one takes to import torch."""
+
+    from ultrarag.retrieve.build import start
+    from ultrarag.retrieve.build.child import Build
+
+    def run(root, generation, *, device=None, **_: object) -> None:
+        Build(root, generation, device).run(False)
+
+    monkeypatch.setattr(start, "run_builder", run)
+
+
+@pytest.fixture
 def killed_when_published(monkeypatch):
     """Return a function that makes a call which dies when its output has its name, before anything is cleaned up."""
     from ultrarag.io import output

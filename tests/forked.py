@@ -97,12 +97,19 @@ def run(words: Sequence[object], **options: Any) -> subprocess.CompletedProcess[
     return subprocess.CompletedProcess(program.args, program.wait(), out, err)
 
 
-def torchrun(words: Sequence[object], processes: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program as so many ranks, which find each other as under torchrun; output of all, the worst exit status."""
+def torchrun(
+    words: Sequence[object], processes: int = 2, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program as so many ranks, which find each other as under torchrun; output of all, the worst exit status.
+
+    One process is started by itself.
+    """
+    if processes == 1:
+        return run(words, env=env, **options)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common = {**os.environ, **{name: str(value) for name, value in world.items()}}
+    common = {**(os.environ if env is None else env), **{name: str(value) for name, value in world.items()}}
     ranks = [
         Popen(words, env={**common, "RANK": str(number), "LOCAL_RANK": str(number)}, **options)
         for number in range(processes)
@@ -196,7 +203,7 @@ def _become(request: dict[str, Any], outputs: list[int]) -> None:
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
-        sys.path[0] = request["cwd"]
+        sys.path[:1] = [request["cwd"], *filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))]
         option, what, *words = request["words"]
         sys.argv = [what if option == "-m" else "-c", *words]
         if option == "-m":

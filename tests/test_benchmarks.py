@@ -111,6 +111,7 @@ def test_targets_are_met_not_met_or_not_measured():
     assert "| at least 45.0 % |  | not measured |" in rows(1.25)
 
 
+@pytest.mark.long
 def test_gpu_on_a_cpu_with_tiny_sizes(tmp_path):
     output = tmp_path / "gpu.md"
     words = ("--tiny", "--device", "cpu", "--contenders", "ultrarag", "FlagEmbedding", "--output", str(output))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
+from tests.retrieve.conftest import checkpoint, other, tiny  # noqa: F401  fixtures
 from tests.test_readme import ROOT
 from ultrarag.retrieve import LiveIndex
 

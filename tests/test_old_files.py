@@ -67,7 +67,7 @@ def test_a_checkpoint_gives_the_same_vectors(checkpoint):
         assert np.abs(row[: int(mask.sum())] - theirs).max() < 1e-5
 
 
-def test_an_index_answers_the_same_and_goes_on(index, checkpoint, tiny_m3):
+def test_an_index_answers_the_same_and_goes_on(index, checkpoint, tiny_m3, quick_builds):
     folder, expected = index
     with LiveIndex.open(folder) as live:
         assert [passage.id for passage in live.passages()] == expected["ids"]

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.finetune.test_run import ROWS
 from ultrarag.testing.tiny import tiny_masked_lm
 
@@ -23,7 +25,8 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plugin")
     shutil.copytree(SOURCE, folder / "source")  # setuptools builds beside the source
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    run([sys.executable, "-m", "pip", "install", *options, "--target", folder / "site", folder / "source"], {})
+    pip = [sys.executable, "-m", "pip", "install", *options, "--target", folder / "site", folder / "source"]
+    subprocess.run(pip, check=True)
     return folder / "site"
 
 
@@ -40,14 +43,6 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_masked_lm(folder)
     return folder
-
-
-def run(words, variables: dict[str, str]) -> str:
-    done = subprocess.run(
-        [str(word) for word in words], env={**os.environ, **variables}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
 
 
 def flags(adapter: str, model: Path, folder: Path) -> dict[str, object]:
@@ -70,10 +65,17 @@ def flags(adapter: str, model: Path, folder: Path) -> dict[str, object]:
 
 
 def finetune(settings: dict[str, object], environment: dict[str, str], processes: int = 1) -> dict:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", "ultrarag.finetune", *words, "--json"]
-    return json.loads(run(command, environment).splitlines()[-1])
+    done = forked.torchrun(["-m", "ultrarag.finetune", *words, "--json"], processes, env={**os.environ, **environment})
+    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_code(code: str, environment: dict[str, str]) -> str:
+    """What code prints that sees the plugin."""
+    done = forked.run(["-c", textwrap.dedent(code)], env={**os.environ, **environment})
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
 
 
 def test_found_by_name_and_conforming(environment):
@@ -84,7 +86,7 @@ def test_found_by_name_and_conforming(environment):
     assert main(["plugins", "check", "acme-static"]) == 0
     assert main(["plugins", "check", "acme-splade"]) == 0
     """
-    lines = run([sys.executable, "-c", _code(code)], environment).splitlines()
+    lines = run_code(code, environment).splitlines()
     rows = {row["name"]: row for row in json.loads(lines[0]) if row["package"] == "acme-ultrarag"}
     assert {name: (row["kind"], row["hooks"], row["problem"]) for name, row in rows.items()} == {
         "acme-static": ("adapter", ["load", "encode", "loss", "save"], ""),
@@ -127,7 +129,7 @@ def test_trained_indexed_searched_and_swapped(environment, model, tmp_path):
         os.environ["ACME_MATRYOSHKA_DIMS"] = "8,16"
         print(finetune(**{again!r}).loss)
     """
-    searched, loss = run([sys.executable, "-c", _code(code)], environment).splitlines()
+    searched, loss = run_code(code, environment).splitlines()
     assert searched == "seals seals acme-static True"
     assert float(loss) > plain["loss"] * 1.5
 
@@ -180,10 +182,4 @@ def test_the_cache_gives_the_same_vectors_and_no_other_model_s(environment, mode
         assert Count.rows == 6, Count.rows
         assert len(list(folder.rglob("*.npz"))) == len(damaged) + 4
     """
-    run([sys.executable, "-c", _code(code)], environment)
-
-
-def _code(text: str) -> str:
-    import textwrap
-
-    return textwrap.dedent(text)
+    run_code(code, environment)

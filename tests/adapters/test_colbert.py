@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests import forked
 from ultrarag import Encoder
 from ultrarag.encoder import find_adapter
 from ultrarag.encoder.pooling import merged
@@ -163,9 +162,7 @@ def test_passages_of_other_processes_are_negatives(tmp_path: Path) -> None:
     found = {}
     for processes in (1, 2):
         out = ["--output_dir", tmp_path / str(processes), "--per_device_train_batch_size", 4 // processes]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2] if processes == 2 else []
-        words = [sys.executable, *launcher, "-m", "ultrarag.finetune", *flags, *out]
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=240)
+        done = forked.torchrun(["-m", "ultrarag.finetune", *flags, *out], processes)
         assert done.returncode == 0, done.stderr
         found[processes] = Encoder.load(tmp_path / str(processes), device="cpu").encode(ODD, progress=False).colbert
     before = Encoder.load(tmp_path / "model", device="cpu").encode(ODD, progress=False).colbert

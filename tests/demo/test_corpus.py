@@ -47,6 +47,7 @@ def test_all_sources_are_in_it(folder):
     assert names == sorted(names)
 
 
+@pytest.mark.long
 def test_building_again_gives_the_same_files(folder, tmp_path):
     data = build_demo(tmp_path)
     assert (data.train, data.held_out) == (1200, 300)

@@ -5,18 +5,15 @@ from ultrarag.demo import corpus
 from ultrarag.demo.__main__ import Visitor
 from ultrarag.demo.corpus import Pair
 from ultrarag.errors import IndexStateError, TrainingError
-from ultrarag.retrieve.build import start
-from ultrarag.retrieve.build.child import Build
 
 TOPICS = ["seals", "bread", "bicycles", "rain", "violins", "chess", "bees", "glaciers", "looms", "kites"]
 
 
 @pytest.fixture
-def few_pairs(monkeypatch):
+def few_pairs(monkeypatch, quick_builds):
     """A task of ten short pairs in place of all documentation, built without a second process."""
     pairs = [Pair(f"a.{topic}", f"Tell all there is about {topic}.", f"{topic} and what they do.") for topic in TOPICS]
     monkeypatch.setattr(corpus, "find_pairs", lambda: iter(pairs))
-    monkeypatch.setattr(start, "run_builder", lambda root, generation, **_: Build(root, generation, None).run(False))
 
 
 def test_the_demo_shows_the_whole_journey(few_pairs, monkeypatch, tmp_path, capsys):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+from tests import forked
 from ultrarag import Encoder, Passage
 from ultrarag.encode import CorpusVectors, ModelChoice, encode_corpus
 from ultrarag.errors import FingerprintError, TrainingError, UsageError
@@ -270,13 +269,9 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     flags |= {**QUICK, "optim": "sgd", "max_grad_norm": 0}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     words += ["--adapter", "bge", "--output_dir"]
-    for name, size, processes in (("one", 16, []), ("two", 8, ["2"])):
-        python = [sys.executable, "-m"]
-        if processes:
-            python += ["torch.distributed.run", "--standalone", "--nproc_per_node", *processes, "-m"]
-        command = [*python, "ultrarag.finetune", *words, str(tmp_path / name)]
-        command[command.index("--per_device_train_batch_size") + 1] = str(size)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    for name, size, processes in (("one", 16, 1), ("two", 8, 2)):
+        words[words.index("--per_device_train_batch_size") + 1] = str(size)
+        done = forked.torchrun(["-m", "ultrarag.finetune", *words, str(tmp_path / name)], processes)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (Encoder.load(tmp_path / name, device="cpu").model.state_dict() for name in ("one", "two"))
     moved = Encoder.load(base, "bge", device="cpu").model.state_dict()

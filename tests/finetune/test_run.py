@@ -64,7 +64,7 @@ def launch(words):
 
 
 def run(words, processes=1):
-    done = forked.run(["-m", *words]) if processes == 1 else forked.torchrun(["-m", *words], processes)
+    done = forked.torchrun(["-m", *words], processes)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.retrieve import servers
-from ultrarag.retrieve.build import start
-from ultrarag.retrieve.build.child import Build
 from ultrarag.retrieve.live import LiveIndex
 
 
@@ -79,16 +77,6 @@ def poisoned(tiny_m3: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             weight[token] = kept
     return folder
-
-
-@pytest.fixture
-def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the builder's own code in this process, without the seconds that a new one takes to import torch."""
-
-    def run(root, generation, *, device=None, **_: object) -> None:
-        Build(root, generation, device).run(False)
-
-    monkeypatch.setattr(start, "run_builder", run)
 
 
 @pytest.fixture(scope="session")

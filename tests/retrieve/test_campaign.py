@@ -40,19 +40,20 @@ def check(checks, live: LiveIndex, passages=PASSAGES, events=()):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the campaign takes in what lost its parent")
-def test_rounds_count_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [3, pytest.param(24, marks=pytest.mark.long)])
+def test_rounds_count_nothing(rounds: int, tmp_path: Path) -> None:
     seed = str(os.getpid())
     libraries = {"qdrant-edge": "qdrant_edge", "ivf": "faiss"}
     engines = ["numpy", *(name for name, library in libraries.items() if importlib.util.find_spec(library))]
-    command = ["--rounds", "8", "--engine", *engines, "--folder", str(tmp_path / "work"), "--seed", seed]
+    command = ["--rounds", str(rounds), "--engine", *engines, "--folder", str(tmp_path / "work"), "--seed", seed]
     command += ["--output", str(tmp_path / "result.json")]
     done = subprocess.run([sys.executable, str(HERE / "campaign.py"), *command], capture_output=True, text=True)
     report = json.loads((tmp_path / "result.json").read_text())
     # how a command ends is not asked here: Ctrl-C before its first line, or in a callback of Python, ends it badly
     never = ("acknowledged writes lost", "indexes that do not open", "wrong answers", "orphans", "files left over")
     assert {name: report[name] for name in never} == dict.fromkeys(never, 0), f"seed {seed}: {done.stdout}{done.stderr}"
-    assert report["rounds"] == 8
-    assert sum(report["rounds per command"].values()) == 8
+    assert report["rounds"] == rounds
+    assert sum(report["rounds per command"].values()) == rounds
 
 
 def test_a_sound_index_is_sound(checks, filled: LiveIndex) -> None:

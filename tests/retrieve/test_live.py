@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import forked
 from ultrarag.errors import CheckpointError, DataError, FingerprintError, GateError, IndexStateError, UsageError
 from ultrarag.retrieve import evaluate, read_passages, read_status, rerank
 from ultrarag.retrieve.engines.registry import default_backend
@@ -310,7 +309,7 @@ def test_an_index_has_one_owner_and_any_reader(live: LiveIndex) -> None:
     code = "import sys, json; from ultrarag.retrieve import *; " + (
         "print(json.dumps([read_status(sys.argv[1]), [p.id for p in read_passages(sys.argv[1])]]))"
     )
-    told = subprocess.run([sys.executable, "-c", code, str(live.path)], capture_output=True, text=True, check=True)
+    told = forked.run(["-c", code, str(live.path)])
     assert f'"pid": {os.getpid()}' in told.stdout
     assert '["p0", "p1", "p2", "p3"]' in told.stdout
     status = live.status()

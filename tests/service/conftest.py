@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.service.running import Running
+from ultrarag import Encoder
 from ultrarag.retrieve import LiveIndex
 
 PASSAGES = [
@@ -23,10 +29,27 @@ PASSAGES = [
 ]
 
 
-def created(folder: Path, encoder) -> LiveIndex:
-    live = LiveIndex.create(folder, encoder, backend="numpy")
-    live.add(PASSAGES)
-    return live
+def created(folder: Path, encoder: Encoder) -> LiveIndex:
+    """An open index with the passages: a copy, for to save the model and try it takes longer than most tests."""
+    shutil.copytree(_made(encoder), folder, copy_function=_linked)
+    return LiveIndex.open(folder, encoder)
+
+
+@cache
+def _made(encoder: Encoder) -> Path:
+    place = Path(tempfile.mkdtemp(prefix="service-index"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    with LiveIndex.create(place / "kb", encoder, backend="numpy") as live:
+        live.add(PASSAGES)
+    return place / "kb"
+
+
+def _linked(source: str, target: str) -> None:
+    """Copy a file; of weights, which nobody changes, make another name where the file system can."""
+    try:
+        (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from tests.finetune.test_run import ROWS
-from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
+from tests.retrieve.conftest import checkpoint, other, tiny  # noqa: F401  fixtures
 from tests.retrieve.servers import free_port, wait_for
 from tests.service.running import Running
 from tests.service.test_command import started

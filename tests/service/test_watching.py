@@ -26,7 +26,7 @@ def seen(service: Running) -> Any:
 
 
 @pytest.fixture
-def service(tmp_path, minilm_encoder, monkeypatch):
+def service(tmp_path, minilm_encoder, monkeypatch, quick_builds):
     monkeypatch.setattr(watching, "AGAIN", 0.0)
     running = Running(created(tmp_path / "kb", minilm_encoder), weights={"dense": 1})
     yield running

@@ -12,8 +12,8 @@ os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read when haystack is impo
 import pytest
 
 from haystack_integrations.document_stores.ultrarag import UltraRAGDocumentStore
-from tests.conftest import minilm, tiny_m3  # noqa: F401  fixtures
-from tests.retrieve.conftest import checkpoint, other, quick_builds, rest, tiny  # noqa: F401  fixtures
+from tests.conftest import minilm, quick_builds, tiny_m3  # noqa: F401  fixtures
+from tests.retrieve.conftest import checkpoint, other, rest, tiny  # noqa: F401  fixtures
 from ultrarag.testing.tiny import tiny_cross_encoder
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import minilm, minilm_encoder, tiny_m3  # noqa: F401  fixtures
-from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
+from tests.conftest import minilm, minilm_encoder, quick_builds, tiny_m3  # noqa: F401  fixtures
+from tests.retrieve.conftest import checkpoint, other, tiny  # noqa: F401  fixtures
 from ultrarag.doors.langchain import UltraRAGVectorStore
 from ultrarag.retrieve import LiveIndex
 from ultrarag.testing.tiny import tiny_cross_encoder

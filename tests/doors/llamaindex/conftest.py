@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
-from tests.conftest import minilm, tiny_m3  # noqa: F401  fixtures
-from tests.retrieve.conftest import checkpoint, other, quick_builds, tiny  # noqa: F401  fixtures
+from tests.conftest import minilm, quick_builds, tiny_m3  # noqa: F401  fixtures
+from tests.retrieve.conftest import checkpoint, other, tiny  # noqa: F401  fixtures
 from ultrarag.doors.llamaindex import UltraRAGEmbedding, UltraRAGVectorStore
 from ultrarag.encoder import SharedEncoder
 from ultrarag.retrieve import LiveIndex

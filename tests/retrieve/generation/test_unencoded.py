@@ -15,6 +15,8 @@ from ultrarag.errors import GateError
 from ultrarag.retrieve import LiveIndex
 from ultrarag.types import Embeddings
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 TEXTS = {"a": "a river of stone", "b": f"the {POISON} harbour", "c": "clouds and marble"}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import forked
 from tests.retrieve import servers
 from tests.retrieve.test_live import corpus, count_encoded, text_of
 from ultrarag import Encoder
@@ -835,25 +836,28 @@ MOMENTS = ("half of the passages", "the log", "half of the vectors")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+@pytest.mark.parametrize(
+    "moments", [MOMENTS[:1], pytest.param(MOMENTS[1:], marks=pytest.mark.long)], ids=["first", "rest"]
+)
 def test_followers_settle_what_a_killed_writer_left(
-    request: pytest.FixtureRequest, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch
+    moments: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody writes any more, and yet each passage comes to be served with its own vector, everywhere alike."""
     if reason := servers.missing("milvus_lite"):
         pytest.skip(reason)
     monkeypatch.setattr(link_module, "IDLE_SECONDS", 0.0)
     base = request.getfixturevalue("milvus_lite").uri
-    uris = [base.replace(f"/{servers.NAME}", f"/{servers.NAME}dying{number}") for number in range(len(MOMENTS))]
+    uris = [base.replace(f"/{servers.NAME}", f"/{servers.NAME}dying{MOMENTS.index(moment)}") for moment in moments]
     words = []
-    for number, (uri, moment) in enumerate(zip(uris, MOMENTS, strict=True)):
+    for number, (uri, moment) in enumerate(zip(uris, moments, strict=True)):
         with closing(LiveIndex.create(tmp_path / f"w{number}", tiny, uri=uri)) as live:
             live.add(corpus(42))
         with closing(LiveIndex.open(tmp_path / f"f{number}", tiny, uri=uri)):
             pass  # a mirror that has what was there before
         words += [str(tmp_path / f"x{number}"), uri, moment]
-    done = subprocess.run([sys.executable, "-c", DYING, *words], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["-9"] * len(MOMENTS), done.stderr
-    for number, (uri, moment) in enumerate(zip(uris, MOMENTS, strict=True)):
+    done = forked.run(["-c", DYING, *words])
+    assert done.stdout.split() == ["-9"] * len(moments), done.stderr
+    for number, (uri, moment) in enumerate(zip(uris, moments, strict=True)):
         with (
             closing(LiveIndex.open(tmp_path / f"f{number}", tiny)) as follower,
             closing(LiveIndex.open(tmp_path / f"g{number}", tiny, uri=uri)) as late,

@@ -67,7 +67,7 @@ def test_signing_in_by_keyboard_without_scripts(tmp_path: Path, index) -> None:
         running.stop()
 
 
-def test_after_a_swap_one_click_rolls_back(chromium: Chromium, served: Running, minilm_encoder) -> None:
+def test_after_a_swap_one_click_rolls_back(chromium: Chromium, served: Running, minilm_encoder, quick_builds) -> None:
     served.live.swap(served.live.build(minilm_encoder))
     chromium.events.clear()
     chromium.open(f"{served.url}/")

@@ -14,7 +14,7 @@ from ultrarag.service.console.compare import pair, sign_test
 
 
 @pytest.fixture
-def two(browser: Browser, minilm_encoder) -> LiveIndex:
+def two(browser: Browser, minilm_encoder, quick_builds) -> LiveIndex:
     """The same encoder twice: what it finds is the same."""
     live = browser.client.app.state.service.live
     live.swap(live.build(minilm_encoder))

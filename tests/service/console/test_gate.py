@@ -47,7 +47,7 @@ def report(generation: int, output: Path, forced: bool) -> RefreshReport:
 
 
 @pytest.fixture
-def refused(index: LiveIndex, tmp_path: Path, minilm_encoder, monkeypatch) -> Iterator[Browser]:
+def refused(index: LiveIndex, tmp_path: Path, minilm_encoder, monkeypatch, quick_builds) -> Iterator[Browser]:
     """The gate has refused a generation, which is ready."""
     built = index.build(minilm_encoder)
 

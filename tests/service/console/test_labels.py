@@ -48,7 +48,9 @@ def test_an_answer_that_was_voted_down_brings_what_it_was_made_of() -> None:
     ]
 
 
-def test_generations_that_disagree_are_judged_where_they_do(browser: Browser, m3_encoder, monkeypatch) -> None:
+def test_generations_that_disagree_are_judged_where_they_do(
+    browser: Browser, m3_encoder, monkeypatch, quick_builds
+) -> None:
     monkeypatch.setattr(disagreements, "TOP", 2)
     live, address = browser.client.app.state.service.live, "/console/labels?why=generations"
     queries = ["vector databases", "a fruit that is red", "deep water", "<b>search</b>"]

@@ -41,7 +41,7 @@ def test_the_chain_and_what_two_differ_in(browser: Browser, monkeypatch) -> None
     assert "bf16" not in page
 
 
-def test_rolling_back_is_asked_twice(browser: Browser, minilm_encoder) -> None:
+def test_rolling_back_is_asked_twice(browser: Browser, minilm_encoder, quick_builds) -> None:
     live = browser.client.app.state.service.live
     live.swap(live.build(minilm_encoder))
     assert "Roll back to generation 1" in browser.get("/console/lineage")

@@ -41,7 +41,7 @@ def test_now_shows_the_load_of_the_last_minute(browser: Browser) -> None:
 
 
 def test_since_a_swap_the_generations_are_compared_and_one_click_rolls_back(
-    browser: Browser, minilm_encoder, monkeypatch
+    browser: Browser, minilm_encoder, monkeypatch, quick_builds
 ) -> None:
     live = browser.client.app.state.service.live
     assert "Since the swap" not in browser.get("/")
