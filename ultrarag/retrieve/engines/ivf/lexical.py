@@ -21,7 +21,7 @@ from ultrarag.retrieve.search import Filter, mask, parse
 
 #: Rows without postings from which on they get some: to score 8,192 takes 0.7 ms.
 TAIL_ROWS = 8192
-#: Rows of a part at most, of which each has more than twice as many as the next: to make its postings takes ten bytes of memory a weight.
+#: Rows of a part at most (it is made in ten bytes of memory a weight); before each is one more than twice as large.
 MOST_ROWS = 1 << 20
 #: As few that pass a filter are scored one by one.
 FEW = 1000
