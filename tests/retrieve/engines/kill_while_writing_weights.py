@@ -1,7 +1,7 @@
 """`python -m tests.retrieve.engines.kill_while_writing_weights FOLDER ROUNDS SEED`: the same for lexical weights.
 
 The operations, kills and states are those of `kill_while_writing`; what is written are lexical weights, to which
-the engine `ivf` is told to give postings after tens of passages. Weights are in quarters: scores are exact in any order.
+the engine `ivf` is told to give postings after tens of passages. Weights are in quarters: sums are exact in any order.
 """
 
 from __future__ import annotations
