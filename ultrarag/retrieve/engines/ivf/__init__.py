@@ -1,4 +1,4 @@
-"""IVF: dense vectors in little memory, as codes of a bit a dimension in lists around directions.
+"""IVF: dense vectors as codes of a bit a dimension in lists around directions, and lexical weights as postings.
 
 `engine` is the engine; `table` keeps the rows durably, in the files of `folder`, `lookup` finds those with an id or a
 fact, `codes` finds candidates, which `search` scores anew by their vectors on the disk. `lexical` searches the rows'
