@@ -41,9 +41,10 @@ def weights(count: int, seed: int, vocabulary: int = VOCABULARY) -> Embeddings:
     return Embeddings(sparse=Sparse(ids, rng.random((count, TOKENS)).astype(np.float32) ** 3))
 
 
-def query(seed: int, vocabulary: int = VOCABULARY) -> tuple[np.ndarray, np.ndarray]:
+def query(seed: int, vocabulary: int = VOCABULARY, tokens: int = 8) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return rng.choice(VOCABULARY, 8, replace=False) * (vocabulary // VOCABULARY), rng.random(8).astype(np.float32)
+    ids = rng.choice(VOCABULARY, tokens, replace=False) * (vocabulary // VOCABULARY)
+    return ids, rng.random(tokens).astype(np.float32)
 
 
 def filled(folder: Path, count: int, schema: Schema = ONLY) -> Backend:
@@ -72,7 +73,7 @@ def test_any_order_of_writes_is_searched_as_the_reference_does(tmp_path: Path, v
             if step % 7 == 6:
                 one.optimize()
         for number in range(4):
-            asked = query(100 * step + number, vocabulary)
+            asked = query(100 * step + number, vocabulary, (1, 8, 40, 290)[number])
             for k in (1, 7, 60):
                 for filter in (None, {"n": {"lt": 60}}, {"n": 3}):
                     found, wanted = (one.search_sparse(*asked, k, filter) for one in engines)
@@ -106,6 +107,7 @@ def test_scores_of_float32_at_its_limits_are_those_of_all_rows(tmp_path: Path) -
     backend.optimize()
     assert backend.search_sparse([1], [1.0], 1) == [("large", float(large))]
     assert dict(backend.search_sparse([1], [1.0], 400))["small"] == pytest.approx(1e-38, rel=1e-6)
+    assert backend.search_sparse([1, 7], [1e-30, 1e-30], 1)[0] == ("large", pytest.approx(3e8))
     backend.close()
 
 

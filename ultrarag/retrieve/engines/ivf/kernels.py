@@ -14,8 +14,8 @@ from typing import Any
 import numba
 import numpy as np
 
-#: Less than what sums of float32, in bounds and scores that were made a little larger, can be too large by.
-TRUE = np.float32(1 - 4e-5)
+#: A token's step at least: times the least weight of a query it is still a normal number of float32.
+LEAST_STEP = np.float32(1e-20)
 #: Blocks whose highest bound is kept.
 GROUP = 64
 
@@ -61,7 +61,7 @@ def gathered(starts, tokens, impacts, order, size, vocabulary):
     begins, heads = np.zeros(blocks + 1, np.int64), np.zeros(blocks + 1, np.int64)
     held, lengths = np.empty(len(tokens), np.uint32), np.empty(len(tokens), np.uint8)
     most, postings = np.empty(len(tokens), np.uint8), np.empty(len(tokens), np.uint16)
-    entry_of, free = np.full(vocabulary, -1, np.int64), np.empty(len(tokens) + 1, np.int64)
+    entry_of, free = np.full(vocabulary, -1, np.int64), np.empty(vocabulary, np.int64)
     entry, place = 0, 0
     for block in range(blocks):
         begins[block], heads[block], first = entry, place, entry
@@ -76,11 +76,11 @@ def gathered(starts, tokens, impacts, order, size, vocabulary):
                 lengths[entry_of[token]] += 1
                 most[entry_of[token]] = max(most[entry_of[token]], impacts[at])
         for at in range(first, entry):
-            free[at] = place
+            free[at - first] = place
             place += lengths[at]
         for number in range(len(rows)):
             for at in range(starts[rows[number]], starts[rows[number] + 1]):
-                to = entry_of[tokens[at]]
+                to = entry_of[tokens[at]] - first
                 postings[free[to]] = number << 8 | impacts[at]
                 free[to] += 1
     begins[blocks], heads[blocks] = entry, place
@@ -139,11 +139,12 @@ def bounded(tokens, weights, places, blocks, highest, lines, table, bounds):
 
 @kernel
 def promising(
-    tokens, weights, begins, heads, held, lengths, postings, rows, size, passing, k, floor, slack, bounds, query
+    tokens, weights, begins, heads, held, lengths, postings, rows, size, passing, k, floor, share, slack, bounds, query
 ):
-    """The rows whose scores may be among the k best: those by impacts are at least the true ones, at most `slack` more.
+    """The rows whose scores may be among the k best.
 
-    `bounds` are used up; `query` is zeros, of all tokens, and is left so.
+    Scores by impacts are at least the true ones, which are at least `share` of them less `slack`. `bounds` are used up;
+    `query` is zeros, of all tokens, and is left so.
     """
     for at in range(len(tokens)):
         query[tokens[at]] = weights[at]
@@ -172,7 +173,7 @@ def promising(
                         continue
                     if score > best[0]:
                         replace_least(best, score)
-                        least = max(floor, best[0] * TRUE - slack)
+                        least = max(floor, best[0] * share - slack)
                     if count == len(kept):
                         count = compacted(kept, scores, count, least)
                         if 2 * count > len(kept):
@@ -232,7 +233,7 @@ def quantised(tokens, weights, vocabulary):
     for at in range(len(tokens)):
         steps[tokens[at]] = max(steps[tokens[at]], weights[at])
     for token in range(vocabulary):
-        steps[token] = max(steps[token] * np.float32(1.000001 / 255), np.float32(1e-30))
+        steps[token] = max(steps[token] * np.float32(1.000001 / 255), LEAST_STEP)
     found = np.empty(len(tokens), np.uint8)
     for at in range(len(tokens)):
         found[at] = max(1, min(255, int(np.ceil(weights[at] / steps[tokens[at]]))))

@@ -21,12 +21,12 @@ from ultrarag.retrieve.search import Filter, mask, parse
 
 #: Rows without postings from which on they get some: to score 8,192 takes 0.7 ms.
 TAIL_ROWS = 8192
-#: Rows of a part at most (it is made in ten bytes of memory a weight); before each is one more than twice as large.
+#: Rows of a part at most (it is made in 20 bytes of memory a weight); before each is one more than twice as large.
 MOST_ROWS = 1 << 20
 #: As few that pass a filter are scored one by one.
 FEW = 1000
-#: A score above it may not be finite in float32: then all rows are scored.
-LARGEST = 1e30
+#: Of a query with a smaller weight, and where a score may be larger, all rows are scored: bounds are of float32.
+SMALLEST, LARGEST = 1e-15, 1e30
 
 
 def is_here() -> bool:
@@ -117,7 +117,8 @@ def _weights(table: Table) -> Weights:
 
 
 def _bounded(table: Table, weights: np.ndarray) -> bool:
-    return float(np.sum(weights, dtype=np.float64)) * _weights(table).heaviest < LARGEST
+    most = float(np.sum(weights, dtype=np.float64)) * _weights(table).heaviest
+    return float(weights.min(initial=1.0)) >= SMALLEST and most < LARGEST
 
 
 def _of_tail(

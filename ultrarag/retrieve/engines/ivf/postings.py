@@ -24,8 +24,8 @@ COMMON = 1 / 8
 DENSE_TOKENS = 1 << 22
 _MAGIC = 0x31504C52
 _EVERYTHING = np.zeros(0, bool)
-#: What sums of float32 may lack, so that a bound is one.
-_ENOUGH = np.float32(1 + 1e-5)
+#: What an addition of float32 may lack or have too much, more than twice.
+_ROUNDING = 1.5e-7
 _scratch, _NOTHING = threading.local(), np.zeros(0, np.float32)
 
 
@@ -79,9 +79,9 @@ class Postings:
         return self.last - self.first
 
     @staticmethod
-    def write(path: Path, pairs: np.ndarray, starts: np.ndarray) -> None:
-        """Make the postings of rows, given their pairs and where each begins, in a file that `read` takes."""
-        arrays = _made(np.ascontiguousarray(pairs["token"]), np.ascontiguousarray(pairs["weight"]), starts)
+    def write(path: Path, tokens: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> None:
+        """Make the postings of rows, given as `Weights.of` does, in a file that `read` takes."""
+        arrays = _made(tokens, weights, starts)
         with replacing(path) as file:
             file.write(np.array([_MAGIC, *map(len, arrays)], np.int64).tobytes())
             for array in arrays:
@@ -107,7 +107,7 @@ class Postings:
 
         Args:
             tokens: of the query, ascending, int64.
-            weights: of the query, above 0, float32.
+            weights: of the query, from 1e-15 on, float32.
             floor: scores below it are of no use.
             passing: which rows of the table may be given, (rows,) bool; None: all.
         """
@@ -120,14 +120,16 @@ class Postings:
         if not known.any():
             return np.zeros(0, np.int64)
         numbers = numbers[known]
-        scaled = weights[known] * held.steps[numbers] * _ENOUGH
+        lack = _ROUNDING * (len(numbers) + 16)
+        scaled = weights[known] * held.steps[numbers] * np.float32(1 + lack)
         bounds, query = _room(len(held.begins) - 1, len(held.tokens))
         table = held.table.reshape(-1, len(bounds))
         kernels.bounded(numbers, scaled, held.places, held.blocks, held.highest, held.lines, table, bounds)
         allowed = _EVERYTHING if passing is None else passing[self.first : self.last]
         rows: np.ndarray = kernels.promising(
             *(numbers, scaled, held.begins, held.heads, held.held, held.lengths, held.postings, held.rows),
-            *(BLOCK_ROWS, allowed, k, np.float32(floor), np.float32(scaled.sum()), bounds, query),
+            *(BLOCK_ROWS, allowed, min(k, self.count), np.float32(floor), np.float32(1 - 2 * lack)),
+            *(np.float32(scaled.sum()), bounds, query),
         )
         return rows.astype(np.int64) + self.first
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ultrarag.errors import DataError
+from ultrarag.errors import DataError, IndexStateError
 from ultrarag.retrieve.engines.arrays import sparse_rows
 from ultrarag.retrieve.engines.ivf.growing import Growing
 from ultrarag.types import Sparse
@@ -17,6 +17,8 @@ from ultrarag.types import Sparse
 #: A token id and its weight.
 PAIR = np.dtype([("token", np.uint32), ("weight", np.float32)])
 LARGEST_TOKEN = 2**32 - 1
+#: Pairs read at a time.
+READ_PAIRS = 1 << 22
 #: Token ids and weights of a row, ids ascending.
 Row = tuple[np.ndarray, np.ndarray]
 
@@ -80,13 +82,17 @@ class Weights:
         self.ends = self.row_ends.array(np.int64)
         self._pairs = self.pairs.array(PAIR)
 
-    def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs of the rows from `first` up to `last`, and where each row begins, (last - first + 1,)."""
+    def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The token ids and the weights of the rows from `first` up to `last`, and where each row begins."""
         start, starts = self._starts(first, last)
-        return self._read(start, int(starts[-1])), starts
+        tokens, weights = np.empty(starts[-1], np.uint32), np.empty(starts[-1], np.float32)
+        for place in range(0, int(starts[-1]), READ_PAIRS):
+            pairs = np.frombuffer(self._bytes(start + place, min(READ_PAIRS, int(starts[-1]) - place)), PAIR)
+            tokens[place : place + len(pairs)], weights[place : place + len(pairs)] = pairs["token"], pairs["weight"]
+        return tokens, weights, starts
 
     def mapped(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same, of the mapped file: for few rows, as what was read there counts as this process's memory."""
+        """The pairs of these rows and where each begins; for few, as what was read counts as this process's memory."""
         start, starts = self._starts(first, last)
         return self._pairs[start : start + int(starts[-1])], starts
 
@@ -108,15 +114,7 @@ class Weights:
         return start, np.concatenate([np.zeros(1, np.int64), self.ends[first:last] - start])
 
     def _bytes(self, start: int, count: int) -> bytes:
-        return os.pread(self.pairs.handle, count * PAIR.itemsize, start * PAIR.itemsize)
-
-    def _read(self, start: int, count: int) -> np.ndarray:
-        """Pairs that lie together: a call of the system reads at most 2 GiB."""
-        found = np.empty(count, PAIR)
-        into, place = memoryview(found.view(np.uint8).data), start * PAIR.itemsize
-        while into:
-            got = os.preadv(self.pairs.handle, [into[: 1 << 30]], place)
-            if not got:
-                raise OSError(f"'{self.pairs.path}' ends early")
-            into, place = into[got:], place + got
-        return found
+        content = os.pread(self.pairs.handle, count * PAIR.itemsize, start * PAIR.itemsize)
+        if len(content) < count * PAIR.itemsize:
+            raise IndexStateError(f"'{self.pairs.path}' has become shorter; rebuild the vectors from the passages")
+        return content
