@@ -261,13 +261,13 @@ def numbered(tokens, numbers):
 @kernel
 def products(pair_tokens, pair_weights, starts, tokens, weights):
     """Inner products of rows with a query, (rows,) float64; the same for the same weights in any row."""
-    bits = 6
-    while 1 << bits < 8 * len(tokens):
-        bits += 1
-    held, places = np.zeros(1 << bits, np.uint32), np.full(1 << bits, -1, np.int32)
-    last = np.uint32((1 << bits) - 1)
+    size = 4096  # so few of the passages' tokens meet one of the query's that there is no second look
+    while size < 64 * len(tokens):
+        size *= 2
+    last = np.uint32(size - 1)
+    held, places = np.zeros(size, np.uint32), np.full(size, -1, np.int32)
     for at in range(len(tokens)):
-        slot = (np.uint32(tokens[at]) * np.uint32(2654435761) >> np.uint32(7)) & last
+        slot = hashed(tokens[at], last)
         while places[slot] >= 0:
             slot = (slot + np.uint32(1)) & last
         held[slot], places[slot] = tokens[at], at
@@ -275,10 +275,16 @@ def products(pair_tokens, pair_weights, starts, tokens, weights):
     for row in range(len(scores)):
         for at in range(starts[row], starts[row + 1]):
             token = pair_tokens[at]
-            slot = (token * np.uint32(2654435761) >> np.uint32(7)) & last
+            slot = hashed(token, last)
             while places[slot] >= 0:
                 if held[slot] == token:
                     scores[row] += np.float64(pair_weights[at]) * weights[places[slot]]
                     break
                 slot = (slot + np.uint32(1)) & last
     return scores
+
+
+@kernel
+def hashed(token, last):
+    """Where a token is looked for."""
+    return (np.uint32(token) * np.uint32(2654435761) >> np.uint32(15)) & last

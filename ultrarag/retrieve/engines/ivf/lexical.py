@@ -47,15 +47,13 @@ def search(table: Table, tokens: np.ndarray, weights: np.ndarray, k: int, filter
         tokens: of the query, ascending, int64.
         weights: of the query, above 0, float32.
     """
-    node = parse(filter)
-    passing: np.ndarray | None = None
+    node, held, count = parse(filter), _weights(table), table.count
     tokens, weights = stored(tokens, weights)
+    passing: np.ndarray | None = None if count == table.rows else table.alive()
     if node is not None:
         passing = table.alive() & mask(node, table.lookup.get, table.rows)
-    elif table.count < table.rows:
-        passing = table.alive()
-    held = _weights(table)
-    if passing is not None and np.count_nonzero(passing) <= FEW:
+        count = int(np.count_nonzero(passing))
+    if passing is not None and count <= FEW:
         rows = np.flatnonzero(passing)
         return _best(table, rows, scores_of(held, rows, tokens, weights), k)
     parts = sorted(table.postings, key=lambda part: -part.count) if _bounded(table, weights) else []
