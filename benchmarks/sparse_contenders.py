@@ -76,7 +76,8 @@ class Seismic(Contender):
         starts, ids, weights = rows
         held = seismic.SeismicDataset(VOCABULARY)
         held.add_documents_by_id([str(row) for row in range(len(starts) - 1)], ids.astype(np.int64), weights, starts)
-        index = seismic.SeismicIndex.build_from_dataset(held, n_postings=1000, num_threads=1)
+        kept = max(1000, (len(starts) - 1) // 250)  # of a million passages 1,000 give a recall@10 of 0.945 at best
+        index = seismic.SeismicIndex.build_from_dataset(held, n_postings=kept, num_threads=1)
         index.save(str(self.folder / "index"))
 
     def open(self) -> None:
