@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from json.decoder import scanstring
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ BLOCK_ROWS = 8192
 MAPPED_ROWS = 65_536
 #: Before an id, so that it is no fact: those begin with another character.
 _ID = "\0"
-_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
+_ENCODE, _DECODE = json.JSONEncoder(separators=(",", ":")).encode, json.JSONDecoder().raw_decode
 
 
 def new_state(number: int, lexical: bool) -> dict[str, Any]:
@@ -173,7 +172,7 @@ class Table:
 
     def id_of(self, row: int) -> str:
         """The id of a row, which is the first thing in its text."""
-        return scanstring(self._text_of(row).decode(), len('["'))[0]
+        return str(_DECODE(self._text_of(row).decode(), len("["))[0])
 
     def facts_of(self, row: int) -> Facts:
         """The facts of a row."""
