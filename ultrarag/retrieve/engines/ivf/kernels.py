@@ -259,7 +259,7 @@ def numbered(tokens, numbers):
 
 
 @kernel
-def products(pair_tokens, pair_weights, starts, tokens, weights):
+def products(pairs, starts, tokens, weights):
     """Inner products of rows with a query, (rows,) float64; the same for the same weights in any row."""
     size = 4096  # so few of the passages' tokens meet one of the query's that there is no second look
     while size < 64 * len(tokens):
@@ -274,11 +274,11 @@ def products(pair_tokens, pair_weights, starts, tokens, weights):
     scores = np.zeros(len(starts) - 1)
     for row in range(len(scores)):
         for at in range(starts[row], starts[row + 1]):
-            token = pair_tokens[at]
+            token = pairs[at].token
             slot = hashed(token, last)
             while places[slot] >= 0:
                 if held[slot] == token:
-                    scores[row] += np.float64(pair_weights[at]) * weights[places[slot]]
+                    scores[row] += np.float64(pairs[at].weight) * weights[places[slot]]
                     break
                 slot = (slot + np.uint32(1)) & last
     return scores

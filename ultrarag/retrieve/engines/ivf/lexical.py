@@ -133,7 +133,7 @@ def _products(pairs: np.ndarray, starts: np.ndarray, tokens: np.ndarray, weights
 
     if not len(pairs) or not len(tokens):
         return np.zeros(len(starts) - 1)
-    found: np.ndarray = kernels.products(pairs["token"], pairs["weight"], starts, tokens, weights)
+    found: np.ndarray = kernels.products(pairs, starts, tokens, weights)
     return found
 
 
