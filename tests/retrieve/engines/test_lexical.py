@@ -22,6 +22,7 @@ from ultrarag.types import Embeddings, Sparse
 
 pytest.importorskip("faiss")
 pytest.importorskip("numba")
+kernels = pytest.importorskip("ultrarag.retrieve.engines.ivf.kernels")
 
 VOCABULARY, TOKENS = 300, 20
 ONLY = Schema(sparse=True)
@@ -101,14 +102,38 @@ def test_equal_scores_come_in_the_order_of_ids_wherever_their_rows_lie(tmp_path:
 
 
 def test_scores_of_float32_at_its_limits_are_those_of_all_rows(tmp_path: Path) -> None:
-    backend, large = filled(tmp_path / "index", 300), np.float32(3e38)
+    backend, large = filled(tmp_path / "index", 300), np.finfo(np.float32).max
     batch = Embeddings(sparse=Sparse(np.array([[1, 2], [1, 3]]), np.array([[large, 1], [1e-38, 1]], np.float32)))
     backend.upsert(["large", "small"], batch, [{}] * 2)
     backend.optimize()
     assert backend.search_sparse([1], [1.0], 1) == [("large", float(large))]
     assert dict(backend.search_sparse([1], [1.0], 400))["small"] == pytest.approx(1e-38, rel=1e-6)
-    assert backend.search_sparse([1, 7], [1e-30, 1e-30], 1)[0] == ("large", pytest.approx(3e8))
+    assert backend.search_sparse([1, 7], [1e-30, 1e-30], 1)[0] == ("large", pytest.approx(3.4028e8, rel=1e-4))
     backend.close()
+
+
+def test_of_scores_that_are_alike_in_bytes_the_best_is_found(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    held = (0.9 + 0.1 * rng.random((600, 8))).astype(np.float32)
+    backend = create(tmp_path / "index", ONLY, "ivf")
+    backend.upsert(names(600), Embeddings(sparse=Sparse(np.tile(np.arange(8), (600, 1)), held)), [{}] * 600)
+    for _ in range(50):
+        asked = rng.random(8).astype(np.float32)
+        scores = held.astype(np.float64) @ asked
+        for k in (1, 3, 20):
+            wanted = [f"p{row}" for row in np.argsort(-scores)[:k]]
+            assert [id for id, _ in backend.search_sparse(range(8), asked, k)] == wanted
+    assert backend._table.postings
+    backend.close()
+
+
+def test_a_byte_is_no_less_than_its_weight() -> None:
+    rng = np.random.default_rng(5)
+    tokens, held = rng.integers(0, 50, 10_000).astype(np.int32), rng.random(10_000).astype(np.float32) ** 6
+    impacts, steps = kernels.quantised(tokens, held, 50)
+    bounds = impacts * steps[tokens].astype(np.float64)
+    assert (bounds >= held).all()
+    assert (bounds <= held + 1.01 * steps[tokens]).all()
 
 
 def test_token_ids_that_cannot_be_stored_are_refused_and_not_found(tmp_path: Path) -> None:
