@@ -14,7 +14,8 @@ import numpy as np
 from ultrarag.errors import IndexStateError
 from ultrarag.io import replacing
 
-#: Rows of a block: of a million passages' weights, 8 are searched in 0.61 ms, 16 in 0.43 and 32 in about 0.8.
+#: Rows of a block: the loops search 100,000 passages in 0.12 ms with 8 rows, 0.16 with 16 and 0.36 with 32, a million
+#: in 0.61 ms with 8 and in 0.43 with 16.
 BLOCK_ROWS = 16
 #: Rows are ordered by the tokens of so many of their largest weights, times the tokens' rarity.
 LEADING = 4
