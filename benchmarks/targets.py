@@ -153,9 +153,11 @@ def ivf(*keys: str) -> Callable[[Any], float]:
 
 
 def sparse(report: Any) -> float:
-    """The p50 of the fastest contender with a recall@10 of 0.99, in `sparse_engines_1000000`; ms."""
-    found = report["contenders"].values()
-    return min(float(one["p50 ms"]) for one in found if one.get("recall@10", 0) >= 0.99)
+    """The p50 of our engine for many passages in `sparse_engines_1000000`, where its recall@10 is 0.99; ms."""
+    found = report["contenders"]["ultrarag ivf"]
+    if found["recall@10"] < 0.99:
+        raise LookupError("recall@10")
+    return float(found["p50 ms"])
 
 
 def ten_million(stage: str, *keys: str) -> Callable[[Any], float]:
@@ -334,7 +336,7 @@ TARGETS = (
     Target("the same, bytes on disk to tantivy's", "bm25", 1.2, True, bm25("disk", "tantivy")),
     Target("Dense and BM25 together, a million passages, p50", "bm25", 12, True, bm25("p50 ms", ""), " ms"),
     Target(
-        "Learned sparse weights, a million passages, p50 at a recall@10 of 0.99 (in trial, not in an engine yet)",
+        "Learned sparse weights, a million passages, engine `ivf`, p50 at a recall@10 of 0.99",
         "sparse_engines_1000000",
         1,
         True,

@@ -69,7 +69,8 @@ def test_a_shell_takes_the_command() -> None:
 def test_every_file_that_is_no_code_travels_in_the_wheel() -> None:
     patterns = SETUP["options.package_data"]["ultrarag"].split()
     packed = {path for pattern in patterns for path in (ROOT / "ultrarag").glob(pattern)}
-    beside = {path for path in (ROOT / "ultrarag").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    files = (path for path in (ROOT / "ultrarag").rglob("*") if path.is_file() and path.suffix != ".py")
+    beside = {path for path in files if path.parent.name != "__pycache__"}
     assert packed == beside
     assert {Path(file) for engine in ("deepspeed", "fsdp") for file in engine_files(engine).values()} < packed
 

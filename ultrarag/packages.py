@@ -16,6 +16,7 @@ TESTED = {
     "mcp": "2.3.0",
     "mteb": "2.26.24",
     "nncf": "3.4.0",
+    "numba": "0.68.1",
     "openvino": "2026.4.1",
     "peft": "0.21.2",
     "prometheus-client": "0.26.0",

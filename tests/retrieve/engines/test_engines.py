@@ -509,6 +509,8 @@ def small_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the engine `ivf` do with hundreds of passages what it does with many."""
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.engine.EXACT_ROWS", 300)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.search.FEW", 20)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.lexical.FEW", 20)
+    monkeypatch.setattr("ultrarag.retrieve.engines.ivf.lexical.TAIL_ROWS", 100)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.LISTS", 1.0)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.codes.PROBES", 40)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.lookup.TAIL_ROWS", 100)

@@ -19,7 +19,7 @@ import pytest
 from tests.retrieve.engines.test_engines import DIM, SCHEMA, embed, langs, names, small_partitions
 from ultrarag.errors import IndexStateError, ResourceError, UsageError
 from ultrarag.retrieve.engines import Schema, create, open_backend
-from ultrarag.retrieve.engines.ivf import engine, lookup
+from ultrarag.retrieve.engines.ivf import engine, lexical, lookup
 from ultrarag.types import Embeddings
 
 pytest.importorskip("faiss")
@@ -197,12 +197,11 @@ def test_what_was_not_flushed_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_heads_of_another_engine_agree_after_a_crash(tmp_path: Path) -> None:
-    backend = create(tmp_path / "index", SCHEMA, "ivf")
+    backend, one = create(tmp_path / "index", SCHEMA, "ivf"), embed(1)
     backend.upsert(names(5), embed(5), langs(5))
     backend.flush()
-    backend._heads.upsert(
-        ["ahead"], embed(1)[:1].__class__(sparse=embed(1).sparse, colbert=embed(1).colbert, mask=embed(1).mask), [{}]
-    )
+    ahead = Embeddings(sparse=None if lexical.is_here() else one.sparse, colbert=one.colbert, mask=one.mask)
+    backend._heads.upsert(["ahead"], ahead, [{}])
     backend._heads.delete(["p0"])
     backend.close()
     (tmp_path / "index" / "checksums.json").unlink()

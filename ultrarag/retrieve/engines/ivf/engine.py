@@ -1,13 +1,14 @@
 """The embedded engine for many dense vectors: candidates by codes of one bit a dimension, scored by what is on disk.
 
-Few passages are compared with all. Lexical weights and token vectors are held by another embedded engine, in a folder
-below. What is durable are the rows and a manifest, which says how much of them counts; it is replaced last.
+Few passages are compared with all. Lexical weights are searched by postings; token vectors are held by another embedded
+engine, in a folder below, and so are the weights of indexes made before, or where numba is not installed. What is
+durable are the rows and a manifest, which says how much of them counts; it is replaced last.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 
 from ultrarag.errors import IndexStateError, UsageError
 from ultrarag.io import OwnerLock, read_seal, remove_seal, seal, verify_seal
-from ultrarag.retrieve.engines.arrays import dense_query, prepare, products
+from ultrarag.retrieve.engines.arrays import assemble, dense_query, prepare, products, sparse_query
 from ultrarag.retrieve.engines.base import SCHEMA_FILE, Backend, Progress, Schema, write_schema
+from ultrarag.retrieve.engines.ivf import lexical
 from ultrarag.retrieve.engines.ivf.codes import MOST_LISTS, Codes, check_library
 from ultrarag.retrieve.engines.ivf.folder import (
     MANIFEST,
@@ -32,8 +34,10 @@ from ultrarag.retrieve.engines.ivf.folder import (
 )
 from ultrarag.retrieve.engines.ivf.gate import Gate
 from ultrarag.retrieve.engines.ivf.heads import agree, create_heads, open_heads
+from ultrarag.retrieve.engines.ivf.postings import Postings
 from ultrarag.retrieve.engines.ivf.search import search
-from ultrarag.retrieve.engines.ivf.table import Facts, Table
+from ultrarag.retrieve.engines.ivf.table import Facts, Table, new_state
+from ultrarag.retrieve.engines.ivf.weights import Row, checked, stored
 from ultrarag.retrieve.ranking import Scored, check_ids, check_k
 from ultrarag.retrieve.search import Filter, facts
 from ultrarag.types import Embeddings
@@ -52,7 +56,7 @@ DEAD_ROWS = 1000
 
 
 class IVF:
-    """Dense vectors on the disk, their codes in memory."""
+    """Dense vectors and lexical weights on the disk, codes of the vectors in memory."""
 
     _table: Table
 
@@ -73,8 +77,8 @@ class IVF:
         write_schema(directory, "ivf", schema)
         engine = cls(directory, schema)
         with engine._releasing():
-            engine._table = Table(directory, schema.dense or 0, {"number": 1})
-            engine._heads = create_heads(directory, schema)
+            engine._table = Table(directory, schema.dense or 0, new_state(1, schema.sparse and lexical.is_here()))
+            engine._heads = create_heads(directory, engine._other_heads())
             engine.flush()
         return engine
 
@@ -85,11 +89,13 @@ class IVF:
         with engine._releasing():
             engine._sums = verify_seal(directory) if verify else read_seal(directory)
             state = read_manifest(directory)
+            if "pairs" in state:
+                lexical.check_compiler()
             if not read_only:
                 remove_seal(directory)
                 remove_left_over(directory, state)
             engine._table = Table(directory, schema.dense or 0, state, read_only)
-            engine._heads = open_heads(directory, schema, verify, read_only)
+            engine._heads = open_heads(directory, engine._other_heads(), verify, read_only)
             if engine._heads is not None and not engine._sums and not read_only:
                 agree(engine._table, engine._heads)
             engine._load_codes(int(state["lists"]))
@@ -99,13 +105,14 @@ class IVF:
     def upsert(self, ids: Sequence[str], embeddings: Embeddings, payloads: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, and let those die that had the same ids."""
         ids, batch, payloads = prepare(self.schema, ids, embeddings, payloads)
-        found = [facts(payload) for payload in payloads]
+        found, ours = [facts(payload) for payload in payloads], self._table.weights is not None
+        weights = checked(ids, batch.sparse) if ours and batch.sparse is not None else ()
         with self._changing():
             if self._heads is not None:
-                self._heads.upsert(ids, replace(batch, dense=None), payloads)
+                self._heads.upsert(ids, replace(batch, dense=None, sparse=None if ours else batch.sparse), payloads)
             old = [row for row in self._table.find(ids) if row >= 0]
             dense = np.zeros((len(ids), 0), np.float32) if batch.dense is None else batch.dense
-            self._append(ids, found, dense, old)
+            self._append(ids, found, dense, old, weights)
             self._keep_fit()
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -128,8 +135,12 @@ class IVF:
     def search_sparse(
         self, token_ids: Sequence[int], weights: Sequence[float], k: int, filter: Filter = None
     ) -> list[Scored]:
-        """See the engine that holds the lexical weights."""
-        return self._other("sparse").search_sparse(token_ids, weights, k, filter)
+        """Score what postings find, and all rows that have none yet; or see the engine that holds the weights."""
+        if self._table.weights is None:
+            return self._other("sparse").search_sparse(token_ids, weights, k, filter)
+        k, query = check_k(k), sparse_query(self.schema, token_ids, weights)
+        with self._searching():
+            return lexical.search(self._table, *query, k, filter)
 
     def search_tokens(self, tokens: np.ndarray, k: int, filter: Filter = None, exact: bool = False) -> list[Scored]:
         """See the engine that holds the token vectors."""
@@ -146,7 +157,14 @@ class IVF:
 
     def score_sparse(self, token_ids: Sequence[int], weights: Sequence[float], ids: Sequence[str]) -> np.ndarray:
         """Lexical scores of given passages."""
-        return self._other("sparse").score_sparse(token_ids, weights, ids)
+        if self._table.weights is None:
+            return self._other("sparse").score_sparse(token_ids, weights, ids)
+        query = stored(*sparse_query(self.schema, token_ids, weights))
+        with self._searching():
+            rows = np.array(self._table.find(ids), np.int64)
+            scores = np.full(len(rows), np.nan)
+            scores[rows >= 0] = lexical.scores_of(self._table.weights, rows[rows >= 0], *query)
+            return scores
 
     def maxsim(self, tokens: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         """MaxSim with given passages."""
@@ -171,6 +189,9 @@ class IVF:
             held = Embeddings() if self._heads is None else self._heads.vectors(ids)
             if self.schema.dense:
                 held.dense = np.array(self._table.vectors_of(np.array(rows, np.int64)), np.float32)
+            if self._table.weights is not None:
+                weights = self._table.weights.rows(np.array(rows, np.int64))
+                held.sparse = assemble(Schema(sparse=True), (), weights, ()).sparse
             return held
 
     def flush(self) -> None:
@@ -200,6 +221,7 @@ class IVF:
                 self._rewrite()
             elif self._codes is None or self._codes.trained < self._table.rows:
                 self._train()
+            self._index_weights(lexical.with_fewest)
             self._save_codes()
         self.flush()
 
@@ -225,9 +247,11 @@ class IVF:
 
     # Writing
 
-    def _append(self, ids: Sequence[str], found: Sequence[Facts], dense: np.ndarray, old: Sequence[int]) -> None:
+    def _append(
+        self, ids: Sequence[str], found: Sequence[Facts], dense: np.ndarray, old: Sequence[int], weights: Sequence[Row]
+    ) -> None:
         with self._gate.writing():
-            self._table.append(ids, found, dense, old)
+            self._table.append(ids, found, dense, old, weights)
             self._encode_missing()
 
     def _encode_missing(self) -> None:
@@ -243,6 +267,14 @@ class IVF:
             self._rewrite()
         elif self._table.rows >= self._rows_to_train():
             self._train()
+        self._index_weights(lexical.with_postings)
+
+    def _index_weights(self, made: Callable[[Table], list[Postings]]) -> None:
+        """Make postings while searches use what there was."""
+        if self._table.weights is not None:
+            parts = made(self._table)
+            with self._gate.writing():
+                self._table.postings = parts
 
     def _rows_to_train(self) -> int:
         """The rows from which on lists are chosen anew."""
@@ -265,6 +297,8 @@ class IVF:
         table = old.rewritten()
         try:
             codes = _coded(table) if self.schema.dense and table.rows >= EXACT_ROWS else None
+            if table.weights is not None:
+                table.postings = lexical.with_fewest(table)
         except BaseException:
             table.close()
             raise
@@ -278,6 +312,10 @@ class IVF:
             with named_errors(self.directory):
                 write_codes(codes_path(self.directory, self._table.number, self._codes.rows), self._codes)
             self._saved, self._dirty = self._codes.rows, True
+
+    def _other_heads(self) -> Schema:
+        """The heads that the table does not keep."""
+        return replace(self.schema, dense=None, sparse=self.schema.sparse and self._table.weights is None)
 
     def _other(self, head: str) -> Backend:
         """The engine of another head."""

@@ -15,7 +15,7 @@ from ultrarag.retrieve.engines.ivf.codes import Codes
 MANIFEST = "manifest.json"
 #: What the names of the engine's files begin with, before the number of the table. `codes` are those of turbovec, of an
 #: older engine: they are made anew.
-OWN_FILES = ("vectors", "passages", "ends", "dead", "run", "codes", "lists")
+OWN_FILES = ("vectors", "passages", "ends", "dead", "weights", "weightends", "run", "postings", "codes", "lists")
 _KEYS = {"number", "rows", "text", "dead", "norm", "runs"}
 
 
@@ -72,6 +72,7 @@ def remove_left_over(directory: Path, state: Mapping[str, Any]) -> None:
     kept = (
         {f"{kind}-{number}" for kind in OWN_FILES}
         | {f"run-{number}-{rows}" for rows in runs}
+        | {f"postings-{number}-{first}-{last}" for first, last in state.get("postings", [])}
         | {codes_path(directory, number, state["lists"]).name}
     )
     for path in directory.iterdir():

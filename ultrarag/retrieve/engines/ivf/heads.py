@@ -1,8 +1,7 @@
-"""Lexical weights and token vectors: another embedded engine holds them, in a folder below."""
+"""Token vectors, and lexical weights that the table does not keep: another embedded engine's, in a folder below."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,20 +13,19 @@ from ultrarag.retrieve.engines.ivf.table import Table
 HEADS = "heads"
 
 
-def create_heads(directory: Path, schema: Schema) -> Backend | None:
-    """An empty engine for all heads but the dense one; None where there are no others."""
+def create_heads(directory: Path, others: Schema) -> Backend | None:
+    """An empty engine for these heads; None where there are none."""
     from ultrarag.retrieve.engines.registry import create
 
     name = "qdrant-edge" if find_spec("qdrant_edge") else "numpy"
-    others = replace(schema, dense=None)
     return create(directory / HEADS, others, name) if others.heads else None
 
 
-def open_heads(directory: Path, schema: Schema, verify: bool, read_only: bool) -> Backend | None:
+def open_heads(directory: Path, others: Schema, verify: bool, read_only: bool) -> Backend | None:
     """What `create_heads` made."""
     from ultrarag.retrieve.engines.registry import open_backend
 
-    return open_backend(directory / HEADS, None, verify, read_only) if replace(schema, dense=None).heads else None
+    return open_backend(directory / HEADS, None, verify, read_only) if others.heads else None
 
 
 def agree(table: Table, heads: Backend) -> None:

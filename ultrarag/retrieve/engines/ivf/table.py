@@ -7,7 +7,6 @@ was not flushed: the next owner cuts it off, and whoever writes the log of all c
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ultrarag.errors import IndexStateError
+from ultrarag.retrieve.engines.ivf.growing import Growing
 from ultrarag.retrieve.engines.ivf.lookup import Lookup
+from ultrarag.retrieve.engines.ivf.postings import Postings
+from ultrarag.retrieve.engines.ivf.weights import Row, Weights
 
 #: Facts of a passage, as `ultrarag.retrieve.search.facts` gives them.
 Facts = Sequence[tuple[str, float]]
@@ -27,55 +28,16 @@ BLOCK_ROWS = 8192
 MAPPED_ROWS = 65_536
 #: Before an id, so that it is no fact: those begin with another character.
 _ID = "\0"
-_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
+_ENCODE, _DECODE = json.JSONEncoder(separators=(",", ":")).encode, json.JSONDecoder().raw_decode
 
 
-class Growing:
-    """A file that only grows; what lies behind `size` does not count."""
-
-    def __init__(self, path: Path, size: int, read_only: bool) -> None:
-        self.path, self.size = path, size
-        self.handle = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if (found := os.fstat(self.handle).st_size) < size:
-                raise IndexStateError(f"'{path}' has {found} bytes instead of {size}; rebuild the vectors")
-            if not read_only:
-                os.ftruncate(self.handle, size)
-        except BaseException:
-            os.close(self.handle)
-            raise
-
-    def write(self, content: bytes | memoryview) -> int:
-        """Write behind the end; return the size that the file has when this counts."""
-        place, left = self.size, memoryview(content).cast("B")
-        while left:
-            written = os.pwrite(self.handle, left, place)
-            place, left = place + written, left[written:]
-        return place
-
-    def sync(self) -> None:
-        """Make what was written survive a power cut."""
-        os.fsync(self.handle)
-
-    def close(self) -> None:
-        """Let go of the file; closing twice is harmless."""
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
-
-    def array(self, kind: Any, width: int = 0) -> np.ndarray:
-        """What counts, mapped: (n,), or (n, width)."""
-        shape = (-1, width) if width else (-1,)
-        if not self.size:
-            return np.zeros((0, width) if width else 0, kind)
-        held = mmap.mmap(self.handle, self.size, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):
-            held.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(held, kind).reshape(shape)
+def new_state(number: int, lexical: bool) -> dict[str, Any]:
+    """What describes an empty table, for `Table`; with lexical weights or without."""
+    return {"number": number, "pairs": 0} if lexical else {"number": number}
 
 
 class Table:
-    """Vectors, ids and facts by row."""
+    """Vectors, ids, facts and lexical weights by row."""
 
     def __init__(self, folder: Path, dim: int, state: dict[str, Any], read_only: bool = False) -> None:
         """Open what `state` described, or begin anew under its number."""
@@ -83,6 +45,10 @@ class Table:
         rows, name = int(state.get("rows", 0)), f"-{self.number}"
         #: the largest length of a vector, also of dead ones
         self.norm = float(state.get("norm", 0.0))
+        #: lexical weights, where the state counts any pairs, or none
+        self.weights: Weights | None = None
+        #: of the first of their rows, in parts
+        self.postings: list[Postings] = []
         self._files: list[Growing] = []
         self._bits: np.ndarray | None = None
         try:
@@ -94,6 +60,10 @@ class Table:
             ):
                 self._files.append(Growing(folder / f"{kind}{name}", size, read_only))
             self._vectors, self._text, self._ends, self._dead = self._files
+            if "pairs" in state:
+                self.weights = Weights(folder, self.number, state, read_only)
+                self._files += self.weights.files()
+                self.postings = [Postings.read(self.postings_path(*held), *held) for held in state.get("postings", [])]
             self.lookup = Lookup(folder, f"run{name}-")
             self._alive = np.ones(rows, bool)
             self._map()
@@ -115,7 +85,7 @@ class Table:
 
     def state(self) -> dict[str, Any]:
         """What the manifest says of it."""
-        return {
+        held = {
             "number": self.number,
             "rows": self.rows,
             "text": self._text.size,
@@ -123,30 +93,52 @@ class Table:
             "norm": self.norm,
             "runs": [[run.first, run.last] for run in self.lookup.runs],
         }
+        if self.weights is None:
+            return held
+        parts = [[part.first, part.last] for part in self.postings]
+        return {**held, "pairs": self.weights.count, "heaviest": self.weights.heaviest, "postings": parts}
 
     def files(self) -> list[Path]:
         """All its files."""
         return [
             *(file.path for file in self._files),
             *(self.lookup.path(run.first, run.last) for run in self.lookup.runs),
+            *(self.postings_path(part.first, part.last) for part in self.postings),
         ]
 
+    def postings_path(self, first: int, last: int) -> Path:
+        """Where the postings of these rows lie."""
+        return self.folder / f"postings-{self.number}-{first}-{last}"
+
     def append(
-        self, ids: Sequence[str], facts: Sequence[Facts], vectors: np.ndarray, instead_of: Sequence[int] = ()
+        self,
+        ids: Sequence[str],
+        facts: Sequence[Facts],
+        vectors: np.ndarray,
+        instead_of: Sequence[int] = (),
+        lexical: Sequence[Row] = (),
     ) -> None:
-        """Add rows, and let those die that they replace; an error of the disk leaves the table as it was."""
+        """Add rows, and let those die that they replace; an error of the disk leaves the table as it was.
+
+        Args:
+            lexical: weights of each row, where the table keeps them.
+        """
         if not ids:
             return
         lines = [_ENCODE([id, found]).encode() for id, found in zip(ids, facts, strict=True)]
         ends = np.cumsum([len(line) for line in lines], dtype=np.int64) + self._text.size
         vectors, dead = np.ascontiguousarray(vectors, np.float32), np.array(instead_of, np.int32)
-        contents = (vectors.data if vectors.size else b"", b"".join(lines), ends.data, dead.data if dead.size else b"")
+        contents = [vectors.data if vectors.size else b"", b"".join(lines), ends.data, dead.data if dead.size else b""]
+        if self.weights is not None:
+            contents += self.weights.contents(lexical)
         sizes = [file.write(content) for file, content in zip(self._files, contents, strict=True)]
         first = self.rows
         for file, size in zip(self._files, sizes, strict=True):
             file.size = size
         self._map()
         self._alive[dead], self._bits = False, None
+        if self.weights is not None:
+            self.weights.added(lexical)
         if vectors.size:
             self.norm = max(self.norm, float(np.linalg.norm(vectors.astype(np.float64), axis=1).max()))
         for row, (id, found) in enumerate(zip(ids, facts, strict=True), first):
@@ -179,8 +171,8 @@ class Table:
         ]
 
     def id_of(self, row: int) -> str:
-        """The id of a row."""
-        return str(self._passage(row)[0])
+        """The id of a row, which is the first thing in its text."""
+        return str(_DECODE(self._text_of(row).decode(), len("["))[0])
 
     def facts_of(self, row: int) -> Facts:
         """The facts of a row."""
@@ -188,6 +180,8 @@ class Table:
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of some rows, (len(rows), dim) float32."""
+        if not self.dim:
+            return np.zeros((len(rows), 0), np.float32)
         if self.rows <= MAPPED_ROWS:
             return self.vectors[rows]
         handle, size = self._vectors.handle, self.dim * 4
@@ -206,13 +200,14 @@ class Table:
 
     def rewritten(self) -> Table:
         """A table of the next number with the living rows; an error of the disk leaves none."""
-        table = Table(self.folder, self.dim, {"number": self.number + 1})
+        table = Table(self.folder, self.dim, new_state(self.number + 1, self.weights is not None))
         try:
             alive = np.flatnonzero(self.alive())
             for start in range(0, len(alive), BLOCK_ROWS):
                 rows = alive[start : start + BLOCK_ROWS]
                 ids, found = [self.id_of(row) for row in rows], [self.facts_of(row) for row in rows]
-                table.append(ids, found, self.vectors_of(rows))
+                lexical = () if self.weights is None else self.weights.rows(rows)
+                table.append(ids, found, self.vectors_of(rows), lexical=lexical)
         except BaseException:
             table.close()
             raise
@@ -229,14 +224,19 @@ class Table:
             file.close()
 
     def _passage(self, row: int) -> Any:
+        return json.loads(self._text_of(row))
+
+    def _text_of(self, row: int) -> bytes:
         start = int(self.ends[row - 1]) if row else 0
-        return json.loads(os.pread(self._text.handle, int(self.ends[row]) - start, start))
+        return os.pread(self._text.handle, int(self.ends[row]) - start, start)
 
     def _map(self) -> None:
         #: (rows, dim) float32, of the file
         self.vectors = self._vectors.array(np.float32, self.dim) if self.dim else np.zeros((0, 0), np.float32)
         #: (rows,) int64, of the file
         self.ends = self._ends.array(np.int64)
+        if self.weights is not None:
+            self.weights.map()
         if len(self._alive) < len(self.ends):
             room = max(len(self.ends), 2 * len(self._alive)) - len(self._alive)
             self._alive = np.concatenate([self._alive, np.ones(room, bool)])
