@@ -95,7 +95,8 @@ class Learning:
         part = {"learning_rate": rate, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
         part |= {"report_to": "none"}  # a few steps, to choose a rate by: no run that anybody wants to see
         part |= {"resume_from_checkpoint": False, "overwrite_output_dir": True}
-        kept = {name: value for name, value in given.items() if name not in ("save_steps", "early_stopping_patience")}
+        whole = ("save_steps", "early_stopping_patience", "merge_with", "merge_weight")
+        kept = {name: value for name, value in given.items() if name not in whole}
         found = self._finetune(folder, {**kept, **part})
         shutil.rmtree(folder, ignore_errors=True)
         after: dict[str, float] = found.metrics["after"]

@@ -17,7 +17,7 @@ from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.refresh.apart import JUDGE, Apart, held_out
 from ultrarag.retrieve.refresh.judging import leak_checks, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, checked_effort, of_effort
-from ultrarag.retrieve.refresh.rates import FROZEN, STOPPED
+from ultrarag.retrieve.refresh.rates import AVERAGED, FROZEN, KEPT, STOPPED
 from ultrarag.retrieve.refresh.report import RefreshState, Request, digest
 from ultrarag.retrieve.swap import Gate
 from ultrarag.rows.checks import Overlap
@@ -97,8 +97,8 @@ class Plan:
                 )
         if self.effort != FULL and self.arguments.get("merge_with"):
             raise UsageError(
-                f"effort='{self.effort}' trains against stored vectors, and what came of that cannot be merged: leave "
-                "merge_with out, or give effort='full'"
+                f"effort='{self.effort}' trains against stored vectors, and what came of that has an average with the "
+                "live query side alone (merge_weight, of the rung 'query'): leave merge_with out, or give effort='full'"
             )
         from ultrarag.finetune import adapter_defaults
         from ultrarag.finetune.flags import from_keywords, refuse_unsupported
@@ -192,6 +192,10 @@ class Plan:
             given |= {**RUNGS[rung], "corpus": str(self.ladder / "corpus")}
         if rung in STOPPED and not {"freeze_layers", "fix_encoder", "use_lora"} & given.keys():
             given["freeze_layers"] = layers_of(self.core.live.encoder.side("query").model)[1] // FROZEN
+        if rung == AVERAGED:
+            given |= {"merge_with": "parent", "merge_weight": given.get("merge_weight", KEPT)}
+        elif self.effort == AUTO:
+            given.pop("merge_weight", None)
         if self.effort == AUTO and "passage_map" in RUNGS[rung]:  # without a map it is the rung below, which was tried
             given["require_map"] = True
         if self.effort == AUTO and not {"query_map", "passage_map"} & RUNGS[rung].keys():
