@@ -17,13 +17,13 @@ from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.refresh.apart import JUDGE, Apart, held_out
 from ultrarag.retrieve.refresh.judging import leak_checks, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, checked_effort, of_effort
-from ultrarag.retrieve.refresh.rates import AVERAGED, FROZEN, KEPT, STOPPED
+from ultrarag.retrieve.refresh.rates import AVERAGED, DEFAULTS, FROZEN, KEPT, STOPPED
 from ultrarag.retrieve.refresh.report import RefreshState, Request, digest
 from ultrarag.retrieve.swap import Gate
 from ultrarag.rows.checks import Overlap
 
 if TYPE_CHECKING:
-    from ultrarag.finetune import Seen
+    from ultrarag.finetune import FinetuneArguments, Seen
 
 #: Arguments of `finetune` that a refresh decides itself.
 _OWN = (
@@ -107,9 +107,12 @@ class Plan:
         known = self.parent_checkpoint(), self.train_data, self.output, adapter, adapter_defaults(adapter)
         settled = FULL if self.effort == AUTO else self.effort
         self.settings = from_keywords(*known, **self.for_finetune(settled, self.output, None))
+        #: rung -> its settings
+        self._of_rung: dict[str, FinetuneArguments] = {}
         for rung in RUNGS if self.effort == AUTO else (self.effort,):
             try:
-                refuse_unsupported(from_keywords(*known, **self.for_finetune(rung, self.output, None)), False)
+                self._of_rung[rung] = from_keywords(*known, **self.for_finetune(rung, self.output, None))
+                refuse_unsupported(self._of_rung[rung], False)
             except UsageError as error:
                 raise UsageError(f"effort='{self.effort}': {of_effort(rung, str(error))}") from error
 
@@ -190,6 +193,8 @@ class Plan:
             given = {name: value for name, value in given.items() if name not in _EVALUATION}
         if rung != FULL:
             given |= {**RUNGS[rung], "corpus": str(self.ladder / "corpus")}
+        if rung in STOPPED:
+            given |= {name: value for name, value in DEFAULTS.items() if name not in self.said}
         if rung in STOPPED and not {"freeze_layers", "fix_encoder", "use_lora"} & given.keys():
             given["freeze_layers"] = layers_of(self.core.live.encoder.side("query").model)[1] // FROZEN
         if rung == AVERAGED:
@@ -200,7 +205,7 @@ class Plan:
             given["require_map"] = True
         if self.effort == AUTO and not {"query_map", "passage_map"} & RUNGS[rung].keys():
             given = {name: value for name, value in given.items() if name not in _OF_MAPS}
-        if steps is not None and self.steps() > steps:
+        if steps is not None and self.steps(rung) > steps:
             given["max_steps"] = steps
         if given.get("report_to") not in (None, "none"):
             given["run_name"] = f"{given.get('run_name', self.output.name)} {rung}{'' if steps is None else ' pilot'}"
@@ -208,11 +213,18 @@ class Plan:
         left = bool(checkpoints_in(folder)) or (folder / UNMERGED).is_dir()
         return {**given, "resume_from_checkpoint": left, "overwrite_output_dir": True}
 
-    def steps(self) -> int:
-        """How many steps a fine-tune takes, about."""
+    @property
+    def said(self) -> set[str]:
+        """Our names of the arguments given."""
+        from ultrarag.finetune.flags import own_name
+
+        return {own_name(name) for name in self.arguments}
+
+    def steps(self, rung: str | None = None) -> int:
+        """How many steps a fine-tune by a rung takes, about; default: by the one asked for, of a climb the last."""
         from ultrarag.finetune import read_data
 
-        trainer = self.settings.training
+        trainer = (self.settings if rung is None else self._of_rung[rung]).training
         if trainer.max_steps > 0:
             return trainer.max_steps
         batch = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
