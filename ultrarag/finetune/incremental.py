@@ -148,8 +148,8 @@ class Other:
     @classmethod
     def before(cls, encoder: Encoder, path: str) -> Other:
         """Copy those of an encoder's weights that are about to be trained: others do not change."""
-        trained = {name for name, weight in encoder.model.named_parameters() if weight.requires_grad}
-        kept = {name: weight for name, weight in copy_of(encoder.model).items() if name in trained}
+        weights = {name: weight for name, weight in encoder.model.named_parameters() if weight.requires_grad}
+        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
         return cls(PARENT, path, encoder.fingerprint, kept)
 
 
@@ -355,7 +355,8 @@ class _Merger:
     at: Averages
     heads: tuple[str, ...]
     measures: Measures
-    known: dict[tuple[str, float], Evaluation] = field(default_factory=dict)
+    #: (prefix of the stage, weight) -> what was measured
+    known: dict[tuple[str, float], Evaluation] = field(init=False)
 
     def __post_init__(self) -> None:
         found = self.measures.found
