@@ -11,8 +11,10 @@ import torch
 from tests import forked
 from ultrarag import Encoder, Passage
 from ultrarag.encode import CorpusVectors, ModelChoice, encode_corpus
+from ultrarag.encoder.low_rank import LowRank
+from ultrarag.encoder.sides import LOW_RANK
 from ultrarag.errors import FingerprintError, TrainingError, UsageError
-from ultrarag.finetune import NoMap, finetune
+from ultrarag.finetune import UNMERGED, NoMap, finetune, incremental
 from ultrarag.finetune.evaluate import HeldOut
 from ultrarag.finetune.step import EmbeddingTrainer
 from ultrarag.finetune.step.best import BEST, Best
@@ -117,6 +119,75 @@ def test_the_best_weights_are_kept_in_memory_while_no_checkpoint_is_due(base, co
     assert (tmp_path / "killed" / "checkpoint-6" / BEST).is_file()
     again = run("killed", [False], looks=(0.7,), resume_from_checkpoint=True)
     assert again == (fingerprint, ["checkpoint-6", "checkpoint-8"])
+
+
+def _weights(path):
+    """The query side's weights; those of a plain model, where it has no sides."""
+    return Encoder.load(path, device="cpu").side("query").model.state_dict()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_query_side_is_averaged_with_its_parents(base, corpus, tmp_path, again):
+    """Also where the parent has two sides already."""
+    asked = {"train_side": "query", "corpus": corpus, "max_steps": 4, "eval_data": ROWS[:20], **QUICK}
+    parent = finetune(base, ROWS[:60], tmp_path / "first", **asked).checkpoint if again else base
+    trained = finetune(parent, ROWS, tmp_path / "trained", freeze_layers=1, **asked)
+    asked |= {"merge_with": "parent", "merge_weight": 0.7}
+    result = finetune(parent, ROWS, tmp_path / "out", freeze_layers=1, **asked)
+    before, after, found = (_weights(path) for path in (parent, trained.checkpoint, result.checkpoint))
+    moved = {name for name in before if not after[name].equal(before[name])}
+    assert moved == {name for name in before if not found[name].equal(before[name])}
+    assert all(torch.allclose(found[name], before[name].lerp(after[name], 0.7), atol=1e-7) for name in moved)
+    old, child = (Encoder.load(path, device="cpu") for path in (parent, result.checkpoint))
+    assert child.passage_fingerprint == old.passage_fingerprint
+    assert result.metrics["unmerged"] == trained.metrics["after"]
+    assert result.merge["weight"] == 0.7
+    assert not (tmp_path / "out" / UNMERGED).exists()
+    (told,) = [note for note in result.notes if note.startswith("merged: ")]
+    assert told.startswith("merged: 0.7 of the trained weights, the rest those of the parent (nDCG@10 0.")
+
+
+@pytest.mark.parametrize("last", ["step", "merge"])
+def test_a_query_side_that_is_killed_ends_with_the_same_average(base, corpus, tmp_path, last):
+    asked = {"train_side": "query", "corpus": corpus, "max_steps": 7, "save_steps": 3, **QUICK}
+    asked |= {"merge_with": "parent", "merge_weight": 0.7, "freeze_layers": 1}
+    whole = finetune(base, ROWS, tmp_path / "whole", **asked)
+    with pytest.MonkeyPatch.context() as patch:
+        step = EmbeddingTrainer.training_step
+
+        def dies(self, *args, **kwargs):
+            if self.state.global_step == 5:
+                raise RuntimeError("killed")
+            return step(self, *args, **kwargs)
+
+        def stops(*args):
+            raise KeyboardInterrupt
+
+        if last == "step":
+            patch.setattr(EmbeddingTrainer, "training_step", dies)
+        else:
+            patch.setattr(incremental._Merger, "finish", stops)
+        with pytest.raises((RuntimeError, KeyboardInterrupt), match=r"killed|the checkpoints of training are kept"):
+            finetune(base, ROWS, tmp_path / "broken", **asked)
+    broken = finetune(base, ROWS, tmp_path / "broken", resume_from_checkpoint=True, **asked)
+    assert broken.fingerprint == whole.fingerprint
+
+
+def test_the_average_of_a_low_rank_query_side_is_its_matrices_scaled(base, corpus, tmp_path):
+    pytest.importorskip("peft")
+    asked = {"train_side": "query", "corpus": corpus, "use_lora": True, "lora_rank": 4, "max_steps": 6}
+    asked |= {**QUICK, "learning_rate": 1e-2, "eval_data": ROWS[:20]}
+    trained = finetune(base, ROWS, tmp_path / "trained", **asked)
+    result = finetune(base, ROWS, tmp_path / "out", merge_with="parent", merge_weight=0.7, **asked)
+    before, after, found = (_weights(path) for path in (base, trained.checkpoint, result.checkpoint))
+    moved = {name for name in before if not after[name].equal(before[name])}
+    assert moved
+    assert all(torch.allclose(found[name], before[name].lerp(after[name], 0.7), atol=1e-6) for name in moved)
+    assert result.metrics["unmerged"] == trained.metrics["after"]
+    models = list((tmp_path / "out").glob("*/model.safetensors"))
+    assert [path.parent.name for path in models] == ["passage"]  # no second model
+    scaling = [LowRank.load(path / LOW_RANK).scaling for path in (tmp_path / "out", tmp_path / "trained")]
+    assert scaling[0] == pytest.approx(0.7 * scaling[1])
 
 
 def _counting(encode, seen):
@@ -295,7 +366,13 @@ def test_vectors_of_another_model_are_refused(base, corpus, tmp_path):
         ({"train_side": "query", "map_rank": 4}, "no effect without"),
         ({"train_side": "query", "require_map": True}, "require_map has no effect without"),
         ({"train_side": "query", "shuffle_ratio": 0.5}, "not encoded again"),
-        ({"train_side": "query", "merge_with": "parent", "merge_weight": 0.5}, "no average"),
+        ({"train_side": "passage", "merge_with": "parent", "merge_weight": 0.5}, "no average"),
+        (
+            {"train_side": "query", "merge_with": "base", "merge_weight": 0.5},
+            "an average with that of its parent alone",
+        ),
+        ({"train_side": "query", "passage_map": "linear", "merge_with": "parent", "merge_weight": 0.5}, "a map has no"),
+        ({"train_side": "query", "merge_with": "parent"}, "--merge_weight auto needs --eval_data"),
         ({"corpus_negatives": 7}, "without --corpus"),
         ({"train_side": "sides"}, "one of both, query, passage"),
     ],

@@ -101,6 +101,12 @@ class LowRank:
             )
         return value
 
+    def part(self, weight: float, model: nn.Module) -> LowRank:
+        """`weight` of the changes, from 0 to 1: what makes of `model` the average of it and the changed one."""
+        old = dict(model.named_parameters(remove_duplicate=False))
+        others = {name: torch.lerp(old[name].detach().to(new), new, weight) for name, new in self.others.items()}
+        return LowRank(self.matrices, self.scaling * weight, others)
+
     def save(self, folder: Path) -> None:
         """Write it into a new folder."""
         from safetensors.torch import save_file

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ultrarag.checkpoint import Training, tokenizer_content
-from ultrarag.encoder import Encoder
+from ultrarag.encoder import Encoder, LowRank
 from ultrarag.errors import CheckpointError, TrainingError, UsageError
 from ultrarag.evaluation import MAIN_METRIC, Evaluation
 from ultrarag.finetune.batches import TrainData
 from ultrarag.finetune.evaluate import GUARD, Measures
 from ultrarag.finetune.flags import BASE, PARENT, FinetuneArguments, IncrementalArguments
-from ultrarag.finetune.output import UNMERGED
-from ultrarag.finetune.step import Interrupted, rank
+from ultrarag.finetune.step import rank
 from ultrarag.hookspecs import LoadOptions
 
 #: Row keys that a record keeps: 16 KiB of numbers, 22 KiB in the manifest.
@@ -138,13 +137,20 @@ class Other:
     name: str
     path: str
     fingerprint: str
-    #: on the CPU
+    #: on the CPU; where one side is trained, those that are trained
     weights: dict[str, Tensor]
 
     @classmethod
     def of(cls, encoder: Encoder, name: str, path: str, fingerprint: str) -> Other:
         """Copy a model's weights."""
         return cls(name, path, fingerprint, copy_of(encoder.model))
+
+    @classmethod
+    def before(cls, encoder: Encoder, path: str) -> Other:
+        """Copy those of an encoder's weights that are about to be trained: others do not change."""
+        weights = {name: weight for name, weight in encoder.model.named_parameters() if weight.requires_grad}
+        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        return cls(PARENT, path, encoder.fingerprint, kept)
 
 
 def read_other(arguments: FinetuneArguments, encoder: Encoder, note: Callable[[str], None]) -> Other | None:
@@ -160,6 +166,8 @@ def read_other(arguments: FinetuneArguments, encoder: Encoder, note: Callable[[s
     if name is None:
         return None
     parent = arguments.model.model_name_or_path
+    if arguments.sides.train_side != "both":  # it is the parent: flags that say otherwise are refused
+        return Other.before(encoder, parent)
     path, expected = (parent, fingerprint) if name in (PARENT, BASE) else (name, "")
     training = encoder.manifest.training if encoder.manifest else None
     if name == BASE and training:
@@ -216,6 +224,28 @@ def average(trained: Mapping[str, Tensor], other: Mapping[str, Tensor], weight: 
         name: torch.lerp(other[name].to(tensor.dtype), tensor, weight) if tensor.is_floating_point() else tensor
         for name, tensor in trained.items()
     }
+
+
+#: Gives the encoder whose weights are the average, for a weight of the trained model.
+Averages = Callable[[float], Encoder]
+
+
+def averages(encoder: Encoder, other: Other) -> Averages:
+    """Averages of a trained encoder's weights with the other model's, put into the encoder itself."""
+    places = encoder.model.state_dict()
+    trained = {name: places[name].detach().to("cpu", copy=True) for name in other.weights}
+
+    def at(weight: float) -> Encoder:
+        for name, tensor in average(trained, other.weights, weight).items():
+            places[name].copy_(tensor)
+        return encoder
+
+    return at
+
+
+def averages_of_low_rank(parent: Encoder, low_rank: LowRank) -> Averages:
+    """Averages of a query side that LoRA trained with its parent: the matrices, scaled."""
+    return lambda weight: Encoder.of_sides(parent, low_rank=low_rank.part(weight, parent.model))
 
 
 # ---- the search for the weight
@@ -284,36 +314,30 @@ class WeightSearch:
 
 
 def merge_weights(
-    encoder: Encoder,
+    at: Averages,
     heads: tuple[str, ...],
     other: Other,
     arguments: IncrementalArguments,
     measures: Measures,
     note: Callable[[str], None],
-) -> dict[str, Any]:
-    """Put the average of the trained and the other weights into the encoder's model, and its worth into `measures`.
+) -> tuple[Encoder, dict[str, Any]]:
+    """Choose the average of the trained and the other weights, and put its worth into `measures`.
 
     Returns:
-        What was merged, as plain JSON values.
+        (the encoder of the average, what was merged as plain JSON values)
 
     Raises:
-        TrainingError: no weight keeps the guard; the trained weights are in the folder `UNMERGED`.
-        Interrupted: Ctrl-C.
+        TrainingError: no weight keeps the guard.
+        KeyboardInterrupt: Ctrl-C.
     """
-    merger = _Merger(encoder, heads, other, measures, copy_of(encoder.model))
+    merger = _Merger(at, heads, measures)
     trials: list[Trial] = []
-    try:
-        weight = arguments.fixed_weight
-        if weight is None:
-            weight, trials = merger.search(arguments.max_forgetting, note)
-        merger.finish(weight)
-    except TrainingError as error:
-        raise TrainingError(f"{error}; the weights as trained are in the folder '{UNMERGED}' of the output") from error
-    except KeyboardInterrupt as stop:
-        raise Interrupted(
-            "stopped while weights were merged; the trained ones are kept: continue with --resume_from_checkpoint True"
-        ) from stop
-    return {
+    weight = arguments.fixed_weight
+    if weight is None:
+        weight, trials = merger.search(arguments.max_forgetting, note)
+    encoder = merger.finish(weight)
+    note(f"merged: {weight:g} of the trained weights, the rest those of the {other.name}{merger.change(weight)}")
+    return encoder, {
         "with": other.name,
         "path": other.path,
         "fingerprint": other.fingerprint,
@@ -326,34 +350,24 @@ def merge_weights(
 
 @dataclass
 class _Merger:
-    """Puts averages into the model, and measures each at most once."""
+    """Measures averages, each at most once."""
 
-    encoder: Encoder
+    at: Averages
     heads: tuple[str, ...]
-    other: Other
     measures: Measures
-    trained: dict[str, Tensor]
-    weight: float = 1.0
+    #: (prefix of the stage, weight) -> what was measured
+    known: dict[tuple[str, float], Evaluation] = field(init=False)
 
     def __post_init__(self) -> None:
         found = self.measures.found
-        self.known: dict[tuple[str, float], Evaluation] = {
-            (prefix, 1.0): found[f"{prefix}after"] for prefix in ("", GUARD) if f"{prefix}after" in found
-        }
-
-    def put(self, weight: float) -> None:
-        """Load the average into the model."""
-        if weight != self.weight:
-            self.encoder.model.load_state_dict(average(self.trained, self.other.weights, weight))
-            self.weight = weight
+        self.known = {(prefix, 1.0): found[f"{prefix}after"] for prefix in ("", GUARD) if f"{prefix}after" in found}
 
     def measure(self, prefix: str, weight: float) -> float:
         """The worth of a weight on the domain ("") or the guard."""
         if (prefix, weight) not in self.known:
-            self.put(weight)
             evaluator = self.measures.guard if prefix else self.measures.domain
             assert evaluator is not None
-            self.known[prefix, weight] = evaluator.evaluate(self.encoder, self.heads)
+            self.known[prefix, weight] = evaluator.evaluate(self.at(weight), self.heads)
         return self.known[prefix, weight].metrics[MAIN_METRIC]
 
     def search(self, max_forgetting: float, note: Callable[[str], None]) -> tuple[float, list[Trial]]:
@@ -375,12 +389,17 @@ class _Merger:
         best, trials = search.best()
         return best.weight, trials
 
-    def finish(self, weight: float) -> None:
-        """Leave the model with this weight; what was measured after training becomes that of the unmerged weights."""
+    def change(self, weight: float) -> str:
+        """What the average is worth on the evaluation data, beside the trained weights, in words; empty without any."""
+        values = [found.metrics[MAIN_METRIC] for key in (1.0, weight) if (found := self.known.get(("", key)))]
+        return f" ({MAIN_METRIC} {values[0]:.4f} -> {values[-1]:.4f})" if values else ""
+
+    def finish(self, weight: float) -> Encoder:
+        """The encoder with this weight; what was measured after training becomes that of the unmerged weights."""
         found = self.measures.found
         for prefix in ("", GUARD):
             if f"{prefix}after" in found:
                 found[f"{prefix}unmerged"] = found[f"{prefix}after"]
                 self.measure(prefix, weight)
                 found[f"{prefix}after"] = self.known[prefix, weight]
-        self.put(weight)
+        return self.at(weight)

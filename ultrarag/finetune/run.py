@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ultrarag.checkpoint import Training
-from ultrarag.encoder import Encoder
-from ultrarag.errors import UsageError
+from ultrarag.encoder import Encoder, LowRank
+from ultrarag.errors import TrainingError, UsageError
 from ultrarag.finetune.against import Against, two_sides
 from ultrarag.finetune.batches import (
     AnyPlan,
@@ -27,7 +27,15 @@ from ultrarag.finetune.batches import (
 from ultrarag.finetune.check import RenderedBatch, check_rows, looked_for, refuse_shared, rendered_batch
 from ultrarag.finetune.evaluate import Measures
 from ultrarag.finetune.flags import FinetuneArguments, refuse_unsupported
-from ultrarag.finetune.incremental import Other, merge_weights, read_other, record_of, warn_of_seen_rows
+from ultrarag.finetune.incremental import (
+    Other,
+    averages,
+    averages_of_low_rank,
+    merge_weights,
+    read_other,
+    record_of,
+    warn_of_seen_rows,
+)
 from ultrarag.finetune.memory import choose_sizes
 from ultrarag.finetune.output import (
     UNMERGED,
@@ -309,20 +317,36 @@ class FinetuneRun:
         self.trained = Trained(steps, loss, time.perf_counter() - started)
 
     def merge(self) -> None:
-        """Average the trained weights with the other model's, where there is one; as trained they are kept beside."""
-        self.merged, incremental = None, self.arguments.incremental
+        """Average the trained weights with the other model's, where there is one; as trained they are kept beside.
+
+        Of one side they are not: of a run that is killed here the last steps are taken again.
+        """
+        self.merged, low_rank = None, None
         if self.lora and self.arguments.sides.train_side == "query" and not self.parent.asymmetric:
             low_rank = self.lora.low_rank()
             merge_adapters(self.trainer)
             self.encoder = Encoder.of_sides(self.parent, low_rank=low_rank)
         if self.other:
-            if not self.trained.restored:
-                self._write(self.output / UNMERGED)
-            merge_adapters(self.trainer)
-            self.merged = merge_weights(
-                self.encoder, self.heads, self.other, incremental, self.measures, self.notes.add
-            )
-        self.measures.warn(incremental.max_forgetting, self.notes.add)
+            self._average(self.other, low_rank)
+        self.measures.warn(self.arguments.incremental.max_forgetting, self.notes.add)
+
+    def _average(self, other: Other, low_rank: LowRank | None) -> None:
+        kept = self.arguments.sides.train_side == "both"
+        if kept and not self.trained.restored:
+            self._write(self.output / UNMERGED)
+        merge_adapters(self.trainer)
+        at = averages_of_low_rank(self.parent, low_rank) if low_rank else averages(self.encoder, other)
+        rest = other, self.arguments.incremental, self.measures, self.notes.add
+        try:
+            self.encoder, self.merged = merge_weights(at, self.heads, *rest)
+        except TrainingError as error:
+            where = f"; the weights as trained are in the folder '{UNMERGED}' of the output" if kept else ""
+            raise TrainingError(f"{error}{where}") from error
+        except KeyboardInterrupt as stop:
+            left = "the trained ones" if kept else "the checkpoints of training"
+            raise Interrupted(
+                f"stopped while weights were merged; {left} are kept: continue with --resume_from_checkpoint True"
+            ) from stop
 
     def publish(self) -> FinetuneResult | None:
         """Write the checkpoint, unless training changed nothing, and the report beside it."""

@@ -174,6 +174,7 @@ def test_auto_refuses_held_out_queries_that_training_shares(refresh, monkeypatch
         ({"effort": "auto", "gate": True}, "chooses by held-out queries"),
         ({"effort": "auto", "gate": ({"q": "x"}, {"q": {IDS[TEXTS[0]]: 1}})}, "1 queries tell no gain from chance"),
         ({"effort": "query", "corpus": "somewhere"}, "'corpus' cannot be given"),
+        ({"effort": "query", "merge_with": "base"}, r"an average with the live query side alone \(merge_weight"),
         ({"bridge": True, "gate": False}, "bridge=True measures on queries"),
         (
             {"effort": "query", "shuffle_ratio": 0.1},
@@ -210,6 +211,45 @@ def test_a_query_side_finds_its_rate_and_learns_its_upper_layers(refresh, monkey
     assert manifest.training is not None
     assert manifest.training.arguments["model"]["freeze_layers"] == 1
     assert manifest.training.arguments["evaluation"]["save_min_seconds"] == rates.BETWEEN_CHECKPOINTS
+
+
+def test_of_what_a_query_side_learned_a_part_is_kept(dense, refresh, tmp_path, monkeypatch) -> None:
+    from ultrarag import Encoder
+    from ultrarag.retrieve.refresh.plan import Plan, RefreshTerms
+
+    def query_side(name: str, **changes: Any) -> tuple[dict[str, Any], list[str]]:
+        report = refresh(effort="query", output_dir=tmp_path / name, **changes)
+        dense.rollback()
+        side = Encoder.load(tmp_path / name, device="cpu").side("query")
+        return dict(side.model.state_dict()), [note for note in report.notes if note.startswith("merged: ")]
+
+    before = dict(dense.encoder.side("query").model.state_dict())
+    part, told = query_side("part")
+    whole, _ = query_side("whole", merge_weight=1)
+    moved = [name for name in before if not whole[name].equal(before[name])]
+    assert moved
+    assert all(np.allclose(part[name], before[name].lerp(whole[name], rates.KEPT), atol=1e-6) for name in moved)
+    assert told[0].startswith("merged: 0.9 of the trained weights, the rest those of the parent")
+    monkeypatch.setattr("ultrarag.retrieve.refresh.plan.FEWEST", 1)
+    given = {**SETTINGS, "shared_eval_data": "warn", "merge_weight": 0.9}
+    plan = Plan(dense._core, ROWS, None, Path("out"), RefreshTerms(gate=GATE, effort="auto"), given)
+    weights = {rung: plan.for_finetune(rung, Path("out"), None).get("merge_weight") for rung in ladder.RUNGS}
+    assert weights == {"query-map": None, "query": 0.9, "passage-map": None, "full": None}
+
+
+def test_a_query_side_is_trained_on_more_queries_at_a_time_unless_it_is_said(dense) -> None:
+    from ultrarag.retrieve.refresh.plan import Plan, RefreshTerms
+
+    def trained(**given: Any) -> tuple[Any, Any, int, int | None]:
+        kept = {name: value for name, value in SETTINGS.items() if name not in rates.DEFAULTS}
+        plan = Plan(dense._core, ROWS, None, Path("out"), RefreshTerms(gate=False, effort="query"), {**kept, **given})
+        training = plan.settings.training
+        of_query = (training.num_train_epochs, training.per_device_train_batch_size)
+        return *of_query, plan.steps("query"), plan.for_finetune("query", Path("out"), 1).get("max_steps")
+
+    rows = len(ROWS)
+    assert trained() == (2, 64, 1, None)  # a pilot of one step is no shorter
+    assert trained(batch_size=1, epochs=3) == (3, 1, 3 * rows, 1)  # older spellings say it too
 
 
 def test_rates_of_equal_worth_are_taken_low() -> None:

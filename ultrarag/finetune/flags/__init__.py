@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ultrarag.lazy import exports
 
 if TYPE_CHECKING:
+    from ultrarag.finetune.flags.aliases import own_name
     from ultrarag.finetune.flags.arguments import (
         FinetuneArguments,
         from_keywords,

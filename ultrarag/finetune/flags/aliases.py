@@ -70,6 +70,11 @@ class OldFlag:
     translate: Translation
 
 
+def own_name(name: str) -> str:
+    """Our name of a flag, which may be given under an older one."""
+    return RENAMED.get(name, name)
+
+
 def old_flags(known: Mapping[str, Flag]) -> dict[str, OldFlag]:
     """Return every older spelling, given our flags by name."""
     renamed = {old: _rename(old, known[new]) for old, new in RENAMED.items()}

@@ -23,6 +23,7 @@ from ultrarag.finetune.flags.command_line import (
 )
 from ultrarag.finetune.flags.groups import (
     AUTO,
+    PARENT,
     DataArguments,
     EvaluationArguments,
     FalseNegativeArguments,
@@ -351,8 +352,7 @@ def _refuse_sides(arguments: FinetuneArguments, pairs: bool) -> None:
         ),
     }
     if sides.train_side != "both":
-        alone = "two models of different sides have no average"
-        refused["merge_with"] = (arguments.incremental.merge_with, alone)
+        refused |= _refused_merge(arguments)
     if sides.train_side == "query":
         refused["shuffle_ratio"] = (arguments.data.shuffle_ratio, "the passages are not encoded again")
     if sides.maps_alone:
@@ -365,6 +365,17 @@ def _refuse_sides(arguments: FinetuneArguments, pairs: bool) -> None:
     for flag_name, (given, why) in refused.items():
         if given:
             raise UsageError(f"{name} does not go with --{flag_name}: {why}; leave one of them out")
+
+
+def _refused_merge(arguments: FinetuneArguments) -> dict[str, tuple[object, str]]:
+    """A query side is averaged with that of the model that it began from, and with nothing else."""
+    sides, merge_with = arguments.sides, arguments.incremental.merge_with
+    if sides.train_side != "query":
+        return {"merge_with": (merge_with, "two models of different sides have no average")}
+    if sides.query_map or sides.passage_map:
+        return {"merge_with": (merge_with, "a map has no average with a model that has none")}
+    why = "a query side has an average with that of its parent alone"
+    return {f"merge_with {merge_with}": (merge_with not in (None, PARENT), why)}
 
 
 def _refuse_for_pairs(arguments: FinetuneArguments) -> None:

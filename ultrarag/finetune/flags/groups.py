@@ -349,7 +349,8 @@ class IncrementalArguments:
     merge_with: str | None = flag(
         None,
         "Average the trained weights with an older model's: parent (the model trained from), base (the first model of "
-        "its lineage), or a path. The weights as trained are kept in the folder unmerged/.",
+        "its lineage), or a path. The weights as trained are kept in the folder unmerged/; of a query side "
+        "(--train_side query), which is averaged with its parent alone, they are not.",
     )
     merge_weight: str = flag(
         AUTO,

@@ -81,21 +81,22 @@ class Learning:
         """The arguments of a run that is judged by held-out rows: at a rate that was found, and ended in time."""
         assert self.plan.apart is not None
         given = {**given, "eval_data": stopping_rows(self.plan.apart, self.core.store)}
-        if "learning_rate" not in self.plan.arguments:
+        if "learning_rate" not in self.plan.said:
             if rung not in self.state.rates:
                 self.state.rates[rung] = find_rate(
-                    self.plan.settings.training.learning_rate, self.plan.steps(), partial(self._slice, rung, given)
+                    self.plan.settings.training.learning_rate, self.plan.steps(rung), partial(self._slice, rung, given)
                 )
                 self.save()
             given["learning_rate"] = self.state.rates[rung]["learning_rate"]
-        return stopping(given, self.plan.steps()) if steps is None else {**given, "eval_strategy": "no"}
+        return stopping(given, self.plan.steps(rung)) if steps is None else {**given, "eval_strategy": "no"}
 
     def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> dict[str, float]:
         folder = self.plan.ladder / f"{rung}-rate"
         part = {"learning_rate": rate, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
         part |= {"report_to": "none"}  # a few steps, to choose a rate by: no run that anybody wants to see
         part |= {"resume_from_checkpoint": False, "overwrite_output_dir": True}
-        kept = {name: value for name, value in given.items() if name not in ("save_steps", "early_stopping_patience")}
+        whole = ("save_steps", "early_stopping_patience", "merge_with", "merge_weight")
+        kept = {name: value for name, value in given.items() if name not in whole}
         found = self._finetune(folder, {**kept, **part})
         shutil.rmtree(folder, ignore_errors=True)
         after: dict[str, float] = found.metrics["after"]

@@ -17,13 +17,13 @@ from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.refresh.apart import JUDGE, Apart, held_out
 from ultrarag.retrieve.refresh.judging import leak_checks, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, checked_effort, of_effort
-from ultrarag.retrieve.refresh.rates import FROZEN, STOPPED
+from ultrarag.retrieve.refresh.rates import AVERAGED, DEFAULTS, FROZEN, KEPT, STOPPED
 from ultrarag.retrieve.refresh.report import RefreshState, Request, digest
 from ultrarag.retrieve.swap import Gate
 from ultrarag.rows.checks import Overlap
 
 if TYPE_CHECKING:
-    from ultrarag.finetune import Seen
+    from ultrarag.finetune import FinetuneArguments, Seen
 
 #: Arguments of `finetune` that a refresh decides itself.
 _OWN = (
@@ -97,8 +97,8 @@ class Plan:
                 )
         if self.effort != FULL and self.arguments.get("merge_with"):
             raise UsageError(
-                f"effort='{self.effort}' trains against stored vectors, and what came of that cannot be merged: leave "
-                "merge_with out, or give effort='full'"
+                f"effort='{self.effort}' trains against stored vectors, and what came of that has an average with the "
+                "live query side alone (merge_weight, of the rung 'query'): leave merge_with out, or give effort='full'"
             )
         from ultrarag.finetune import adapter_defaults
         from ultrarag.finetune.flags import from_keywords, refuse_unsupported
@@ -107,9 +107,12 @@ class Plan:
         known = self.parent_checkpoint(), self.train_data, self.output, adapter, adapter_defaults(adapter)
         settled = FULL if self.effort == AUTO else self.effort
         self.settings = from_keywords(*known, **self.for_finetune(settled, self.output, None))
+        #: rung -> its settings
+        self._of_rung: dict[str, FinetuneArguments] = {}
         for rung in RUNGS if self.effort == AUTO else (self.effort,):
             try:
-                refuse_unsupported(from_keywords(*known, **self.for_finetune(rung, self.output, None)), False)
+                self._of_rung[rung] = from_keywords(*known, **self.for_finetune(rung, self.output, None))
+                refuse_unsupported(self._of_rung[rung], False)
             except UsageError as error:
                 raise UsageError(f"effort='{self.effort}': {of_effort(rung, str(error))}") from error
 
@@ -190,13 +193,19 @@ class Plan:
             given = {name: value for name, value in given.items() if name not in _EVALUATION}
         if rung != FULL:
             given |= {**RUNGS[rung], "corpus": str(self.ladder / "corpus")}
+        if rung in STOPPED:
+            given |= {name: value for name, value in DEFAULTS.items() if name not in self.said}
         if rung in STOPPED and not {"freeze_layers", "fix_encoder", "use_lora"} & given.keys():
             given["freeze_layers"] = layers_of(self.core.live.encoder.side("query").model)[1] // FROZEN
+        if rung == AVERAGED:
+            given |= {"merge_with": "parent", "merge_weight": given.get("merge_weight", KEPT)}
+        elif self.effort == AUTO:
+            given.pop("merge_weight", None)
         if self.effort == AUTO and "passage_map" in RUNGS[rung]:  # without a map it is the rung below, which was tried
             given["require_map"] = True
         if self.effort == AUTO and not {"query_map", "passage_map"} & RUNGS[rung].keys():
             given = {name: value for name, value in given.items() if name not in _OF_MAPS}
-        if steps is not None and self.steps() > steps:
+        if steps is not None and self.steps(rung) > steps:
             given["max_steps"] = steps
         if given.get("report_to") not in (None, "none"):
             given["run_name"] = f"{given.get('run_name', self.output.name)} {rung}{'' if steps is None else ' pilot'}"
@@ -204,11 +213,18 @@ class Plan:
         left = bool(checkpoints_in(folder)) or (folder / UNMERGED).is_dir()
         return {**given, "resume_from_checkpoint": left, "overwrite_output_dir": True}
 
-    def steps(self) -> int:
-        """How many steps a fine-tune takes, about."""
+    @property
+    def said(self) -> set[str]:
+        """Our names of the arguments given."""
+        from ultrarag.finetune.flags import own_name
+
+        return {own_name(name) for name in self.arguments}
+
+    def steps(self, rung: str | None = None) -> int:
+        """How many steps a fine-tune by a rung takes, about; default: by the one asked for, of a climb the last."""
         from ultrarag.finetune import read_data
 
-        trainer = self.settings.training
+        trainer = (self.settings if rung is None else self._of_rung[rung]).training
         if trainer.max_steps > 0:
             return trainer.max_steps
         batch = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps

@@ -14,10 +14,17 @@ from ultrarag.evaluation import MAIN_METRIC
 
 #: Rungs that train an encoder's query side, for which steps and rate are found.
 STOPPED = ("query", "passage-map")
+#: The one of them whose weights are averaged with the live ones.
+AVERAGED = "query"
 #: One of so many layers of a query side, the first ones, stay as they are with the embeddings.
 FROZEN = 3
-#: Multiples of the usual rate that are tried, and steps of such a trial at most.
-FACTORS, SLICE = (1 / 3, 1.0, 3.0), 50
+#: What is kept of what a query side has learned; the rest of its weights is its parent's, which holds other domains.
+KEPT = 0.9
+#: How long such a rung is trained, and on how many queries at a time: no passage is encoded with them.
+DEFAULTS = {"num_train_epochs": 2, "per_device_train_batch_size": 64}
+#: Multiples of the usual rate that are tried, and steps of such a trial at most. Above twice the usual rate other
+#: domains lose: docs/refresh.md has the figures.
+FACTORS, SLICE = (1 / 3, 1.0, 2.0), 50
 #: Looks at the held-out queries in a run; and how many without a gain end it.
 LOOKS, PATIENCE = 4, 2
 #: Seconds from one checkpoint to the next: a run that is killed loses as much.
