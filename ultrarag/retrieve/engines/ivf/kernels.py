@@ -191,10 +191,10 @@ def promising(
 @kernel
 def any_passes(rows, passing):
     """Whether one of the rows passes: of 16 none does in most blocks, where few rows pass."""
+    found = False
     for row in rows:
-        if passing[row]:
-            return True
-    return False
+        found |= passing[row]
+    return found
 
 
 @kernel
