@@ -163,6 +163,8 @@ def promising(
                 if bounds[block] < (highest[group] if seeding else least) or bounds[block] <= 0:
                     continue
                 bounds[block] = 0
+                if len(passing) and not any_passes(rows[block * size : (block + 1) * size], passing):
+                    continue
                 summed(block, begins, heads, held, lengths, postings, query, sums)
                 for place in range(size):
                     score, sums[place] = sums[place], 0
@@ -184,6 +186,15 @@ def promising(
         query[token] = 0
     count = compacted(kept, scores, count, least)
     return kept[:count]
+
+
+@kernel
+def any_passes(rows, passing):
+    """Whether one of the rows passes: of 16 none does in most blocks, where few rows pass."""
+    found = False
+    for row in rows:
+        found |= passing[row]
+    return found
 
 
 @kernel
