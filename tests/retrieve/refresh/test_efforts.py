@@ -12,6 +12,7 @@ import pytest
 
 from tests.retrieve.refresh.refresh_worker import ARGUMENTS, IDS, QRELS, QUERIES, ROWS, TEXTS
 from ultrarag.checkpoint import read_manifest
+from ultrarag.encoder import LowRank
 from ultrarag.errors import DataError, GateError, UltraragError, UsageError
 from ultrarag.evaluation import Evaluation, Verdict
 from ultrarag.retrieve.bridge import crossing
@@ -235,6 +236,19 @@ def test_of_what_a_query_side_learned_a_part_is_kept(dense, refresh, tmp_path, m
     plan = Plan(dense._core, ROWS, None, Path("out"), RefreshTerms(gate=GATE, effort="auto"), given)
     weights = {rung: plan.for_finetune(rung, Path("out"), None).get("merge_weight") for rung in ladder.RUNGS}
     assert weights == {"query-map": None, "query": 0.9, "passage-map": None, "full": None}
+
+
+def test_a_low_rank_query_side_is_kept_in_part_too(refresh, tmp_path) -> None:
+    pytest.importorskip("peft")
+    report = refresh(effort="query", use_lora=True, lora_rank=4, lora_alpha=8.0)
+    assert report.outcome == "swapped"
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.training is not None
+    assert manifest.training.merge is not None
+    assert manifest.training.merge["weight"] == rates.KEPT
+    assert [path.parent.name for path in (tmp_path / "out").glob("*/model.safetensors")] == ["passage"]
+    assert LowRank.load(tmp_path / "out" / "query_low_rank").scaling == pytest.approx(rates.KEPT * 8 / 4)
 
 
 def test_a_query_side_is_trained_on_more_queries_at_a_time_unless_it_is_said(dense) -> None:
