@@ -231,7 +231,7 @@ def test_without_its_library_a_build_of_many_says_so_once(kb, built, few_are_man
     assert [kb.build(StandIn(number)).backend for number in (1, 2)] == ["numpy"] * 2
     assert [record.getMessage() for record in caplog.records if "pip install faiss-cpu==" in record.getMessage()] == [
         "from 7 passages on the engine 'ivf' is built faster than 'numpy' and takes less memory, after: "
-        f"{install('faiss-cpu')}"
+        f"{install('faiss-cpu', 'numba')}"
     ]
 
 

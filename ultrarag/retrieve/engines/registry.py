@@ -85,7 +85,7 @@ def _tell_of_faiss(live: str) -> None:
         "from %d passages on the engine 'ivf' is built faster than '%s' and takes less memory, after: %s",
         LARGE,
         live,
-        install("faiss-cpu"),
+        install("faiss-cpu", "numba"),
     )
 
 
