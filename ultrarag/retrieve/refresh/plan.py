@@ -100,6 +100,7 @@ class Plan:
                 f"effort='{self.effort}' trains against stored vectors, and what came of that has an average with the "
                 "live query side alone (merge_weight, of the rung 'query'): leave merge_with out, or give effort='full'"
             )
+        self._check_weight()
         from ultrarag.finetune import adapter_defaults
         from ultrarag.finetune.flags import from_keywords, refuse_unsupported
 
@@ -115,6 +116,22 @@ class Plan:
                 refuse_unsupported(self._of_rung[rung], False)
             except UsageError as error:
                 raise UsageError(f"effort='{self.effort}': {of_effort(rung, str(error))}") from error
+
+    def _check_weight(self) -> None:
+        """Refuse a weight of an average that is not made, and a search for one that nothing is measured for."""
+        weight = self.arguments.get("merge_weight")
+        if weight is None or self.effort == FULL:
+            return
+        if self.effort not in (AUTO, AVERAGED):
+            raise UsageError(
+                f"effort='{self.effort}' averages no weights: leave merge_weight out; of the efforts below 'full', "
+                f"'{AVERAGED}' has an average"
+            )
+        if weight == "auto":
+            raise UsageError(
+                f"merge_weight='auto' is measured by a fine-tune of both sides; what the rung '{AVERAGED}' keeps is a "
+                f"number above 0 and at most 1 ({KEPT:g} where none is given)"
+            )
 
     def _check_effort(self) -> None:
         """Refuse an effort that the index or the evaluation data cannot carry.
