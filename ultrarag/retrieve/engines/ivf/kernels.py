@@ -24,7 +24,7 @@ GROUP = 64
 logger = logging.getLogger("ultrarag")
 
 
-class Cache(FunctionCache):  # type: ignore[misc]
+class Cache(FunctionCache):
     """Numba's cache of a loop, without which it is compiled: no search fails for a full disk or a damaged file."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -53,12 +53,12 @@ class Cache(FunctionCache):  # type: ignore[misc]
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile without the interpreter's lock; where numba finds no folder for its cache, for this process alone."""
     compiled: Any = numba.njit(nogil=True)(function)
-    if not numba.config.DISABLE_JIT:
+    if compiled is not function:  # as under NUMBA_DISABLE_JIT
         try:
             compiled._cache = Cache(function)
         except RuntimeError:
             logger.info("numba finds no folder for its cache: each process compiles '%s'", function.__name__)
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 @kernel
