@@ -141,7 +141,7 @@ def test_a_query_side_is_averaged_with_its_parents(base, corpus, tmp_path, again
     old, child = (Encoder.load(path, device="cpu") for path in (parent, result.checkpoint))
     assert child.passage_fingerprint == old.passage_fingerprint
     assert result.metrics["unmerged"] == trained.metrics["after"]
-    assert result.merge["weight"] == 0.7
+    assert (result.merge["weight"], result.merge["fingerprint"]) == (0.7, old.fingerprint)
     assert not (tmp_path / "out" / UNMERGED).exists()
     (told,) = [note for note in result.notes if note.startswith("merged: ")]
     assert told.startswith("merged: 0.7 of the trained weights, the rest those of the parent (nDCG@10 0.")

@@ -146,28 +146,35 @@ class Other:
         return cls(name, path, fingerprint, copy_of(encoder.model))
 
     @classmethod
-    def before(cls, encoder: Encoder, path: str) -> Other:
-        """Copy those of an encoder's weights that are about to be trained: others do not change."""
+    def before(cls, encoder: Encoder, path: str, fingerprint: str) -> Other:
+        """Copy those of an encoder's weights that are about to be trained: others do not change.
+
+        Args:
+            fingerprint: of the model at `path`; of an encoder of two sides that was made from it another comes out.
+        """
         weights = {name: weight for name, weight in encoder.model.named_parameters() if weight.requires_grad}
         kept = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
-        return cls(PARENT, path, encoder.fingerprint, kept)
+        return cls(PARENT, path, fingerprint, kept)
 
 
-def read_other(arguments: FinetuneArguments, encoder: Encoder, note: Callable[[str], None]) -> Other | None:
+def read_other(
+    arguments: FinetuneArguments, encoder: Encoder, fingerprint: str, note: Callable[[str], None]
+) -> Other | None:
     """Return the model to merge with, checked; None without `merge_with`.
 
     Args:
         encoder: the model to train, as it is before that.
+        fingerprint: of the model trained from.
 
     Raises:
         UsageError: it is no longer there, or its weights, tokenizer or settings do not fit.
     """
-    name, fingerprint = arguments.incremental.merge_with, encoder.fingerprint
+    name = arguments.incremental.merge_with
     if name is None:
         return None
     parent = arguments.model.model_name_or_path
     if arguments.sides.train_side != "both":  # it is the parent: flags that say otherwise are refused
-        return Other.before(encoder, parent)
+        return Other.before(encoder, parent, fingerprint)
     path, expected = (parent, fingerprint) if name in (PARENT, BASE) else (name, "")
     training = encoder.manifest.training if encoder.manifest else None
     if name == BASE and training:

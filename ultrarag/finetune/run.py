@@ -202,7 +202,7 @@ class FinetuneRun:
             total = layers_of(self.parent.model)[1]
             self.notes.add(f"the first {model.freeze_layers} of {total} layers, and the embeddings, stay as they are")
         self.start = Start.of(self.parent)
-        self.other = read_other(self.arguments, self.encoder, self.notes.add)
+        self.other = read_other(self.arguments, self.encoder, self.start.fingerprint, self.notes.add)
         self.masking = FalseNegatives.of(self.arguments, self.encoder, self.heads)
         side, lora, name = None if frozen is None else trained, self.arguments.lora, model.model_name_or_path
         folder = str(Path(name).resolve()) if Path(name).is_dir() else name

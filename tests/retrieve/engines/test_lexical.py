@@ -112,6 +112,23 @@ def test_scores_of_float32_at_its_limits_are_those_of_all_rows(tmp_path: Path) -
     backend.close()
 
 
+def test_bounds_that_float32_cannot_hold_hide_no_hit(tmp_path: Path) -> None:
+    """Of rows that are alike in bytes, those of one heavy token have bounds beyond float32, better ones have none."""
+    large = float(np.finfo(np.float32).max)
+    one, two = [0.9963 * large, 0.0], [0.4 * large, 0.598 * large]
+    held = np.array([[large, 0], *[one] * 60, *[two] * 5, *[[0.1, 0.1]] * 60], np.float32)
+    batch = Embeddings(sparse=Sparse(np.tile([4, 17], (len(held), 1)), held))
+    engines = create(tmp_path / "ivf", ONLY, "ivf"), create(tmp_path / "numpy", ONLY, "numpy")
+    for one_of_both in engines:
+        one_of_both.upsert(names(len(held)), batch, [{}] * len(held))
+    assert engines[0]._table.postings
+    found, wanted = (one_of_both.search_sparse([4, 17], [1.0, 1.0], 6) for one_of_both in engines)
+    same(found, wanted)
+    assert {id for id, _ in found} == {"p0", *(f"p{row}" for row in range(61, 66))}
+    for one_of_both in engines:
+        one_of_both.close()
+
+
 def test_of_scores_that_are_alike_in_bytes_the_best_is_found(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     held = (0.9 + 0.1 * rng.random((600, 8))).astype(np.float32)

@@ -176,6 +176,13 @@ def test_auto_refuses_held_out_queries_that_training_shares(refresh, monkeypatch
         ({"effort": "auto", "gate": ({"q": "x"}, {"q": {IDS[TEXTS[0]]: 1}})}, "1 queries tell no gain from chance"),
         ({"effort": "query", "corpus": "somewhere"}, "'corpus' cannot be given"),
         ({"effort": "query", "merge_with": "base"}, r"an average with the live query side alone \(merge_weight"),
+        ({"effort": "query", "merge_weight": "auto"}, "'auto' is measured by a fine-tune of both sides"),
+        ({"effort": "auto", "merge_weight": "auto"}, "'auto' is measured by a fine-tune of both sides"),
+        (
+            {"effort": "passage-map", "merge_weight": 0.5},
+            "effort='passage-map' averages no weights: leave merge_weight",
+        ),
+        ({"effort": "query", "early_stopping_patience": 1}, "none are held out .too few"),
         ({"bridge": True, "gate": False}, "bridge=True measures on queries"),
         (
             {"effort": "query", "shuffle_ratio": 0.1},
@@ -212,6 +219,26 @@ def test_a_query_side_finds_its_rate_and_learns_its_upper_layers(refresh, monkey
     assert manifest.training is not None
     assert manifest.training.arguments["model"]["freeze_layers"] == 1
     assert manifest.training.arguments["evaluation"]["save_min_seconds"] == rates.BETWEEN_CHECKPOINTS
+
+
+def test_switches_that_are_off_and_older_spellings_change_nothing(dense, refresh, monkeypatch, tmp_path) -> None:
+    def trained(name: str, **changes: Any) -> dict[str, Any]:
+        refresh(effort="query", output_dir=tmp_path / name, max_steps=2, **changes)
+        dense.rollback()
+        manifest = read_manifest(tmp_path / name)
+        assert manifest is not None
+        assert manifest.training is not None
+        return manifest.training.arguments
+
+    monkeypatch.setattr(apart, "FEWEST_STOP", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.plan.FROZEN", 2)
+    for number, off in enumerate(({"use_lora": False}, {"fix_encoder": "false"})):
+        found = trained(f"off-{number}", **off)
+        assert (found["model"]["freeze_layers"], found["training"]["eval_strategy"]) == (1, "steps")
+    assert trained("all", evaluation_strategy="no")["training"]["eval_strategy"] == "no"
+    patient = trained("patient", early_stopping_patience=1, save_steps=None, save_on_epoch_end=True)
+    assert patient["evaluation"]["early_stopping_patience"] == 1
+    assert patient["training"]["eval_strategy"] == "epoch"
 
 
 def test_of_what_a_query_side_learned_a_part_is_kept(dense, refresh, tmp_path, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from ultrarag.retrieve.refresh.judging import questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FULL, Guard, Judge, climb
 from ultrarag.retrieve.refresh.plan import Plan
 from ultrarag.retrieve.refresh.progress import Refreshing
-from ultrarag.retrieve.refresh.rates import STOPPED, described, find_rate, stopping
+from ultrarag.retrieve.refresh.rates import PATIENT, STOPPED, described, find_rate, stopping
 from ultrarag.retrieve.refresh.report import STATE_FILE, RefreshState
 from ultrarag.types import Passage
 
@@ -88,14 +88,17 @@ class Learning:
                 )
                 self.save()
             given["learning_rate"] = self.state.rates[rung]["learning_rate"]
-        return stopping(given, self.plan.steps(rung)) if steps is None else {**given, "eval_strategy": "no"}
+        if steps is not None:
+            return {**given, "eval_strategy": "no"}
+        patience = {name: value for name, value in self.plan.arguments.items() if name == PATIENT}
+        return stopping({**given, **patience}, self.plan.steps(rung))
 
     def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> dict[str, float]:
         folder = self.plan.ladder / f"{rung}-rate"
         part = {"learning_rate": rate, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
         part |= {"report_to": "none"}  # a few steps, to choose a rate by: no run that anybody wants to see
         part |= {"resume_from_checkpoint": False, "overwrite_output_dir": True}
-        whole = ("save_steps", "early_stopping_patience", "merge_with", "merge_weight")
+        whole = ("save_steps", "save_on_epoch_end", "merge_with", "merge_weight")
         kept = {name: value for name, value in given.items() if name not in whole}
         found = self._finetune(folder, {**kept, **part})
         shutil.rmtree(folder, ignore_errors=True)

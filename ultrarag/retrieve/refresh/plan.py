@@ -14,10 +14,10 @@ from ultrarag.checkpoint import read_manifest
 from ultrarag.encoder.engines import is_int8
 from ultrarag.errors import DataError, UsageError
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.refresh.apart import JUDGE, Apart, held_out
+from ultrarag.retrieve.refresh.apart import JUDGE, STOP, Apart, held_out
 from ultrarag.retrieve.refresh.judging import leak_checks, questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FEWEST, FULL, RUNGS, checked_effort, of_effort
-from ultrarag.retrieve.refresh.rates import AVERAGED, DEFAULTS, FROZEN, KEPT, STOPPED
+from ultrarag.retrieve.refresh.rates import AVERAGED, DEFAULTS, FROZEN, KEPT, PATIENT, STOPPED, is_on
 from ultrarag.retrieve.refresh.report import RefreshState, Request, digest
 from ultrarag.retrieve.swap import Gate
 from ultrarag.rows.checks import Overlap
@@ -100,6 +100,7 @@ class Plan:
                 f"effort='{self.effort}' trains against stored vectors, and what came of that has an average with the "
                 "live query side alone (merge_weight, of the rung 'query'): leave merge_with out, or give effort='full'"
             )
+        self._check_weight()
         from ultrarag.finetune import adapter_defaults
         from ultrarag.finetune.flags import from_keywords, refuse_unsupported
 
@@ -115,6 +116,22 @@ class Plan:
                 refuse_unsupported(self._of_rung[rung], False)
             except UsageError as error:
                 raise UsageError(f"effort='{self.effort}': {of_effort(rung, str(error))}") from error
+
+    def _check_weight(self) -> None:
+        """Refuse a weight of an average that is not made, and a search for one that nothing is measured for."""
+        weight = self.arguments.get("merge_weight")
+        if weight is None or self.effort == FULL:
+            return
+        if self.effort not in (AUTO, AVERAGED):
+            raise UsageError(
+                f"effort='{self.effort}' averages no weights: leave merge_weight out; of the efforts below 'full', "
+                f"'{AVERAGED}' has an average"
+            )
+        if weight == "auto":
+            raise UsageError(
+                f"merge_weight='auto' is measured by a fine-tune of both sides; what the rung '{AVERAGED}' keeps is a "
+                f"number above 0 and at most 1 ({KEPT:g} where none is given)"
+            )
 
     def _check_effort(self) -> None:
         """Refuse an effort that the index or the evaluation data cannot carry.
@@ -170,19 +187,31 @@ class Plan:
         return options
 
     def _hold_out(self) -> Apart | None:
-        """Hold out rows, where no queries are given to choose by, and where a query side may stop early."""
+        """Hold out rows, where no queries are given to choose by, and where a query side may stop early.
+
+        Raises:
+            UsageError: `early_stopping_patience` is given for rows that cannot be held out.
+        """
+        from ultrarag.finetune.flags import own_name
+
         judge = self.effort == AUTO and self.asked is None and self.terms.gate is True
-        stops = self.effort in (AUTO, *STOPPED) and self.arguments.get("eval_strategy") != "no"
+        looks = {own_name(name): value for name, value in self.arguments.items()}.get("eval_strategy")
+        stops = self.effort in (AUTO, *STOPPED) and looks != "no"
         found = held_out(self.train_data, judge, stops)
         if judge and found is not None:
             self.asked = found.questions(self.core.store)
+        if self.effort in STOPPED and PATIENT in self.arguments and not (found and found.count(STOP)):
+            raise UsageError(
+                f"{PATIENT} is for a run that looks at held-out rows, and none are held out (too few have documents of "
+                "their own, or eval_strategy is 'no'): leave it out"
+            )
         return found
 
     def for_finetune(self, rung: str, folder: Path, steps: int | None) -> dict[str, Any]:
         """The arguments given, and ours."""
         from ultrarag.finetune import UNMERGED, checkpoints_in, layers_of
 
-        given = {**({"trust_remote_code": True} if self.trusted else {}), **self.arguments}
+        given: dict[str, Any] = {**({"trust_remote_code": True} if self.trusted else {}), **self.arguments}
         if rung == FULL and steps is None:
             if self.eval_data is not None:
                 held_out = self.eval_data
@@ -195,7 +224,10 @@ class Plan:
             given |= {**RUNGS[rung], "corpus": str(self.ladder / "corpus")}
         if rung in STOPPED:
             given |= {name: value for name, value in DEFAULTS.items() if name not in self.said}
-        if rung in STOPPED and not {"freeze_layers", "fix_encoder", "use_lora"} & given.keys():
+        if rung in STOPPED or (self.effort == AUTO and "eval_data" not in given):
+            given.pop(PATIENT, None)  # it is for the rows held out here
+        otherwise = is_on(given.get("fix_encoder")) or is_on(given.get("use_lora"))
+        if rung in STOPPED and "freeze_layers" not in given and not otherwise:
             given["freeze_layers"] = layers_of(self.core.live.encoder.side("query").model)[1] // FROZEN
         if rung == AVERAGED:
             given |= {"merge_with": "parent", "merge_weight": given.get("merge_weight", KEPT)}

@@ -27,6 +27,8 @@ DEFAULTS = {"num_train_epochs": 2, "per_device_train_batch_size": 64}
 FACTORS, SLICE = (1 / 3, 1.0, 2.0), 50
 #: Looks at the held-out queries in a run; and how many without a gain end it.
 LOOKS, PATIENCE = 4, 2
+#: The argument of `finetune` that says otherwise.
+PATIENT = "early_stopping_patience"
 #: Seconds from one checkpoint to the next: a run that is killed loses as much.
 BETWEEN_CHECKPOINTS = 300
 
@@ -56,7 +58,14 @@ def described(found: Mapping[str, Any]) -> str:
 
 def stopping(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The arguments of a run that looks at its held-out queries, keeps the best checkpoint, and may end early."""
+    if given.get("save_strategy") == "epoch" or is_on(given.get("save_on_epoch_end")):
+        return {PATIENT: PATIENCE, **given, "eval_strategy": "epoch"}
     every = max(1, math.ceil(steps / LOOKS))
     looks = {"eval_steps": every, "save_steps": every, "save_min_seconds": BETWEEN_CHECKPOINTS}
     looks = {} if "save_steps" in given else looks
-    return {"early_stopping_patience": PATIENCE, **looks, **given, "eval_strategy": "steps"}
+    return {PATIENT: PATIENCE, **looks, **given, "eval_strategy": "steps"}
+
+
+def is_on(value: Any) -> bool:
+    """Whether a switch that may be given, also as a word of the command line, is on."""
+    return value is not None and str(value).lower() not in ("false", "0", "no", "n", "off")

@@ -8,24 +8,56 @@ token lie together, so that only weights of the query's tokens are read.
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 
 #: A token's step at least: times the least weight of a query it is still a normal number of float32.
 LEAST_STEP = np.float32(1e-20)
 #: Blocks whose highest bound is kept.
 GROUP = 64
 
+logger = logging.getLogger("ultrarag")
+
+
+class Cache(FunctionCache):
+    """Numba's cache of a loop, without which it is compiled: no search fails for a full disk or a damaged file."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What was compiled before; None where nothing was, or it cannot be read."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # of pickle: whatever damaged bytes happen to mean
+            self._give_up("read", error)
+        try:
+            self.flush()
+        except OSError as error:
+            self._give_up("written", error)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what was compiled, where there is room."""
+        try:
+            super().save_overload(sig, data)
+        except (OSError, EOFError) as error:
+            self._give_up("written", error)
+
+    def _give_up(self, done: str, error: Exception) -> None:
+        logger.info("numba's cache '%s' cannot be %s (%s): a loop is compiled anew", self.cache_path, done, error)
+
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile without the interpreter's lock; where numba finds no folder for its cache, for this process alone."""
-    try:
-        compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        compiled = numba.njit(nogil=True)(function)
+    compiled: Any = numba.njit(nogil=True)(function)
+    if compiled is not function:  # as under NUMBA_DISABLE_JIT
+        try:
+            compiled._cache = Cache(function)
+        except RuntimeError:
+            logger.info("numba finds no folder for its cache: each process compiles '%s'", function.__name__)
     return compiled
 
 
@@ -77,11 +109,11 @@ def gathered(starts, tokens, impacts, order, size, vocabulary):
                 most[entry_of[token]] = max(most[entry_of[token]], impacts[at])
         for at in range(first, entry):
             free[at - first] = place
-            place += lengths[at]
+            place += int(lengths[at])
         for number in range(len(rows)):
             for at in range(starts[rows[number]], starts[rows[number] + 1]):
                 to = entry_of[tokens[at]] - first
-                postings[free[to]] = number << 8 | impacts[at]
+                postings[free[to]] = number << 8 | int(impacts[at])
                 free[to] += 1
     begins[blocks], heads[blocks] = entry, place
     return begins, heads, held[:entry].copy(), lengths[:entry].copy(), most[:entry], postings
@@ -285,11 +317,11 @@ def products(pairs, starts, tokens, weights):
     scores = np.zeros(len(starts) - 1)
     for row in range(len(scores)):
         for at in range(starts[row], starts[row + 1]):
-            token = pairs[at].token
+            token = pairs[at]["token"]
             slot = hashed(token, last)
             while places[slot] >= 0:
                 if held[slot] == token:
-                    scores[row] += np.float64(pairs[at].weight) * weights[places[slot]]
+                    scores[row] += np.float64(pairs[at]["weight"]) * weights[places[slot]]
                     break
                 slot = (slot + np.uint32(1)) & last
     return scores
@@ -298,4 +330,4 @@ def products(pairs, starts, tokens, weights):
 @kernel
 def hashed(token, last):
     """Where a token is looked for."""
-    return (np.uint32(token) * np.uint32(2654435761) >> np.uint32(15)) & last
+    return np.uint32(np.uint64(token) * np.uint64(2654435761) >> np.uint64(15) & np.uint64(last))

@@ -6,6 +6,7 @@ scored anew by the weights as they were given.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -28,16 +29,33 @@ FEW = 1000
 #: Of a query with a smaller weight, and where a score may be larger, all rows are scored: bounds are of float32.
 SMALLEST, LARGEST = 1e-15, 1e30
 
+logger = logging.getLogger("ultrarag")
+
 
 def is_here() -> bool:
-    """Whether the compiler of the loops is installed: else another engine holds the weights."""
-    return find_spec("numba") is not None
+    """Whether the compiler of the loops is installed, and can be imported: else another engine holds the weights."""
+    if find_spec("numba") is None:
+        return False
+    if reason := _refusal():
+        logger.warning("numba%s: new indexes hold their lexical weights in another engine", reason)
+    return not reason
 
 
 def check_compiler() -> None:
     """Raise UsageError where a table keeps lexical weights and their loops cannot be compiled."""
     if not is_here():
-        raise UsageError(f"the lexical weights of this engine 'ivf' need numba: {install('numba')}")
+        raise UsageError(f"the lexical weights of this engine 'ivf' need numba{_refusal()}: {install('numba')}")
+
+
+def _refusal() -> str:
+    """Why numba cannot be imported where it is installed, as with a numpy too new for it; empty where it can."""
+    try:
+        import numba  # noqa: F401
+    except ModuleNotFoundError as error:
+        return "" if error.name == "numba" else f" (it is installed, but: {error})"
+    except ImportError as error:
+        return f" (it is installed, but: {error})"
+    return ""
 
 
 def search(table: Table, tokens: np.ndarray, weights: np.ndarray, k: int, filter: Filter = None) -> list[Scored]:
