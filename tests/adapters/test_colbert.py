@@ -236,13 +236,13 @@ def test_codes_are_built_swapped_and_searched_as_the_first_stage(
             check_sound(core.live, core.store, core.store.last_seq())
         core.live.backend.upsert(["p0"], core.live.encode_passages([texts[0]]), [{"n": 0}])
         second = index.build(model, backend="plaid?bits=2", share=False, progress=False)
-        assert (second.backend, second.id) == ("plaid?bits=2", generation.id + 1)
+        assert (second.backend, second.id) == ("plaid?bits=2&rest=8", generation.id + 1)
         index.swap(second)
         index.rollback()
         coded = found()
         assert len(set(coded) & set(exact)) >= 16
     with LiveIndex.open(tmp_path / "index") as index:
-        assert index.status()["live"]["backend"] == "plaid?bits=4"
+        assert index.status()["live"]["backend"] == "plaid?bits=4&rest=8"
         assert found() == coded
         assert index.searcher(generation.id).search(texts[5], k=20).generation == generation.id
 
