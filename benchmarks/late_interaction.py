@@ -2,12 +2,12 @@
 
     python benchmarks/late_interaction.py --data path/to/data/sets --folder kept/vectors
 
-Two parts. *Quality*: nDCG@10 of three data sets, of each of which 2,000 passages and all test queries are taken, by token
-vectors of a real model (`late_vectors.py` says which): float32 vectors compared with all, and the engine `plaid`, which
-finds candidates, scores them by codes, and the best anew by refined ones. *Scale*: 100,000 made-up passages of 120 tokens; contenders build in one
-process, and each searches in one of its own, with one thread. Queries are those of the data sets. Times are of the
-processor, so that other work on the machine counts less; memory is what the searching process holds more after its
-searches than before it opened the index, and no file backs.
+Two parts. *Quality*: nDCG@10 of three data sets, of each of which 2,000 passages and all test queries are taken, by
+token vectors of a real model (`late_vectors.py` says which): float32 vectors compared with all, and the engine `plaid`,
+which finds candidates, scores them by codes, and the best anew by refined ones. *Scale*: 100,000 made-up passages of
+120 tokens; contenders build in one process, and each searches in one of its own, with one thread. Queries are those of
+the data sets. Times are of the processor, so that other work on the machine counts less; memory is what the searching
+process holds more after its searches than before it opened the index, and no file backs.
 """
 
 from __future__ import annotations
@@ -361,8 +361,8 @@ def render(report: dict[str, Any]) -> str:
         ]
         lines += [
             "",
-            "; ".join(sizes)
-            + ". In brackets: the standard error of the difference to float32, how many of float32's ten best are found, and a search.",
+            "; ".join(sizes) + ". In brackets: the standard error of the difference to float32, how many of float32's "
+            "ten best are found, and a search.",
             "",
         ]
     if report["scale"]:

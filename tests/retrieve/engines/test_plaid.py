@@ -203,6 +203,7 @@ def test_a_damaged_file_of_refinements_is_named(damage: str, read_only: bool, tm
 
 def test_searches_for_reading_alone_score_by_refinements(tmp_path: Path) -> None:
     _, backend = filled(tmp_path / "index", 600)
+    backend.optimize()
     found = [backend.search_tokens(query, 10) for query in queries(10)]
     backend.close()
     readers = [open_backend(tmp_path / "index", read_only=True) for _ in range(2)]

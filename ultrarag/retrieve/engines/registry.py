@@ -34,7 +34,7 @@ BACKENDS = {
     "plaid": "ultrarag.retrieve.engines.plaid.engine:Plaid",
 }
 
-#: What an embedded engine may be told, behind its name (plaid?bits=4), and the values of each option, the default first.
+#: What an embedded engine may be told, behind its name (plaid?bits=4): the values of each option, the default first.
 OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {"plaid": {"bits": (2, 3, 4), "rest": (8, 0)}}
 
 #: The same for servers, by the scheme of their URI.

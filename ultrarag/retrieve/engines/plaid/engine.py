@@ -53,7 +53,13 @@ class Plaid:
     _tokens: Tokens
 
     def __init__(
-        self, directory: Path, schema: Schema, read_only: bool = False, name: str = "plaid", bits: int = 2, rest: int = 0
+        self,
+        directory: Path,
+        schema: Schema,
+        read_only: bool = False,
+        name: str = "plaid",
+        bits: int = 2,
+        rest: int = 0,
     ) -> None:
         """`name`: with the options in it, as the schema has it.
 

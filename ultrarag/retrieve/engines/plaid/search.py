@@ -51,7 +51,11 @@ def maxsim(tokens: Tokens, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _best(table: Table, tokens: Tokens, query: np.ndarray, rows: np.ndarray, k: int, whole: bool) -> list[Scored]:
-    """The k best of some rows; `whole`: all are compared by all that is stored of them, else the best by their codes."""
+    """The k best of some rows.
+
+    Args:
+        whole: compare all by all that is stored of them; else only those that are the best by their codes.
+    """
     rows = rows[tokens.counts(rows) > 0]
     if not whole:
         rows = _nearest(tokens, query, rows, max(LEAST_RESCORED, RESCORED * k), False)
