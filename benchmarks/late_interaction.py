@@ -29,7 +29,7 @@ from machine import origin
 RESULTS = Path(__file__).parent / "results"
 SETS = ("scifact", "medquad", "covidqa")
 ENGINES = {f"plaid, {bits} bits": f"plaid?bits={bits}" for bits in (2, 3, 4)}
-#: The same without refinements; measured in the first part.
+#: The same without refinements, for the first part.
 CODES_ALONE = {f"{label}, codes alone": f"{name}&rest=0" for label, name in ENGINES.items()}
 EXACT = "float32, compared with all"
 FILTERS: dict[str, dict[str, Any] | None] = {"no filter": None, "1 %": {"hundredth": 1}, "10 %": {"tenth": 1}}
@@ -47,11 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     path = options.output
     report = json.loads(path.read_text()) if path.exists() else {"quality": {}, "scale": {}}
+    # parts may be measured one by one; results of before named one command for both
+    commands = report.setdefault("commands", {part: report["command"] for part in ("quality", "scale") if report[part]})
     report.update(origin(1, ("torch", "transformers", "numpy")))
     report.update(size=options.size, tokens=options.tokens)
     prepare(options)
     for part in options.parts:
         report[part] = {"quality": quality, "scale": scale}[part](options)
+        commands[part] = report["command"]
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(render(report), encoding="utf-8")
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
@@ -64,7 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="keeps the model, vectors and indexes")
     parser.add_argument("--passages", type=int, default=2000, help="of each data set: those judged, and others")
     parser.add_argument("--judged", type=int, default=1000, help="queries of each data set, at most")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2], help="contenders of the scale part")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2], choices=[2, 3, 4], help="of the contenders")
     parser.add_argument("--size", type=int, default=100_000, help="made-up passages")
     parser.add_argument("--tokens", type=int, default=120, help="of each of them")
     parser.add_argument("--queries", type=int, default=300, help="of the scale part")
@@ -118,7 +121,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         qrels = {query: judged[query] for query in names}
         exact = exactly(passages, ids, queries)
         rows = {EXACT: {"nDCG@10": ndcg(qrels, exact)}}
-        for label, engine in (ENGINES | CODES_ALONE).items():
+        for label, engine in chosen(options, ENGINES | CODES_ALONE).items():
             run, mean = searched(options, passages, ids, queries, engine)
             same = [len(run[query].keys() & exact[query].keys()) / K for query in names]
             rows[label] = {
@@ -218,9 +221,9 @@ def metadata(row: int) -> dict[str, int]:
     return {"hundredth": row % 100, "tenth": row % 10}
 
 
-def chosen(options: argparse.Namespace) -> dict[str, str]:
+def chosen(options: argparse.Namespace, contenders: dict[str, str] = ENGINES) -> dict[str, str]:
     """The contenders that are asked for."""
-    return {label: name for label, name in ENGINES.items() if int(name[-1]) in options.bits}
+    return {label: name for label, name in contenders.items() if int(label.split()[1]) in options.bits}
 
 
 def folder_of(options: argparse.Namespace, label: str) -> Path:
@@ -343,16 +346,18 @@ def resident() -> float:
 
 def render(report: dict[str, Any]) -> str:
     """The report as tables."""
+    commands = "; ".join(f"`{command}`" for command in dict.fromkeys(report["commands"].values()))
     lines = [
         "# Late interaction as a first stage",
         "",
-        f"`{report['command']}`, {report['date']}, {report['machine']}, load {report['load_average']}; times are of "
+        f"{commands}, {report['date']}, {report['machine']}, load {report['load_average']}; times are of "
         "the processor. The model is made of a small one that was not trained for late interaction (late_vectors.py).",
         "",
     ]
     if report["quality"]:
         lines += ["| nDCG@10 | " + " | ".join(report["quality"]) + " |", "|---" * (len(report["quality"]) + 1) + "|"]
-        for label in (EXACT, *ENGINES, *CODES_ALONE):
+        measured = next(iter(report["quality"].values()))["engines"]
+        for label in measured:
             cells = [data["engines"][label] for data in report["quality"].values()]
             lines.append(f"| {label} | " + " | ".join(map(cell, cells)) + " |")
         sizes = [
