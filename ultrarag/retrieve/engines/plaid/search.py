@@ -9,8 +9,8 @@ from ultrarag.retrieve.engines.plaid.lists import Lists
 from ultrarag.retrieve.engines.plaid.tokens import Tokens
 from ultrarag.retrieve.ranking import Scored, ranked, through_ties, top
 
-#: As few that pass a filter are compared one by one.
-FEW = 500
+#: As few that pass are all compared: 1,000 of 100,000 take 28 ms, by lists, of which more are looked into then, 41.
+FEW = 1000
 #: Candidates scored by their codes for each hit, and at least.
 OVERSAMPLING, LEAST_CANDIDATES = 8, 400
 #: The best of these that are scored anew by all that is stored of them, for each hit, and at least.
