@@ -2,12 +2,12 @@
 
     python benchmarks/late_interaction.py --data path/to/data/sets --folder kept/vectors
 
-Two parts. *Quality*: nDCG@10 of three data sets, of each of which 2,000 passages and 150 queries are taken, by token
-vectors of a real model (`late_vectors.py` says which): float32 vectors compared with all, and the engine `plaid`, which
-finds candidates and scores them by codes. *Scale*: 100,000 made-up passages of 120 tokens; contenders build in one
-process, and each searches in one of its own, with one thread. Queries are those of the data sets. Times are of the
-processor, so that other work on the machine counts less; memory is what the searching process holds more after its
-searches than before it opened the index, and no file backs.
+Two parts. *Quality*: nDCG@10 of three data sets, of each of which 2,000 passages and all test queries are taken, by
+token vectors of a real model (`late_vectors.py` says which): float32 vectors compared with all, and the engine `plaid`,
+which finds candidates, scores them by codes, and the best anew by refined ones. *Scale*: 100,000 made-up passages of
+120 tokens; contenders build in one process, and each searches in one of its own, with one thread. Queries are those of
+the data sets. Times are of the processor, so that other work on the machine counts less; memory is what the searching
+process holds more after its searches than before it opened the index, and no file backs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from machine import origin
 RESULTS = Path(__file__).parent / "results"
 SETS = ("scifact", "medquad", "covidqa")
 ENGINES = {f"plaid, {bits} bits": f"plaid?bits={bits}" for bits in (2, 3, 4)}
+#: The same without refinements, for the first part.
+CODES_ALONE = {f"{label}, codes alone": f"{name}&rest=0" for label, name in ENGINES.items()}
 EXACT = "float32, compared with all"
 FILTERS: dict[str, dict[str, Any] | None] = {"no filter": None, "1 %": {"hundredth": 1}, "10 %": {"tenth": 1}}
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -45,11 +47,17 @@ def main(arguments: list[str] | None = None) -> None:
         return
     path = options.output
     report = json.loads(path.read_text()) if path.exists() else {"quality": {}, "scale": {}}
+    # parts may be measured one by one; results of before named one command for both
+    commands = report.setdefault("commands", {part: report["command"] for part in ("quality", "scale") if report[part]})
     report.update(origin(1, ("torch", "transformers", "numpy")))
     report.update(size=options.size, tokens=options.tokens)
     prepare(options)
     for part in options.parts:
-        report[part] = {"quality": quality, "scale": scale}[part](options)
+        if part == "searches":
+            report["scale"] = searches(options, report["scale"])
+        else:
+            report[part] = {"quality": quality, "scale": scale}[part](options)
+        commands[part] = report["command"]
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(render(report), encoding="utf-8")
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
@@ -61,14 +69,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of data sets in BEIR's layout")
     parser.add_argument("--folder", type=Path, required=True, help="keeps the model, vectors and indexes")
     parser.add_argument("--passages", type=int, default=2000, help="of each data set: those judged, and others")
-    parser.add_argument("--judged", type=int, default=150, help="queries of each data set")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2], help="contenders of the scale part")
+    parser.add_argument("--judged", type=int, default=1000, help="queries of each data set, at most")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2], choices=[2, 3, 4], help="of the contenders")
     parser.add_argument("--size", type=int, default=100_000, help="made-up passages")
     parser.add_argument("--tokens", type=int, default=120, help="of each of them")
     parser.add_argument("--queries", type=int, default=300, help="of the scale part")
     parser.add_argument("--truth", type=int, default=20, help="queries that are compared with all float32 vectors")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of encoding")
-    parser.add_argument("--parts", nargs="+", default=["quality", "scale"], choices=["quality", "scale"])
+    parts = ["quality", "scale", "searches"]
+    told = "searches: those of the part scale again, in the indexes that it left in the folder"
+    parser.add_argument("--parts", nargs="+", default=parts[:2], choices=parts, help=told)
     parser.add_argument("--output", type=Path, default=RESULTS / "late_interaction.json")
     parser.add_argument("--work", nargs=2, metavar=("STEP", "NAME"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -116,11 +126,12 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         qrels = {query: judged[query] for query in names}
         exact = exactly(passages, ids, queries)
         rows = {EXACT: {"nDCG@10": ndcg(qrels, exact)}}
-        for label, engine in ENGINES.items():
+        for label, engine in chosen(options, ENGINES | CODES_ALONE).items():
             run, mean = searched(options, passages, ids, queries, engine)
             same = [len(run[query].keys() & exact[query].keys()) / K for query in names]
             rows[label] = {
                 "nDCG@10": ndcg(qrels, run),
+                "standard error": error(qrels, run, exact),
                 "found of float32": round(float(np.mean(same)), 3),
                 "mean ms": round(mean, 1),
             }
@@ -173,6 +184,17 @@ def ndcg(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]]) -> 
     return round(float(ir_measures.calc_aggregate([wanted], qrels, run)[wanted]), 4)
 
 
+def error(qrels: dict[str, dict[str, int]], run: dict[str, Any], exact: dict[str, Any]) -> float:
+    """The standard error of the difference of two runs in nDCG@10."""
+    import ir_measures
+
+    each = [
+        {item.query_id: item.value for item in ir_measures.iter_calc([ir_measures.nDCG @ K], qrels, found)}
+        for found in (run, exact)
+    ]
+    return round(float(np.std([each[0][query] - each[1][query] for query in qrels]) / len(qrels) ** 0.5), 4)
+
+
 def scale(options: argparse.Namespace) -> dict[str, Any]:
     """Build 100,000 passages with each contender in one process, and search them in others."""
     built = work(options, "build", "all")
@@ -180,6 +202,12 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
     for label in chosen(options):
         found[label] = {"build": built[label], "search": work(options, "search", label)}
     return found
+
+
+def searches(options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """What the part scale found, with its searches measured anew."""
+    again = {label: found[label] | {"search": work(options, "search", label)} for label in chosen(options)}
+    return found | again
 
 
 def work(options: argparse.Namespace, step: str, label: str) -> Any:
@@ -204,9 +232,9 @@ def metadata(row: int) -> dict[str, int]:
     return {"hundredth": row % 100, "tenth": row % 10}
 
 
-def chosen(options: argparse.Namespace) -> dict[str, str]:
+def chosen(options: argparse.Namespace, contenders: dict[str, str] = ENGINES) -> dict[str, str]:
     """The contenders that are asked for."""
-    return {label: name for label, name in ENGINES.items() if int(name[-1]) in options.bits}
+    return {label: name for label, name in contenders.items() if int(label.split()[1]) in options.bits}
 
 
 def folder_of(options: argparse.Namespace, label: str) -> Path:
@@ -254,6 +282,7 @@ def finished(options: argparse.Namespace, label: str, backend: Any, spent: float
         "of it optimize, s": round(optimized),
         "MB on disk": round(sum(path.stat().st_size for path in files) / 1e6),
         "MB of codes": round(sum(path.stat().st_size for path in files if path.name.startswith("tokenv")) / 1e6),
+        "MB of refinements": round(sum(path.stat().st_size for path in files if path.name.startswith("tokenr")) / 1e6),
         "peak memory of both builds, MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
     }
 
@@ -304,7 +333,7 @@ def search(options: argparse.Namespace, label: str) -> dict[str, Any]:
         exact = [
             [id for id, _ in backend.search_tokens(query, K, filter, exact=True)] for query in asked[: options.truth]
         ]
-        rows["recall@10 of all codes"] = overlap(hits[: len(exact)], exact)
+        rows["recall@10 of all that is stored"] = overlap(hits[: len(exact)], exact)
         if filter is None:
             found["MB of memory"] = round(resident() - before)
             best = np.load(truth_path(options))
@@ -328,23 +357,30 @@ def resident() -> float:
 
 def render(report: dict[str, Any]) -> str:
     """The report as tables."""
+    commands = "; ".join(f"`{command}`" for command in dict.fromkeys(report["commands"].values()))
     lines = [
         "# Late interaction as a first stage",
         "",
-        f"`{report['command']}`, {report['date']}, {report['machine']}, load {report['load_average']}; times are of "
+        f"{commands}, {report['date']}, {report['machine']}, load {report['load_average']}; times are of "
         "the processor. The model is made of a small one that was not trained for late interaction (late_vectors.py).",
         "",
     ]
     if report["quality"]:
         lines += ["| nDCG@10 | " + " | ".join(report["quality"]) + " |", "|---" * (len(report["quality"]) + 1) + "|"]
-        for label in (EXACT, *ENGINES):
+        measured = next(iter(report["quality"].values()))["engines"]
+        for label in measured:
             cells = [data["engines"][label] for data in report["quality"].values()]
             lines.append(f"| {label} | " + " | ".join(map(cell, cells)) + " |")
         sizes = [
             f"{name}: {data['passages']:,} passages, {data['tokens']:,} tokens, {data['queries']} queries"
             for name, data in report["quality"].items()
         ]
-        lines += ["", "; ".join(sizes) + ". In brackets: how many of float32's ten best are found, and a search.", ""]
+        lines += [
+            "",
+            "; ".join(sizes) + ". In brackets: the standard error of the difference to float32, how many of float32's "
+            "ten best are found, and a search.",
+            "",
+        ]
     if report["scale"]:
         lines += [
             f"{report['size']:,} made-up passages of {report['tokens']} tokens, {DIM} wide; float32 would be "
@@ -362,7 +398,9 @@ def render(report: dict[str, Any]) -> str:
 
 def cell(found: dict[str, Any]) -> str:
     """One figure of the table of quality."""
-    more = f" ({found['found of float32']:.3f}, {found['mean ms']} ms)" if "mean ms" in found else ""
+    if "mean ms" not in found:
+        return f"{found['nDCG@10']:.4f}"
+    more = f" (± {found['standard error']:.4f}, {found['found of float32']:.3f}, {found['mean ms']} ms)"
     return f"{found['nDCG@10']:.4f}{more}"
 
 

@@ -236,15 +236,42 @@ def test_codes_are_built_swapped_and_searched_as_the_first_stage(
             check_sound(core.live, core.store, core.store.last_seq())
         core.live.backend.upsert(["p0"], core.live.encode_passages([texts[0]]), [{"n": 0}])
         second = index.build(model, backend="plaid?bits=2", share=False, progress=False)
-        assert (second.backend, second.id) == ("plaid?bits=2", generation.id + 1)
+        assert (second.backend, second.id) == ("plaid?bits=2&rest=8", generation.id + 1)
         index.swap(second)
         index.rollback()
         coded = found()
         assert len(set(coded) & set(exact)) >= 16
     with LiveIndex.open(tmp_path / "index") as index:
-        assert index.status()["live"]["backend"] == "plaid?bits=4"
+        assert index.status()["live"]["backend"] == "plaid?bits=4&rest=8"
         assert found() == coded
         assert index.searcher(generation.id).search(texts[5], k=20).generation == generation.id
+
+
+def test_a_generation_of_before_there_were_refinements_keeps_its_name_and_its_next_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultrarag.retrieve.engines.plaid.engine.CODED_TOKENS", 100)
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny_colbert(model)
+    encoder = Encoder.load(model, device="cpu")
+    rests = lambda: [path.parts[-3] for path in tmp_path.glob("index/generations/*/vectors/tokenrests-*")]  # noqa: E731
+    with monkeypatch.context() as before:
+        for place in ("engines.registry", "generation.open"):
+            before.setattr(f"ultrarag.retrieve.{place}.settled", lambda name: name)
+        with LiveIndex.create(tmp_path / "index", encoder, backend="plaid") as index:
+            index.add([Passage(f"p{row}", f"{TEXTS[row % len(TEXTS)]} {row}") for row in range(60)])
+            found = [(hit.id, hit.score) for hit in index.search(TEXTS[0], k=60)]
+    with LiveIndex.open(tmp_path / "index") as index:
+        assert index.status()["live"]["backend"] == "plaid"
+        assert [(hit.id, hit.score) for hit in index.search(TEXTS[0], k=60)] == found
+        index.add([Passage(f"late{row}", f"{TEXTS[row % len(TEXTS)]} {row}") for row in range(60)])
+        assert rests() == []
+        generation = index.build(model, backend="plaid", share=False, progress=False)
+        assert generation.backend == "plaid?bits=2&rest=8"
+        index.swap(generation)
+        index.add([Passage(f"new{row}", f"{TEXTS[row % len(TEXTS)]} {row}") for row in range(60)])
+        assert rests() == [str(generation.id)]
 
 
 def test_a_generation_goes_live_and_back(tmp_path: Path) -> None:

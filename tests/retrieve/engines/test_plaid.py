@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from tests.retrieve.engines.test_engines import SCHEMA, embed, langs, names
 from ultrarag.errors import DataError, IndexStateError, ResourceError, UsageError
-from ultrarag.retrieve.engines import Schema, create, open_backend
+from ultrarag.io import sha256_of
+from ultrarag.retrieve.engines import Schema, create, open_backend, read_schema
 from ultrarag.retrieve.engines.plaid import engine
 from ultrarag.retrieve.engines.plaid.coder import Coder
 from ultrarag.types import Embeddings
@@ -51,6 +53,7 @@ def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ultrarag.retrieve.engines.plaid.tokens.BLOCK_TOKENS", 500)
     monkeypatch.setattr("ultrarag.retrieve.engines.plaid.search.FEW", 20)
     monkeypatch.setattr("ultrarag.retrieve.engines.plaid.search.LEAST_CANDIDATES", 100)
+    monkeypatch.setattr("ultrarag.retrieve.engines.plaid.search.LEAST_RESCORED", 16)
     monkeypatch.setattr("ultrarag.retrieve.engines.ivf.lookup.TAIL_ROWS", 100)
 
 
@@ -67,14 +70,23 @@ def best(found: np.ndarray, k: int) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "overlap"), [("plaid?bits=2", 11, 0.85), ("plaid?bits=3", 17, 0.9), ("plaid?bits=4", 19, 0.93)]
+    ("name", "size", "rest", "overlap"),
+    [
+        ("plaid?bits=2&rest=0", 11, 0, 0.85),
+        ("plaid?bits=3&rest=0", 17, 0, 0.9),
+        ("plaid?bits=4&rest=0", 19, 0, 0.93),
+        ("plaid", 11, 34, 0.985),
+        ("plaid?bits=3", 17, 37, 0.985),
+        ("plaid?bits=4", 19, 34, 0.985),
+    ],
 )
-def test_codes_are_small_and_near(name: str, size: int, overlap: float, tmp_path: Path) -> None:
+def test_codes_are_small_and_near(name: str, size: int, rest: int, overlap: float, tmp_path: Path) -> None:
     stored, backend = filled(tmp_path / "index", 1500, name)
     backend.optimize()
     tokens = int(stored.mask.sum())
     (file,) = (tmp_path / "index").glob("tokenvectors-*")
     assert file.stat().st_size == size * tokens  # of 128 bytes as float32
+    assert [file.stat().st_size for file in (tmp_path / "index").glob("tokenrests-*")] == [rest * tokens] * (rest > 0)
     near = [backend.search_tokens(query, 10) for query in queries(40)]
     exact = [backend.search_tokens(query, 10, exact=True) for query in queries(40)]
     found = [{id for id, _ in hits} for hits in near]
@@ -112,6 +124,93 @@ def test_later_passages_are_coded_with_the_same_centroids(tmp_path: Path) -> Non
     assert "late0" not in dict(backend.search_tokens(query, 500))
     assert {id for id, _ in backend.search_tokens(query, 100, {"lang": "fr"})} == {f"late{row}" for row in range(1, 40)}
     backend.close()
+
+
+def test_what_is_stored_is_near_float32_and_what_searches_score_by(tmp_path: Path) -> None:
+    stored, backend = filled(tmp_path / "index", 600)
+    held = backend.vectors(names(600)).colbert
+    assert np.abs(held - stored.colbert).max() < 0.01, "codes of 2 bits alone are 0.4 away"
+    np.testing.assert_allclose(backend.kept(stored).colbert, held, atol=1e-6)
+    for query in queries(10):
+        wanted = scores(stored, query)
+        for exact in (True, False):
+            for id, score in backend.search_tokens(query, 10, exact=exact):
+                assert abs(score - wanted[int(id[1:])]) < 2e-3
+    backend.close()
+
+
+def test_an_index_of_before_there_were_refinements_is_searched_as_it_was(tmp_path: Path) -> None:
+    """Its name says nothing of them, and its coder's file says the bits alone."""
+    stored, backend = filled(tmp_path / "index", 600, "plaid?bits=4&rest=0")
+    backend.optimize()
+    backend.close()
+    folder = tmp_path / "index"
+    _name(folder, "plaid?bits=4")
+    (file,) = folder.glob("coder-*")
+    with open(file, "wb") as coder:
+        np.save(coder, np.array([4], np.int64))
+        np.save(coder, backend._tokens.coder.centroids)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "coder": sha256_of(file)}))
+    (folder / "checksums.json").unlink()
+    again = open_backend(folder)
+    np.testing.assert_array_equal(again.vectors(names(600)).colbert, _decoded(backend, stored))
+    again.upsert(names(300), stored[300:600], langs(300))
+    again.optimize()
+    assert again.count() == 600
+    assert not list(folder.glob("tokenrests-*"))
+    again.close()
+    few = create(tmp_path / "few", Schema(colbert=DIM), "plaid?bits=4&rest=0")
+    few.upsert(names(50), stored[:50], [{}] * 50)
+    few.close()
+    _name(tmp_path / "few", "plaid?bits=4")
+    (tmp_path / "few" / "checksums.json").unlink()
+    grown = open_backend(tmp_path / "few")
+    grown.upsert(names(600), stored, [{}] * 600)
+    assert grown._lists is not None
+    assert not list((tmp_path / "few").glob("tokenrests-*"))
+    grown.close()
+
+
+def _name(folder: Path, name: str) -> None:
+    schema = json.loads((folder / "schema.json").read_text())
+    assert schema["backend"].startswith(name)
+    (folder / "schema.json").write_text(json.dumps({**schema, "backend": name}))
+
+
+def _decoded(backend, stored: Embeddings) -> np.ndarray:
+    coder = backend._tokens.coder
+    held = coder.decode(coder.encode(stored.colbert.reshape(-1, DIM))).reshape(stored.colbert.shape)
+    return held * stored.mask[..., None].astype(np.float32)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_damaged_file_of_refinements_is_named(damage: str, read_only: bool, tmp_path: Path) -> None:
+    filled(tmp_path / "index", 600)[1].close()
+    (file,) = (tmp_path / "index").glob("tokenrests-*")
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(IndexStateError, match="tokenrests-"):
+        open_backend(tmp_path / "index", read_only=read_only)
+    if damage != "changed":  # which checksums alone tell
+        with pytest.raises(IndexStateError, match="tokenrests-"):
+            open_backend(tmp_path / "index", verify=False, read_only=read_only)
+
+
+def test_searches_for_reading_alone_score_by_refinements(tmp_path: Path) -> None:
+    _, backend = filled(tmp_path / "index", 600)
+    backend.optimize()
+    found = [backend.search_tokens(query, 10) for query in queries(10)]
+    backend.close()
+    readers = [open_backend(tmp_path / "index", read_only=True) for _ in range(2)]
+    for reader in readers:
+        assert [reader.search_tokens(query, 10) for query in queries(10)] == found
+    for reader in readers:
+        reader.close()
 
 
 def test_new_metadata_leaves_the_codes_as_they_are(tmp_path: Path) -> None:
@@ -189,6 +288,7 @@ def test_options_are_of_the_engine_and_of_its_folder(tmp_path: Path) -> None:
     for wrong, told in (
         ("plaid?bit=2", "did you mean 'bits'"),
         ("plaid?bits=5", "must be 2 or 3 or 4"),
+        ("plaid?rest=4", "must be 8 or 0"),
         ("numpy?bits=2", "has no option"),
         ("plaud", "did you mean 'plaid'"),
     ):
@@ -196,8 +296,9 @@ def test_options_are_of_the_engine_and_of_its_folder(tmp_path: Path) -> None:
             create(tmp_path / "wrong", SCHEMA, wrong)
     create(tmp_path / "index", SCHEMA, "plaid?bits=4").close()
     again = open_backend(tmp_path / "index")
-    assert again._bits == 4
+    assert (again._bits, again._rest) == (4, 8)
     again.close()
+    assert read_schema(tmp_path / "index")[0] == "plaid?bits=4&rest=8", "the name says what made the vectors"
 
 
 def test_other_heads_agree_after_a_crash(tmp_path: Path) -> None:
@@ -230,11 +331,12 @@ def test_vectors_unlike_all_others_are_coded_as_well(bits: int) -> None:
         coder.encode(np.full((1, 24), 1e9, np.float32))
 
 
-@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("call", range(7))
 def test_an_upsert_on_a_full_disk_leaves_no_passage_twice(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls 0 and 1 are the codes and where they end, 2 to 4 the files of rows, 5 the run of keys that is due."""
+    """Calls 0 to 2 are the codes, where they end and their refinements, 3 to 5 the files of rows, 6 the run of keys
+    that is due."""
     stored, backend = filled(tmp_path / "index", 500)
     held, left, write, replace = backend.vectors(names(500)).colbert, [call], os.pwrite, os.replace
 

@@ -23,7 +23,7 @@ from ultrarag.quantise import TEXTS, Calibration
 from ultrarag.retrieve.bridge import BridgeTerms, cross, drop, read_report
 from ultrarag.retrieve.build.origin import map_stored, origin_of
 from ultrarag.retrieve.core import Core
-from ultrarag.retrieve.engines import is_uri, next_backend, with_quantise
+from ultrarag.retrieve.engines import is_uri, next_backend, settled, with_quantise
 from ultrarag.retrieve.generation import (
     Generation,
     IndexLayout,
@@ -168,9 +168,10 @@ def enter(
             f"the vectors of a shared index are all in its server, '{core.link.uri}'; leave backend out, or give that "
             f"address with another quantise"
         )
+    backend = backend and settled(backend)
     with core.writing:  # else a vacuum could forget the log entries that follow, or remove the vectors to be shared
         origin, chosen = origin_of(core.layout, core.catalog, source, backend, heads, share)
-        engine = live = backend or core.live.generation.backend
+        engine = live = backend or settled(core.live.generation.backend)
         if origin.vectors_of is not None:
             engine = core.catalog.get(origin.vectors_of).backend
         elif backend is None and "dense" in chosen:

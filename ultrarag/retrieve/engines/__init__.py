@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         next_backend,
         open_backend,
         remove,
+        settled,
     )
     from ultrarag.retrieve.engines.server import (
         COLLECTION_FILE,

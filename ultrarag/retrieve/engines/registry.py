@@ -34,8 +34,8 @@ BACKENDS = {
     "plaid": "ultrarag.retrieve.engines.plaid.engine:Plaid",
 }
 
-#: What an embedded engine may be told, behind its name (plaid?bits=4), and the values of each option.
-OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {"plaid": {"bits": (2, 3, 4)}}
+#: What an embedded engine may be told, behind its name (plaid?bits=4): the values of each option, the default first.
+OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {"plaid": {"bits": (2, 3, 4), "rest": (8, 0)}}
 
 #: The same for servers, by the scheme of their URI.
 SERVERS = {
@@ -56,6 +56,7 @@ __all__ = [
     "next_backend",
     "open_backend",
     "remove",
+    "settled",
 ]
 
 logger = logging.getLogger("ultrarag")
@@ -99,7 +100,7 @@ def create(directory: str | Path, schema: Schema, backend: str | None = None) ->
         UsageError: when there is no backend of that name, its client is not installed, or the schema has no head.
         IndexStateError: when the directory already holds something, or the server does not answer.
     """
-    name = backend or default_backend()
+    name = settled(backend or default_backend())
     if is_uri(name):
         made: Backend = _server(name).create_at(Path(directory), schema, name)
         return made
@@ -153,6 +154,19 @@ def check_backend(name: str) -> None:
             f"no backend '{name}'{did_you_mean(_engine(name), BACKENDS)}; known: {', '.join(BACKENDS)}, and URIs such "
             f"as qdrant://localhost:6333 and milvus://localhost:19530"
         )
+
+
+def settled(name: str) -> str:
+    """The name of an engine with all its options: those that it leaves out have their defaults.
+
+    A generation has this name, so that a later default does not change what an earlier one means: an option that a
+    stored name leaves out is one that did not exist then.
+    """
+    known = OPTIONS.get(_engine(name), {})
+    if is_uri(name) or not known:
+        return name
+    given = _options(name)
+    return f"{_engine(name)}?" + "&".join(f"{option}={given.get(option, known[option][0])}" for option in known)
 
 
 def _engine(name: str) -> str:

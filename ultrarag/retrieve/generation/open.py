@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from ultrarag.errors import FingerprintError, IndexStateError
 from ultrarag.io import OwnerLock, resource_error
 from ultrarag.retrieve.bm25 import BM25
-from ultrarag.retrieve.engines import Backend, ServerError, default_backend, open_backend, remove
+from ultrarag.retrieve.engines import Backend, ServerError, default_backend, open_backend, remove, settled
 from ultrarag.retrieve.generation.catalog import Catalog, Generation, IndexLayout, Origin
 from ultrarag.retrieve.generation.pairing import paired
 from ultrarag.retrieve.generation.replay import Follower, GenerationVectors, Unencoded, Words
@@ -33,7 +33,7 @@ def lay_out(directory: Path, encoder: Encoder, backend: str | None, heads: tuple
     try:
         catalog, source = Catalog(store), Source(encoder)
         origin = Origin(encoder.passage_fingerprint)
-        engine = backend or default_backend()
+        engine = settled(backend or default_backend())
         first = catalog.add(source.fingerprint, engine, heads, source.precision, "ready", 0, origin)
         layout.final(first.id).mkdir(parents=True)
         prepare(layout, first, source)

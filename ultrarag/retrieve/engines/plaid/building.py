@@ -16,21 +16,22 @@ LIST_TOKENS, MOST_LISTS = 256, 32_768
 SAMPLE_TOKENS = 24
 
 
-def rewritten(table: Table, tokens: Tokens, bits: int | None) -> tuple[Table, Tokens]:
-    """The living rows in files of the next number; `bits`: as codes of so many, where they are not coded yet.
+def rewritten(table: Table, tokens: Tokens, bits: int | None, rest: int) -> tuple[Table, Tokens]:
+    """The living rows in files of the next number; `bits`: as codes of so many, where they are not coded yet, with a
+    refinement of `rest` bits.
 
     An error of the disk leaves no table and no tokens open.
     """
     alive, state = np.flatnonzero(table.alive()), {"number": table.number + 1}
     coder = tokens.coder if isinstance(tokens.coder, Coder) else None
     if coder is None and bits is not None:
-        coder = Coder.train(bits, _sample(tokens, alive, SAMPLE))
+        coder = Coder.train(bits, _sample(tokens, alive, SAMPLE), rest)
     new = Table(table.folder, 0, state)
     try:
         held = Tokens(table.folder, tokens.coder.dim, state, coder=coder)
         try:
             for rows in tokens.blocks(alive):
-                codes, counts = tokens.read(rows)
+                codes, counts = tokens.read(rows, whole=True)
                 if held.coder.size != tokens.coder.size:
                     codes = held.coder.encode(tokens.coder.decode(codes))
                 sizes = held.write(np.split(codes, np.cumsum(counts)[:-1]))

@@ -1,5 +1,7 @@
 """Codes of token vectors: the nearest of a few centroids, and what remains, with a few bits for each dimension.
 
+A refinement may follow: what the levels leave of each value, in a byte, as a share of the largest of the token's.
+
 What remains is rotated at random, so that its values are spread like a normal distribution's whatever the model,
 divided by its size, and each value is rounded to the nearest of the levels that lose least there. The size is kept with
 each token, so that vectors unlike those that the centroids were chosen for are coded as well, only with a larger rest.
@@ -34,6 +36,10 @@ SAMPLE = 65_536
 BLOCK = 4096
 #: Bytes before the levels: the centroid, and the size as float16.
 _HEAD = 3
+#: What the largest value of a refinement, of eight bits, is written as.
+_LARGEST = 127
+#: The smallest float16 above 0: what is divided by a smaller one is 0.
+_SMALLEST = 6e-8
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class Whole:
     def size(self) -> int:
         """Bytes of a token."""
         return 4 * self.dim
+
+    @property
+    def rest_size(self) -> int:
+        """Bytes of a refinement: there is none."""
+        return 0
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """The bytes of token vectors, (tokens, dim): (tokens, size) uint8."""
@@ -68,13 +79,15 @@ class Coder:
     bits: int
     #: (centroids, dim) float32
     centroids: np.ndarray
+    #: bits of a refinement for each dimension: 0 or 8
+    rest: int = 0
 
     @classmethod
-    def train(cls, bits: int, sample: np.ndarray) -> Coder:
+    def train(cls, bits: int, sample: np.ndarray, rest: int = 0) -> Coder:
         """Choose the centroids by k-means over token vectors, (tokens, dim)."""
         if len(sample) > SAMPLE:
             sample = sample[np.random.default_rng(0).choice(len(sample), SAMPLE, replace=False)]
-        return cls(bits, kmeans(sample, max(1, min(CENTROIDS, len(sample) // 8))))
+        return cls(bits, kmeans(sample, max(1, min(CENTROIDS, len(sample) // 8))), rest)
 
     @property
     def dim(self) -> int:
@@ -83,8 +96,13 @@ class Coder:
 
     @property
     def size(self) -> int:
-        """Bytes of a token's code."""
+        """Bytes of a token's code, without its refinement."""
         return _HEAD + 2 * (len(self.rotation) // self.each)
+
+    @property
+    def rest_size(self) -> int:
+        """Bytes of a token's refinement: its largest value as float16, and a byte for each value."""
+        return 2 + len(self.rotation) if self.rest else 0
 
     @property
     def each(self) -> int:
@@ -111,12 +129,12 @@ class Coder:
         return self.levels[(np.arange(65536, dtype=np.uint32)[:, None] >> shifts) & (2**self.bits - 1)]
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes of token vectors, (tokens, dim) float32: (tokens, size) uint8.
+        """Codes of token vectors, (tokens, dim) float32, each with its refinement: (tokens, size + rest_size) uint8.
 
         Raises:
             DataError: one is longer than a code can say.
         """
-        codes = np.empty((len(vectors), self.size), np.uint8)
+        codes = np.empty((len(vectors), self.size + self.rest_size), np.uint8)
         for start in range(0, len(vectors), BLOCK):
             codes[start : start + BLOCK] = self._encode(np.asarray(vectors[start : start + BLOCK], np.float32))
         return codes
@@ -141,14 +159,17 @@ class Coder:
         shifts = (self.bits * np.arange(self.each)).astype(np.uint16)
         groups = places.reshape(len(vectors), -1, self.each) << shifts
         words = np.bitwise_or.reduce(groups, axis=2)
-        codes = np.empty((len(vectors), self.size), np.uint8)
+        codes = np.empty((len(vectors), self.size + self.rest_size), np.uint8)
         codes[:, 0] = nearest
         codes[:, 1:_HEAD] = size.astype("<f2")[:, None].view(np.uint8)
-        codes[:, _HEAD:] = words.astype("<u2").view(np.uint8)
+        codes[:, _HEAD : self.size] = words.astype("<u2").view(np.uint8)
+        if self.rest:
+            rest *= (spread[:, 0] / np.maximum(size.astype("<f2").astype(np.float32), _SMALLEST))[:, None]
+            codes[:, self.size :] = _refinement(rest - rounded)
         return codes
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """The token vectors that codes stand for, (tokens, dim) float32."""
+        """The token vectors that codes stand for, with or without their refinement, (tokens, dim) float32."""
         vectors = np.empty((len(codes), self.dim), np.float32)
         for start in range(0, len(codes), BLOCK):
             nearest, size, rest = self._read(codes[start : start + BLOCK])
@@ -170,17 +191,28 @@ class Coder:
     def _read(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The centroid of each token, the size of its rest, (tokens, 1), and the rest, (tokens, width)."""
         size = np.ascontiguousarray(codes[:, 1:_HEAD]).view("<f2").astype(np.float32)
-        words = np.ascontiguousarray(codes[:, _HEAD:]).view("<u2")
-        rest = self._unpacked.take(words, axis=0)  # [words] takes 20 times as long
-        return codes[:, 0], size, rest.reshape(len(codes), -1)
+        words = np.ascontiguousarray(codes[:, _HEAD : self.size]).view("<u2")
+        rest = self._unpacked.take(words, axis=0).reshape(len(codes), -1)  # [words] takes 20 times as long
+        if codes.shape[1] > self.size:
+            largest = np.ascontiguousarray(codes[:, self.size : self.size + 2]).view("<f2").astype(np.float32)
+            rest += codes[:, self.size + 2 :].view(np.int8) * (largest / _LARGEST)
+        return codes[:, 0], size, rest
 
     def write(self, file: BinaryIO) -> None:
         """Write to a file that `read` takes."""
-        np.save(file, np.array([self.bits], np.int64))
+        np.save(file, np.array([self.bits, self.rest], np.int64))
         np.save(file, self.centroids)
 
     @classmethod
     def read(cls, file: BinaryIO) -> Coder:
         """Read what `write` wrote."""
-        (bits,) = np.load(file).tolist()
-        return cls(bits, np.load(file))
+        bits, *rest = np.load(file).tolist()  # files of before there were refinements name the bits alone
+        return cls(bits, np.load(file), *rest)
+
+
+def _refinement(left: np.ndarray) -> np.ndarray:
+    """What levels left of values, (tokens, width), in bytes, (tokens, 2 + width) uint8."""
+    largest = np.abs(left).max(1, keepdims=True).astype("<f2")
+    scaled = left * (_LARGEST / np.maximum(largest.astype(np.float32), _SMALLEST))
+    values = np.clip(np.rint(scaled), -_LARGEST, _LARGEST).astype(np.int8)
+    return np.concatenate([largest.view(np.uint8), values.view(np.uint8)], axis=1)

@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 #: Folder of the engine that holds the other heads.
 HEADS = "heads"
 #: What the names of the engine's files begin with, before the number of the table.
-OWN_FILES = ("vectors", "passages", "ends", "dead", "run", "tokenvectors", "tokenends", "coder", "lists")
+OWN_FILES = ("vectors", "passages", "ends", "dead", "run", "tokenvectors", "tokenends", "tokenrests", "coder", "lists")
 #: Tokens from which on they are codes: fewer are compared with all, in 30 ms at 128 dimensions.
 CODED_TOKENS = 131_072
 #: Centroids of the lists are chosen anew when there are so many times the rows that they were chosen for.
@@ -53,10 +53,21 @@ class Plaid:
     _tokens: Tokens
 
     def __init__(
-        self, directory: Path, schema: Schema, read_only: bool = False, name: str = "plaid", bits: int = 2
+        self,
+        directory: Path,
+        schema: Schema,
+        read_only: bool = False,
+        name: str = "plaid",
+        bits: int = 2,
+        rest: int = 0,
     ) -> None:
-        """`bits` of a code for each dimension: 2, 3 or 4; `name`: with the options in it, as the schema has it."""
-        self.directory, self.schema, self._read_only, self._bits = directory, schema, read_only, bits
+        """`name`: with the options in it, as the schema has it.
+
+        Args:
+            bits: of a code for each dimension: 2, 3 or 4.
+            rest: bits of its refinement: 8; 0: none, as in folders of before there were any, whose names do not say.
+        """
+        self.directory, self.schema, self._read_only, self._bits, self._rest = directory, schema, read_only, bits, rest
         self._lock = OwnerLock(directory, read_only=read_only)
         self._writing, self._gate = threading.RLock(), Gate()
         self._closed, self._dirty, self._saved = False, True, 0
@@ -254,11 +265,11 @@ class Plaid:
         """The codes of passages; of what is stored already, as where metadata alone is new, the codes that it has."""
         coder, ends = self._tokens.coder, np.cumsum([len(held) for held in vectors])
         if not self.schema.colbert:
-            return [np.zeros((0, coder.size), np.uint8) for _ in vectors]
+            return [np.zeros((0, coder.size + coder.rest_size), np.uint8) for _ in vectors]
         codes = np.split(coder.encode(np.concatenate(vectors)), ends[:-1])
         for place, row in enumerate(old):
             if row >= 0:
-                known, _ = self._tokens.read(np.array([row]))
+                known, _ = self._tokens.read(np.array([row]), whole=True)
                 stored = coder.decode(known)
                 if np.shape(stored) == np.shape(vectors[place]) and np.allclose(stored, vectors[place], 1e-5, 1e-6):
                     codes[place] = known
@@ -297,7 +308,7 @@ class Plaid:
     def _rewrite(self) -> None:
         """Write living rows into files of the next number, while searches use these."""
         old = self._table, self._tokens
-        table, tokens = rewritten(*old, self._bits if self._are_many() else None)
+        table, tokens = rewritten(*old, self._bits if self._are_many() else None, self._rest)
         try:
             lists = listed(tokens, table.alive()) if isinstance(tokens.coder, Coder) else None
         except BaseException:

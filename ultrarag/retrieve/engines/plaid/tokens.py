@@ -1,4 +1,7 @@
-"""The token vectors of a table's rows: files that only grow, as vectors while there are few, as codes from then on."""
+"""The token vectors of a table's rows: files that only grow, as vectors while there are few, as codes from then on.
+
+Refinements of codes lie in a file of their own, which is read for the few best passages of a search.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +40,13 @@ class Tokens:
         self.coder: Coder | Whole = self._read_coder() if self._sum else Whole(dim)
         self._files: list[Growing] = []
         try:
-            for name, size in (
-                ("tokenvectors", int(state.get("tokens", 0)) * self.coder.size),
-                ("tokenends", rows * 8),
-            ):
+            count = int(state.get("tokens", 0))
+            sizes = {"tokenvectors": count * self.coder.size, "tokenends": rows * 8}
+            if self.coder.rest_size:
+                sizes["tokenrests"] = count * self.coder.rest_size
+            for name, size in sizes.items():
                 self._files.append(Growing(folder / f"{name}-{number}", size, read_only))
-            self._codes, self._ends = self._files
+            self._codes, self._ends, *self._rests = self._files
             self._map()
         except BaseException:
             self.close()
@@ -67,21 +71,30 @@ class Tokens:
         """All its files."""
         return [*(file.path for file in self._files), *([self.path] if self._sum else [])]
 
-    def write(self, codes: Sequence[np.ndarray]) -> tuple[int, int]:
-        """Write the codes of some rows behind the end, each (tokens, size); return what `append` takes.
+    @property
+    def refined(self) -> bool:
+        """Whether there is more of a token than its code."""
+        return bool(self._rests)
+
+    def write(self, codes: Sequence[np.ndarray]) -> list[int]:
+        """Write the codes of some rows behind the end, each (tokens, size + rest_size); return what `append` takes.
 
         An error of the disk leaves everything as it was.
         """
         ends = np.cumsum([len(part) for part in codes], dtype=np.int64) + self.count
-        content = np.concatenate(codes) if codes else np.zeros((0, self.coder.size), np.uint8)
-        return (
-            self._codes.write(content.data if content.size else b""),
-            self._ends.write(ends.data if ends.size else b""),
-        )
+        whole = np.concatenate(codes) if codes else np.zeros((0, self.coder.size + self.coder.rest_size), np.uint8)
+        parts = np.split(whole, [self.coder.size], axis=1)[: 1 + len(self._rests)]
+        contents = [np.ascontiguousarray(part) for part in parts]
+        contents.insert(1, ends)
+        return [
+            file.write(content.data if content.size else b"")
+            for file, content in zip(self._files, contents, strict=True)
+        ]
 
-    def append(self, sizes: tuple[int, int], norm: float) -> None:
+    def append(self, sizes: Sequence[int], norm: float) -> None:
         """Let what was written count; its longest vector has the length `norm`."""
-        self._codes.size, self._ends.size = sizes
+        for file, size in zip(self._files, sizes, strict=True):
+            file.size = size
         self.norm = max(self.norm, norm)
         self._map()
 
@@ -89,27 +102,35 @@ class Tokens:
         """How many tokens rows have, (len(rows),)."""
         return self._bounds[rows + 1] - self._bounds[rows]
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The codes of some rows, one behind the other, (tokens, size), and how many each has, (len(rows),)."""
-        counts, starts = self.counts(rows), self._bounds[rows]
-        ends = np.cumsum(counts)
-        codes = np.empty((int(ends[-1]) if len(ends) else 0, self.coder.size), np.uint8)
+    def read(self, rows: np.ndarray, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The codes of some rows, one behind the other, and how many each has, (len(rows),).
+
+        Args:
+            whole: with their refinement, (tokens, size + rest_size), else (tokens, size).
+        """
+        counts = self.counts(rows)
+        codes = self._read(self._codes, self.coder.size, rows, counts)
+        if whole and self.refined:
+            rests = self._read(self._rests[0], self.coder.rest_size, rows, counts)
+            codes = np.concatenate([codes, rests], axis=1)
+        return codes, counts
+
+    def _read(self, file: Growing, size: int, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """What a file has of some rows with so many tokens, (tokens, size)."""
+        starts, ends = self._bounds[rows], np.cumsum(counts)
+        found = np.empty((int(ends[-1]) if len(ends) else 0, size), np.uint8)
         # rows that follow each other in the file are read at once
         breaks = np.flatnonzero(starts[1:] != starts[:-1] + counts[:-1]) + 1
         firsts = np.append(0, breaks)[: len(rows)]
         lasts = np.append(breaks, len(rows))[: len(rows)] - 1
         for start, place, end in zip(starts[firsts], (ends - counts)[firsts], ends[lasts], strict=True):
-            self._fill(codes[place:end], int(start))
-        return codes, counts
-
-    def _fill(self, codes: np.ndarray, start: int) -> None:
-        if len(codes) and os.preadv(self._codes.handle, [codes.data], start * self.coder.size) != codes.size:
-            raise IndexStateError(f"'{self._codes.path}' ends too early; rebuild the vectors from the passages")
+            _fill(file, found[place:end], int(start) * size)
+        return found
 
     def each(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """The codes of rows, one after another, each (tokens, size)."""
+        """All that is stored of rows, one after another, each (tokens, size + rest_size)."""
         for part in self.blocks(rows):
-            codes, counts = self.read(part)
+            codes, counts = self.read(part, whole=True)
             yield from np.split(codes, np.cumsum(counts)[:-1])
 
     def blocks(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -130,3 +151,9 @@ class Tokens:
     def _map(self) -> None:
         #: where the tokens of each row begin, and where the last ones end, (rows + 1,) int64
         self._bounds = np.concatenate([np.zeros(1, np.int64), self._ends.array(np.int64)])
+
+
+def _fill(file: Growing, found: np.ndarray, place: int) -> None:
+    """Read bytes of a file from a place on."""
+    if len(found) and os.preadv(file.handle, [found.data], place) != found.size:
+        raise IndexStateError(f"'{file.path}' ends too early; rebuild the vectors from the passages")
