@@ -1,4 +1,6 @@
-"""`python kill_while_writing.py FOLDER ROUNDS SEED`: kill the owner of an engine `ivf` that writes, and check the rest.
+"""`python -m tests.retrieve.engines.kill_while_writing FOLDER ROUNDS SEED`: kill the owner of an engine while it writes.
+
+The engine is `ivf`; what is left is checked after each kill.
 
 Operations (upserts, deletes, optimisations) are a pure function of their number, and each is flushed before it is
 acknowledged, so that what is left must be the state after the last one acknowledged, or after the one that followed.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,11 +46,15 @@ def after(state: State, operation: int) -> State:
     return {id: by for id, by in state.items() if id not in ids} if kind == "delete" else state
 
 
+def batch(ids: list[str], operations: list[int]) -> Embeddings:
+    """What operations write to ids."""
+    return Embeddings(dense=np.stack([vector(id, by) for id, by in zip(ids, operations, strict=True)]))
+
+
 def apply(backend, operation: int) -> None:
     kind, ids = chosen(operation)
     if kind == "upsert":
-        dense = np.stack([vector(id, operation) for id in ids])
-        backend.upsert(ids, Embeddings(dense=dense), [{"by": operation % 7} for _ in ids])
+        backend.upsert(ids, batch(ids, [operation] * len(ids)), [{"by": operation % 7} for _ in ids])
     elif kind == "delete":
         backend.delete(ids)
     else:
@@ -103,6 +110,16 @@ def forked(work) -> int:
         work()
     finally:
         os._exit(99)
+
+
+def loses_nothing(module: str, folder: Path, rounds: int) -> None:
+    """For tests: run this script, or one that builds on it, in a process of its own."""
+    command = [sys.executable, "-m", module, str(folder), str(rounds), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran, acknowledged, _ = map(int, done.stdout.split())
+    assert ran == rounds
+    assert acknowledged >= rounds
 
 
 def main(folder: Path, rounds: int, seed: int) -> None:

@@ -29,17 +29,6 @@ def vectors(ids: list[str], operations: list[int]) -> Embeddings:
     return Embeddings(colbert=tokens * mask[..., None].astype(np.float32), mask=mask)
 
 
-def apply(backend, operation: int) -> None:
-    kind, ids = dense.chosen(operation)
-    if kind == "upsert":
-        backend.upsert(ids, vectors(ids, [operation] * len(ids)), [{"by": operation % 7} for _ in ids])
-    elif kind == "delete":
-        backend.delete(ids)
-    else:
-        backend.optimize()
-    backend.flush()
-
-
 def check(folder: Path, states: list[dense.State]) -> None:
     """The folder holds one of these states; exit with its place."""
     backend = open_backend(folder)
@@ -81,7 +70,7 @@ def main(folder: Path, rounds: int, seed: int) -> None:
     building.LIST_TOKENS, search.FEW, search.LEAST_CANDIDATES = 16, 20, 100
     search.LEAST_RESCORED = 16
     dense.create = lambda folder, schema, name: create(folder, Schema(colbert=dense.DIM), "plaid?bits=4")
-    dense.apply, dense.check = apply, check
+    dense.batch, dense.check = vectors, check
     dense.main(folder, rounds, seed)
 
 

@@ -31,16 +31,8 @@ def weights(ids: list[str], operations: list[int]) -> Sparse:
     return Sparse(tokens, held)
 
 
-def apply(backend, operation: int) -> None:
-    kind, ids = dense.chosen(operation)
-    if kind == "upsert":
-        batch = Embeddings(sparse=weights(ids, [operation] * len(ids)))
-        backend.upsert(ids, batch, [{"by": operation % 7} for _ in ids])
-    elif kind == "delete":
-        backend.delete(ids)
-    else:
-        backend.optimize()
-    backend.flush()
+def batch(ids: list[str], operations: list[int]) -> Embeddings:
+    return Embeddings(sparse=weights(ids, operations))
 
 
 def check(folder: Path, states: list[dense.State]) -> None:
@@ -80,7 +72,7 @@ def fits(backend, held: set[str], state: dense.State) -> bool:
 def main(folder: Path, rounds: int, seed: int) -> None:
     engine.DEAD_ROWS, lexical.TAIL_ROWS, lexical.FEW, lookup.TAIL_ROWS = 200, 60, 20, 100
     dense.create = lambda folder, schema, name: create(folder, Schema(sparse=True), name)
-    dense.apply, dense.check = apply, check
+    dense.batch, dense.check = batch, check
     dense.main(folder, rounds, seed)
 
 

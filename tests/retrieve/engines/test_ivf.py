@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.retrieve.engines import kill_while_writing
 from tests.retrieve.engines.test_engines import DIM, SCHEMA, embed, langs, names, small_partitions
 from ultrarag.errors import IndexStateError, ResourceError, UsageError
 from ultrarag.retrieve.engines import Schema, create, open_backend
@@ -45,13 +46,7 @@ def best(vectors: np.ndarray, query: np.ndarray, k: int) -> list[str]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 @pytest.mark.parametrize("rounds", [6, pytest.param(200, marks=pytest.mark.long)])
 def test_a_killed_writer_loses_nothing_that_was_acknowledged(rounds: int, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kill_while_writing.py")
-    command = [sys.executable, str(script), str(tmp_path / "index"), str(rounds), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran, acknowledged, _ = map(int, done.stdout.split())
-    assert ran == rounds
-    assert acknowledged >= rounds
+    kill_while_writing.loses_nothing("tests.retrieve.engines.kill_while_writing", tmp_path / "index", rounds)
 
 
 def test_codes_that_were_not_written_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

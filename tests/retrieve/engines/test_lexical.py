@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.retrieve.engines import kill_while_writing
 from tests.retrieve.engines.test_engines import SCHEMA, embed, langs, names
 from tests.retrieve.engines.test_ivf import FullDisk
 from ultrarag.errors import DataError, IndexStateError, ResourceError, UsageError
@@ -318,13 +319,7 @@ def test_where_there_is_no_room_for_the_compilers_cache_loops_are_compiled_all_t
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 @pytest.mark.parametrize("rounds", [6, pytest.param(200, marks=pytest.mark.long)])
 def test_a_killed_writer_loses_nothing_that_was_acknowledged(rounds: int, tmp_path: Path) -> None:
-    script = "tests.retrieve.engines.kill_while_writing_weights"
-    command = [sys.executable, "-m", script, str(tmp_path / "index"), str(rounds), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran, acknowledged, _ = map(int, done.stdout.split())
-    assert ran == rounds
-    assert acknowledged >= rounds
+    kill_while_writing.loses_nothing("tests.retrieve.engines.kill_while_writing_weights", tmp_path / "index", rounds)
 
 
 def test_a_table_is_written_anew_while_lexical_searches_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.retrieve.engines import kill_while_writing
 from tests.retrieve.engines.test_engines import SCHEMA, embed, langs, names
 from ultrarag.errors import DataError, IndexStateError, ResourceError, UsageError
 from ultrarag.io import sha256_of
@@ -375,10 +374,4 @@ def test_an_upsert_on_a_full_disk_leaves_no_passage_twice(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 @pytest.mark.parametrize("rounds", [6, pytest.param(200, marks=pytest.mark.long)])
 def test_a_killed_writer_loses_nothing_that_was_acknowledged(rounds: int, tmp_path: Path) -> None:
-    script = "tests.retrieve.engines.kill_while_writing_tokens"
-    command = [sys.executable, "-m", script, str(tmp_path / "index"), str(rounds), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran, acknowledged, _ = map(int, done.stdout.split())
-    assert ran == rounds
-    assert acknowledged >= rounds
+    kill_while_writing.loses_nothing("tests.retrieve.engines.kill_while_writing_tokens", tmp_path / "index", rounds)

@@ -192,11 +192,8 @@ class Plan:
         Raises:
             UsageError: `early_stopping_patience` is given for rows that cannot be held out.
         """
-        from ultrarag.finetune.flags import own_name
-
         judge = self.effort == AUTO and self.asked is None and self.terms.gate is True
-        looks = {own_name(name): value for name, value in self.arguments.items()}.get("eval_strategy")
-        stops = self.effort in (AUTO, *STOPPED) and looks != "no"
+        stops = self.effort in (AUTO, *STOPPED) and self.said.get("eval_strategy") != "no"
         found = held_out(self.train_data, judge, stops)
         if judge and found is not None:
             self.asked = found.questions(self.core.store)
@@ -246,11 +243,11 @@ class Plan:
         return {**given, "resume_from_checkpoint": left, "overwrite_output_dir": True}
 
     @property
-    def said(self) -> set[str]:
-        """Our names of the arguments given."""
+    def said(self) -> dict[str, Any]:
+        """The arguments given, by our names."""
         from ultrarag.finetune.flags import own_name
 
-        return {own_name(name) for name in self.arguments}
+        return {own_name(name): value for name, value in self.arguments.items()}
 
     def steps(self, rung: str | None = None) -> int:
         """How many steps a fine-tune by a rung takes, about; default: by the one asked for, of a climb the last."""

@@ -35,6 +35,21 @@ class Growing:
             place, left = place + written, left[written:]
         return place
 
+    def read(self, place: int, size: int) -> bytes:
+        """So many bytes from a place on."""
+        content = os.pread(self.handle, size, place)
+        self._check_read(len(content), size)
+        return content
+
+    def fill(self, array: np.ndarray, place: int) -> None:
+        """The same into an array, (n, width) uint8."""
+        if array.size:
+            self._check_read(os.preadv(self.handle, [array.data], place), array.size)
+
+    def _check_read(self, found: int, wanted: int) -> None:
+        if found < wanted:
+            raise IndexStateError(f"'{self.path}' ends too early; rebuild the vectors from the passages")
+
     def sync(self) -> None:
         """Make what was written survive a power cut."""
         os.fsync(self.handle)

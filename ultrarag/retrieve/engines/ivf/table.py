@@ -195,7 +195,7 @@ class Table:
             if self.rows <= MAPPED_ROWS:
                 yield start, self.vectors[start:stop]
             else:
-                content = os.pread(self._vectors.handle, (stop - start) * self.dim * 4, start * self.dim * 4)
+                content = self._vectors.read(start * self.dim * 4, (stop - start) * self.dim * 4)
                 yield start, np.frombuffer(content, np.float32).reshape(-1, self.dim)
 
     def rewritten(self) -> Table:
@@ -228,7 +228,7 @@ class Table:
 
     def _text_of(self, row: int) -> bytes:
         start = int(self.ends[row - 1]) if row else 0
-        return os.pread(self._text.handle, int(self.ends[row]) - start, start)
+        return self._text.read(start, int(self.ends[row]) - start)
 
     def _map(self) -> None:
         #: (rows, dim) float32, of the file

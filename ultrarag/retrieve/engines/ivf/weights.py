@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ultrarag.errors import DataError, IndexStateError
+from ultrarag.errors import DataError
 from ultrarag.retrieve.engines.arrays import sparse_rows
 from ultrarag.retrieve.engines.ivf.growing import Growing
 from ultrarag.types import Sparse
@@ -114,7 +113,4 @@ class Weights:
         return start, np.concatenate([np.zeros(1, np.int64), self.ends[first:last] - start])
 
     def _bytes(self, start: int, count: int) -> bytes:
-        content = os.pread(self.pairs.handle, count * PAIR.itemsize, start * PAIR.itemsize)
-        if len(content) < count * PAIR.itemsize:
-            raise IndexStateError(f"'{self.pairs.path}' has become shorter; rebuild the vectors from the passages")
-        return content
+        return self.pairs.read(start * PAIR.itemsize, count * PAIR.itemsize)

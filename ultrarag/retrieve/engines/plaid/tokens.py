@@ -5,7 +5,6 @@ Refinements of codes lie in a file of their own, which is read for the few best 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ class Tokens:
         firsts = np.append(0, breaks)[: len(rows)]
         lasts = np.append(breaks, len(rows))[: len(rows)] - 1
         for start, place, end in zip(starts[firsts], (ends - counts)[firsts], ends[lasts], strict=True):
-            _fill(file, found[place:end], int(start) * size)
+            file.fill(found[place:end], int(start) * size)
         return found
 
     def each(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -151,9 +150,3 @@ class Tokens:
     def _map(self) -> None:
         #: where the tokens of each row begin, and where the last ones end, (rows + 1,) int64
         self._bounds = np.concatenate([np.zeros(1, np.int64), self._ends.array(np.int64)])
-
-
-def _fill(file: Growing, found: np.ndarray, place: int) -> None:
-    """Read bytes of a file from a place on."""
-    if len(found) and os.preadv(file.handle, [found.data], place) != found.size:
-        raise IndexStateError(f"'{file.path}' ends too early; rebuild the vectors from the passages")
