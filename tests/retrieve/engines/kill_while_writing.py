@@ -1,4 +1,4 @@
-"""`python -m tests.retrieve.engines.kill_while_writing FOLDER ROUNDS SEED`: kill the owner of an engine while it writes.
+"""`python -m tests.retrieve.engines.kill_while_writing FOLDER ROUNDS SEED`: kill the owner of an engine that writes.
 
 The engine is `ivf`; what is left is checked after each kill.
 
