@@ -268,8 +268,8 @@ def test_attention_chosen_by_the_user_is_kept(seen):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 def test_jagged_attention_agrees_with_runs():
-    layout = Layout.of(torch.arange(9)[None] < torch.tensor([9, 5, 5, 2])[:, None], torch.device("cpu"))
-    query, key, value = torch.randn(21, 4, 8), torch.randn(21, 2, 8), torch.randn(21, 2, 8)
+    layout = Layout.of(torch.arange(9)[None] < torch.tensor([9, 5, 5, 1])[:, None], torch.device("cpu"))
+    query, key, value = torch.randn(20, 4, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
     terms = Terms(0.0, 0.4, False, None)
     assert torch.allclose(
         _nested(query, key, value, layout, terms), _by_runs(query, key, value, layout, terms), atol=1e-6
@@ -282,6 +282,19 @@ def test_layout_skips_empty_rows_and_sorts_by_length():
     assert layout.index.tolist() == [6, 7, 8, 0, 11]
     assert layout.runs == ((1, 3), (2, 1))
     assert layout.offsets.tolist() == [0, 3, 4, 5]
+
+
+def test_a_round_number_of_tokens_is_packed_on_a_cpu():
+    """What belongs to no text has no attention, and is not handed on."""
+    layout = Layout.of(torch.arange(9)[None] < torch.tensor([9, 5, 5, 2])[:, None], torch.device("cpu"))
+    assert layout.spare == 3
+    values = torch.arange(36).view(4, 9)
+    assert layout.packed(values)[0].tolist() == [*layout.index.tolist(), *[layout.index[-1].item()] * 3]
+    query = torch.randn(24, 4, 8)
+    found = _by_runs(query, query, query, layout, Terms(0.0, 0.4, False, None))
+    assert found.shape == query.shape
+    assert not found[21:].any()
+    assert found[:21].any(dim=-1).all()
 
 
 def test_encoder_gives_the_same_vectors(minilm_encoder, monkeypatch, seen):

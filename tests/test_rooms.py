@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "ultrarag"
 #: Rooms, and files that belong to none, from the bottom up: each may import from its own line and those below it.
 ORDER = [
     {"claims", "errors", "types", "lazy", "loss_arguments", "packages", "tokenizer_limits", "untrusted"},
-    {"io", "maps", "scores", "losses", "evaluation"},
+    {"io", "maps", "products", "scores", "losses", "evaluation"},
     {"hookspecs", "transfer", "packing", "packed_attention"},
     {"adapters"},
     {"plugin_checks", "plugins"},

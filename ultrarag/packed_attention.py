@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultrarag.products import rounded
 from ultrarag.transfer import to_device
 
 #: Arguments that change what attention computes, in ways that a packed call does not follow.
@@ -19,10 +20,12 @@ _NOT_FOLLOWED = ("softcap", "position_bias", "s_aux", "cache", "head_mask", "out
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the texts of a batch lie among its packed tokens: longest text first."""
+    """Where the texts of a batch lie among its packed tokens: longest text first, then tokens that belong to none."""
 
-    #: (total,) int64: the place in the padded batch, row by row, of each packed token
+    #: (total,) int64: the place in the padded batch, row by row, of each packed token of a text
     index: Tensor
+    #: packed tokens behind the texts', by which their number is a round one: on a CPU, for its matrix products
+    spare: int
     #: (texts, length) of each run of texts of equal length
     runs: tuple[tuple[int, int], ...]
     #: (texts + 1,) int32: where each text begins, and the total
@@ -41,7 +44,13 @@ class Layout:
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         values, counts = torch.unique_consecutive(lengths, return_counts=True)
         runs = tuple(zip(counts.tolist(), values.tolist(), strict=True))
-        return cls(to_device(index, device), runs, to_device(offsets, device))
+        spare = rounded(len(index)) - len(index) if device.type == "cpu" else 0
+        return cls(to_device(index, device), spare, runs, to_device(offsets, device))
+
+    def packed(self, values: Tensor) -> Tensor:
+        """Those of (batch, tokens) that are packed, (1, total + spare); the spare ones are again the last one's."""
+        index = F.pad(self.index[None], (0, self.spare), mode="replicate")[0] if self.spare else self.index
+        return values.flatten()[index][None]
 
     @property
     def longest(self) -> int:
@@ -121,15 +130,16 @@ def _kernel(query: Tensor, terms: Terms) -> Callable[[Tensor, Tensor, Tensor, La
 def _by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, terms: Terms) -> Tensor:
     """One unmasked SDPA call, (texts, heads, length, dim), for each run of texts of equal length."""
     key, value = _repeated(query, key, value)
-    sizes = [texts * length for texts, length in layout.runs]  # one split, whose backward is one concatenation
+    sizes = [texts * length for texts, length in layout.runs]
+    split = [*sizes, layout.spare]  # one split, whose backward is one concatenation
     parts = []
-    for run, *tensors in zip(layout.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
+    for run, *tensors in zip(layout.runs, query.split(split), key.split(split), value.split(split), strict=False):
         q, k, v = (tensor.unflatten(0, run).transpose(1, 2) for tensor in tensors)
         mask = layout.band(run[1], terms, query.device)
         causal = terms.causal and mask is None
         out = F.scaled_dot_product_attention(q, k, v, mask, terms.dropout, causal, scale=terms.scale)
         parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)
+    return torch.cat([*parts, query.new_zeros((layout.spare, *parts[0].shape[1:]))])
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, terms: Terms) -> Tensor:
@@ -162,8 +172,8 @@ def _nested(query: Tensor, key: Tensor, value: Tensor, layout: Layout, terms: Te
 @cache
 def _nested_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether jagged SDPA, a beta feature of torch, agrees with plain SDPA here."""
-    layout = Layout.of(torch.arange(7)[None] < torch.tensor([7, 4, 4])[:, None], device)
-    tensor = torch.linspace(-1, 1, 15 * 2 * 32, device=device, dtype=dtype).view(15, 2, 32)
+    layout = Layout.of(torch.arange(7)[None] < torch.tensor([7, 4, 5])[:, None], device)
+    tensor = torch.linspace(-1, 1, 16 * 2 * 32, device=device, dtype=dtype).view(16, 2, 32)
     terms = Terms(0.0, None, False, None)
     try:
         difference = _nested(tensor, tensor, tensor, layout, terms) - _by_runs(tensor, tensor, tensor, layout, terms)

@@ -74,19 +74,17 @@ def hidden_states(backbone: nn.Module, features: Features, packing: bool | None 
 
 def _packed(backbone: nn.Module, stock: PreTrainedModel, inputs: dict[str, Tensor], layout: Layout) -> Tensor:
     ids = inputs["input_ids"]
-    gathered = {
-        name: inputs[name].flatten()[layout.index][None] for name in ("input_ids", "token_type_ids") if name in inputs
-    }
+    gathered = {name: layout.packed(inputs[name]) for name in ("input_ids", "token_type_ids") if name in inputs}
     positions = _positions(stock, ids, inputs["attention_mask"], inputs.get("position_ids"))
     # A mask of four dimensions is handed on as it is, so that none is made; a packed call does not look at it.
     no_mask = ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
     hidden = backbone(
         **gathered,
-        position_ids=positions.flatten()[layout.index][None],
+        position_ids=layout.packed(positions),
         attention_mask=no_mask,
         ultrarag_layout=layout,
         **_forward_options(stock),
-    ).last_hidden_state[0]
+    ).last_hidden_state[0, : len(layout.index)]
     padded = hidden.new_zeros((ids.numel(), hidden.shape[1])).index_copy(0, layout.index, hidden)
     return padded.view(*ids.shape, -1)
 

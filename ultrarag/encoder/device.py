@@ -12,6 +12,7 @@ from torch import nn
 
 from ultrarag.encoder.engines import Snapshot
 from ultrarag.packing import ORIGINAL
+from ultrarag.products import OneDnnLinear
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -147,7 +148,7 @@ def _castable(model: nn.Module) -> Iterator[nn.Module]:
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and type(part).__module__.startswith("transformers."):
             for layer in part.modules():
-                plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+                plain = type(layer) in (nn.Linear, OneDnnLinear) and type(layer.weight) is nn.Parameter
                 if plain and layer.weight.dtype is torch.float32 and not layer.weight.is_meta:
                     yield layer
 

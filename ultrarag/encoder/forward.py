@@ -29,6 +29,7 @@ from ultrarag.encoder.tokens import (
 from ultrarag.errors import UsageError, did_you_mean
 from ultrarag.hookspecs import Features
 from ultrarag.plugins import Adapter
+from ultrarag.products import multiply_by_onednn
 from ultrarag.scores import greatest
 from ultrarag.transfer import remember_host, to_device, to_host
 from ultrarag.types import Embeddings, EncoderSettings, Kind, Passage, Tokens
@@ -71,6 +72,7 @@ class TokenEncoder:
         self.device = checked_device(device)
         self.precision = checked_precision(precision, self.device)
         self.model = model.to(self.device).eval()
+        multiply_by_onednn(self.model)
         model.settings = settings  # type: ignore[assignment]
         #: Python code that comes with the model may be run, also when it is loaded again
         self.trust_remote_code = False

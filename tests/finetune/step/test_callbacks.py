@@ -22,6 +22,12 @@ def side(*lengths: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
+def by_torch(monkeypatch) -> None:
+    """No product is oneDNN's: torch's counter knows those of torch."""
+    monkeypatch.setenv("ULTRARAG_ONEDNN", "off")
+
+
+@pytest.fixture
 def encoder(tmp_path) -> Encoder:
     tiny_bert(tmp_path)
     return Encoder.load(tmp_path, "bge", device="cpu")
@@ -49,7 +55,7 @@ def test_mfu_is_the_share_of_what_the_device_can_do(encoder, monkeypatch):
     assert counter.entries()["mfu"] == pytest.approx(flops / 10 / 2e6, abs=1e-3)
 
 
-def test_operations_are_those_that_torch_counts(encoder):
+def test_operations_are_those_that_torch_counts(by_torch, encoder):
     """Without padding, as nothing is dropped; torch also counts nothing but matrix products."""
     features = side(16, 16, 16)
     module = Trainable(encoder, ("dense",)).train()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 
 from ultrarag.encoder.engines.files import read_race
 from ultrarag.encoder.engines.openvino_runtime import runtime_versions
+
+#: What the contenders compute by; another word where one has become faster, so that races of before are not remembered.
+_RACE = "torch multiplies by oneDNN where that is faster"
 
 
 def winner(seconds: Mapping[str, float] | None) -> str | None:
@@ -21,8 +25,9 @@ def remembered_winner(fingerprint: str, threads: int) -> str | None:
 
 
 def race_key(fingerprint: str, threads: int) -> tuple[str, ...]:
-    """What decides a race: the model, the packages, the processor and the threads."""
-    return (fingerprint, *runtime_versions(), _processor(), str(threads))
+    """What decides a race: the model, the packages, the processor, the threads, and what torch multiplies by."""
+    products = os.environ.get("ULTRARAG_ONEDNN", "").lower()  # of ultrarag.products, which imports torch
+    return (fingerprint, *runtime_versions(), _processor(), str(threads), _RACE, products)
 
 
 def _processor() -> str:
