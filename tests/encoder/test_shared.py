@@ -381,6 +381,28 @@ def test_a_compiled_query_is_encoded_by_who_asks_where_nobody_else_is_there() ->
         assert encoder.threads[-1] == threading.get_ident()
 
 
+def test_queries_that_were_alone_for_long_are_owed_nothing_by_those_to_come() -> None:
+    """Their time is not counted against them when passages come, although no thread gave them their turns."""
+    encoder, now = Compiled(), 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.01
+        return now
+
+    encoder.go.set()
+    with SharedEncoder(encoder, clock=clock) as shared:  # type: ignore[arg-type]
+        for _ in range(1000):
+            shared.encode("1", "query")
+        encoder.go.clear()
+        callers = Callers(shared)
+        callers.ask("a write", [f"{number} {'x' * 300}" for number in range(20)], "passage")
+        callers.ask("a search", "7")
+        encoder.go.set()
+        callers.end()
+    assert ["7"] in encoder.forwards[1000:1003]
+
+
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("failure", [None, DataError, KeyboardInterrupt])
 def test_who_comes_while_a_caller_encodes_is_encoded_next_whatever_becomes_of_it(closed, failure) -> None:

@@ -147,6 +147,7 @@ class SharedEncoder:
                 begun = True
                 self._running, self._held = True, request.lane
                 self._turns.arrive(request.lane, idle=True, alone=True)
+                self._turns.begin(request.lane)
             self._take([request.slice(0, some=True)])
         finally:
             if begun:

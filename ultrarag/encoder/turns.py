@@ -60,8 +60,12 @@ class Turns:
         if "query" not in waiting and ahead > 0 and (left := self._answered + LULL - self._clock()) > 0:
             return None, left
         lane: Lane = "query" if "passage" not in waiting or ("query" in waiting and ahead >= 0) else "passage"
-        self._at = self._tags[lane]
+        self.begin(lane)
         return lane, 0.0
+
+    def begin(self, lane: Lane) -> None:
+        """A turn of this lane begins: what comes from now on takes up its tag."""
+        self._at = self._tags[lane]
 
     def tokens(self, lane: Lane) -> int:
         """How many tokens a turn may have."""
