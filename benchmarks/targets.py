@@ -64,9 +64,21 @@ def int8_batch(report: Any) -> float:
     return float(report["batch"]["ultrarag, int8"]["to sentence-transformers"])
 
 
-def int8_query(report: Any) -> float:
-    """Time of a query to ours in float32."""
-    return 1 / float(report["query"]["ultrarag, int8"]["to torch, float32"])
+def engines(work: str, contender: str) -> Callable[[Any], float]:
+    """A contender's speed to sentence-transformers' at some work of `engines`, by the beginning of its name."""
+
+    def find(report: Any) -> float:
+        rows = next(rows for name, rows in report["work"].items() if name.startswith(work))
+        return float(rows[contender]["to sentence-transformers"])
+
+    return find
+
+
+def training(contender: str, beside: str) -> Callable[[Any], float]:
+    """A contender's speed to another one's in `train_step`, by processor seconds."""
+    return lambda report: (
+        report["median seconds"][beside]["processor"] / report["median seconds"][contender]["processor"]
+    )
 
 
 def int8_loss(report: Any) -> float:
@@ -207,11 +219,34 @@ TARGETS = (
         False,
         contender("ultrarag, precision=bf16", "speed"),
     ),
+    Target("Encoding 200 texts, fp32, to sentence-transformers", "engines", 2.5, False, engines("200", "torch, fp32")),
+    Target("the same, engine openvino", "engines", 2.5, False, engines("200", "openvino, fp32")),
+    Target(
+        "Cross-encoder, 100 pairs of 256 tokens, fp32, to sentence-transformers",
+        "engines",
+        2.5,
+        False,
+        engines("100", "torch, fp32"),
+    ),
+    Target("the same in bf16", "engines", 2.5, False, engines("100", "torch, bf16")),
+    Target(
+        "bge-m3's size, all three heads, fp32, to FlagEmbedding, by processor seconds",
+        "bgem3",
+        3,
+        False,
+        lambda report: report["contenders"]["ultrarag, torch"]["speed to FlagEmbedding"],
+    ),
     Target("Encoding, int8, to sentence-transformers, by processor seconds", "int8", 7, False, int8_batch),
-    Target("the same, one query, to ours in float32 by torch", "int8", 0.2, True, int8_query),
     Target("One query, fp32, engine openvino, to before", "one_query", 0.35, True, one_query(OPENVINO_FLOAT, "encode")),
     Target("the same in int8", "one_query", 0.2, True, one_query(OPENVINO_INT8, "encode")),
     Target("the same, most nDCG@10 lost on a set, int8 on both sides", "int8", 0.005, True, int8_loss, ""),
+    Target(
+        "Training step, batch 32, its default (bf16) to that of before (fp32, torch's products)",
+        "train_step",
+        2,
+        False,
+        training("ultrarag, bf16", "ultrarag, torch's products"),
+    ),
     Target("Unified step, vocabulary 30522, time to FlagEmbedding", "unified_step", 0.6, True, unified(30522, "wall")),
     Target(
         "Unified step, vocabulary 250002 (a batch that the peer survives), time",

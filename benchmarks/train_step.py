@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --data MEDQUAD [--threads 2] [--rounds 4] [--json FILE]
 
 The same rows, model, precision (fp32, dropout on; bf16 beside it, the default on CPUs that have it) and number of
-threads; batch 32, at most 128 tokens. Processor
+threads; batch 32, at most 128 tokens; "torch's products" is without oneDNN (ULTRARAG_ONEDNN=off). Processor
 seconds are the steadier number on a shared machine. The optimizer is the same in both and is left out.
 """
 
@@ -35,14 +35,17 @@ def contenders(model_path: str) -> dict[str, Callable[[list[dict[str, Any]]], No
     from ultrarag.loss_arguments import LossArguments
 
     encoder = Encoder.load(model_path, adapter="bge", device="cpu")
-    module = Trainable(encoder, ("dense",)).train()
+    os.environ["ULTRARAG_ONEDNN"] = "off"
+    before = Encoder.load(model_path, adapter="bge", device="cpu")
+    modules = {id(one): Trainable(one, ("dense",)).train() for one in (encoder, before)}
     arguments = LossArguments(temperature=TEMPERATURE, group_size=1)
     theirs = SentenceTransformer(model_path, device="cpu").train()
     theirs.max_seq_length = TOKENS
     criterion = MultipleNegativesRankingLoss(theirs, scale=1 / TEMPERATURE)
 
-    def ours(rows: list[dict[str, Any]], packing: str, half: bool = False) -> None:
+    def ours(rows: list[dict[str, Any]], packing: str, half: bool = False, encoder: Encoder = encoder) -> None:
         os.environ["ULTRARAG_PACKING"] = packing
+        module = modules[id(encoder)]
         queries = encoder.tokenize([row["query"] for row in rows], "query", TOKENS)
         passages = encoder.tokenize([row["pos"][0] for row in rows], "passage", TOKENS)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -59,6 +62,7 @@ def contenders(model_path: str) -> dict[str, Callable[[list[dict[str, Any]]], No
         "ultrarag": lambda rows: ours(rows, "on"),
         "ultrarag, bf16": lambda rows: ours(rows, "on", half=True),
         "ultrarag, padded": lambda rows: ours(rows, "off"),
+        "ultrarag, torch's products": lambda rows: ours(rows, "on", encoder=before),
         "sentence-transformers": peer,
     }
 

@@ -61,6 +61,11 @@ def test_readme_block(language, block, folder, tiny_m3):
     run([*words, small(block, tiny_m3)], folder)
 
 
-def test_every_relative_path_that_the_readme_names_exists():
-    for name in re.findall(r"`((?:benchmarks|docs|resources|tests)/[\w./-]+)`", README):
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda page: page.name,
+)
+def test_every_relative_path_that_a_page_names_exists(page):
+    for name in re.findall(r"`((?:benchmarks|docs|resources|tests)/[\w./-]+)`", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name
