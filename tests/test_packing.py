@@ -268,8 +268,8 @@ def test_attention_chosen_by_the_user_is_kept(seen):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 def test_jagged_attention_agrees_with_runs():
-    layout = Layout.of(torch.arange(9)[None] < torch.tensor([9, 5, 5, 1])[:, None], torch.device("cpu"))
-    query, key, value = torch.randn(20, 4, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
+    layout = Layout.of(torch.arange(9)[None] < torch.tensor([9, 5, 5, 2])[:, None], torch.device("cpu"))
+    query, key, value = torch.randn(21, 4, 8), torch.randn(21, 2, 8), torch.randn(21, 2, 8)
     terms = Terms(0.0, 0.4, False, None)
     assert torch.allclose(
         _nested(query, key, value, layout, terms), _by_runs(query, key, value, layout, terms), atol=1e-6
@@ -284,9 +284,9 @@ def test_layout_skips_empty_rows_and_sorts_by_length():
     assert layout.offsets.tolist() == [0, 3, 4, 5]
 
 
-def test_a_round_number_of_tokens_is_packed_on_a_cpu():
+def test_a_round_number_of_tokens_is_packed():
     """What belongs to no text has no attention, and is not handed on."""
-    layout = Layout.of(torch.arange(9)[None] < torch.tensor([9, 5, 5, 2])[:, None], torch.device("cpu"))
+    layout = Layout.of(torch.arange(9)[None] < torch.tensor([9, 5, 5, 2])[:, None], torch.device("cpu"), True)
     assert layout.spare == 3
     values = torch.arange(36).view(4, 9)
     assert layout.packed(values)[0].tolist() == [*layout.index.tolist(), *[layout.index[-1].item()] * 3]
@@ -295,6 +295,16 @@ def test_a_round_number_of_tokens_is_packed_on_a_cpu():
     assert found.shape == query.shape
     assert not found[21:].any()
     assert found[:21].any(dim=-1).all()
+
+
+@pytest.mark.parametrize(("setting", "half", "spare"), [("on", False, 3), ("off", False, 0), ("off", True, 3)])
+def test_tokens_are_a_round_number_where_onednn_multiplies(setting, half, spare, monkeypatch):
+    monkeypatch.setenv("ULTRARAG_ONEDNN", setting)
+    mask = torch.arange(9)[None] < torch.tensor([9, 5, 5, 2])[:, None]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert packing._layout(mask, torch.float32, torch.device("cpu")).spare == spare
+    assert packing._layout(mask, torch.bfloat16, torch.device("cpu")).spare == 3
+    assert packing._layout(mask, torch.bfloat16, torch.device("meta")).spare == 0
 
 
 def test_encoder_gives_the_same_vectors(minilm_encoder, monkeypatch, seen):

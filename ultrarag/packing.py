@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ultrarag.errors import UsageError
 from ultrarag.packed_attention import Layout, packed_attention
+from ultrarag.products import by_onednn
 from ultrarag.transfer import on_host
 
 if TYPE_CHECKING:
@@ -68,8 +69,14 @@ def hidden_states(backbone: nn.Module, features: Features, packing: bool | None 
         return _padded(backbone, stock, inputs, mask)
     # Compared before looking at the padding, which differs between ranks: a sharded model's forward is collective.
     if _switched_on(packing) and _verified(backbone, stock, inputs) and _padding(mask) >= MIN_PADDING:
-        return _packed(backbone, stock, inputs, Layout.of(mask, inputs["input_ids"].device))
+        return _packed(backbone, stock, inputs, _layout(mask, stock.dtype, inputs["input_ids"].device))
     return _padded(backbone, stock, inputs, mask)
+
+
+def _layout(mask: Tensor, dtype: torch.dtype, device: torch.device) -> Layout:
+    """With a round number of tokens where oneDNN multiplies: in half precision on a CPU, in float32 on some."""
+    half = dtype is not torch.float32 or torch.is_autocast_enabled("cpu")
+    return Layout.of(mask, device, device.type == "cpu" and (half or by_onednn()))
 
 
 def _packed(backbone: nn.Module, stock: PreTrainedModel, inputs: dict[str, Tensor], layout: Layout) -> Tensor:
@@ -228,7 +235,7 @@ def _difference(
     mask, device = probe["attention_mask"].cpu(), probe["input_ids"].device
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
         expected = _padded(backbone, stock, probe, mask)
-        found = _packed(backbone, stock, probe, Layout.of(mask, device))
+        found = _packed(backbone, stock, probe, _layout(mask, stock.dtype, device))
     difference = (found.double() - expected.double()).abs() / (1 + expected.double().abs())
     return float(difference[probe["attention_mask"].bool()].max()), expected.dtype
 
