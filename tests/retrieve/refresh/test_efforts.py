@@ -183,6 +183,19 @@ def test_auto_refuses_held_out_queries_that_training_shares(refresh, monkeypatch
             "effort='passage-map' averages no weights: leave merge_weight",
         ),
         ({"effort": "query", "early_stopping_patience": 1}, "none are held out .too few"),
+        (
+            {"effort": "query-map", "early_stopping_patience": 1},
+            "fits a map at once: leave early_stopping_patience out",
+        ),
+        ({"effort": "query-map", "evaluation_strategy": "epoch"}, "fits a map at once: leave eval_strategy out"),
+        (
+            {"effort": "query", "metric_for_best_model": "MRR@10"},
+            "nDCG@10 of rows held out here: leave metric_for_best",
+        ),
+        (
+            {"effort": "query", "eval_strategy": "epoch", "save_strategy": "steps"},
+            "eval_strategy and save_strategy alike",
+        ),
         ({"bridge": True, "gate": False}, "bridge=True measures on queries"),
         (
             {"effort": "query", "shuffle_ratio": 0.1},
@@ -239,6 +252,10 @@ def test_switches_that_are_off_and_older_spellings_change_nothing(dense, refresh
     patient = trained("patient", early_stopping_patience=1, save_steps=None, save_on_epoch_end=True)
     assert patient["evaluation"]["early_stopping_patience"] == 1
     assert patient["training"]["eval_strategy"] == "epoch"
+    by_epoch = trained("by epoch", save_steps=None, eval_strategy="epoch")["training"]
+    assert (by_epoch["eval_strategy"], by_epoch["save_strategy"]) == ("epoch", "epoch")
+    by_steps = trained("by steps", save_steps=None, eval_steps=1)["training"]
+    assert (by_steps["eval_strategy"], by_steps["eval_steps"], by_steps["save_steps"]) == ("steps", 1, 1)
 
 
 def test_of_what_a_query_side_learned_a_part_is_kept(dense, refresh, tmp_path, monkeypatch) -> None:

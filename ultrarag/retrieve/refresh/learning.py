@@ -91,7 +91,7 @@ class Learning:
         if steps is not None:
             return {**given, "eval_strategy": "no"}
         patience = {name: value for name, value in self.plan.arguments.items() if name == PATIENT}
-        return stopping({**given, **patience}, self.plan.steps(rung))
+        return stopping({**given, **patience}, self.plan.steps(rung), self.plan.said)
 
     def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> dict[str, float]:
         folder = self.plan.ladder / f"{rung}-rate"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ultrarag.checkpoint import read_manifest
 from ultrarag.encoder.engines import is_int8
 from ultrarag.errors import DataError, UsageError
+from ultrarag.evaluation import MAIN_METRIC
 from ultrarag.retrieve.core import Core
 from ultrarag.retrieve.refresh.apart import JUDGE, STOP, Apart, held_out
 from ultrarag.retrieve.refresh.judging import leak_checks, questions
@@ -35,6 +36,10 @@ _EVALUATION = (
     *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "metric_for_best_model"),
     *("load_best_model_at_end", "greater_is_better", "ignore_identical_ids"),
 )
+#: Those of them that no rung below the last can follow: it looks at the held-out rows by its own measure.
+_UNFOLLOWED = ("metric_for_best_model", "load_best_model_at_end", "greater_is_better")
+#: Arguments of `finetune` about looking at held-out rows, of rungs that do.
+_LOOKING = ("eval_strategy", "eval_steps", PATIENT)
 #: Arguments of `finetune` about maps: of a climb's rungs, those with a map take them.
 _OF_MAPS = ("map_learning_rate", "map_regularization", "map_steps", "map_rank", "require_map")
 #: How a run is stored, and nothing of what it computes: these may differ when a refresh is taken up again.
@@ -101,6 +106,7 @@ class Plan:
                 "live query side alone (merge_weight, of the rung 'query'): leave merge_with out, or give effort='full'"
             )
         self._check_weight()
+        self._check_measuring()
         from ultrarag.finetune import adapter_defaults
         from ultrarag.finetune.flags import from_keywords, refuse_unsupported
 
@@ -132,6 +138,23 @@ class Plan:
                 f"merge_weight='auto' is measured by a fine-tune of both sides; what the rung '{AVERAGED}' keeps is a "
                 f"number above 0 and at most 1 ({KEPT:g} where none is given)"
             )
+
+    def _check_measuring(self) -> None:
+        """Refuse what an effort below 'full' would not follow of how a run is measured."""
+        if self.effort in (AUTO, FULL):
+            return
+        looks = self.effort in STOPPED
+        refused = [
+            name for name in (*_UNFOLLOWED, *(() if looks else _LOOKING)) if self.said.get(name) not in (None, "no")
+        ]
+        how = (
+            f"keeps the checkpoint with the best {MAIN_METRIC} of rows held out here" if looks else "fits a map at once"
+        )
+        if refused:
+            raise UsageError(f"effort='{self.effort}' {how}: leave {', '.join(refused)} out, or give effort='full'")
+        saves = {self.said.get(name) for name in ("eval_strategy", "save_strategy")} & {"steps", "epoch"}
+        if looks and len(saves) > 1:
+            raise UsageError(f"effort='{self.effort}' {how}: give eval_strategy and save_strategy alike")
 
     def _check_effort(self) -> None:
         """Refuse an effort that the index or the evaluation data cannot carry.

@@ -56,13 +56,19 @@ def described(found: Mapping[str, Any]) -> str:
     )
 
 
-def stopping(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The arguments of a run that looks at its held-out queries, keeps the best checkpoint, and may end early."""
-    if given.get("save_strategy") == "epoch" or is_on(given.get("save_on_epoch_end")):
+def stopping(given: Mapping[str, Any], steps: int, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a run that looks at its held-out queries, keeps the best checkpoint, and may end early.
+
+    Args:
+        asked: when to look, by finetune's names, where the caller says so: eval_strategy, eval_steps.
+    """
+    if is_on(given.get("save_on_epoch_end")):
         return {PATIENT: PATIENCE, **given, "eval_strategy": "epoch"}
-    every = max(1, math.ceil(steps / LOOKS))
+    if "epoch" in (given.get("save_strategy"), asked.get("eval_strategy")):
+        return {PATIENT: PATIENCE, **given, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    every = asked.get("eval_steps") or max(1, math.ceil(steps / LOOKS))
     looks = {"eval_steps": every, "save_steps": every, "save_min_seconds": BETWEEN_CHECKPOINTS}
-    looks = {} if "save_steps" in given else looks
+    looks = {} if "save_steps" in given and "eval_steps" not in asked else looks
     return {PATIENT: PATIENCE, **looks, **given, "eval_strategy": "steps"}
 
 
