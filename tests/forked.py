@@ -114,14 +114,18 @@ def torchrun(
         Popen(words, env={**common, "RANK": str(number), "LOCAL_RANK": str(number)}, **options)
         for number in range(processes)
     ]
-    while any(rank.poll() is None for rank in ranks):
-        time.sleep(0.02)
-        if any(rank.poll() for rank in ranks):
-            for rank in ranks:
-                rank.kill()
-    ended = [rank.communicate() for rank in ranks]
-    status = max((rank.wait() for rank in ranks), key=abs)
-    out, err = ("".join(part) for part in zip(*ended, strict=True))
+    with ThreadPoolExecutor(2 * processes) as pool:  # read while they run: who writes into a full pipe waits for ever
+        read = [[pool.submit(file.read) for file in (rank.stdout, rank.stderr)] for rank in ranks]
+        while any(rank.poll() is None for rank in ranks):
+            time.sleep(0.02)
+            if any(rank.poll() for rank in ranks):
+                for rank in ranks:
+                    rank.kill()
+        out, err = ("".join(part.result() for part in parts) for parts in zip(*read, strict=True))
+    status = 0
+    for rank in ranks:
+        with rank:
+            status = max(status, rank.wait(), key=abs)
     return subprocess.CompletedProcess(ranks[0].args, status, out, err)
 
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ultrarag import Encoder, products
 from ultrarag.errors import UsageError
@@ -74,6 +75,72 @@ def test_only_the_gradients_that_are_asked_for(trained):
         weight.requires_grad = name == trained
     fast(torch.randn(9, 24)).sum().backward()
     assert {name for name, weight in fast.named_parameters() if weight.grad is not None} == {trained}
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (9, 24), (3, 5, 24)])
+def test_what_follows_may_change_the_result_in_place(shape):
+    """Such as an activation with inplace=True: autograd refuses it of a view that an operation of ours gives."""
+    gradients = []
+    for layer in pair():
+        rows = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).requires_grad_()
+        out = layer(rows)
+        out += 1
+        out.relu_().sum().backward()
+        gradients.append(rows.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_layer_keeps_no_rows_for_its_backward():
+    """As torch's: beside LoRA they are most of what a step keeps."""
+    kept = []
+    for layer in pair():
+        layer.requires_grad_(False)
+        rows, shapes = torch.randn(9, 24, requires_grad=True), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one, seen=shapes: seen.append(one.shape) or one, id):
+            layer(rows)
+        kept.append(shapes)
+    assert kept[1] == [(40, 24)]
+    assert sum(shape.numel() for shape in kept[1]) <= sum(shape.numel() for shape in kept[0])
+
+
+def test_rows_that_overlap_in_memory_train():
+    """Windows of a signal: oneDNN takes them as rows, and not as the weight that they are of the weight's gradient."""
+    rows = torch.linspace(-1, 1, 24 + 2 * 39).unfold(0, 24, 2)
+    gradients = []
+    for layer in pair():
+        layer(rows).pow(2).sum().backward()
+        gradients.append(layer.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [8, 9])
+def test_gradients_of_gradients(number):
+    """A penalty on the gradient, of the rows' and of the weight's."""
+    found = []
+    for layer in pair():
+        rows = torch.linspace(-1, 1, number * 24).view(number, 24).requires_grad_()
+        of_rows, of_weight = torch.autograd.grad(layer(rows).pow(3).mean(), [rows, layer.weight], create_graph=True)
+        (of_rows.pow(2).sum() + of_weight.pow(2).sum()).backward()
+        found.append([rows.grad, *(weight.grad for weight in layer.parameters())])
+    for expected, other in zip(*found, strict=True):
+        assert expected.any()
+        assert torch.allclose(expected, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # jacfwd's own
+def test_transforms_of_torch_func_and_derivatives_forward():
+    plain, fast = pair()
+    rows = torch.linspace(-1, 1, 9 * 24).view(9, 24)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.allclose(transform(plain)(rows), transform(fast)(rows), atol=1e-5)
+    with torch.no_grad(), forward_ad.dual_level():
+        found = [forward_ad.unpack_dual(layer(forward_ad.make_dual(rows, rows))).tangent for layer in (plain, fast)]
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_rows_of_another_width_are_refused_as_by_torch():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        pair()[1](torch.randn(96, 8))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")

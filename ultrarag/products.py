@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from ultrarag.errors import UsageError
 
@@ -54,8 +54,9 @@ def _agrees() -> bool:
     rows = torch.linspace(-1, 1, 9 * 5).view(9, 5)
     weight, bias = torch.linspace(-2, 1, 3 * 5).view(3, 5), torch.linspace(0, 1, 3)
     try:
+        _transformed()
         return torch.allclose(_product(rows, weight, bias), F.linear(rows, weight, bias), atol=1e-5)
-    except (RuntimeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError):
         return False
 
 
@@ -100,17 +101,18 @@ class OneDnnLinear(nn.Linear):
         if not _suits(input, weight):
             return F.linear(input, weight, bias)
         if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (input, weight, bias)):
-            return cast(Tensor, _Product.apply(input, weight, bias))
+            return _differentiable(input, weight, bias)
         return _product(input, weight, bias)
 
 
 def _suits(rows: Tensor, weight: Tensor) -> bool:
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or _transformed():
         return False
     return (
         rows.dtype is torch.float32
         and weight.dtype is torch.float32
         and rows.numel() >= LEAST_ROWS * weight.shape[-1] > 0
+        and rows.shape[-1] == weight.shape[-1]  # else the error is torch's, which names both
         and rows.device.type == "cpu"
         and type(rows) is Tensor
         and type(weight) in (nn.Parameter, Tensor)
@@ -119,11 +121,15 @@ def _suits(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func is on, or derivatives forward: both know torch's own product alone."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows @ weight.T + bias, for (..., in_features)."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    found = _multiply(_filled(flat), weight, bias)[: len(flat)]
-    return found.view(*rows.shape[:-1], -1)
+    """rows @ weight.T + bias, for (..., in_features); no view, which could not be changed in place in training."""
+    found = _multiply(_filled(rows.reshape(-1, rows.shape[-1])), weight, bias)
+    return found.resize_(*rows.shape[:-1], len(weight))
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,29 +137,34 @@ def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _filled(rows: Tensor) -> Tensor:
-    """The rows, and rows of zeros up to the rounded number."""
+    """The rows, and rows of zeros up to the rounded number; contiguous: as weights oneDNN takes none that overlap."""
     missing = rounded(len(rows)) - len(rows)
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+
+
+def _differentiable(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return cast(Tensor, _Product.apply(rows, weight, bias))
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product, with what its backward needs."""
-        ctx.save_for_backward(rows, weight)
+        """The product, with what its backward needs: of a frozen weight, as beside LoRA, not the rows."""
+        of_rows, of_weight, _ = ctx.needs_input_grad
+        ctx.shape = rows.shape
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
         return _product(rows, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of the rows, the weight and the bias, where they are asked for."""
         rows, weight = ctx.saved_tensors
-        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        multiply = _differentiable if torch.is_grad_enabled() else _multiply  # of create_graph=True
         flat = gradient.reshape(-1, gradient.shape[-1])
         filled = _filled(flat)
-        gradients: list[Tensor | None] = [None, None, flat.sum(0) if of_bias else None]
-        if of_rows:
-            gradients[0] = _multiply(filled, weight.t(), None)[: len(flat)].view(rows.shape)
-        if of_weight:
-            gradients[1] = _multiply(filled.t(), _filled(rows.reshape(-1, rows.shape[-1])).t(), None)
+        gradients: list[Tensor | None] = [None, None, flat.sum(0) if ctx.needs_input_grad[2] else None]
+        if weight is not None:
+            gradients[0] = multiply(filled, weight.t(), None)[: len(flat)].view(ctx.shape)
+        if rows is not None:
+            gradients[1] = multiply(filled.t(), _filled(rows.reshape(-1, rows.shape[-1])).t(), None)
         return gradients[0], gradients[1], gradients[2]
