@@ -67,6 +67,27 @@ def test_whoever_asks_one_query_after_the_other_is_waited_for() -> None:
     assert one.had["passage"] / sum(one.had.values()) == pytest.approx(1 / 3, abs=0.03)
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.002, 0.0049])
+def test_time_that_is_kept_for_queries_is_their_share(pause) -> None:
+    """However long one client thinks within a lull: passages that wait have their third of all the time."""
+    one, start = Simulation(query=0.002, passage=0.05), 100.0
+    one.arrive("passage")
+    comes = start
+    while one.clock.now < start + 60:
+        here = comes <= one.clock.now
+        if here:
+            one.turns.arrive("query", idle=True, alone=False)
+        lane, seconds = one.turns.next(["query", "passage"] if here else ["passage"])
+        if lane is None:
+            one.clock.now += min(seconds, comes - one.clock.now) + 1e-9
+            continue
+        one.clock.now += one.seconds[lane]
+        one.had[lane] += one.seconds[lane]
+        one.turns.ran(lane, one.seconds[lane], 100)
+        comes = one.clock.now + pause if lane == "query" else comes
+    assert one.had["passage"] / 60 == pytest.approx(1 / 3, abs=0.04)
+
+
 def test_passages_go_on_once_no_query_comes() -> None:
     one = Simulation(query=0.01, passage=0.05)
     for lane in ("query", "passage", "query"):

@@ -37,6 +37,8 @@ class Turns:
         self._at = 0.0
         #: tokens a second, of each lane's last turn
         self._rates: dict[Lane, float] = {"query": 0.0, "passage": 0.0}
+        #: since when passages have waited for queries that may come, None: they do not
+        self._kept: float | None = None
         #: when the last query came, when one met somebody else, when the last were answered
         self._queried = self._met = self._answered = -CROWDED
 
@@ -56,8 +58,12 @@ class Turns:
 
     def next(self, waiting: Collection[Lane]) -> tuple[Lane | None, float]:
         """The lane that is next, of those that wait; None, and for how many seconds to wait for queries."""
+        if self._kept is not None:  # time that was kept for queries is theirs
+            self._tags["query"] += (self._clock() - self._kept) / SHARES["query"]
+            self._kept = None
         ahead = self._tags["passage"] - self._tags["query"]  # of what passages are sure of
         if "query" not in waiting and ahead > 0 and (left := self._answered + LULL - self._clock()) > 0:
+            self._kept = self._clock()
             return None, left
         lane: Lane = "query" if "passage" not in waiting or ("query" in waiting and ahead >= 0) else "passage"
         self.begin(lane)
