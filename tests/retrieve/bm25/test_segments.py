@@ -73,6 +73,7 @@ def test_pruned_search_finds_what_plain_sums_find(
 ) -> None:
     monkeypatch.setattr(store, "BATCH_ROWS", batch)
     monkeypatch.setattr(compressor, "LEAST_DENSE", 10)
+    monkeypatch.setattr(compressor, "LEAST_PACKED", 5)
     monkeypatch.setattr(topk, "LONG_LIST", long)
     monkeypatch.setattr(topk, "MANY_WINDOWS", many)
     monkeypatch.setattr(topk, "FIRST_WINDOWS", 3)
