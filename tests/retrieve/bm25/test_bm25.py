@@ -65,7 +65,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Let a few passages be enough for files, merges in a thread, dense lists and pruning."""
+    """Let a few passages be enough for files, merges in a thread, dense and packed lists and pruning."""
     monkeypatch.setattr(store, "BATCH_ROWS", rows)
     monkeypatch.setattr(store, "FILE_ROWS", 2 * rows)
     monkeypatch.setattr(merging, "BATCH_ROWS", rows)
@@ -73,6 +73,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(merging, "IDLE", 0.01)
     monkeypatch.setattr(gathering, "PIECE_ENTRIES", 50)
     monkeypatch.setattr(compressor, "LEAST_DENSE", 3)
+    monkeypatch.setattr(compressor, "LEAST_PACKED", 1)
     monkeypatch.setattr(topk, "LONG_LIST", 3)
 
 

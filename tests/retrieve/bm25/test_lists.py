@@ -81,6 +81,34 @@ def test_lists_come_back(rows: int, numbers: str) -> None:
         np.testing.assert_array_equal(whole.numbers, given.numbers)
 
 
+@pytest.mark.parametrize(("share", "most"), [(0.009, 1.25), (0.002, 1.5)])
+def test_a_list_of_middle_length_takes_little_more_than_a_byte_an_entry(share: float, most: float) -> None:
+    rng = np.random.default_rng(1)
+    given = inverted(rng, 1_000_000, [share] * 5, "ones")
+    compressor = Compressor(np.full(1_000_000, 20), NORMS)
+    compressor.add(given)
+    arrays = compressor.arrays()
+    taken = sum(array.nbytes for array in arrays.values()) - 5 * 8 - 8 * 4  # without keys and where lists begin
+    assert taken < most * len(given.rows)
+    np.testing.assert_array_equal(Lists(arrays, 1_000_000).between(0, None).rows, given.rows)
+
+
+def test_a_list_beyond_row_2_to_the_24_comes_back() -> None:
+    rows = (1 << 24) + 70_000
+    rng = np.random.default_rng(2)
+    held = np.unique(np.concatenate([rng.integers(0, rows, 40_000), (1 << 24) + np.arange(-3, 3), [rows - 1]]))
+    given = Inverted(np.array([5], np.uint64), np.array([len(held)]), held, np.ones(len(held)))
+    compressor = Compressor(np.broadcast_to(np.int64(20), rows), NORMS)
+    compressor.add(given)
+    arrays = compressor.arrays()
+    assert arrays["rows3"].nbytes == len(held)
+    lists = Lists(arrays, rows)
+    np.testing.assert_array_equal(lists.rows(0), held)
+    found, places = lists.lookup(0, held[::7])
+    np.testing.assert_array_equal(held[places], held[::7][found])
+    assert len(found) == len(held[::7])
+
+
 def test_windows_are_halved_or_compared_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     held = compress(inverted(rng, 20_000, [0.7, 0.05, 1.0], "few"), 20_000)

@@ -1,9 +1,10 @@
-"""Segments: pruned search against plain sums, merges beside searches, kills, damage, files of format 1."""
+"""Segments: pruned search against plain sums, merges beside searches, kills, damage, files of older code."""
 
 from __future__ import annotations
 
 import math
 import os
+import runpy
 import shutil
 import sqlite3
 import subprocess
@@ -24,6 +25,7 @@ from ultrarag.retrieve.bm25.part import Part
 from ultrarag.retrieve.bm25.terms import digest, tokenize
 
 OLD = Path(__file__).parents[2] / "fixtures" / "dee4ec6" / "index-numpy" / "bm25"
+VERSION_2 = Path(__file__).parents[2] / "fixtures" / "4a828a9"
 PASSAGES = {f"p{row:03}": f"red word{row} word{row % 7} word{row % 3}" for row in range(60)}
 
 
@@ -73,6 +75,7 @@ def test_pruned_search_finds_what_plain_sums_find(
 ) -> None:
     monkeypatch.setattr(store, "BATCH_ROWS", batch)
     monkeypatch.setattr(compressor, "LEAST_DENSE", 10)
+    monkeypatch.setattr(compressor, "LEAST_PACKED", 5)
     monkeypatch.setattr(topk, "LONG_LIST", long)
     monkeypatch.setattr(topk, "MANY_WINDOWS", many)
     monkeypatch.setattr(topk, "FIRST_WINDOWS", 3)
@@ -426,6 +429,35 @@ def test_the_file_of_an_index_of_dee4ec6_opens(tmp_path: Path) -> None:
         index = BM25.open(tmp_path / "bm25")
         assert index.search("hot steam", 5) == hits
         index.close()
+
+
+# Segments of version 2
+
+
+def test_segments_of_version_2_are_read_as_they_are_and_merged_into_new_ones(tmp_path: Path, monkeypatch) -> None:
+    made = runpy.run_path(str(VERSION_2 / "make.py"))
+    passages = {id: text for id, text in made["PASSAGES"].items() if id not in made["GONE"]}
+    metadata, some = made["METADATA"], {"n": {"gte": 100}, "part": {"lt": 76}}
+    shutil.copytree(VERSION_2 / "bm25", tmp_path / "bm25")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "bm25").iterdir()}
+    for read_only in (True, False):
+        index = BM25.open(tmp_path / "bm25", read_only=read_only)
+        assert [part.segment.content[7] for part in index._store.parts] == [2, 2]
+        check(index, passages, "red blue word3 number300")
+        check(index, passages, "red blue", some, metadata)
+        index.close()
+        after = {path.name: path.read_bytes() for path in (tmp_path / "bm25").glob("segment-*")}
+        assert after.items() <= before.items()
+    monkeypatch.setattr(compressor, "LEAST_PACKED", 30)
+    index = BM25.open(tmp_path / "bm25")
+    add(index, {"new": "red new"}, {"new": {"n": 200}})
+    index.vacuum()
+    [part] = index._store.parts
+    assert part.segment.content[7] == 3  # which code of before refuses: it would leave the packed lists out
+    index = reopen(index)
+    check(index, passages | {"new": "red new"}, "red blue word3 new")
+    check(index, passages | {"new": "red new"}, "red blue", some, metadata | {"new": {"n": 200}})
+    index.close()
 
 
 def test_the_formula_of_these_tests_is_that_of_the_others() -> None:

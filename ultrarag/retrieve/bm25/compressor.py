@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from ultrarag.retrieve.bm25.lists import WIDTHS, WINDOW, Arrays, Inverted
+from ultrarag.retrieve.bm25.unary import as_bits
 
 #: A list is dense when it holds more than one row in so many, and more than LEAST_DENSE.
 SPARSENESS, LEAST_DENSE = 100, 256
+#: Others of more entries than this are packed where that takes less; shorter ones are read in fewer calls of numpy.
+LEAST_PACKED = 256
 
 
 class Compressor:
@@ -19,7 +22,7 @@ class Compressor:
         self._rows = len(lengths)
         self._coarse = max(1, -(-self._rows // 65536))
         self._windows = max(1, -(-self._rows // WINDOW))
-        self._pieces: list[list[Arrays]] = [[], [], []]
+        self._pieces: list[list[Arrays]] = [[], [], [], []]
 
     def add(self, lists: Inverted) -> None:
         """Compress a piece; its keys come after all those before."""
@@ -27,7 +30,8 @@ class Compressor:
             if chosen.any():
                 kept = np.repeat(chosen, lists.counts)
                 part = Inverted(lists.keys[chosen], lists.counts[chosen], lists.rows[kept], lists.numbers[kept])
-                self._pieces[kind].append((self._rare, self._mid, self._dense)[kind](part) | _plain(part))
+                stored = (self._rare, self._mid, self._dense, self._packed)[kind](part)
+                self._pieces[kind].append(stored | _plain(part))
 
     def arrays(self) -> Arrays:
         """All that `Lists` reads."""
@@ -36,22 +40,24 @@ class Compressor:
             starts = np.concatenate([[0], np.cumsum(_joined(pieces, "counts", np.int64))])
             made[f"keys{kind}"] = _joined(pieces, "keys", np.uint64)
             made[f"starts{kind}"] = smallest(starts, 4)
-            made[f"rows{kind}"] = _joined(pieces, "rows", ("<u4", "<u2", "<u1")[kind])
+            made[f"rows{kind}"] = _joined(pieces, "rows", ("<u4", "<u2", "<u1", "<u1")[kind])
             for name, array in _coded(pieces).items():
                 made[f"{name}{kind}"] = array
         made["windows1"] = smallest(_joined(self._pieces[1], "windows", np.int64, self._coarse - 1), 2)
         made["counts2"] = _joined(self._pieces[2], "windows", "<u1", self._windows)
         made["most2"] = _joined(self._pieces[2], "most", "<u1", self._windows)
+        made["windows3"] = _joined(self._pieces[3], "windows", "<u1")
         return made
 
-    def _kinds(self, lists: Inverted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _kinds(self, lists: Inverted) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         dense = (lists.counts * SPARSENESS > self._rows) & (lists.counts > LEAST_DENSE)
         if dense.any():  # a row with several numbers has several entries: windows would overflow
             lists_of = np.repeat(np.arange(len(lists.counts)), lists.counts)
             twice = np.flatnonzero((np.diff(lists.rows) == 0) & (np.diff(lists_of) == 0))
             dense[lists_of[twice]] = False
-        mid = ~dense & (lists.counts > 2 * (self._coarse - 1))
-        return ~dense & ~mid, mid, dense
+        packed = ~dense & (lists.counts * 7 > self._windows) & (lists.counts > LEAST_PACKED)  # 9 bits and these for 16
+        mid = ~dense & ~packed & (lists.counts > 2 * (self._coarse - 1))
+        return ~dense & ~packed & ~mid, mid, dense, packed
 
     def _rare(self, part: Inverted) -> Arrays:
         return {"rows": part.rows.astype("<u4")}
@@ -59,6 +65,10 @@ class Compressor:
     def _mid(self, part: Inverted) -> Arrays:
         within = _per_window(part, 16, self._coarse)[0].cumsum(axis=1)
         return {"rows": (part.rows & 0xFFFF).astype("<u2"), "windows": within[:, :-1]}
+
+    def _packed(self, part: Inverted) -> Arrays:
+        windows = as_bits(part.rows >> 8, part.counts, self._windows)
+        return {"rows": (part.rows & 0xFF).astype("<u1"), "windows": windows}
 
     def _dense(self, part: Inverted) -> Arrays:
         counts, cells = _per_window(part, 8, self._windows)

@@ -1,10 +1,11 @@
 """Inverted lists of one segment, compressed: which rows hold a term or a fact, and a number with each.
 
-A list is stored in one of three ways, by how many of the segment's rows it holds:
+A list is stored in one of four ways, by how many of the segment's rows it holds (dense: the most; then packed):
 
     rare    the rows as 32 bits each
     mid     their low 16 bits, and for each 65,536 rows where these begin
     dense   their low 8 bits, and for each 256 rows (a window) how many there are and the most that one can score
+    packed  their low 8 bits, and which window each is in (`unary`); segments of version 2 have none
 
 so that a whole list is decoded by a few passes of numpy, and single rows of a long one are found without decoding it.
 Lists lie in this order, within each way in the order of their keys; a *place* counts the entries of one way. Numbers
@@ -14,11 +15,14 @@ whichever takes the least; the others are kept apart.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+
+from ultrarag.retrieve.bm25.unary import EntryWindows
 
 Arrays: TypeAlias = "dict[str, np.ndarray]"
 WINDOW = 256
@@ -28,6 +32,11 @@ WIDTHS = {0: 1, 2: 3, 4: 15}
 FEW_ENTRIES = 8_192
 #: Lists of a segment whose windows' places are remembered, 16 KB each at a million rows.
 _REMEMBERED = 64
+#: What a segment of version 2 lacks.
+_NONE_PACKED: Arrays = {
+    **{f"{name}3": np.zeros(0, np.uint8) for name in ("keys", "rows", "codes", "odd", "odd_at", "windows")},
+    **{f"{name}3": np.zeros(1, np.uint8) for name in ("starts", "bits")},
+}
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,12 @@ class Lists:
     """Lists as a segment holds them; a list is named by its number, in the order in which they lie."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], rows: int) -> None:
-        self._rows_of = [arrays[f"rows{kind}"] for kind in range(3)]
-        self._keys = [arrays[f"keys{kind}"] for kind in range(3)]
-        self._starts = [arrays[f"starts{kind}"] for kind in range(3)]
+        arrays = {**_NONE_PACKED, **arrays}
+        self._rows_of = [arrays[f"rows{kind}"] for kind in range(4)]
+        self._keys = [arrays[f"keys{kind}"] for kind in range(4)]
+        self._starts = [arrays[f"starts{kind}"] for kind in range(4)]
         self._windows, self._counts, self._most = arrays["windows1"], arrays["counts2"], arrays["most2"]
-        self._numbers = [Numbers(arrays, kind) for kind in range(3)]
+        self._numbers = [Numbers(arrays, kind) for kind in range(4)]
         self._first = np.cumsum([0, *(len(keys) for keys in self._keys)]).tolist()
         self._begins: dict[int, np.ndarray] = {}
         #: entries of all lists
@@ -60,6 +70,7 @@ class Lists:
         #: windows of 256 rows
         self.windows = max(1, -(-rows // WINDOW))
         self._window_rows = np.arange(self.windows) << 8
+        self._entry_windows = EntryWindows(arrays["windows3"], self._starts[3], self.windows)
 
     def find(self, keys: np.ndarray) -> list[int]:
         """The numbers of the lists of keys, uint64; -1 for one that has none."""
@@ -74,7 +85,7 @@ class Lists:
 
     def dense(self, number: int) -> bool:
         """Whether rows of the list are found without decoding it."""
-        return number >= self._first[2]
+        return self._kind(number) == 2
 
     def count(self, number: int) -> int:
         """The entries of a list."""
@@ -89,6 +100,8 @@ class Lists:
             return low.astype(np.int64)
         if kind == 2:
             return np.repeat(self._window_rows, self._window_counts(number - self._first[2])) + low
+        if kind == 3:
+            return (self._entry_windows.of(number - self._first[3]) << 8) + low
         ends = self._windows[number - self._first[1]].astype(np.int64)
         counts = np.diff(ends, prepend=0, append=end - start)
         return np.repeat(np.arange(len(counts)) << 16, counts) + low
@@ -144,7 +157,7 @@ class Lists:
 
     def between(self, low: int, high: int | None) -> Inverted:
         """The lists with keys from low up to high (None: to the end), in the order of their keys."""
-        ranges = [self._range(kind, low, high) for kind in range(3)]
+        ranges = [self._range(kind, low, high) for kind in range(4)]
         pieces = [self._decoded(kind, *span) for kind, span in enumerate(ranges)]
         return in_order(pieces)
 
@@ -164,7 +177,7 @@ class Lists:
 
     def _wide(self, kind: int, first: int, counts: np.ndarray) -> list[tuple[slice, np.ndarray]]:
         """Lists in groups whose windows fit into memory, with their entries."""
-        step = max(1, (1 << 22) // (self.windows if kind == 2 else self._windows.shape[1] + 1))
+        step = max(1, (1 << 22) // (self.windows if kind >= 2 else self._windows.shape[1] + 1))
         return [
             (slice(first + at, first + min(at + step, len(counts))), counts[at : at + step])
             for at in range(0, len(counts), step)
@@ -172,6 +185,8 @@ class Lists:
 
     def _high(self, kind: int, lists: slice, counts: np.ndarray) -> np.ndarray:
         """The rows' high bits of consecutive lists."""
+        if kind == 3:
+            return self._entry_windows.between(lists.start, lists.stop) << 8
         if kind == 1:
             ends = np.concatenate([self._windows[lists].astype(np.int64), counts[:, None]], axis=1)
             per_window = np.diff(ends, axis=1, prepend=0)
@@ -181,7 +196,7 @@ class Lists:
         return np.repeat(np.tile(high, len(counts)), per_window.ravel())
 
     def _kind(self, number: int) -> int:
-        return 2 if number >= self._first[2] else 1 if number >= self._first[1] else 0
+        return bisect_right(self._first, number) - 1
 
     def _span(self, number: int) -> tuple[int, int, int]:
         """The places of a list's entries, first and one past the last, and its way."""

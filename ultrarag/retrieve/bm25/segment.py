@@ -25,7 +25,9 @@ from ultrarag.retrieve.bm25.lists import Arrays, Inverted, Lists
 #: Ids whose places are Python integers at a time.
 SPANS = 1 << 16
 Content: TypeAlias = "bytes | mmap.mmap"
-_MAGIC = b"URBM25\x00\x02"
+#: The last byte is the version; 2 lacks the packed lists, which the code of then would silently leave out of version 3.
+_MAGIC = b"URBM25\x00\x03"
+_READ = (b"URBM25\x00\x02", _MAGIC)
 _TYPES = {"<u1": "|u1", "|u1": "|u1", "<u2": "<u2", "<u4": "<u4", "<u8": "<u8", "<f8": "<f8"}
 
 
@@ -36,7 +38,7 @@ class Segment:
         """Raises ValueError when the content is no segment; only a checksum tells whether it is whole."""
         self.content = content
         start = len(_MAGIC) + 4
-        if len(content) < start or content[: len(_MAGIC)] != _MAGIC:
+        if len(content) < start or content[: len(_MAGIC)] not in _READ:
             raise ValueError("it does not begin as a segment does")
         data = start + int.from_bytes(content[len(_MAGIC) : start], "little")
         header = json.loads(content[start:data])
