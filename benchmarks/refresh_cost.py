@@ -7,7 +7,7 @@ a copy of that index. Both refresh with the same rows and held-out queries, each
 counts is the processor time of the call of `refresh`, of its process and its children; the test queries are searched
 before and after. The guard's passages keep the vectors of the untuned model, as a query side leaves them; of the older
 code, which encodes them again, the guard is not measured. With `--place` the indexes lie in a folder that stays, and
-the same command goes on where a run was stopped.
+the same command goes on where a run was stopped. `--find-rate` also measures refreshes that find their rate.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ LENGTH = 128
 #: the query side: what a refresh does without being told, but for the rate, which it would find on three slices
 OLDER = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 2e-5}
 QUERY = {"effort": "query", "learning_rate": 1e-4}
+#: the same, told nothing
+FOUND = "query, rate found"
+SETTINGS: dict[str, dict[str, Any]] = {"old": OLDER, "query": QUERY, FOUND: {"effort": "query"}}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--old", default=COMMIT, help="the older commit")
     parser.add_argument("--seeds", type=int, default=3, help="of the query side")
     parser.add_argument("--old-seeds", type=int, default=1)
+    parser.add_argument("--find-rate", action="store_true", help="also without a rate, which is found on three slices")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--place", type=Path, help="a folder for the indexes, by which a stopped run goes on")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -62,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows, dev = split_rows(options.data, place)
         old = place / "old-code"
         code = {"old": old if old.exists() else older_code(old, options.old), "query": Path(__file__).parents[1]}
+        code |= {FOUND: code["query"]} if options.find_rate else {}
         for seed in range(max(options.seeds, options.old_seeds)):
             for name in in_turn([*code], seed):
                 done = any(row["code"] == name and row["seed"] == seed for row in report["refreshes"])
@@ -69,18 +74,21 @@ def main(arguments: list[str] | None = None) -> None:
                     continue
                 asked = {
                     "data": str(options.data.resolve()),
-                    "guard": str(options.guard.resolve()) if name == "query" else None,
+                    "guard": None if name == "old" else str(options.guard.resolve()),
                     "rows": str(rows),
                     "dev": dev,
                     "place": str(place / f"{name}-{seed}"),
                     "base": str(place / "index"),
                     "seed": seed,
-                    "settings": OLDER if name == "old" else QUERY,
+                    "settings": SETTINGS[name],
                 }
                 found = {"code": name, "seed": seed, **in_process(code[name], asked)}
                 print(json.dumps(found), file=sys.stderr, flush=True)
                 report["refreshes"].append(found)
                 report["old to query, processor time"] = ratio(report["refreshes"])
+                report |= (
+                    {f"old to {FOUND}, processor time": ratio(report["refreshes"], FOUND)} if options.find_rate else {}
+                )
                 options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(render(report))
 
@@ -207,10 +215,10 @@ def processor_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def ratio(rows: list[dict[str, Any]]) -> float | None:
+def ratio(rows: list[dict[str, Any]], beside: str = "query") -> float | None:
     """Processor time of the older refresh to that of the query side, means over the seeds."""
-    spent = {name: [row["cpu_seconds"] for row in rows if row["code"] == name] for name in ("old", "query")}
-    return round(fmean(spent["old"]) / fmean(spent["query"]), 2) if all(spent.values()) else None
+    spent = {name: [row["cpu_seconds"] for row in rows if row["code"] == name] for name in ("old", beside)}
+    return round(fmean(spent["old"]) / fmean(spent[beside]), 2) if all(spent.values()) else None
 
 
 def render(report: dict[str, Any]) -> str:
@@ -219,12 +227,13 @@ def render(report: dict[str, Any]) -> str:
     lines += ["| code | seed | processor s | before | test | guard before | guard | passages encoded |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for row in report["refreshes"]:
-        name = f"{report['old']}, full" if row["code"] == "old" else "query side"
+        name = f"{report['old']}, full" if row["code"] == "old" else row["code"]
         names = ("before", "test", "guard_before", "guard")
         figures = " | ".join(f"{row[key]:.4f}" if key in row else "" for key in names)
         encoded = row.get("passages_encoded", "")
         lines.append(f"| {name} | {row['seed']} | {row['cpu_seconds']:.0f} | {figures} | {encoded} |")
-    return "\n".join([*lines, "", f"Old to query side, processor time: {report['old to query, processor time']}"])
+    ratios = [f"{name[0].upper()}{name[1:]}: {value}" for name, value in report.items() if name.startswith("old to ")]
+    return "\n".join([*lines, "", *ratios])
 
 
 if __name__ == "__main__":
