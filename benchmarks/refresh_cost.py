@@ -85,10 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
                 found = {"code": name, "seed": seed, **in_process(code[name], asked)}
                 print(json.dumps(found), file=sys.stderr, flush=True)
                 report["refreshes"].append(found)
-                report["old to query, processor time"] = ratio(report["refreshes"])
-                report |= (
-                    {f"old to {FOUND}, processor time": ratio(report["refreshes"], FOUND)} if options.find_rate else {}
-                )
+                for other in [name for name in code if name != "old"]:
+                    report[f"old to {other}, processor time"] = ratio(report["refreshes"], other)
                 options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(render(report))
 
@@ -215,7 +213,7 @@ def processor_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def ratio(rows: list[dict[str, Any]], beside: str = "query") -> float | None:
+def ratio(rows: list[dict[str, Any]], beside: str) -> float | None:
     """Processor time of the older refresh to that of the query side, means over the seeds."""
     spent = {name: [row["cpu_seconds"] for row in rows if row["code"] == name] for name in ("old", beside)}
     return round(fmean(spent["old"]) / fmean(spent[beside]), 2) if all(spent.values()) else None

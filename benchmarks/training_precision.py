@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from finetune import RECIPE, evaluate, model_path
+from finetune import RECIPE, as_arguments, evaluate, model_path
 from machine import origin
 
 from ultrarag.io.durable import write_json
@@ -79,14 +79,8 @@ def train(options: argparse.Namespace) -> None:
         model_path(),
         str(options.data / "train.jsonl"),
         folder,
-        adapter="bge",
+        **as_arguments(),
         train_group_size=1,
-        query_max_len=RECIPE["tokens"],
-        passage_max_len=RECIPE["tokens"],
-        per_device_train_batch_size=RECIPE["batch"],
-        learning_rate=RECIPE["lr"],
-        temperature=RECIPE["temperature"],
-        num_train_epochs=1,
         max_steps=options.max_steps,
         seed=int(seed),
         bf16=precision == "bf16",

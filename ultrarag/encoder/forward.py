@@ -72,7 +72,8 @@ class TokenEncoder:
         self.device = checked_device(device)
         self.precision = checked_precision(precision, self.device)
         self.model = model.to(self.device).eval()
-        multiply_by_onednn(self.model)
+        if self.device.type == "cpu":
+            multiply_by_onednn(self.model)
         model.settings = settings  # type: ignore[assignment]
         #: Python code that comes with the model may be run, also when it is loaded again
         self.trust_remote_code = False

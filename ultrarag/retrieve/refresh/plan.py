@@ -31,13 +31,13 @@ _OWN = (
     *("model_name_or_path", "model", "adapter", "resume_from_checkpoint"),
     *("train_side", "query_map", "passage_map", "corpus"),
 )
-#: Arguments of `finetune` about measuring, which is done here for all rungs but the last.
-_EVALUATION = (
-    *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "metric_for_best_model"),
-    *("load_best_model_at_end", "greater_is_better", "ignore_identical_ids"),
-)
-#: Those of them that no rung below the last can follow: it looks at the held-out rows by its own measure.
+#: Arguments of `finetune` that no rung below the last can follow: it looks at the held-out rows by its own measure.
 _UNFOLLOWED = ("metric_for_best_model", "load_best_model_at_end", "greater_is_better")
+#: Those and others about measuring, which is done here for all rungs but the last.
+_EVALUATION = (
+    *("eval_data", "guard_data", "eval_strategy", "evaluation_strategy", "eval_steps", "ignore_identical_ids"),
+    *_UNFOLLOWED,
+)
 #: Arguments of `finetune` about looking at held-out rows, of rungs that do.
 _LOOKING = ("eval_strategy", "eval_steps", PATIENT)
 #: Arguments of `finetune` about maps: of a climb's rungs, those with a map take them.
