@@ -209,3 +209,8 @@ def test_a_setting_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv(products.SETTING, "yes")
     with pytest.raises(UsageError, match="ULTRARAG_ONEDNN is 'yes'"):
         multiply_by_onednn(nn.Linear(8, 8))
+
+
+def test_only_what_lies_on_a_cpu_is_looked_at_before_each_product(minilm):
+    encoder = Encoder.load(minilm, device="meta")
+    assert not any(isinstance(layer, OneDnnLinear) for layer in encoder.model.modules())
