@@ -12,7 +12,7 @@ from torch import nn
 
 from ultrarag.checkpoint import Manifest
 from ultrarag.encoder.cuts import Cuts
-from ultrarag.encoder.device import Casts, map_side_by_side, one_ahead, side_by_side
+from ultrarag.encoder.device import Casts, keep_freed_memory, map_side_by_side, one_ahead, side_by_side
 from ultrarag.encoder.engines import Dense, Engine, Forward, Int8, Quantised
 from ultrarag.encoder.load import checked_device, checked_precision, dtype_of
 from ultrarag.encoder.pooling import pooled
@@ -73,6 +73,7 @@ class TokenEncoder:
         self.precision = checked_precision(precision, self.device)
         self.model = model.to(self.device).eval()
         if self.device.type == "cpu":
+            keep_freed_memory()
             multiply_by_onednn(self.model)
         model.settings = settings  # type: ignore[assignment]
         #: Python code that comes with the model may be run, also when it is loaded again
