@@ -27,10 +27,10 @@ _KEPT = (32 << 20) - (64 << 10)
 def keep_freed_memory() -> None:
     """Have the C library keep freed blocks of up to 32 MiB for the next layer, once a process.
 
-    glibc gives the pages of large blocks back as they are freed, and the kernel fills them with zeros when the next layer
-    asks for them (benchmarks/page_faults.py). How large a block it keeps follows the largest mapped one that was ever
-    freed (mallopt(3)), so one is freed here, whose pages were never touched: that takes no memory. Limits that the
-    environment sets, and other allocators, stay as they are.
+    glibc gives the pages of large blocks back as they are freed, and the kernel fills them with zeros when the next
+    layer asks for them (benchmarks/page_faults.py). How large a block it keeps follows the largest mapped one that was
+    ever freed (mallopt(3)), so one is freed here, whose pages were never touched: that takes no memory. Limits that
+    the environment sets, and other allocators, stay as they are.
     """
     torch.empty(_KEPT, dtype=torch.uint8, device="cpu")
 
