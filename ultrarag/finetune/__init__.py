@@ -68,6 +68,24 @@ def finetune(
     return result
 
 
+def finetune_trial(model: str, train_data: Any, output_dir: str | PathLike[str], **arguments: Any) -> FinetuneResult:
+    """Fine-tune to see what it comes to on `eval_data`: no checkpoint is written, and nothing is measured before.
+
+    Args:
+        model, train_data, output_dir, arguments: as for `finetune`; what is written while it trains lies in output_dir.
+
+    Returns:
+        The metrics afterwards (`metrics["after"]`); it has no checkpoint and no fingerprint.
+
+    Raises:
+        UltraragError: as `finetune` does.
+    """
+    from ultrarag.finetune.flags import from_keywords
+    from ultrarag.finetune.run import trial
+
+    return trial(from_keywords(model, train_data, output_dir, None, None, choose_adapter, **arguments))
+
+
 def adapter_defaults(name: str) -> dict[str, Any]:
     """The flags whose default the named adapter declares otherwise."""
     from ultrarag.plugins import registry

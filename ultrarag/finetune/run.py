@@ -84,6 +84,15 @@ def run(arguments: FinetuneArguments) -> FinetuneResult | None:
     return FinetuneRun(arguments).finetune()
 
 
+def trial(arguments: FinetuneArguments) -> FinetuneResult:
+    """Fine-tune as `arguments` say and measure what came of it; no checkpoint and no report are written.
+
+    Raises:
+        UltraragError, Interrupted: as `run` does.
+    """
+    return FinetuneRun(arguments).trial()
+
+
 def dry_run(arguments: FinetuneArguments) -> RenderedBatch | None:
     """Render a run's first batch; None on all ranks but the first. Nothing is written, not even the cache of rows.
 
@@ -144,6 +153,17 @@ class FinetuneRun:
             self.measure("after")
             self.merge()
             return self.publish()
+
+    def trial(self) -> FinetuneResult:
+        """Train and measure, and write nothing of it: what the held-out data say afterwards is all that is wanted."""
+        self.prepare()
+        self.begin()
+        self.stand()
+        self.train()
+        self.measure("after")
+        trained, parent = self.trained, self.arguments.model.model_name_or_path
+        found = self.measures.metrics, self.notes.lines
+        return FinetuneResult("", parent, "", trained.steps, trained.loss, trained.seconds, *found)
 
     def preview(self) -> RenderedBatch | None:
         """Stop before anything is written or trained, and show the first batch; None on all ranks but the first."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.finetune.test_run import QUICK, ROWS
 from tests.retrieve.refresh.refresh_worker import QUERIES
 from tests.retrieve.refresh.test_refresh import again, corpus, straight  # noqa: F401  fixtures
 from ultrarag.errors import IndexStateError, StoppedError, UsageError
@@ -127,3 +128,11 @@ def test_an_isolated_fine_tune_says_what_went_wrong(corpus, tmp_path: Path) -> N
         finetune_apart(refreshing, "model", [], tmp_path / "out", {"argument": object()})
     with pytest.raises(UsageError, match="no_such_flag"):  # of the kind that was raised in the child
         finetune_apart(refreshing, str(tmp_path), [], tmp_path / "out", {"no_such_flag": 1, "adapter": "bge"})
+
+
+def test_a_trial_in_a_process_of_its_own_leaves_its_metrics_alone(corpus, tiny_m3, tmp_path: Path) -> None:  # noqa: F811
+    refreshing = Refreshing(corpus._core, tmp_path / "out", isolate=True)
+    given = {**QUICK, "max_steps": 1, "eval_data": ROWS, "save_strategy": "no"}
+    found = finetune_apart(refreshing, str(tiny_m3), ROWS, tmp_path / "out", given, trial=True)
+    assert (list(found.metrics), found.steps, found.fingerprint) == (["after"], 1, "")
+    assert not list((tmp_path / "out").iterdir())

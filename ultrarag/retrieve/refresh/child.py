@@ -27,14 +27,16 @@ PATIENCE = 60.0
 FIELDS = ("fingerprint", "steps", "loss", "metrics", "overlap", "notes")
 
 
-def finetune_apart(refreshing: Refreshing, model: str, rows: Any, folder: Any, given: dict[str, Any]) -> Any:
-    """`finetune` in a child process, with the fields of its result that a refresh needs.
+def finetune_apart(
+    refreshing: Refreshing, model: str, rows: Any, folder: Any, given: dict[str, Any], trial: bool = False
+) -> Any:
+    """`finetune`, or `finetune_trial`, in a child process, with the fields of its result that a refresh needs.
 
     Raises:
         UsageError: rows or arguments cannot be sent, for they are not JSON.
         UltraragError: of the kind that ended the child.
     """
-    request = {"model": model, "train_data": rows, "output_dir": folder, "arguments": given}
+    request = {"model": model, "train_data": rows, "output_dir": folder, "arguments": given, "trial": trial}
     try:
         text = json.dumps(request, default=os.fspath)
     except (TypeError, ValueError) as error:
@@ -100,7 +102,7 @@ def _result(last: dict[str, Any], status: int) -> Any:
 
 def main() -> int:
     """Fine-tune once, as standard input says."""
-    from ultrarag.finetune import Interrupted, NoMap, finetune, watching
+    from ultrarag.finetune import Interrupted, NoMap, finetune, finetune_trial, watching
 
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     out = sys.stdout
@@ -113,7 +115,8 @@ def main() -> int:
     asked = json.load(sys.stdin)
     try:
         with watching(lambda step, steps, loss: tell(step=step, steps=steps, loss=loss)):
-            result = finetune(asked["model"], asked["train_data"], asked["output_dir"], **asked["arguments"])
+            train = finetune_trial if asked["trial"] else finetune
+            result = train(asked["model"], asked["train_data"], asked["output_dir"], **asked["arguments"])
     except NoMap as error:
         tell(no_map=error.reason)
         return 1

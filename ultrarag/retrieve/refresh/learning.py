@@ -20,7 +20,7 @@ from ultrarag.retrieve.refresh.judging import questions
 from ultrarag.retrieve.refresh.ladder import AUTO, FULL, Guard, Judge, climb
 from ultrarag.retrieve.refresh.plan import Plan
 from ultrarag.retrieve.refresh.progress import Refreshing
-from ultrarag.retrieve.refresh.rates import PATIENT, STOPPED, described, find_rate, stopping
+from ultrarag.retrieve.refresh.rates import PATIENT, STOPPED, described, find_rate, named, stopping
 from ultrarag.retrieve.refresh.report import STATE_FILE, RefreshState
 from ultrarag.types import Passage
 
@@ -82,37 +82,52 @@ class Learning:
         assert self.plan.apart is not None
         given = {**given, "eval_data": stopping_rows(self.plan.apart, self.core.store)}
         if "learning_rate" not in self.plan.said:
-            if rung not in self.state.rates:
-                self.state.rates[rung] = find_rate(
-                    self.plan.settings.training.learning_rate, self.plan.steps(rung), partial(self._slice, rung, given)
-                )
-                self.save()
-            given["learning_rate"] = self.state.rates[rung]["learning_rate"]
+            given["learning_rate"] = self._rate(rung, given)
         if steps is not None:
             return {**given, "eval_strategy": "no"}
         patience = {name: value for name, value in self.plan.arguments.items() if name == PATIENT}
         return stopping({**given, **patience}, self.plan.steps(rung), self.plan.said)
 
-    def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> dict[str, float]:
+    def _rate(self, rung: str, given: Mapping[str, Any]) -> float:
+        """The learning rate of a rung, searched for once; what was tried before a refresh was killed is kept."""
+        found = self.state.rates.setdefault(rung, {"tried": {}})
+        if "learning_rate" not in found:
+            usual = self.plan.settings.training.learning_rate
+            found |= find_rate(usual, self.plan.steps(rung), partial(self._tried, rung, given))
+            self.save()
+        rate: float = found["learning_rate"]
+        return rate
+
+    def _tried(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> float:
+        tried, name = self.state.rates[rung]["tried"], named(rate)
+        if name not in tried:
+            checked = {"skip_data_check": True} if tried else {}  # the first trial has looked at the rows
+            tried[name] = self._slice(rung, {**given, **checked}, rate, steps)
+            self.save()
+        worth: float = tried[name]
+        return worth
+
+    def _slice(self, rung: str, given: Mapping[str, Any], rate: float, steps: int) -> float:
+        """What held-out rows say after a few steps; no checkpoint is written: it costs as much as five of them."""
         folder = self.plan.ladder / f"{rung}-rate"
         part = {"learning_rate": rate, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
         part |= {"report_to": "none"}  # a few steps, to choose a rate by: no run that anybody wants to see
         part |= {"resume_from_checkpoint": False, "overwrite_output_dir": True}
         whole = ("save_steps", "save_on_epoch_end", "merge_with", "merge_weight")
         kept = {name: value for name, value in given.items() if name not in whole}
-        found = self._finetune(folder, {**kept, **part})
+        found = self._finetune(folder, {**kept, **part}, trial=True)
         shutil.rmtree(folder, ignore_errors=True)
-        after: dict[str, float] = found.metrics["after"]
-        return after
+        return float(found.metrics["after"][MAIN_METRIC])
 
-    def _finetune(self, folder: Path, given: dict[str, Any]) -> Any:
-        """Fine-tune the live generation's own copy into a folder: in this process, or in one of its own."""
+    def _finetune(self, folder: Path, given: dict[str, Any], trial: bool = False) -> Any:
+        """Fine-tune the live generation's own copy into a folder, or try to: in this process, or in one of its own."""
+        asked = self.plan.parent_checkpoint(), self._rows(), folder
         if self.refreshing.isolate:
-            return finetune_apart(self.refreshing, self.plan.parent_checkpoint(), self._rows(), folder, given)
-        from ultrarag.finetune import finetune, watching
+            return finetune_apart(self.refreshing, *asked, given, trial)
+        from ultrarag.finetune import finetune, finetune_trial, watching
 
         with watching(self.refreshing.step):
-            return finetune(self.plan.parent_checkpoint(), self._rows(), folder, **given)
+            return (finetune_trial if trial else finetune)(*asked, **given)
 
     def _remarks(self) -> list[str]:
         """What was held out of the training rows, and found by it."""
