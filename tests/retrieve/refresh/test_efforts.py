@@ -382,6 +382,26 @@ def test_a_refresh_that_stops_in_the_search_for_a_rate_goes_on_in_it(dense, refr
     assert len(fingerprints) == 1
 
 
+def test_auto_passes_over_rungs_whose_search_for_a_rate_finds_no_map(refresh, monkeypatch) -> None:
+    from ultrarag.finetune import NoMap
+    from ultrarag.retrieve.refresh.learning import Learning
+
+    monkeypatch.setattr(apart, "FEWEST_STOP", 1)
+    monkeypatch.setattr(ladder, "FEWEST", 1)
+    monkeypatch.setattr("ultrarag.retrieve.refresh.plan.FEWEST", 1)
+    finetune = Learning._finetune
+
+    def without_maps(self: Learning, folder: Path, given: dict[str, Any], trial: bool = False) -> Any:
+        if given.get("train_side") == "query":
+            raise NoMap("no map gains anything", "leave it out")
+        return finetune(self, folder, given, trial)
+
+    monkeypatch.setattr(Learning, "_finetune", without_maps)
+    report = refresh(effort="auto", learning_rate=None, save_steps=None)
+    assert [step["rung"] for step in report.ladder if step["taken"]] == ["full"]
+    assert not [note for note in report.notes if "learning rate" in note]
+
+
 def test_held_out_rows_share_no_document_with_those_that_are_trained_on(tmp_path) -> None:
     rows = [
         {"query": f"question {n}", "pos": [f"Title {n // 2}\npart {n}"], "neg": ["Title 0\npart 0"]} for n in range(60)

@@ -63,9 +63,9 @@ class Learning:
         if rung != FULL:
             self._corpus()
         given = self.plan.for_finetune(rung, folder, steps)
-        if rung in STOPPED and self.plan.apart is not None and self.plan.apart.count(STOP):
-            given = self._stopping(rung, given, steps)
         try:
+            if rung in STOPPED and self.plan.apart is not None and self.plan.apart.count(STOP):
+                given = self._stopping(rung, given, steps)
             result = self._finetune(folder, given)
         except NoMap as error:
             advice = "" if self.plan.effort == AUTO else ": give another effort, such as 'query' or 'auto'"
@@ -138,7 +138,8 @@ class Learning:
             for name, why in parts.items()
             if apart is not None and apart.count(name)
         ]
-        return [*held, *(f"{rung}: {described(found)}" for rung, found in self.state.rates.items())]
+        rates = [(rung, found) for rung, found in self.state.rates.items() if "learning_rate" in found]
+        return [*held, *(f"{rung}: {described(found)}" for rung, found in rates)]
 
     def _climb(self) -> dict[str, Any]:
         """Try rung after rung; the checkpoint of the one that is taken is published in the output folder."""
