@@ -31,7 +31,7 @@ from older import COMMIT, older_code
 METRIC = "nDCG@10"
 RESULT = Path(__file__).parent / "results" / "refresh_cost.json"
 LENGTH = 128
-#: the query side: what a refresh does without being told, but for the rate, which it would find on three slices
+#: the query side: what a refresh does without being told, but for the rate, which it would find on slices
 OLDER = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 2e-5}
 QUERY = {"effort": "query", "learning_rate": 1e-4}
 #: the same, told nothing
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--old", default=COMMIT, help="the older commit")
     parser.add_argument("--seeds", type=int, default=3, help="of the query side")
     parser.add_argument("--old-seeds", type=int, default=1)
-    parser.add_argument("--find-rate", action="store_true", help="also without a rate, which is found on three slices")
+    parser.add_argument("--find-rate", action="store_true", help="also without a rate, which is found on slices")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--place", type=Path, help="a folder for the indexes, by which a stopped run goes on")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
