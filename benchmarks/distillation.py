@@ -5,15 +5,15 @@
 Each folder is in BEIR's layout with train.jsonl beside. Per data set, once: `mine` gives the training rows negatives
 with the small real model, some whole documents of them are held out, and a cross-encoder with that model as its body
 and a fresh head is trained on the others ("reranker"). `score` gives those rows its scores, and the scores of the
-embedding model fine-tuned on them without a teacher ("self"). How good a teacher is: nDCG@10 when it orders the best
---depth hits of the untuned model for the test queries. "both" is the sum of the two teachers' logits.
+embedding model fine-tuned on them without a teacher ("self"); "both" is the sum of the two teachers' logits. How good a
+teacher is: nDCG@10 when it orders the best --depth hits of the untuned model for the test queries.
 
-Then the embedding model is fine-tuned (the recipe of benchmarks/finetune.py, in bf16) for --steps steps on the same rows
-with the same negatives, without teacher scores and with those of each teacher, and measured on the test queries of the
-domain and of the guard. How scores are scaled and which kd_loss_type learns from them is chosen on the held-out
-training rows, by one run each; no test query takes part. Corpora are cut to the relevant passages and random others
-(--passages), so figures are higher than those of whole corpora. What is measured is kept in --work; the same command
-goes on behind it.
+Then the embedding model is fine-tuned for --steps steps (temperature and batch of benchmarks/finetune.py, in bf16) on
+the same rows, each with its positive and GROUP - 1 of the same negatives, without teacher scores ("none") and with
+those of each teacher, and measured on the test queries of the domain and of the guard. How scores are scaled and which
+kd_loss_type learns from them is chosen on the held-out training rows, by one run each; no test query takes part.
+Corpora are cut to the relevant passages and random others (--passages), so figures are higher than those of whole
+corpora. What is measured is kept in --work; the same command goes on behind it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -47,6 +48,8 @@ from ultrarag.rows import Row
 
 RESULTS = Path(__file__).parent / "results" / "distillation.json"
 MINING = MiningSettings(range=(0, 50), negatives=3, max_share=0.9)
+#: Passages a query has in a step of the student; the teacher learns from all.
+GROUP = 3
 #: Of the rows, by whole documents, one part is held out to choose by.
 PARTS = 5
 #: Of the teacher, and of the trials; no seed that is measured.
@@ -77,15 +80,17 @@ class Domain:
     dev_rows: list[dict[str, Any]]
     dev: Evaluator
     test: Evaluator
+    guard: Evaluator
 
 
-def read_domain(folder: Path, options: argparse.Namespace) -> Domain:
+def read_domain(folder: Path, guard: Evaluator, options: argparse.Namespace) -> Domain:
     """Mine negatives for the rows, and hold whole documents of them out."""
     work = options.work / folder.name
     mined = work / "mined.jsonl"
     work.mkdir(parents=True, exist_ok=True)
     if not mined.exists():
-        mine(folder / "train.jsonl", mined, embedder(options), MINING, candidate_pool=folder)
+        encoder = embedder(options.teacher_tokens)
+        mine(folder / "train.jsonl", mined, encoder, MINING, candidate_pool=folder)
     rows = [json.loads(line) for line in mined.read_text(encoding="utf-8").splitlines()]
     dev, *others = parts_of([row for row in rows if len(row["neg"]) == MINING.negatives], PARTS)
     kept = [row for part in others for row in part]
@@ -93,12 +98,12 @@ def read_domain(folder: Path, options: argparse.Namespace) -> Domain:
     dev, kept = dev[: options.dev], kept[: options.rows]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     searched = held_out(folder, options.passages, options.tokens, {row["query"] for row in dev})
-    return Domain(work, kept, dev, searched, held_out(folder, options.passages, options.tokens))
+    return Domain(work, kept, dev, searched, held_out(folder, options.passages, options.tokens), guard)
 
 
-def embedder(options: argparse.Namespace, path: str | Path | None = None) -> Encoder:
+def embedder(tokens: int, path: str | Path | None = None) -> Encoder:
     """The untuned model, or a tuned one."""
-    lengths = {"query_max_length": options.tokens, "passage_max_length": options.tokens}
+    lengths = {"query_max_length": tokens, "passage_max_length": tokens}
     return Encoder.load(str(path or model_path()), "bge", device="cpu", precision="bf16", **lengths)
 
 
@@ -115,7 +120,7 @@ def taught(domain: Domain, options: argparse.Namespace) -> Encoder:
             output,
             adapter="bge-reranker",
             train_group_size=1 + MINING.negatives,
-            max_len=options.tokens,
+            max_len=options.teacher_tokens,
             per_device_train_batch_size=TEACHER["batch"],
             learning_rate=TEACHER["lr"],
             warmup_steps=TEACHER["warmup"],
@@ -138,8 +143,8 @@ def scorers(domain: Domain, options: argparse.Namespace) -> dict[str, Scorer]:
     """The teachers; "self" is what the trial without a teacher has made of the model."""
     student(domain, "none", domain.rows, SEED, options)
     return {
-        "reranker": Scorer(taught(domain, options), max_length=options.tokens),
-        "self": Scorer(embedder(options, domain.work / f"none-{SEED}")),
+        "reranker": Scorer(taught(domain, options), max_length=options.teacher_tokens),
+        "self": Scorer(embedder(options.tokens, domain.work / f"none-{SEED}")),
     }
 
 
@@ -167,7 +172,7 @@ def certainty(rows: list[dict[str, Any]]) -> float:
 def quality(domain: Domain, teachers: dict[str, Scorer], options: argparse.Namespace) -> dict[str, Any]:
     """The metric of the untuned model on the test queries, and of its best hits in each teacher's order."""
     test, found = domain.test, {}
-    run = test.search(embedder(options), ("dense",), options.depth)
+    run = test.search(embedder(options.tokens), ("dense",), options.depth)
     lists = [Row(query=test.queries[key], pos=[test.corpus[id] for id in hits]) for key, hits in run.items()]
     values = {name: [scores for scores, _ in scorer.score(lists)] for name, scorer in teachers.items()}
     by = SCALES["by the temperature"]
@@ -195,7 +200,7 @@ def student(domain: Domain, name: str, rows: list[dict[str, Any]], seed: int, op
 
     A name that ends in a kd_loss_type is learned with that.
     """
-    more: dict[str, Any] = {"train_group_size": 1 + MINING.negatives, "sub_batch_size": 32}
+    more: dict[str, Any] = {"train_group_size": GROUP}
     if "pos_scores" in rows[0]:
         more |= {"knowledge_distillation": True, "kd_loss_type": name.rpartition(" ")[2]}
     return trained(rows, domain.work / f"{name}-{seed}", options.steps, seed, options, **more)
@@ -203,7 +208,7 @@ def student(domain: Domain, name: str, rows: list[dict[str, Any]], seed: int, op
 
 def trials(domain: Domain, rows: dict[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The metric on the held-out rows of every way to learn from every teacher, and without one."""
-    encoder, found = embedder(options), {}
+    encoder, found = embedder(options.tokens), {}
     found["untuned"] = {METRIC: on_dev(domain, encoder)}
     encoder.model.load_state_dict(student(domain, "none", domain.rows, SEED, options))
     found["none"] = {METRIC: on_dev(domain, encoder)}
@@ -222,18 +227,34 @@ def on_dev(domain: Domain, encoder: Encoder) -> float:
 
 
 def best(tried: dict[str, dict[str, Any]], teacher: str) -> tuple[str, str]:
-    """(scale, kd_loss_type) of the best trial of a teacher."""
+    """(scale, kd_loss_type) of the best trial of a teacher; the sum of two is learned as it is, by the reranker's loss."""
+    if teacher == "both":
+        return "as it is", best(tried, "reranker")[1]
     return max(TRIALS[teacher], key=lambda way: tried[" ".join([teacher, *way])][METRIC])
 
 
-def measure(domain: Domain, rows: dict[str, Any], ways: Any, seed: int, guard: Evaluator, options: Any) -> Any:
+def summed(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows with the sum of the two teachers' logits."""
+    one, other = rows["reranker"], scaled(rows["self"], "by the temperature")
+    sides = ("pos_scores", "neg_scores")
+    return [
+        {**a, **{side: [x + y for x, y in zip(a[side], b[side], strict=True)] for side in sides}}
+        for a, b in zip(one, other, strict=True)
+    ]
+
+
+def measure(domain: Domain, rows: dict[str, Any], ways: Any, seed: int, options: Any) -> Any:
     """Train and measure one seed without a teacher and with each; query by query."""
-    encoder, found = embedder(options), {}
+    encoder, found = embedder(options.tokens), {}
     given = {"none": ("none", domain.rows)}
     given |= {name: (" ".join([name, *way]), scaled(rows[name], way[0])) for name, way in ways.items()}
-    for name, (label, of_teacher) in given.items():
+
+    def of(label: str, of_teacher: list[dict[str, Any]]) -> Any:
         encoder.model.load_state_dict(student(domain, label, of_teacher, seed, options))
-        found[name] = queries_of(encoder, domain.test, guard)
+        return queries_of(encoder, domain.test, domain.guard)
+
+    for name, one in given.items():
+        found[name] = kept(domain.work / f"{name}-{seed}.json", partial(of, *one))
         print(f"{domain.work.name} {seed} {name}: {means(found[name])}", file=sys.stderr, flush=True)
     return found
 
@@ -245,30 +266,109 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-if __name__ == "__main__":
-    o = argparse.Namespace(
-        work=Path("/tmp/w/teacher-work"),
-        tokens=128,
-        rows=1200,
-        dev=150,
-        passages=650,
-        teacher_steps=300,
-        steps=10,
-        depth=20,
-        lr=2e-5,
+# ---- what came of it
+
+
+def of_domain(folder: Path, guard: Evaluator, options: argparse.Namespace) -> dict[str, Any]:
+    """The teachers, the trials and the runs of one data set."""
+    domain = read_domain(folder, guard, options)
+    teachers = scorers(domain, options)
+    rows = {name: scored(domain, name, scorer) for name, scorer in teachers.items()}
+    tried = kept(domain.work / "trials.json", lambda: trials(domain, rows, options))
+    ways = {name: best(tried, name) for name in options.teachers}
+    rows["both"] = summed(rows)
+    before = kept(domain.work / "before.json", lambda: queries_of(embedder(options.tokens), domain.test, domain.guard))
+    runs = [measure(domain, rows, ways, seed, options) for seed in options.seeds]
+    sides = ("domain", "guard")
+    return {
+        "rows": len(domain.rows),
+        "ways": ways,
+        "trials": tried,
+        "before": means(before),
+        METRIC: {name: {side: [mean(run[name][side].values()) for run in runs] for side in sides} for name in runs[0]},
+        "compared": {name: {side: compared(runs, "none", name, side) for side in sides} for name in ways},
+        "quality": kept(domain.work / "quality.json", lambda: quality(domain, teachers, options)),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings = report["settings"]
+    lines = [
+        "# Teacher scores: a reranker's, the model's own, and both",
+        "",
+        f"{settings['steps']} steps of {settings['batch']} queries with {GROUP} passages each, seeds "
+        f"{', '.join(map(str, settings['seeds']))}; nDCG@10 on the test queries over {settings['passages']} passages, "
+        f"mean of the seeds; the guard {settings['guard']} is never trained on. Machine: {report['machine']}.",
+    ]
+    for name, found in report["data"].items():
+        before = found["before"]
+        lines += ["", f"## {name}, {found['rows']} rows", ""]
+        lines += [
+            "| teacher | learned from | domain | guard | domain to none | guard to none |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines.append(f"| untuned | | {before['domain']:.4f} | {before['guard']:.4f} | | |")
+        for teacher, values in found[METRIC].items():
+            way = ", ".join(found["ways"].get(teacher, ()))
+            changes = [
+                f"{side['difference']:+.4f} [{side['low']:+.4f}, {side['high']:+.4f}], {side['seeds that gain']} up"
+                for side in found["compared"].get(teacher, {}).values()
+            ] or ["", ""]
+            cells = [teacher, way, spread(values["domain"]), spread(values["guard"]), *changes]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", "| orders the hits of the untuned model | nDCG@10 |", "|---|---|"]
+        lines += [f"| {teacher} | {one[METRIC]:.4f} |" for teacher, one in found["quality"].items()]
+        lines += ["", "| trial on held-out training rows | nDCG@10 | share of the best in a group |", "|---|---|---|"]
+        for label, one in found["trials"].items():
+            certain = f"{one['certainty']:.2f}" if "certainty" in one else ""
+            lines.append(f"| {label} | {one[METRIC]:.4f} | {certain} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="the domains")
+    parser.add_argument("--guard", type=Path, required=True, help="what must not be forgotten")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument(
+        "--teachers", nargs="+", choices=["reranker", "self", "both"], default=["reranker", "self", "both"]
     )
-    torch.set_num_threads(1)
-    for d in sys.argv[1:]:
-        dom = read_domain(Path(d), o)
-        print(
-            "mined",
-            len(dom.rows),
-            len(dom.dev_rows),
-            len(dom.dev.judged),
-            len(dom.test.judged),
-            len(dom.dev.corpus),
-            flush=True,
-        )
-        sc = scorers(dom, o)
-        r = {n: scored(dom, n, s) for n, s in sc.items()}
-        print(json.dumps(kept(dom.work / "quality.json", lambda: quality(dom, sc, o)), indent=1), flush=True)
+    parser.add_argument("--rows", type=int, default=1200, help="of each domain, at most, to learn from")
+    parser.add_argument("--dev", type=int, default=150, help="rows, at most, to choose by")
+    parser.add_argument("--steps", type=int, default=12, help="of the embedding model")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of the embedding model")
+    parser.add_argument("--tokens", type=int, default=64, help="of queries and passages of the embedding model")
+    parser.add_argument("--teacher-steps", type=int, default=300, help="of the reranker")
+    parser.add_argument("--teacher-tokens", type=int, default=RECIPE["tokens"], help="of pairs, and in mining")
+    parser.add_argument("--depth", type=int, default=10, help="hits that a teacher orders to say how good it is")
+    parser.add_argument("--passages", type=int, default=650, help="of each domain's corpus to search")
+    parser.add_argument("--guard-passages", type=int, default=650, help="of the guard's corpus")
+    parser.add_argument(
+        "--work", type=Path, default=Path.home() / ".cache" / "ultrarag" / "benchmarks" / "distillation"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure what --work does not hold yet, and write the report."""
+    options = parse()
+    others = {"data", "guard", "seeds", "teachers", "work", "output"}
+    settings = {name: value for name, value in vars(options).items() if name not in others}
+    settings |= {"guard": options.guard.name, "batch": RECIPE["batch"], "temperature": RECIPE["temperature"]}
+    # runs of other settings are no runs to go on with
+    options.work /= hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    guard = held_out(options.guard, options.guard_passages, options.tokens)
+    found = {folder.name: of_domain(folder, guard, options) for folder in options.data}
+    settings |= {"seeds": options.seeds, "group": GROUP}
+    report = {**origin(torch.get_num_threads()), "settings": settings, "data": found}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.output, report)
+    options.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
