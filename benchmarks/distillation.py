@@ -21,122 +21,47 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
-import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from finetune import RECIPE, model_path
-from increments import parts_of
+from distillation_teachers import (
+    SEED,
+    Domain,
+    certainty,
+    embedder,
+    quality,
+    read_domain,
+    scaled,
+    scored,
+    summed,
+    taught,
+)
+from finetune import RECIPE
 from machine import origin
 from merging import METRIC, compared, held_out, means, queries_of, spread, trained
 
-from ultrarag.data import mine, score
 from ultrarag.data.scoring import Scorer
 from ultrarag.encoder import Encoder
-from ultrarag.evaluation import evaluate_run, significance
-from ultrarag.finetune import Evaluator, finetune
+from ultrarag.finetune import Evaluator
 from ultrarag.io.durable import write_json
-from ultrarag.mining import MiningSettings
-from ultrarag.rows import Row
 
 RESULTS = Path(__file__).parent / "results" / "distillation.json"
-MINING = MiningSettings(range=(0, 50), negatives=3, max_share=0.9)
-#: Passages a query has in a step of the student; the teacher learns from all.
+#: Passages a query has in a step of the student; the reranker learns from all.
 GROUP = 3
-#: Of the rows, by whole documents, one part is held out to choose by.
-PARTS = 5
-#: Of the teacher, and of the trials; no seed that is measured.
-SEED = 7
-TEACHER = {"batch": 8, "lr": 2e-4, "warmup": 0.1, "eval_steps": 60}
-#: What one score becomes before a softmax over the group makes a distribution of them.
-SCALES: dict[str, Callable[[float], float]] = {
-    "as it is": lambda value: value,
-    "0 to 1": lambda value: 1 / (1 + math.exp(-value)),
-    "by the temperature": lambda value: value / RECIPE["temperature"],
-}
 #: Teacher -> the ways to learn from it: (scale, kd_loss_type).
 TRIALS = {
-    "reranker": [("as it is", "kl_div"), ("0 to 1", "kl_div"), ("as it is", "m3_kd_loss")],
+    "reranker": [("as it is", "kl_div"), ("a quarter", "kl_div"), ("0 to 1", "kl_div"), ("as it is", "m3_kd_loss")],
     "self": [("by the temperature", "kl_div"), ("as it is", "kl_div")],
+    "both": [("as it is", "kl_div"), ("a quarter", "kl_div")],
 }
 
 
-# ---- rows
-
-
-@dataclass
-class Domain:
-    """One data set: its rows with negatives, those held out, and what is searched."""
-
-    work: Path
-    rows: list[dict[str, Any]]
-    dev_rows: list[dict[str, Any]]
-    dev: Evaluator
-    test: Evaluator
-    guard: Evaluator
-
-
-def read_domain(folder: Path, guard: Evaluator, options: argparse.Namespace) -> Domain:
-    """Mine negatives for the rows, and hold whole documents of them out."""
-    work = options.work / folder.name
-    mined = work / "mined.jsonl"
-    work.mkdir(parents=True, exist_ok=True)
-    if not mined.exists():
-        encoder = embedder(options.teacher_tokens)
-        mine(folder / "train.jsonl", mined, encoder, MINING, candidate_pool=folder)
-    rows = [json.loads(line) for line in mined.read_text(encoding="utf-8").splitlines()]
-    dev, *others = parts_of([row for row in rows if len(row["neg"]) == MINING.negatives], PARTS)
-    kept = [row for part in others for row in part]
-    random.Random(0).shuffle(kept)
-    dev, kept = dev[: options.dev], kept[: options.rows]
-    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    searched = held_out(folder, options.passages, options.tokens, {row["query"] for row in dev})
-    return Domain(work, kept, dev, searched, held_out(folder, options.passages, options.tokens), guard)
-
-
-def embedder(tokens: int, path: str | Path | None = None) -> Encoder:
-    """The untuned model, or a tuned one."""
-    lengths = {"query_max_length": tokens, "passage_max_length": tokens}
-    return Encoder.load(str(path or model_path()), "bge", device="cpu", precision="bf16", **lengths)
-
-
-# ---- teachers
-
-
-def taught(domain: Domain, options: argparse.Namespace) -> Encoder:
-    """The cross-encoder, with the weights of its best evaluation on the held-out rows."""
-    output = domain.work / "reranker"
-    if not (output / "ultrarag.json").exists():
-        finetune(
-            model_path(),
-            domain.rows,
-            output,
-            adapter="bge-reranker",
-            train_group_size=1 + MINING.negatives,
-            max_len=options.teacher_tokens,
-            per_device_train_batch_size=TEACHER["batch"],
-            learning_rate=TEACHER["lr"],
-            warmup_steps=TEACHER["warmup"],
-            max_steps=options.teacher_steps,
-            eval_data=domain.dev_rows,
-            eval_steps=TEACHER["eval_steps"],
-            save_steps=TEACHER["eval_steps"],
-            save_total_limit=1,
-            seed=SEED,
-            use_cpu=True,
-            bf16=True,
-            skip_data_check=True,
-            disable_tqdm=True,
-            cache_path=domain.work / "cache",
-        )
-    return Encoder.load(str(output), device="cpu", precision="bf16")
+# ---- students
 
 
 def scorers(domain: Domain, options: argparse.Namespace) -> dict[str, Scorer]:
@@ -146,53 +71,6 @@ def scorers(domain: Domain, options: argparse.Namespace) -> dict[str, Scorer]:
         "reranker": Scorer(taught(domain, options), max_length=options.teacher_tokens),
         "self": Scorer(embedder(options.tokens, domain.work / f"none-{SEED}")),
     }
-
-
-def scored(domain: Domain, teacher: str, scorer: Scorer) -> list[dict[str, Any]]:
-    """The rows with a teacher's scores."""
-    output = domain.work / f"scored-{teacher}.jsonl"
-    if not output.exists():
-        score(domain.work / "rows.jsonl", output, scorer)
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-
-
-def scaled(rows: list[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
-    """The rows with other scores."""
-    change = SCALES[scale]
-    sides = ("pos_scores", "neg_scores")
-    return [{**row, **{side: [change(value) for value in row[side]] for side in sides}} for row in rows]
-
-
-def certainty(rows: list[dict[str, Any]]) -> float:
-    """The greatest share that a softmax over a group gives one passage, mean of the rows."""
-    groups = [torch.tensor([*row["pos_scores"], *row["neg_scores"]]) for row in rows]
-    return mean(float(group.softmax(0).max()) for group in groups)
-
-
-def quality(domain: Domain, teachers: dict[str, Scorer], options: argparse.Namespace) -> dict[str, Any]:
-    """The metric of the untuned model on the test queries, and of its best hits in each teacher's order."""
-    test, found = domain.test, {}
-    run = test.search(embedder(options.tokens), ("dense",), options.depth)
-    lists = [Row(query=test.queries[key], pos=[test.corpus[id] for id in hits]) for key, hits in run.items()]
-    values = {name: [scores for scores, _ in scorer.score(lists)] for name, scorer in teachers.items()}
-    by = SCALES["by the temperature"]
-    pairs = zip(values["reranker"], values["self"], strict=True)
-    values["both"] = [[a + by(b) for a, b in zip(*pair, strict=True)] for pair in pairs]
-    for name, scores in values.items():
-        found[name] = {key: dict(zip(run[key], one, strict=True)) for key, one in zip(run, scores, strict=True)}
-    queries = {name: ndcg(test, each) for name, each in {"untuned": run, **found}.items()}
-    return {
-        name: {METRIC: mean(each.values()), "to untuned": asdict(significance(queries["untuned"], each))}
-        for name, each in queries.items()
-    }
-
-
-def ndcg(test: Evaluator, run: Any) -> dict[str, float]:
-    """The metric of every judged query."""
-    return evaluate_run({key: dict(test.qrels[key]) for key in test.judged}, run, [METRIC]).of(METRIC)
-
-
-# ---- students
 
 
 def student(domain: Domain, name: str, rows: list[dict[str, Any]], seed: int, options: argparse.Namespace) -> Any:
@@ -227,20 +105,8 @@ def on_dev(domain: Domain, encoder: Encoder) -> float:
 
 
 def best(tried: dict[str, dict[str, Any]], teacher: str) -> tuple[str, str]:
-    """(scale, kd_loss_type) of the best trial of a teacher; the sum of two is learned as it is, by the reranker's loss."""
-    if teacher == "both":
-        return "as it is", best(tried, "reranker")[1]
+    """(scale, kd_loss_type) of the best trial of a teacher."""
     return max(TRIALS[teacher], key=lambda way: tried[" ".join([teacher, *way])][METRIC])
-
-
-def summed(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows with the sum of the two teachers' logits."""
-    one, other = rows["reranker"], scaled(rows["self"], "by the temperature")
-    sides = ("pos_scores", "neg_scores")
-    return [
-        {**a, **{side: [x + y for x, y in zip(a[side], b[side], strict=True)] for side in sides}}
-        for a, b in zip(one, other, strict=True)
-    ]
 
 
 def measure(domain: Domain, rows: dict[str, Any], ways: Any, seed: int, options: Any) -> Any:
@@ -274,9 +140,9 @@ def of_domain(folder: Path, guard: Evaluator, options: argparse.Namespace) -> di
     domain = read_domain(folder, guard, options)
     teachers = scorers(domain, options)
     rows = {name: scored(domain, name, scorer) for name, scorer in teachers.items()}
+    rows["both"] = summed(rows)
     tried = kept(domain.work / "trials.json", lambda: trials(domain, rows, options))
     ways = {name: best(tried, name) for name in options.teachers}
-    rows["both"] = summed(rows)
     before = kept(domain.work / "before.json", lambda: queries_of(embedder(options.tokens), domain.test, domain.guard))
     runs = [measure(domain, rows, ways, seed, options) for seed in options.seeds]
     sides = ("domain", "guard")
@@ -332,9 +198,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="the domains")
     parser.add_argument("--guard", type=Path, required=True, help="what must not be forgotten")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument(
-        "--teachers", nargs="+", choices=["reranker", "self", "both"], default=["reranker", "self", "both"]
-    )
+    parser.add_argument("--teachers", nargs="+", choices=list(TRIALS), default=list(TRIALS))
     parser.add_argument("--rows", type=int, default=1200, help="of each domain, at most, to learn from")
     parser.add_argument("--dev", type=int, default=150, help="rows, at most, to choose by")
     parser.add_argument("--steps", type=int, default=12, help="of the embedding model")
