@@ -24,7 +24,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -133,26 +133,26 @@ def angles(parent: Weights, plain: Weights, bags: list[Weights]) -> dict[str, fl
 # ---- training and measuring
 
 
-def held_out(folder: Path, passages: int, tokens: int) -> Evaluator:
-    """The test queries, with the passages that answer them and random others."""
-    found = read_beir(folder, "test")
-    right = {passage for judged in found.qrels.values() for passage in judged}
+def held_out(folder: Path, passages: int, tokens: int, dev: Collection[str] | None = None) -> Evaluator:
+    """The test queries, or the training queries with one of some texts; the passages that answer them, and others."""
+    found = read_beir(folder, "test" if dev is None else "train")
+    queries = {key: text for key, text in found.queries.items() if dev is None or text in dev}
+    right = {passage for key, judged in found.qrels.items() if key in queries for passage in judged}
     others = sorted(found.corpus.keys() - right)
     random.Random(0).shuffle(others)
     kept = right | set(others[: max(0, passages - len(right))])
     corpus = {key: passage.content for key, passage in found.corpus.items() if key in kept}
-    return Evaluator(corpus, found.queries, found.qrels, tokens, tokens, keep_tokens=True)
+    return Evaluator(corpus, queries, found.qrels, tokens, tokens, keep_tokens=True)
 
 
-def trained(rows: list[Any], output: Path, steps: int, seed: int, options: argparse.Namespace) -> Weights:
-    """The weights after some steps; from disk where they were trained before."""
+def trained(rows: list[Any], output: Path, steps: int, seed: int, options: argparse.Namespace, **more: Any) -> Weights:
+    """The weights after some steps, with in-batch negatives alone but for `more`; from disk where they are there."""
     if not (output / "ultrarag.json").exists():
         finetune(
             model_path(),
             rows,
             output,
             adapter="bge",
-            train_group_size=1,
             query_max_len=options.tokens,
             passage_max_len=options.tokens,
             per_device_train_batch_size=RECIPE["batch"],
@@ -166,6 +166,7 @@ def trained(rows: list[Any], output: Path, steps: int, seed: int, options: argpa
             skip_data_check=True,
             disable_tqdm=True,
             cache_path=output.parent / "cache",
+            **{"train_group_size": 1, **more},
         )
     return dict(Encoder.load(str(output), device="cpu").model.state_dict())
 
