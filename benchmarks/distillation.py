@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -43,7 +42,7 @@ from distillation_teachers import (
 )
 from finetune import RECIPE
 from machine import origin
-from merging import METRIC, compared, held_out, means, queries_of, spread, trained
+from merging import METRIC, compared, held_out, interval, kept, means, queries_of, spread, trained
 
 from ultrarag.data.scoring import Scorer
 from ultrarag.encoder import Encoder
@@ -125,13 +124,6 @@ def measure(domain: Domain, rows: dict[str, Any], ways: Any, seed: int, options:
     return found
 
 
-def kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What a file holds; it is made where there is none."""
-    if not file.exists():
-        write_json(file, make())
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 # ---- what came of it
 
 
@@ -177,10 +169,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"| untuned | | {before['domain']:.4f} | {before['guard']:.4f} | | |")
         for teacher, values in found[METRIC].items():
             way = ", ".join(found["ways"].get(teacher, ()))
-            changes = [
-                f"{side['difference']:+.4f} [{side['low']:+.4f}, {side['high']:+.4f}], {side['seeds that gain']} up"
-                for side in found["compared"].get(teacher, {}).values()
-            ] or ["", ""]
+            changes = [interval(side) for side in found["compared"].get(teacher, {}).values()] or ["", ""]
             cells = [teacher, way, spread(values["domain"]), spread(values["guard"]), *changes]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "| orders the hits of the untuned model | nDCG@10 |", "|---|---|"]

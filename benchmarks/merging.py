@@ -26,6 +26,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -268,13 +269,22 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"| {contender} | {spread(values['domain'])} | {spread(values['guard'])} |")
         lines += ["", "| compared | domain | guard |", "|---|---|---|"]
         for pair, sides in found["compared"].items():
-            cells = [
-                f"{side['difference']:+.4f} [{side['low']:+.4f}, {side['high']:+.4f}], {side['seeds that gain']} up"
-                for side in sides.values()
-            ]
-            lines.append(f"| {pair} | {cells[0]} | {cells[1]} |")
+            lines.append(f"| {pair} | {' | '.join(interval(side) for side in sides.values())} |")
         lines += ["", "Angles in radians: " + "; ".join(f"{k} {v:.4f}" for k, v in found["angles"].items()) + "."]
     return "\n".join(lines) + "\n"
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What a file holds; it is made where there is none."""
+    if not file.exists():
+        write_json(file, make())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def interval(change: Mapping[str, Any]) -> str:
+    """A change as `compared` gives it: the difference, its interval, and how many seeds gain."""
+    low, high = change["low"], change["high"]
+    return f"{change['difference']:+.4f} [{low:+.4f}, {high:+.4f}], {change['seeds that gain']} up"
 
 
 def spread(values: list[float]) -> str:
@@ -313,8 +323,8 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in names}
     settings |= {"guard": options.guard.name, "batch": RECIPE["batch"], "temperature": RECIPE["temperature"]}
     # runs of other settings are no runs to go on with
-    kept = {name: value for name, value in settings.items() if name != "seeds"}
-    options.work /= hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+    same = {name: value for name, value in settings.items() if name != "seeds"}
+    options.work /= hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
     options.work.mkdir(parents=True, exist_ok=True)
     guard = held_out(options.guard, options.guard_passages, options.tokens)
     found: dict[str, Any] = {"before": {}, "runs": {}}
@@ -324,9 +334,8 @@ def main() -> None:
     for seed in options.seeds:
         for folder in options.data:
             file = options.work / f"{folder.name}-{seed}.json"
-            if not file.exists():
-                write_json(file, measure(folder, seed, guard, options))
-            found["runs"].setdefault(folder.name, {})[str(seed)] = json.loads(file.read_text(encoding="utf-8"))
+            run = kept(file, partial(measure, folder, seed, guard, options))
+            found["runs"].setdefault(folder.name, {})[str(seed)] = run
     report = {**origin(torch.get_num_threads()), "settings": settings, "data": summary(found)}
     options.results.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.results, report)
